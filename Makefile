@@ -1,0 +1,59 @@
+# make train   install, train PPO on the built-in task, show what it learned
+# make test    install, then lint, types and tests
+#
+# Variables: PYTHON (the interpreter .venv is made from), VENV (the environment to use),
+# ARGS (overrides for training, e.g. ARGS="seed=1 agent.lr=3e-4"), WORKERS (test processes).
+# To keep the torch of an environment of yours: make train VENV=/path/to/it CONSTRAINTS=/dev/null
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+WORKERS ?= auto
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.lmgym-installed
+SOURCES := lmgym agents tests
+
+define CHECK_PYTHON
+import sys
+if sys.version_info < (3, 11): sys.exit("lmgym needs Python 3.11 or newer, got " + sys.version.split()[0] + ": set PYTHON=")
+try: import ensurepip, venv
+except ImportError: sys.exit("Python cannot make virtual environments here: on Debian, apt-get install python3-venv")
+endef
+export CHECK_PYTHON
+
+.PHONY: help train test lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+# torch goes first and alone, so that the exact version of the constraints is settled before anything asks for a range.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@test -x $(BIN)/python || $(PYTHON) -c "$$CHECK_PYTHON"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): the first time takes a few minutes."
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@
+
+train: $(STAMP)
+	@$(BIN)/python -m agents.train $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# One thread a test process: the processes already fill the cores.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

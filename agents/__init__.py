@@ -1,0 +1,1 @@
+"""Algorithms and commands: what is run from the checkout."""

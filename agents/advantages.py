@@ -1,0 +1,46 @@
+"""Advantages and returns of whole episodes: pure functions of (B, T) tensors, 0 off the mask.
+
+Every estimator here has a slow, obvious twin in its test.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float, bootstrap: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
+
+    Args:
+        rewards: (B, T). values: (B, T), V(s_t) before token t. mask: (B, T) bool, a prefix of each row.
+        gamma: discount a token. gae_lambda: 0 is one-step TD, 1 is Monte Carlo.
+        bootstrap: (B,) V of the state behind the last token, where an episode was truncated there; 0 elsewhere. None
+            is 0: the end of a finite-horizon episode has no future.
+
+    Returns:
+        advantages (B, T), and returns (B, T) = advantages + values, the critic's target; 0 off the mask.
+    """
+    advantages = torch.zeros_like(rewards)
+    last = rewards.new_zeros(rewards.shape[0])
+    after = rewards.new_zeros(rewards.shape[0]) if bootstrap is None else bootstrap
+    for t in reversed(range(rewards.shape[1])):
+        alive = mask[:, t]
+        delta = rewards[:, t] + gamma * after - values[:, t]
+        last = torch.where(alive, delta + gamma * gae_lambda * last, last)
+        advantages[:, t] = torch.where(alive, last, advantages[:, t])
+        after = torch.where(alive, values[:, t], after)
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """Scales to standard deviation 1 over the mask, and shifts to mean 0 unless `shift_mean` is False; 0 off the mask.
+
+    The variance is the biased one (divided by n), as in lm-human-preferences.
+    """
+    kept = x[mask]
+    mean, variance = kept.mean(), kept.var(unbiased=False)
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)

@@ -1,0 +1,57 @@
+"""Checks a composed Hydra config against the dataclass it is for, all of it at once, before anything is built."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from lmgym.errors import InvalidArgumentError, unknown_name
+
+T = TypeVar("T")
+
+
+def validated(kind: type[T], values: Mapping[str, Any], key: str) -> T:
+    """Builds a dataclass from plain values.
+
+    Args:
+        kind: the dataclass. values: its fields by name. key: where they sit in the config, for the message.
+
+    Raises:
+        UnknownNameError: for a name that is no field.
+        InvalidArgumentError: naming every value of a wrong type, what was expected and what came.
+    """
+    hints = get_type_hints(kind)
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise unknown_name(f"{key}.{name}", name, known)
+    built, wrong = {}, []
+    for name, value in values.items():
+        try:
+            built[name] = _convert(hints[name], value)
+        except ValueError as error:
+            wrong.append(f"`{key}.{name}` must be {error}, got {value!r}.")
+    if wrong:
+        raise InvalidArgumentError("\n".join(wrong))
+    return kind(**built)
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """A value of the type, ints as floats where a float is wanted; raises ValueError saying what was expected."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        choices = get_args(hint)
+        if value is None and type(None) in choices:
+            return None
+        return _convert(next(c for c in choices if c is not type(None)), value)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"one of {list(get_args(hint))}")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (float, int, bool, str) and type(value) is not hint:
+        raise ValueError({float: "a number", int: "an int", bool: "true or false", str: "a text"}[hint])
+    return value

@@ -1,0 +1,44 @@
+"""Grades a finished (or interrupted) run again, to the same table: `python -m agents.evaluate run=<run directory>`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from agents.report import table, write_json
+from agents.train import build, check, check_checkpoint, grade, saved_config, summarise
+from lmgym.errors import InvalidArgumentError, LmGymError
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+def main(cfg: DictConfig) -> None:
+    """Loads a run's checkpoint, grades it and its reference, and prints the table."""
+    from lmgym.models.policy import CausalPolicy
+
+    try:
+        if cfg.run is None:
+            raise InvalidArgumentError("`run` must be a run directory: python -m agents.evaluate run=<directory>.")
+        directory = Path(cfg.run)
+        plan = check(saved_config(directory))
+        check_checkpoint(directory)
+    except LmGymError as error:
+        sys.exit(f"{error}")
+    agent = build(plan)
+    agent.load(directory / "checkpoint")
+    seconds = float((directory / "train_seconds.txt").read_text())
+    before, after = grade(plan, CausalPolicy(agent.envs.engine.lm)), grade(plan, agent.policy)
+    summary = summarise(plan, before, after, seconds, agent.num_timesteps)
+    write_json(directory / "evaluation.json", summary)
+    print(table(summary))
+    recorded = directory / "summary.json"
+    if recorded.is_file():
+        same = json.loads(recorded.read_text())["after"]["return"]["mean"]
+        print(f"\nrecorded when it was trained: J = {same:.4f}; now: J = {summary['after']['return']['mean']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

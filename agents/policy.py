@@ -1,0 +1,133 @@
+"""The actor-critic over a causal LM.
+
+Shapes: B episodes, P prompt columns, T response columns, n chosen tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from lmgym.episodes import Episodes
+from lmgym.errors import InvalidArgumentError
+from lmgym.models.causal import CausalLM, pack, quiet_loading
+from lmgym.models.policy import CausalPolicy, CausalState
+
+Critic = Literal["shared", "reference", "reward_model"]
+
+
+class Read(NamedTuple):
+    """A policy's reading of chosen tokens, row by row of the episodes' mask: logits (n, V) and values (n,)."""
+
+    logits: Tensor
+    values: Tensor
+
+
+class ActorCritic(nn.Module):
+    """A causal LM that chooses tokens, with a value head on its own trunk or on a trunk of its own.
+
+    Dropout stays off: a ratio of probabilities is only one if both are of the same network.
+
+    Args:
+        reference: what the policy starts from (copied; KL to it is exactly 0).
+        critic: "shared" puts the value head on the policy's trunk; "reference" and "reward_model" give it a copy of
+            that model as a trunk of its own.
+        reward_model: the Hugging Face classifier that "reward_model" copies.
+    """
+
+    def __init__(self, reference: CausalLM, critic: Critic = "shared", reward_model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.critic_kind = critic
+        self.actor: Any = _trainable(reference.model)
+        self.lm = CausalLM(self.actor, reference.tokenizer)
+        self.critic: nn.Module | None = None
+        if critic == "reference":
+            self.critic = _trainable(reference.model.base_model)
+        elif critic == "reward_model":
+            if reward_model is None:
+                raise InvalidArgumentError(
+                    "`critic` must be 'shared' or 'reference': the task's reward is no model over the policy's tokens."
+                )
+            self.critic = _trainable(cast(nn.Module, reward_model.base_model))
+        trunk = self.actor if self.critic is None else self.critic
+        width = trunk.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+        # Not through nn.Linear's own initialisation, which draws from the global generator.
+        self.value_head = nn.utils.skip_init(nn.Linear, width, 1, device=reference.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> CausalState:
+        """Reads prompts (`lmgym.models.policy.Policy`). A critic with its own trunk gives no values while decoding."""
+        head = self.value_head if self.critic is None else None
+        return CausalPolicy(self.lm, head).begin(prompt_ids, prompt_mask, max_new_tokens)
+
+    def read(self, episodes: Episodes) -> Read:
+        """Logits and values at every chosen token, from one forward; differentiable."""
+        packed = pack(episodes.prompt_ids, episodes.prompt_mask, episodes.response_ids, episodes.response_mask)
+        ids, rows, columns, _ = packed
+        hidden, logits = self.lm.response_hidden(ids, rows, columns)
+        if self.critic is not None:
+            hidden = self.critic(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0][rows, columns]
+        return Read(logits, self.value_head(hidden.float()).squeeze(-1))
+
+    @torch.no_grad()
+    def values(self, episodes: Episodes) -> Tensor:
+        """(B, T) V(s_t) before each chosen token, 0 off the mask."""
+        values = torch.zeros(episodes.response_mask.shape, device=self.device)
+        values[episodes.response_mask] = self.read(episodes).values
+        return values
+
+    @torch.no_grad()
+    def values_behind(self, episodes: Episodes) -> Tensor:
+        """(B,) V of the state behind each response's last token: what a truncated episode is bootstrapped with."""
+        packed = pack(episodes.prompt_ids, episodes.prompt_mask, episodes.response_ids, episodes.response_mask)
+        ids, rows = packed[0], torch.arange(len(episodes), device=self.device)
+        columns = episodes.prompt_mask.sum(-1) + episodes.lengths - 1
+        hidden, _ = self.lm.response_hidden(ids, rows, columns)
+        if self.critic is not None:
+            hidden = self.critic(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0][rows, columns]
+        return self.value_head(hidden.float()).squeeze(-1)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the actor as a Hugging Face model with its tokenizer, and the critic beside it as safetensors."""
+        directory = Path(directory)
+        with quiet_loading():
+            self.actor.save_pretrained(directory)
+        self.lm.tokenizer.save_pretrained(directory)
+        rest = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("actor.")}
+        save_file(rest, directory / "critic.safetensors")
+
+    def load(self, directory: str | os.PathLike[str]) -> None:
+        """Reads back what `save` wrote, into this policy."""
+        directory = Path(directory)
+        with quiet_loading():  # not `load_causal_lm`: it would hand out an older copy that somebody holds
+            saved = AutoModelForCausalLM.from_pretrained(directory, dtype=self.lm.dtype)
+        self.actor.load_state_dict(saved.state_dict())
+        rest = load_file(directory / "critic.safetensors", device=str(self.device))
+        self.load_state_dict(rest, strict=False)
+
+
+def read_logits(lm: CausalLM, episodes: Episodes) -> Tensor:
+    """(n, V) logits of a model at every chosen token of episodes, row by row of their mask."""
+    packed = pack(episodes.prompt_ids, episodes.prompt_mask, episodes.response_ids, episodes.response_mask)
+    return lm.response_hidden(*packed[:3])[1]
+
+
+def _trainable(model: nn.Module) -> nn.Module:
+    """A copy of a frozen model in eval mode (no dropout) whose parameters take gradients."""
+    copied = copy.deepcopy(model)
+    copied.eval()
+    for parameter in copied.parameters():
+        parameter.requires_grad_(True)
+    return copied

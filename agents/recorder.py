@@ -1,0 +1,170 @@
+"""What a training run leaves behind: TensorBoard scalars, `metrics.jsonl`, and a progress bar while it runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+GROUPS = ("rollout/", "train/", "time/", "eval/")
+METRICS_FILE = "metrics.jsonl"
+_SHOWN = {"rollout/return": "return", "rollout/score": "score", "rollout/kl": "kl"}
+_BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+
+class Recorder:
+    """Writes the metrics of one run and shows how far it is.
+
+    Every row goes to TensorBoard (`<directory>/tensorboard`) and, as one JSON object a line, to
+    `<directory>/metrics.jsonl`: `{"step": 4096, "rollout/return": 0.81, ...}`. The progress bar counts env steps
+    (tokens) and shows return, score, KL (nats per episode), tokens per second and the time left.
+
+    Use it as a context manager, so that the files are closed when training is interrupted.
+
+    Args:
+        directory: The run directory; made if it does not exist.
+        total: The env step at which training ends.
+        resume_at: The env step a resumed run goes on from. Rows past it were written after the checkpoint was, will
+            be written again, and are dropped here. None starts a new run.
+        progress: False shows no bar.
+
+    Raises:
+        ValueError: If `total` is not positive or `resume_at` is not in `[0, total]`.
+        FileExistsError: If a new run would mix its metrics with those of an earlier one.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], total: int, resume_at: int | None = None, progress: bool = True
+    ) -> None:
+        if total <= 0:
+            raise ValueError(f"`total` must be a positive number of env steps, got {total}.")
+        if resume_at is not None and not 0 <= resume_at <= total:
+            raise ValueError(f"`resume_at` must be an env step between 0 and {total}, got {resume_at}.")
+        self.directory = Path(directory)
+        self.path = self.directory / METRICS_FILE
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if resume_at is not None:
+            _drop_rows_after(self.path, resume_at)
+        elif self.path.exists() and self.path.stat().st_size:
+            raise FileExistsError(
+                f"`{self.path}` holds the metrics of an earlier run: pass `resume_at` to go on with it, "
+                "or choose another `directory`."
+            )
+        self._file = self.path.open("a", encoding="utf-8")
+        self._writer = _summary_writer(self.directory / "tensorboard", resume_at)
+        self._bar = _progress_bar(total, resume_at or 0, progress)
+        self._shown: dict[str, str] = {}
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes one row.
+
+        Args:
+            step: Env steps (tokens) so far in the whole run.
+            metrics: Name to value; a name starts with `rollout/`, `train/`, `time/` or `eval/`. A value that is not
+                finite is written as null to `metrics.jsonl`, since JSON has no word for it.
+
+        Raises:
+            ValueError: If a name is outside the vocabulary.
+        """
+        unknown = [name for name in metrics if not name.startswith(GROUPS)]
+        if unknown:
+            raise ValueError(f"Names in `metrics` must start with one of {', '.join(GROUPS)}; got {unknown}.")
+        values = {name: float(value) for name, value in metrics.items()}
+        row: dict[str, float | int | None] = {"step": int(step)}
+        row.update((name, value if math.isfinite(value) else None) for name, value in values.items())
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._advance(step, values)
+
+    def close(self) -> None:
+        """Closes the files and the bar; a second call does nothing."""
+        self._bar.close()
+        self._writer.close()
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _advance(self, step: int, values: Mapping[str, float]) -> None:
+        self._shown.update((label, f"{values[name]:.3g}") for name, label in _SHOWN.items() if name in values)
+        self._bar.set_postfix(self._shown, refresh=False)
+        self._bar.update(max(0, step - self._bar.n))
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads `metrics.jsonl`.
+
+    A last line that a killed process left half written is not a row. Any other broken line is an error.
+
+    Raises:
+        ValueError: If a line before the last is not a JSON object with a `step`.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break  # only the last line can lack its end
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"Line {number} of `{path}` is not a row of metrics: {line.strip()[:80]!r}.") from error
+        rows.append(row)
+    return rows
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file under a temporary name, then renames it: a reader sees the old text or the new, never half."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [row for row in read_rows(path) if row["step"] <= step]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _summary_writer(directory: Path, resume_at: int | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+    # TensorBoard hides what an earlier event file says from `purge_step` on.
+    purge_step = None if resume_at is None else resume_at + 1
+    return SummaryWriter(log_dir=str(directory), purge_step=purge_step, flush_secs=10)
+
+
+def _progress_bar(total: int, initial: int, progress: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total,
+        initial=initial,
+        disable=not progress,
+        unit="tok",
+        unit_scale=True,
+        dynamic_ncols=True,
+        bar_format=_BAR_FORMAT,
+        # In a log file every refresh is one more line.
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+    )

@@ -1,0 +1,281 @@
+"""Trains an agent on a task: `python -m agents.train task=reviews agent=ppo seed=1`.
+
+A run directory holds `config.yaml`, `versions.json`, `metrics.jsonl`, TensorBoard files, `checkpoint/` (the actor loads
+with `AutoModelForCausalLM`), `summary.json`, `samples.json` and `curves.png`. Ctrl-C leaves a checkpoint, and
+`resume=<run directory>` goes on from it to the same curve.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from agents.config import validated
+from agents.recorder import Recorder, write_atomically
+from agents.report import curves, samples_table, table, write_json
+from lmgym.envs.settings import Settings
+from lmgym.errors import InvalidArgumentError, LmGymError, check_int
+
+if TYPE_CHECKING:
+    from agents.base import OnPolicyAgent
+
+OmegaConf.register_new_resolver("first", lambda *xs: next((x for x in xs if x is not None), None), replace=True)
+EVALUATION_SEED = 20_000_003  # of the evaluations, so that before and after share their uniforms across runs
+PACKAGES = ("lmgym", "torch", "transformers", "gymnasium", "numpy", "hydra-core", "tokenizers")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How a policy is graded, before and after."""
+
+    split: str = "test"
+    samples: int = 16  # episodes a prompt
+    prompts: int | None = None  # how many prompts; null is all of the split
+
+    def __post_init__(self) -> None:
+        check_int("evaluation.samples", self.samples, 1)
+        if self.prompts is not None:
+            check_int("evaluation.prompts", self.prompts, 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config that has been checked: nothing has been loaded yet, and nothing in it can be of a wrong type."""
+
+    settings: dict[str, Any]
+    agent_class: type[OnPolicyAgent]
+    agent_config: Any
+    sampler: Any
+    evaluation: EvaluationConfig
+    total_timesteps: int
+    seed: int
+    checkpoint_every: int
+
+
+def check(cfg: DictConfig) -> Plan:
+    """Checks a whole config.
+
+    Raises:
+        LmGymError: naming the key, what was expected and what came.
+    """
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    agent = dict(values["agent"])
+    agent_class: Any = hydra.utils.get_class(agent.pop("_target_"))
+    agent_config = validated(agent_class.Config, agent, "agent")
+    from lmgym.models.causal import resolve_device
+    from lmgym.models.sampling import Sampler
+
+    sampler = validated(Sampler, values["sampler"], "sampler")
+    evaluation = validated(EvaluationConfig, values["evaluation"], "evaluation")
+    for name in ("total_timesteps", "checkpoint_every"):
+        check_int(name, values[name], 1)
+    check_int("seed", values["seed"], 0)
+    settings = {**values["task"], "device": values["device"]}
+    resolve_device(settings["device"])
+    for split in {settings["split"], evaluation.split}:
+        Settings.of({**settings, "split": split}).resolve()
+    return Plan(
+        settings,
+        agent_class,
+        agent_config,
+        sampler,
+        evaluation,
+        values["total_timesteps"],
+        values["seed"],
+        values["checkpoint_every"],
+    )
+
+
+def build(plan: Plan) -> OnPolicyAgent:
+    """The agent in its env: loads the models."""
+    import gymnasium as gym
+
+    steps = plan.agent_config.collect == "steps"
+    rows = plan.agent_config.batch_size if steps else 1
+    envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=rows, autoreset_mode="SameStep", **plan.settings)
+    return plan.agent_class(envs, plan.agent_config, seed=plan.seed, sampler=plan.sampler)
+
+
+def grade(plan: Plan, policy: Any) -> Any:
+    """Evaluates a policy under the plan's sampler on the split that is held out."""
+    import gymnasium as gym
+    import torch
+
+    from lmgym.evaluation import evaluate
+
+    envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=1, **{**plan.settings, "split": plan.evaluation.split})
+    config, generator = plan.evaluation, torch.Generator().manual_seed(EVALUATION_SEED)
+    return evaluate(
+        policy, envs, samples=config.samples, prompts=config.prompts, sampler=plan.sampler, generator=generator
+    )
+
+
+def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, total_timesteps: int) -> dict[str, Any]:
+    """`summary.json`: metrics before and after, what is known of the optimum, and the share of the gain."""
+    from lmgym.evaluation import as_json, normalised
+
+    bounds = [e.bound for e in (before, after) if e.bound is not None]
+    lower = max(bounds, key=lambda bound: bound.mean) if bounds else None
+    rows = {}
+    for name, evaluation in (("before", before), ("after", after)):
+        rows[name] = as_json(evaluation.metrics)
+        share = None
+        if lower is not None and lower.mean > before.metrics["return"].mean:
+            share = normalised(evaluation.metrics["return"], before.metrics["return"], lower.mean)
+        rows[name]["normalised"] = None if share is None else vars(share)
+    return {
+        **rows,
+        "optimum": {"lower": None if lower is None else vars(lower), "upper": None},
+        "train_seconds": train_seconds,
+        "total_timesteps": total_timesteps,
+        "agent": plan.agent_class.__name__,
+        "task": plan.settings["task"],
+        "seed": plan.seed,
+    }
+
+
+def samples(lm: Any, before: Any, after: Any, count: int = 10) -> list[dict[str, Any]]:
+    """The first response to each of a few prompts, before training and after."""
+    every = len(before.episodes) // max(1, len(before.episodes.prompt_index.unique()))
+    rows = []
+    for i in range(0, min(len(before.episodes), count * every), every):
+        row: dict[str, Any] = {}
+        for name, episodes in (("before", before.episodes), ("after", after.episodes)):
+            prompt = episodes.prompt_ids[i][episodes.prompt_mask[i]].tolist()
+            response = episodes.response_ids[i][episodes.response_mask[i]].tolist()
+            row["prompt"] = lm.decode(prompt)
+            row[name] = lm.completions([prompt], [response], [row["prompt"]])[0].strip()
+            row[f"{name}_score"] = episodes.scores[i].item()
+        rows.append(row)
+    return rows
+
+
+def train(plan: Plan, directory: Path, resume: bool) -> int:
+    """Trains, evaluates and reports; returns the exit code, 130 after Ctrl-C."""
+    from lmgym.models.policy import CausalPolicy
+
+    agent = build(plan)
+    checkpoint = directory / "checkpoint"
+    seconds = 0.0
+    if resume:
+        agent.load(checkpoint)
+        seconds = float((directory / "train_seconds.txt").read_text())
+    before = grade(plan, CausalPolicy(agent.envs.engine.lm))
+    started, saved_at = time.perf_counter() - seconds, agent.num_timesteps
+    total = max(plan.total_timesteps, agent.num_timesteps)  # the last batch of a run may pass its end
+
+    def save() -> float:
+        nonlocal saved_at
+        saved_at, trained = agent.num_timesteps, time.perf_counter() - started
+        agent.save(checkpoint)
+        write_atomically(directory / "train_seconds.txt", str(trained))
+        return trained
+
+    with (
+        Recorder(directory, total, agent.num_timesteps if resume else None) as recorder,
+        Interrupt() as stop,
+    ):
+
+        def after_batch(step: int, metrics: dict[str, float]) -> bool:
+            recorder.record(step, metrics)
+            if step - saved_at >= plan.checkpoint_every:
+                save()
+            return not stop.asked
+
+        agent.learn(plan.total_timesteps, after_batch)
+        train_seconds = save()
+    if stop.asked and agent.num_timesteps < plan.total_timesteps:
+        print(f"Stopped after {agent.num_timesteps:,} tokens. To go on: python -m agents.train resume={directory}")
+        return 130
+    after = grade(plan, agent.policy)
+    summary = summarise(plan, before, after, train_seconds, agent.num_timesteps)
+    rows = samples(agent.envs.engine.lm, before, after)
+    write_json(directory / "summary.json", summary)
+    write_json(directory / "samples.json", rows)
+    curves(directory / "metrics.jsonl", summary, directory / "curves.png")
+    print(f"\n{samples_table(rows)}\n\n{table(summary)}\n\n{directory / 'curves.png'}")
+    return 0
+
+
+class Interrupt:
+    """The first Ctrl-C asks for a stop after the batch in hand, for a checkpoint of a whole one; the second stops."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Interrupt:
+        self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+        self.asked = True
+        print("\nStopping after this batch, with a checkpoint (Ctrl-C again to stop at once).", file=sys.stderr)
+
+
+def versions() -> dict[str, str]:
+    """What ran: Python and the packages that matter."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def saved_config(directory: Path) -> DictConfig:
+    """The config of a run directory.
+
+    Raises:
+        InvalidArgumentError: if it is none.
+    """
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise InvalidArgumentError(f"`{directory}` must be a run directory, and has no config.yaml.")
+    return OmegaConf.load(path)  # type: ignore[return-value]
+
+
+def check_checkpoint(directory: Path) -> None:
+    """Raises `InvalidArgumentError` unless a run directory holds a checkpoint."""
+    if not (directory / "checkpoint").is_dir():
+        raise InvalidArgumentError(
+            f"`{directory}` must hold a checkpoint, and has none: the run ended before its first."
+        )
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry: checks, then trains."""
+    try:
+        resume = cfg.resume is not None
+        directory = Path(cfg.resume if resume else HydraConfig.get().runtime.output_dir)
+        if resume:
+            cfg = saved_config(directory)
+            check_checkpoint(directory)
+        plan = check(cfg)
+        if not resume:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+            write_json(directory / "versions.json", versions())
+    except LmGymError as error:
+        sys.exit(f"{error}")
+    try:
+        code = train(plan, directory, resume)
+    except KeyboardInterrupt:
+        code = 130
+    except LmGymError as error:
+        sys.exit(f"{error}")
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The environments: one token a step (single and vector), and one response a step."""

@@ -1,0 +1,454 @@
+"""The token MDP itself, N rows at a time; Gymnasium's single and vector environments are two skins over it.
+
+Shapes: N rows, P prompt columns, T response columns, L = P + T, V vocabulary, B episodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lmgym.envs.prompts import Prompt, PromptSet
+from lmgym.envs.settings import Settings
+from lmgym.errors import InvalidActionError, InvalidArgumentError
+from lmgym.models.causal import CausalLM, token_log_probs
+from lmgym.models.decoding import Decoder, Prefilled, RingDecoder, make_decoder
+from lmgym.rewards.base import score
+from lmgym.rewards.classifier import ClassifierReward
+from lmgym.tasks.base import Task
+
+Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What one step of the MDP gave. Rows that were not live are 0 or False throughout.
+
+    Attributes:
+        rewards: (N,) the env's own half of the reward (design, section 1).
+        ref_log_probs: (N,) nats, log pi_ref of the tokens this step paid for; None where it paid for none.
+        terminated: (N,). truncated: (N,).
+        ended: rows (n,) whose episode ended, in order; the lists below belong to them.
+    """
+
+    rewards: Floats
+    ref_log_probs: Floats | None
+    terminated: Bools
+    truncated: Bools
+    ended: Ints
+    outcomes: Outcomes | None
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """How n episodes ended. `scores` are as paid, a missing-EOS penalty already taken off."""
+
+    scores: list[float]
+    gold_scores: list[float] | None
+    finish_reasons: list[str]
+    prompts: list[str]
+    responses: list[str]
+    discounted_returns: list[float]
+
+    def columns(self) -> dict[str, list[Any]]:
+        """What `info` tells of them, by its keys."""
+        gold = {} if self.gold_scores is None else {"gold_score": self.gold_scores}
+        return {
+            "score": self.scores,
+            **gold,
+            "finish_reason": self.finish_reasons,
+            "prompt": self.prompts,
+            "response": self.responses,
+            "discounted_return": self.discounted_returns,
+        }
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What stepping whole responses would have given, from one pass.
+
+    Attributes:
+        response_mask: (B, T) bool, True up to and including the end.
+        rewards: (B, T) the env's own half of the reward, 0 off the mask.
+        ref_log_probs: (B, T) nats, 0 off the mask and at `kl_coef=0`.
+        terminated: (B,). truncated: (B,).
+        outcomes: scores, texts and discounted returns of the B episodes.
+    """
+
+    response_mask: Bools
+    rewards: Floats
+    ref_log_probs: Floats
+    terminated: Bools
+    truncated: Bools
+    outcomes: Outcomes
+
+
+class Engine:
+    """N rows of one task.
+
+    The reference's forward is lazy: a token is fed when the next reward needs it, so the last token of an episode never
+    costs one. Memory: a ring cache of N x (P + T) keys and values (decoding.py), and prompts read ahead for N rows.
+
+    Attributes:
+        task: the MDP. lm: its reference. reward: what it pays at the end. prompts: the split's prompts.
+        input_ids: (N, L) int64 and attention_mask: (N, L) int8, the observations; `lengths` (N,) tokens chosen so far.
+        is_eos: (V,) bool.
+        running: (N,) bool, rows inside an episode.
+        returns, discounted: (N,) sum of the rewards of the episode so far, without and with gamma.
+        starts: (N,) response tokens that came with the reset, which nobody pays for.
+        ref_log_probs: (N, T) nats, of the tokens chosen so far; nan where the reference was not asked.
+    """
+
+    def __init__(self, settings: Settings, num_rows: int) -> None:
+        self.task: Task = settings.resolve()
+        task = self.task
+        reward = task.reward_function(settings.device)  # first: an import path may lead nowhere
+        self.lm: CausalLM = task.reference(settings.device, settings.dtype)
+        self.prompts = PromptSet(task, settings.split, self.lm)
+        self.reward = reward.for_tokenizer(self.lm.tokenizer) if isinstance(reward, ClassifierReward) else reward
+        if task.missing_eos_penalty and not self.lm.eos_token_ids:
+            raise InvalidArgumentError("`missing_eos_penalty` must be 0: the model's tokenizer has no EOS.")
+        self.num_rows, self.width, self.horizon = num_rows, self.prompts.width, task.max_new_tokens
+        self.is_eos = np.zeros(self.lm.vocab_size, dtype=np.bool_)
+        self.is_eos[sorted(self.lm.eos_token_ids)] = True
+        self._legal = np.array([self.lm.is_legal(i) for i in range(self.lm.vocab_size)])
+        self._all_legal = bool(self._legal.all())
+        self.input_ids = np.full((num_rows, self.width + self.horizon), self.lm.pad_token_id, dtype=np.int64)
+        self.attention_mask = np.zeros(self.input_ids.shape, dtype=np.int8)
+        self.lengths = np.zeros(num_rows, dtype=np.int64)
+        self.running = np.zeros(num_rows, dtype=np.bool_)
+        self.starts = np.zeros(num_rows, dtype=np.int64)
+        self.returns = np.zeros(num_rows)
+        self.discounted = np.zeros(num_rows)
+        self.ref_log_probs = np.full((num_rows, self.horizon), np.nan)
+        self.current: list[Prompt | None] = [None] * num_rows
+        self._stepwise = task.kl_coef > 0 and task.dense_kl
+        self._reader = _Reader(self.lm, num_rows, self.width + self.horizon) if self._stepwise else None
+
+    # -- starting ------------------------------------------------------------------------------------------------
+
+    def begin(self, rows: Ints, prompts: Sequence[Prompt], ahead: Callable[[int], Prompt] | None = None) -> None:
+        """Starts an episode in each of rows (n,).
+
+        Args:
+            rows: which. prompts: one each.
+            ahead: gives the prompt a row will most likely start from next, so that prompts can be read in batches.
+        """
+        self.input_ids[rows] = self.lm.pad_token_id
+        self.attention_mask[rows] = 0
+        for row, prompt in zip(rows, prompts, strict=True):
+            self.input_ids[row, self.width - len(prompt.ids) : self.width] = prompt.ids
+            self.attention_mask[row, self.width - len(prompt.ids) : self.width] = 1
+            self.current[row] = prompt
+        self.lengths[rows] = self.starts[rows] = 0
+        self.running[rows] = True
+        self.returns[rows] = self.discounted[rows] = 0.0
+        self.ref_log_probs[rows] = np.nan
+        if self._reader is not None:
+            self._reader.start(rows, prompts, ahead)
+
+    def resume(
+        self, row: int, response_ids: Sequence[int], returns: tuple[float, float] | None, ref_log_probs: Floats | None
+    ) -> None:
+        """Puts a freshly begun row behind a prefix of a response.
+
+        Args:
+            row: which. response_ids: fewer than T tokens that do not end the episode.
+            returns: the return and the discounted return so far; None earns 0, for a start in mid-air.
+            ref_log_probs: (T,) of the tokens, or None for unknown.
+        """
+        n = len(response_ids)
+        self.input_ids[row, self.width : self.width + n] = response_ids
+        self.attention_mask[row, self.width : self.width + n] = 1
+        self.lengths[row] = n
+        self.starts[row] = n if returns is None else 0
+        self.returns[row], self.discounted[row] = returns or (0.0, 0.0)
+        if ref_log_probs is not None:
+            self.ref_log_probs[row] = ref_log_probs
+        if self._reader is not None and n:
+            end = self.width + n
+            self._reader.restart(row, self.input_ids[row, :end], self.attention_mask[row, :end])
+
+    def check_prefix(self, response_ids: Sequence[int]) -> None:
+        """Raises `InvalidArgumentError` unless an episode can go on behind these response tokens."""
+        if len(response_ids) >= self.horizon:
+            raise InvalidArgumentError(
+                f"`response_ids` must be shorter than {self.horizon} tokens, got {len(response_ids)}."
+            )
+        for t, i in enumerate(response_ids):
+            if not self.lm.is_legal(int(i)):
+                raise InvalidArgumentError(f"`response_ids` must hold token ids of the tokenizer, and {i} is none.")
+            if self.is_eos[int(i)] and t >= self.task.min_new_tokens:
+                raise InvalidArgumentError(f"`response_ids` must not end the episode, and token {t} is an EOS.")
+
+    # -- stepping ------------------------------------------------------------------------------------------------
+
+    def check_actions(self, actions: Ints, live: Bools) -> None:
+        """Raises `InvalidActionError` unless every live row's action is a token id of the tokenizer."""
+        inside = (actions >= 0) & (actions < self.lm.vocab_size)
+        if not self._all_legal:
+            inside &= self._legal[np.where(inside, actions, 0)]
+        if not (inside | ~live).all():
+            bad = int(actions[np.flatnonzero(~inside & live)[0]])
+            raise InvalidActionError(f"`action` must be a token id from 0 to {self.lm.vocab_size - 1}, got {bad}.")
+
+    def step(self, actions: Ints, live: Bools) -> Transition:
+        """Appends a token to each live row.
+
+        Args:
+            actions: (N,) int64 token ids, already checked; anything where not live.
+            live: (N,) bool, a subset of `running`.
+        """
+        task, t = self.task, self.lengths.copy()
+        rows = np.flatnonzero(live)
+        tokens = actions[rows]
+        rewards = np.zeros(self.num_rows)
+        paid: Floats | None = None
+        if self._reader is not None:
+            paid = np.where(live, self._reader.log_probs(np.where(live, actions, 0)), 0.0)
+            self.ref_log_probs[rows, t[rows]] = paid[rows]
+            rewards = task.kl_coef * paid
+        columns = self.width + t[rows]
+        self.input_ids[rows, columns] = tokens
+        self.attention_mask[rows, columns] = 1
+        self.lengths[rows] += 1
+        eos = np.zeros(self.num_rows, dtype=np.bool_)
+        eos[rows] = self.is_eos[tokens] & (t[rows] >= task.min_new_tokens)
+        full = live & ~eos & (self.lengths == self.horizon)
+        ended = np.flatnonzero(eos | full)
+        scores: _Scores | None = None
+        if len(ended):
+            scores = self._score(ended, eos[ended])
+            if task.kl_coef > 0 and not task.dense_kl:
+                paid = np.zeros(self.num_rows)
+                paid[ended] = self._pay_at_end(ended)
+                rewards += task.kl_coef * paid
+            rewards[ended] += scores.scores
+        self.returns += rewards
+        self.discounted += task.gamma**t * rewards
+        self.running[ended] = False
+        outcomes = scores.outcomes(self.discounted[ended]) if scores is not None else None
+        truncated = full if task.truncate else np.zeros_like(full)
+        return Transition(rewards, paid, (eos | full) & ~truncated, truncated, ended, outcomes)
+
+    def response_ids(self, row: int) -> list[int]:
+        """The response tokens of a row so far."""
+        return self.input_ids[row, self.width : self.width + self.lengths[row]].tolist()
+
+    def reference_logits(self) -> Tensor:
+        """(N, V) logits of the reference for each row's next token; the same forward that the next step will use.
+
+        Raises:
+            InvalidArgumentError: where stepping never runs the reference (`kl_coef=0`, or `dense_kl=False`).
+        """
+        if self._reader is None:
+            raise InvalidArgumentError(
+                "`kl_coef` must be > 0 and `dense_kl` True for the reference to run at every step."
+            )
+        return self._reader.logits()
+
+    def left_padded(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        """(B, P) int64 ids and bool mask of prompts."""
+        return left_padded(prompts, self.width, self.lm.pad_token_id)
+
+    # -- whole episodes --------------------------------------------------------------------------------------------
+
+    def replay(self, prompts: Sequence[Prompt], response_ids: Ints) -> Replay:
+        """What stepping responses (B, T) behind prompts would have given; the rows of the engine are not touched.
+
+        Raises:
+            InvalidActionError: for a token that is none, before the end of its response.
+        """
+        task, (b, horizon) = self.task, response_ids.shape
+        if horizon != self.horizon or b != len(prompts):
+            raise InvalidArgumentError(
+                f"`response_ids` must have shape ({len(prompts)}, {self.horizon}), got {response_ids.shape}."
+            )
+        columns = np.arange(horizon)
+        known = (response_ids >= 0) & (response_ids < self.lm.vocab_size)
+        eos_at = self.is_eos[np.where(known, response_ids, 0)] & known & (columns >= task.min_new_tokens)
+        eos = eos_at.any(1)
+        lengths = np.where(eos, eos_at.argmax(1) + 1, horizon)
+        mask: Bools = columns < lengths[:, None]
+        self.check_actions(response_ids.ravel(), mask.ravel())
+        ref = np.zeros((b, horizon))
+        if task.kl_coef > 0:
+            response = torch.from_numpy(np.where(mask, response_ids, 0))
+            log_probs = self.lm.response_log_probs(*self.left_padded(prompts), response, torch.from_numpy(mask))
+            ref = log_probs.numpy().astype(np.float64)
+        rewards = task.kl_coef * ref
+        last = (np.arange(b), lengths - 1)
+        if not task.dense_kl:
+            total = rewards.sum(1)
+            rewards[:] = 0.0
+            rewards[last] = total
+        responses = [response_ids[i, : lengths[i]].tolist() for i in range(b)]
+        scores = self._score_texts(prompts, responses, eos)
+        rewards[last] += scores.scores
+        discounted = (rewards * task.gamma**columns).sum(1)
+        truncated = ~eos & task.truncate
+        return Replay(mask, rewards, ref, ~truncated, truncated, scores.outcomes(discounted))
+
+    def step_whole(self, responses: Ints, live: Bools) -> Transition:
+        """Takes a whole response (N, T) in each live row: the bandit's step, whose reward is the discounted return."""
+        rows = np.flatnonzero(live)
+        rewards, paid, zeros = np.zeros(self.num_rows), np.zeros(self.num_rows), np.zeros(self.num_rows, dtype=np.bool_)
+        if not len(rows):
+            return Transition(rewards, None, zeros, zeros.copy(), rows, None)
+        replay = self.replay([p for row in rows if (p := self.current[row]) is not None], responses[rows])
+        mask = replay.response_mask
+        self.input_ids[rows, self.width :] = np.where(mask, responses[rows], self.lm.pad_token_id)
+        self.attention_mask[rows, self.width :] = mask
+        self.lengths[rows] = mask.sum(1)
+        self.running[rows] = False
+        self.returns[rows], self.discounted[rows] = replay.rewards.sum(1), replay.outcomes.discounted_returns
+        rewards[rows] = self.discounted[rows]
+        if self.task.kl_coef > 0:
+            paid[rows] = replay.ref_log_probs.sum(1)
+            self.ref_log_probs[rows] = np.where(mask, replay.ref_log_probs, np.nan)
+        terminated, truncated = zeros.copy(), zeros.copy()
+        terminated[rows], truncated[rows] = replay.terminated, replay.truncated
+        paid_for = paid if self.task.kl_coef > 0 else None
+        return Transition(rewards, paid_for, terminated, truncated, rows, replay.outcomes)
+
+    # -- the end of an episode -----------------------------------------------------------------------------------
+
+    def _pay_at_end(self, rows: Ints) -> Floats:
+        """(n,) nats: log pi_ref of whole responses, from one teacher-forced pass."""
+        ids = torch.from_numpy(self.input_ids[rows])
+        mask = torch.from_numpy(self.attention_mask[rows]).bool()
+        p = self.width
+        log_probs = self.lm.response_log_probs(ids[:, :p], mask[:, :p], ids[:, p:], mask[:, p:]).numpy()
+        kept = np.where(mask[:, p:].numpy(), log_probs, np.nan)
+        kept[np.arange(self.horizon) < self.starts[rows, None]] = np.nan
+        self.ref_log_probs[rows] = kept
+        return np.nansum(kept, axis=1, dtype=np.float64)
+
+    def _score(self, rows: Ints, eos: Bools) -> _Scores:
+        prompts = [self.current[row] for row in rows]
+        return self._score_texts([p for p in prompts if p is not None], [self.response_ids(row) for row in rows], eos)
+
+    def _score_texts(self, prompts: Sequence[Prompt], responses: list[list[int]], eos: Bools) -> _Scores:
+        texts = [p.text for p in prompts]
+        ids = [list(p.ids) for p in prompts]
+        completions = self.lm.completions(ids, responses, texts)
+        columns: dict[str, Any] = {"prompt_ids": ids, "completion_ids": responses}
+        scores = np.array(score(self.reward, texts, completions, **columns))
+        scores = scores - self.task.missing_eos_penalty * ~eos
+        gold = None if self.task.gold is None else score(self.task.gold, texts, completions, **columns)
+        return _Scores(scores, gold, ["eos" if e else "length" for e in eos], texts, completions)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    scores: Floats
+    gold_scores: list[float] | None
+    finish_reasons: list[str]
+    prompts: list[str]
+    responses: list[str]
+
+    def outcomes(self, discounted: Floats) -> Outcomes:
+        return Outcomes(
+            self.scores.tolist(),
+            self.gold_scores,
+            self.finish_reasons,
+            self.prompts,
+            self.responses,
+            discounted.tolist(),
+        )
+
+
+class _Reader:
+    """Feeds the reference: which tokens are due, which rows restart, and prompts read ahead in batches."""
+
+    def __init__(self, lm: CausalLM, rows: int, capacity: int) -> None:
+        self._lm = lm
+        self._decoder: Decoder = make_decoder(lm, rows, capacity)
+        self._due: Tensor | None = None  # (N,) tokens chosen but not yet fed
+        self._starting: dict[int, Prompt | tuple[Ints, npt.NDArray[np.int8]]] = {}
+        self._ahead: Callable[[int], Prompt] | None = None
+        self._ready: dict[int, tuple[Prompt, Prefilled, int]] = {}
+        self._rows = rows
+
+    def start(self, rows: Ints, prompts: Sequence[Prompt], ahead: Callable[[int], Prompt] | None) -> None:
+        self._ahead = ahead
+        self._starting.update(zip(rows.tolist(), prompts, strict=True))
+
+    def restart(self, row: int, ids: Ints, mask: npt.NDArray[np.int8]) -> None:
+        self._starting[row] = (ids.copy(), mask.copy())
+
+    def logits(self) -> Tensor:
+        """(N, V): brings every row up to date."""
+        if self._due is not None and len(self._starting) < self._rows:
+            self._decoder.step(self._due)
+        self._due = None
+        if self._starting:
+            self._start_rows()
+        return self._decoder.logits
+
+    def log_probs(self, tokens: Ints) -> Floats:
+        """(N,) float64 nats of the tokens chosen now; they are fed when the next logits are asked for."""
+        chosen = torch.from_numpy(tokens).to(self._lm.device)
+        with torch.inference_mode():
+            log_probs = token_log_probs(self.logits(), chosen)
+        self._due = chosen
+        return log_probs.cpu().numpy().astype(np.float64)
+
+    def _start_rows(self) -> None:
+        prompts = {row: p for row, p in self._starting.items() if isinstance(p, Prompt)}
+        for row, prefix in self._starting.items():
+            if not isinstance(prefix, Prompt):
+                ids, mask = (torch.from_numpy(x)[None].to(self._lm.device) for x in prefix)
+                self._decoder.begin(torch.tensor([row], device=self._lm.device), ids, mask)
+        self._starting = {}
+        if not isinstance(self._decoder, RingDecoder):
+            if prompts:
+                self._decoder.begin(self._index(list(prompts)), *self._left_padded(list(prompts.values())))
+            return
+        if not all(self._is_ready(row, prompt) for row, prompt in prompts.items()):
+            self._read_ahead(self._decoder, prompts)
+        batches: dict[int, list[int]] = {}
+        for row in prompts:
+            batches.setdefault(id(self._ready[row][1]), []).append(row)
+        for rows in batches.values():
+            taken = [self._ready.pop(row) for row in rows]
+            self._decoder.insert(self._index(rows), taken[0][1], self._index([place for _, _, place in taken]))
+
+    def _is_ready(self, row: int, prompt: Prompt) -> bool:
+        return row in self._ready and self._ready[row][0] is prompt
+
+    def _read_ahead(self, decoder: RingDecoder, prompts: dict[int, Prompt]) -> None:
+        """Reads the prompts due now, and with them the next one of every row that has none waiting."""
+        wanted = {row: prompt for row, prompt in prompts.items() if not self._is_ready(row, prompt)}
+        if self._ahead is not None:
+            for row in range(self._rows):
+                if row not in prompts and row not in self._ready:
+                    wanted[row] = self._ahead(row)
+        batch = decoder.prefill(*self._left_padded(list(wanted.values())))
+        for place, (row, prompt) in enumerate(wanted.items()):
+            self._ready[row] = (prompt, batch, place)
+
+    def _left_padded(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        ids, mask = left_padded(prompts, max(len(p.ids) for p in prompts), self._lm.pad_token_id)
+        return ids.to(self._lm.device), mask.to(self._lm.device)
+
+    def _index(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, device=self._lm.device)
+
+
+def left_padded(prompts: Sequence[Prompt], width: int, pad: int) -> tuple[Tensor, Tensor]:
+    """(n, width) int64 ids and bool mask of prompts, the last token of each in the last column."""
+    ids = np.full((len(prompts), width), pad, dtype=np.int64)
+    mask = np.zeros((len(prompts), width), dtype=np.bool_)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt.ids) :] = prompt.ids
+        mask[i, width - len(prompt.ids) :] = True
+    return torch.from_numpy(ids), torch.from_numpy(mask)

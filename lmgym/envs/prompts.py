@@ -1,0 +1,114 @@
+"""Prompts as token ids, and the order in which an environment draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lmgym.errors import InvalidArgumentError
+from lmgym.models.causal import CausalLM
+from lmgym.tasks.base import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt: its token ids, its text, and its place in its split (-1 where it came from elsewhere)."""
+
+    ids: tuple[int, ...]
+    text: str
+    index: int
+
+
+class PromptSet:
+    """The prompts of a split, encoded once.
+
+    Attributes:
+        width: P, the prompt columns of an observation.
+    """
+
+    def __init__(self, task: Task, split: str, lm: CausalLM) -> None:
+        self._lm = lm
+        encoded = {name: lm.encode_all(tuple(texts)) for name, texts in task.prompts.items()}
+        longest = max(len(ids) for rows in encoded.values() for ids in rows)
+        self.width = task.max_prompt_tokens or longest
+        if longest > self.width:
+            raise InvalidArgumentError(
+                f"`max_prompt_tokens` must be at least {longest}, the longest prompt, got {self.width}."
+            )
+        horizon, limit = task.max_new_tokens, lm.max_positions
+        if limit is not None and self.width + horizon > limit:
+            raise InvalidArgumentError(
+                f"`max_new_tokens` must be at most {limit - self.width}, got {horizon}: the longest prompt has "
+                f"{self.width} tokens and the model {limit} positions."
+            )
+        self._prompts = [Prompt(tuple(ids), lm.decode(ids), i) for i, ids in enumerate(encoded[split])]
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        if not isinstance(index, (int, np.integer)) or not 0 <= index < len(self._prompts):
+            raise InvalidArgumentError(
+                f"`prompt_index` must be an int from 0 to {len(self._prompts) - 1}, got {index!r}."
+            )
+        return self._prompts[index]
+
+    def of_text(self, text: str) -> Prompt:
+        """Encodes a prompt from outside the split."""
+        if not isinstance(text, str) or not text.strip():
+            raise InvalidArgumentError(f"`prompt` must be a non-empty text, got {text!r}.")
+        return self._checked("prompt", self._lm.encode(text))
+
+    def of_ids(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> Prompt:
+        """A prompt from outside the split, as token ids."""
+        return self._checked("prompt_ids", [int(i) for i in ids])
+
+    def _checked(self, argument: str, ids: list[int]) -> Prompt:
+        if not 1 <= len(ids) <= self.width:
+            raise InvalidArgumentError(f"`{argument}` must have 1 to {self.width} tokens, got {len(ids)}.")
+        for i in ids:
+            if not self._lm.is_legal(i):
+                raise InvalidArgumentError(f"`{argument}` must hold token ids of the tokenizer, and {i} is none.")
+        return Prompt(tuple(ids), self._lm.decode(ids), -1)
+
+
+class PromptOrder:
+    """One environment's endless stream of prompts: each epoch is a permutation of its own, or the split's own order."""
+
+    def __init__(
+        self, prompts: PromptSet, order: str, rng: Callable[[], np.random.Generator], *, start: int = 0, stride: int = 1
+    ) -> None:
+        self._prompts, self._shuffle, self._rng = prompts, order == "shuffle", rng
+        self._start, self._stride = start, stride
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new stream: what the generator gives from here on."""
+        self._epoch: npt.NDArray[np.int64] | None = None
+        self._place = 0 if self._shuffle else self._start
+
+    @property
+    def position(self) -> tuple[npt.NDArray[np.int64] | None, int]:
+        """Where the stream stands, for a copy to go on from."""
+        return self._epoch, self._place
+
+    @position.setter
+    def position(self, position: tuple[npt.NDArray[np.int64] | None, int]) -> None:
+        self._epoch, self._place = position
+
+    def peek(self) -> Prompt:
+        """The next prompt, without taking it."""
+        if not self._shuffle:
+            return self._prompts[self._place % len(self._prompts)]
+        if self._epoch is None or self._place == len(self._epoch):
+            self._epoch, self._place = self._rng().permutation(len(self._prompts)), 0
+        return self._prompts[int(self._epoch[self._place])]
+
+    def take(self) -> Prompt:
+        """The next prompt."""
+        prompt = self.peek()
+        self._place += 1 if self._shuffle else self._stride
+        return prompt

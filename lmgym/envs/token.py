@@ -1,0 +1,286 @@
+"""Text generation as a Gymnasium environment: one token a step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+
+from lmgym.envs.engine import Engine, Outcomes, Transition
+from lmgym.envs.prompts import Prompt, PromptOrder
+from lmgym.envs.rendering import Frame, show, to_rgb, to_text
+from lmgym.envs.settings import RENDER_MODES, Settings
+from lmgym.errors import InvalidActionError, InvalidArgumentError, unknown_name
+from lmgym.tasks.base import Task
+
+RESET_OPTIONS = ("prompt", "prompt_ids", "prompt_index", "response_ids")
+_ROW = np.zeros(1, dtype=np.int64)
+_LIVE = np.ones(1, dtype=np.bool_)
+
+
+@dataclass(frozen=True)
+class EnvState:
+    """Where an episode stands: enough to go on from it, since transitions are deterministic."""
+
+    prompt: Prompt
+    response_ids: tuple[int, ...]
+    ref_log_probs: npt.NDArray[np.float64]
+    returns: tuple[float, float]
+    start: int
+    running: bool
+    outcomes: Outcomes | None
+
+
+class RLHFEnv(gym.Env[Any, int]):
+    """The token MDP of RLHF (design, section 1).
+
+    ## Observation
+    `Dict(input_ids=Box int64 (L,), attention_mask=Box int8 (L,))`, L = P + T: the prompt left-padded to P columns, then
+    the response. With `obs_format="flat"` one `Box int64 (L,)`, -1 where there is no token.
+
+    ## Action
+    `Discrete(V)`: the next token. An int is a point mass, so the env's own reward carries the whole KL of that choice;
+    a sampling policy adds `-kl_coef * log pi(a|s)` itself (`lmgym.wrappers.PolicyKL`).
+
+    ## Reward
+    `kl_coef * log pi_ref(a|s)` at every step, plus the score at the end.
+
+    ## End
+    EOS or T tokens, both `terminated`; `truncate=True` reports T tokens as `truncated`.
+
+    ## Info
+    Every step: `ref_log_prob` (nats; the tokens this step paid for; absent where it paid for none). At the end also
+    `score`, `gold_score` (if the task has one), `finish_reason` ("eos" or "length"), `prompt`, `response`,
+    `discounted_return`. `reward == kl_coef * ref_log_prob + score`.
+
+    ## Arguments
+    See `lmgym.envs.settings.Settings`.
+
+    ## Reset options
+    `prompt` (text), `prompt_ids` or `prompt_index`, and `response_ids` to start behind a prefix of a response.
+    """
+
+    metadata = {"render_modes": list(RENDER_MODES), "render_fps": 8}
+
+    reset_options: tuple[str, ...] = RESET_OPTIONS
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.settings = Settings.of(kwargs)
+        self.render_mode = self.settings.render_mode
+        self._engine = Engine(self.settings, 1)
+        self.observation_space = observation_space(self._engine, self.settings.obs_format)
+        self.action_space: spaces.Space[Any] = spaces.Discrete(self._engine.lm.vocab_size)
+        self._order = PromptOrder(self._engine.prompts, self.settings.prompt_order, lambda: self.np_random)
+        self._outcomes: Outcomes | None = None
+        self._drawn = 0  # lines of the terminal that the episode's block takes
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The engine holds a model: another process builds its own from the settings, then continues from the state.
+        state = self.clone_state() if self._engine.current[0] is not None else None
+        held = {name: self.__dict__.get(name) for name in ("_np_random", "_np_random_seed", "spec")}
+        return {"settings": self.settings, "state": state, "order": self._order.position, "held": held}
+
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        self.__init__(**vars(pickled["settings"]))  # type: ignore[misc]
+        self.__dict__.update({name: value for name, value in pickled["held"].items() if value is not None})
+        self._order.position = pickled["order"]
+        if pickled["state"] is not None:
+            self.restore_state(pickled["state"])
+
+    @property
+    def task(self) -> Task:
+        """The MDP, as resolved from the arguments."""
+        return self._engine.task
+
+    @property
+    def kl_coef(self) -> float:
+        """Price of a nat, in units of the score."""
+        return self.task.kl_coef
+
+    @property
+    def gamma(self) -> float:
+        """Discount a token, which agents read."""
+        return self.task.gamma
+
+    @property
+    def tokenizer(self) -> Any:
+        """The reference's Hugging Face tokenizer."""
+        return self._engine.lm.tokenizer
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Starts an episode from the next prompt, or from what `options` asks for.
+
+        Raises:
+            InvalidArgumentError: for an option with a value it cannot have.
+            UnknownNameError: for an option that does not exist.
+        """
+        super().reset(seed=seed)
+        if seed is not None:
+            self._order.restart()
+        prompt, prefix = choose_prompt(self._engine, self._order, options, self.reset_options)
+        self._engine.begin(_ROW, [prompt])
+        if prefix:
+            self._engine.resume(0, prefix, None, None)
+        self._outcomes, self._drawn = None, 0
+        self._render_if_human()
+        return self._observation(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Appends a token.
+
+        Args:
+            action: a token id.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first reset, and after the end of an episode.
+            InvalidActionError: for anything that is not a token id of the tokenizer.
+        """
+        check_running(self._engine.running[0])
+        step = self._advance(action)
+        self._outcomes = step.outcomes
+        info = {} if step.ref_log_probs is None else {"ref_log_prob": float(step.ref_log_probs[0])}
+        if step.outcomes is not None:
+            info |= outcome_info(step.outcomes, 0)
+        self._render_if_human()
+        return self._observation(), float(step.rewards[0]), bool(step.terminated[0]), bool(step.truncated[0]), info
+
+    def _advance(self, action: Any) -> Transition:
+        actions = as_actions(action, ()).reshape(1)
+        self._engine.check_actions(actions, _LIVE)
+        return self._engine.step(actions, _LIVE)
+
+    def clone_state(self) -> EnvState:
+        """The episode as it stands; `restore_state` goes on from it, in this env or another of the same arguments.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first reset.
+        """
+        engine, prompt = self._engine, self._engine.current[0]
+        if prompt is None:
+            raise gym.error.ResetNeeded("Cannot clone the state of an episode before `reset`.")
+        returns = (float(engine.returns[0]), float(engine.discounted[0]))
+        tokens = tuple(engine.response_ids(0))
+        start, running = int(engine.starts[0]), bool(engine.running[0])
+        return EnvState(prompt, tokens, engine.ref_log_probs[0].copy(), returns, start, running, self._outcomes)
+
+    def restore_state(self, state: EnvState) -> None:
+        """Goes back (or forth) to a cloned state; costs one forward over its tokens when the next step is taken."""
+        if not isinstance(state, EnvState):
+            raise InvalidArgumentError(f"`state` must come from `clone_state`, got {state!r}.")
+        self._engine.begin(_ROW, [state.prompt])
+        self._engine.resume(0, state.response_ids, state.returns, state.ref_log_probs)
+        self._engine.starts[0], self._engine.running[0] = state.start, state.running
+        self._outcomes = state.outcomes
+
+    def render(self) -> Any:
+        """The episode so far: a string ("ansi"), a picture ("rgb_array"), or on the terminal at each step ("human")."""
+        if self.render_mode is None:
+            gym.logger.warn(
+                "`render` was called and no `render_mode` was given: try gym.make(..., render_mode='ansi')."
+            )
+            return None
+        check_running(self._engine.current[0] is not None)
+        if self.render_mode == "human":
+            return None
+        return to_text(self._frame()) if self.render_mode == "ansi" else to_rgb(self._frame())
+
+    def _render_if_human(self) -> None:
+        if self.render_mode == "human":
+            self._drawn = show(self._frame(), sys.stdout, self._drawn)
+
+    def _observation(self) -> Any:
+        return observe(self._engine, self.settings.obs_format, 0)
+
+    def _frame(self) -> Frame:
+        return frame(self._engine, 0, self._outcomes)
+
+
+def observation_space(engine: Engine, obs_format: str) -> spaces.Space[Any]:
+    """The space of one row's observations."""
+    length, largest = engine.width + engine.horizon, engine.lm.vocab_size - 1
+    if obs_format == "flat":
+        return spaces.Box(-1, largest, (length,), np.int64)
+    ids, mask = spaces.Box(0, largest, (length,), np.int64), spaces.Box(0, 1, (length,), np.int8)
+    return spaces.Dict(input_ids=ids, attention_mask=mask)
+
+
+def observe(engine: Engine, obs_format: str, rows: int | slice | npt.NDArray[np.int64]) -> Any:
+    """A copy of what rows show."""
+    ids, mask = engine.input_ids[rows], engine.attention_mask[rows]
+    if obs_format == "flat":
+        return np.where(mask == 1, ids, -1)
+    return {"input_ids": ids.copy(), "attention_mask": mask.copy()}
+
+
+def check_running(running: bool | np.bool_) -> None:
+    """Raises Gymnasium's `ResetNeeded` outside an episode."""
+    if not running:
+        raise gym.error.ResetNeeded("Cannot call `step` (or look at an episode) before `reset`, or after its end.")
+
+
+def as_actions(actions: Any, shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    """Token ids as an int64 array of a shape; raises `InvalidActionError` for anything else."""
+    array = np.asarray(actions.cpu() if hasattr(actions, "cpu") else actions)
+    if array.shape != shape or not np.issubdtype(array.dtype, np.integer):
+        raise InvalidActionError(f"`action` must be integer token ids of shape {shape}, got {actions!r}.")
+    return array.astype(np.int64)
+
+
+def choose_prompt(
+    engine: Engine, order: PromptOrder, options: dict[str, Any] | None, known: Sequence[str] = RESET_OPTIONS
+) -> tuple[Prompt, Sequence[int]]:
+    """The prompt, and the response prefix, that reset options ask for."""
+    options = options or {}
+    for name in options:
+        if name not in known:
+            raise unknown_name("options", name, known)
+    given = [name for name in RESET_OPTIONS[:3] if name in options]
+    if len(given) > 1:
+        raise InvalidArgumentError(f"`options` must have at most one of {list(RESET_OPTIONS[:3])}, got {given}.")
+    if "prompt" in options:
+        prompt = engine.prompts.of_text(options["prompt"])
+    elif "prompt_ids" in options:
+        prompt = engine.prompts.of_ids(options["prompt_ids"])
+    elif "prompt_index" in options:
+        prompt = engine.prompts[options["prompt_index"]]
+    else:
+        prompt = order.take()
+    prefix = [int(i) for i in options.get("response_ids", ())]
+    engine.check_prefix(prefix)
+    return prompt, prefix
+
+
+def outcome_info(outcomes: Outcomes, i: int) -> dict[str, Any]:
+    """The info of the i-th episode that ended."""
+    return {name: column[i] for name, column in outcomes.columns().items()}
+
+
+def frame(engine: Engine, row: int, outcomes: Outcomes | None, i: int = 0) -> Frame:
+    """What there is to draw of a row; `outcomes` (its i-th episode) once it has ended."""
+    prompt = engine.current[row]
+    assert prompt is not None
+    response = engine.response_ids(row)
+    grown = [response[: t + 1] for t in range(len(response))]
+    texts = engine.lm.completions([prompt.ids] * len(grown), grown, [prompt.text] * len(grown))
+    pieces = [text[len(before) :] for before, text in zip(["", *texts], texts, strict=False)]
+    # A special token has no text: it is shown by its name.
+    names = engine.lm.tokenizer.convert_ids_to_tokens(response)
+    pieces = [piece or f" {name}" for piece, name in zip(pieces, names, strict=True)]
+    ref = engine.ref_log_probs[row, : len(response)]
+    costs = [] if np.isnan(ref).any() else (engine.task.kl_coef * ref).tolist()
+    return Frame(
+        prompt=prompt.text,
+        tokens=pieces,
+        costs=costs,
+        score=None if outcomes is None else outcomes.scores[i],
+        episode_return=float(engine.returns[row]),
+        finish_reason=None if outcomes is None else outcomes.finish_reasons[i],
+        max_new_tokens=engine.horizon,
+        cost_scale=7 * engine.task.kl_coef,
+    )

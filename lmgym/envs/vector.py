@@ -1,0 +1,317 @@
+"""N token MDPs in one: a batched, cached forward of the reference a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from lmgym.envs.engine import Engine, Outcomes, Replay, Transition
+from lmgym.envs.prompts import Prompt, PromptOrder
+from lmgym.envs.rendering import to_rgb, to_text
+from lmgym.envs.settings import Settings
+from lmgym.envs.token import (
+    RESET_OPTIONS,
+    as_actions,
+    check_running,
+    choose_prompt,
+    frame,
+    observation_space,
+    observe,
+)
+from lmgym.errors import InvalidArgumentError, check_choice, check_int
+from lmgym.tasks.base import Task
+
+AUTORESET_MODES = tuple(mode.value for mode in AutoresetMode)
+_NUMBERS = ("score", "gold_score", "discounted_return")
+
+
+class RLHFVectorEnv(VectorEnv[Any, Any, Any]):
+    """`RLHFEnv` N times over, with the results of N of them and one forward a step.
+
+    Args:
+        num_envs: N.
+        autoreset_mode: "NextStep", "SameStep" or "Disabled" (`gymnasium.vector.AutoresetMode`, or its value).
+        group_size: k; rows i*k .. i*k + k - 1 draw the same prompts in the same order, each at its own pace.
+        **kwargs: those of `RLHFEnv`, see `lmgym.envs.settings.Settings`.
+
+    A sequential `prompt_order` deals the prompts out: row i starts at prompt i // k and takes every (N / k)-th.
+
+    Raises:
+        InvalidArgumentError: for a value that cannot be, before anything loads.
+    """
+
+    metadata = {"render_modes": ["ansi", "rgb_array"], "autoreset_mode": AutoresetMode.NEXT_STEP}
+
+    reset_options: tuple[str, ...] = RESET_OPTIONS
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        autoreset_mode: str | AutoresetMode = "NextStep",
+        group_size: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        check_int("num_envs", num_envs, 1)
+        check_int("group_size", group_size, 1)
+        if num_envs % group_size:
+            raise InvalidArgumentError(f"`group_size` must divide `num_envs`={num_envs}, got {group_size}.")
+        mode = autoreset_mode.value if isinstance(autoreset_mode, AutoresetMode) else autoreset_mode
+        check_choice("autoreset_mode", mode, AUTORESET_MODES)
+        self.settings = Settings.of(kwargs)
+        if self.settings.render_mode is not None:
+            check_choice("render_mode", self.settings.render_mode, self.metadata["render_modes"])
+        self.num_envs, self.group_size, self.render_mode = num_envs, group_size, self.settings.render_mode
+        self.autoreset_mode = AutoresetMode(mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self._engine = Engine(self.settings, num_envs)
+        self.single_observation_space = observation_space(self._engine, self.settings.obs_format)
+        self.single_action_space: gym.Space[Any] = gym.spaces.Discrete(self._engine.lm.vocab_size)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._seed_rows([None] * num_envs, np.ones(num_envs, dtype=np.bool_))
+        groups = num_envs // group_size
+        self._orders = [
+            PromptOrder(
+                self._engine.prompts,
+                self.settings.prompt_order,
+                lambda row=row: self._rngs[row],  # type: ignore[misc]
+                start=row // group_size,
+                stride=groups,
+            )
+            for row in range(num_envs)
+        ]
+        self._outcomes: list[tuple[Outcomes, int] | None] = [None] * num_envs
+        self._to_reset = np.zeros(num_envs, dtype=np.bool_)
+        self._ready = False
+
+    @property
+    def task(self) -> Task:
+        """The MDP, as resolved from the arguments."""
+        return self._engine.task
+
+    @property
+    def kl_coef(self) -> float:
+        """Price of a nat, in units of the score."""
+        return self.task.kl_coef
+
+    @property
+    def gamma(self) -> float:
+        """Discount a token, which agents read."""
+        return self.task.gamma
+
+    @property
+    def tokenizer(self) -> Any:
+        """The reference's Hugging Face tokenizer."""
+        return self._engine.lm.tokenizer
+
+    @property
+    def engine(self) -> Engine:
+        """The MDP behind the skin: what the whole-episode path and the wrappers read."""
+        return self._engine
+
+    def _seed_rows(self, seeds: Sequence[int | None], rows: npt.NDArray[np.bool_]) -> None:
+        """Gives rows their generators; rows of a group share the seed of their first, so that they draw alike."""
+        if not hasattr(self, "_rngs"):
+            self._rngs: list[np.random.Generator] = [np.random.default_rng(0)] * self.num_envs
+            fresh = np.random.SeedSequence().generate_state(self.num_envs).tolist()
+            seeds = [int(fresh[row // self.group_size]) for row in range(self.num_envs)]
+        for row in np.flatnonzero(rows).tolist():
+            seed = seeds[row - row % self.group_size]
+            if seed is not None:
+                self._rngs[row] = seeding.np_random(seed)[0]
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Starts an episode in every row, or in those of `options["reset_mask"]` (N,) bool.
+
+        Args:
+            seed: row i is seeded with seed + i, or with its own of N.
+            options: those of `RLHFEnv.reset`, for every row that is reset; and `reset_mask`.
+
+        Raises:
+            InvalidArgumentError: for an option with a value it cannot have.
+        """
+        options = dict(options or {})
+        mask = self._reset_mask(options.pop("reset_mask", None))
+        if seed is not None:
+            seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seed)
+            if len(seeds) != self.num_envs:
+                raise InvalidArgumentError(f"`seed` must be an int or {self.num_envs} seeds, got {len(seeds)} of them.")
+            self._seed_rows(seeds, mask)
+            for row in np.flatnonzero(mask):
+                if seeds[row - row % self.group_size] is not None:
+                    self._orders[row].restart()
+        self._begin(np.flatnonzero(mask), options)
+        self._to_reset[mask] = False
+        self._ready = self._ready or bool(mask.all())
+        return self._observe(), {}
+
+    def _reset_mask(self, mask: Any) -> npt.NDArray[np.bool_]:
+        if mask is None:
+            return np.ones(self.num_envs, dtype=np.bool_)
+        if (
+            not isinstance(mask, np.ndarray)
+            or mask.shape != (self.num_envs,)
+            or mask.dtype != np.bool_
+            or not mask.any()
+        ):
+            raise InvalidArgumentError(
+                f"`options['reset_mask']` must be a bool array of shape ({self.num_envs},) with a True in it, "
+                f"got {mask!r}."
+            )
+        return mask
+
+    def _begin(self, rows: npt.NDArray[np.int64], options: dict[str, Any] | None = None) -> None:
+        chosen = [choose_prompt(self._engine, self._orders[row], options, self.reset_options) for row in rows]
+        self._engine.begin(rows, [prompt for prompt, _ in chosen], lambda row: self._orders[row].peek())
+        for row, (_, prefix) in zip(rows, chosen, strict=True):
+            if prefix:
+                self._engine.resume(int(row), prefix, None, None)
+            self._outcomes[row] = None
+
+    def step(self, actions: Any) -> tuple[Any, npt.NDArray[np.float64], Any, Any, dict[str, Any]]:
+        """Appends a token to every row.
+
+        Args:
+            actions: (N,) token ids.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first reset, and after an end with autoreset disabled.
+            InvalidActionError: for anything that is not a token id of the tokenizer.
+        """
+        check_running(self._ready)
+        live = self._engine.running
+        if self.autoreset_mode == AutoresetMode.DISABLED:
+            check_running(bool(live.all()))
+        live = live.copy()
+        step = self._advance(actions, live)
+        if step.outcomes is not None:
+            for i, row in enumerate(step.ended):
+                self._outcomes[row] = (step.outcomes, i)
+        infos = self._infos(step, live)
+        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
+            if self._to_reset.any():
+                self._begin(np.flatnonzero(self._to_reset))
+            self._to_reset = step.terminated | step.truncated
+        elif self.autoreset_mode == AutoresetMode.SAME_STEP and len(step.ended):
+            self._begin(step.ended)
+        return self._observe(), step.rewards, step.terminated, step.truncated, infos
+
+    def _advance(self, actions: Any, live: npt.NDArray[np.bool_]) -> Transition:
+        tokens = as_actions(actions, (self.num_envs,))
+        self._engine.check_actions(tokens, live)
+        return self._engine.step(tokens, live)
+
+    def _infos(self, step: Transition, live: npt.NDArray[np.bool_]) -> dict[str, Any]:
+        """Infos as Gymnasium's vector envs shape them: arrays, with a mask beside each."""
+        infos: dict[str, Any] = {}
+        same_step = self.autoreset_mode == AutoresetMode.SAME_STEP
+        ended = np.zeros(self.num_envs, dtype=np.bool_)
+        ended[step.ended] = True
+        if same_step and len(step.ended):
+            observations = np.full(self.num_envs, None, dtype=object)
+            for row in step.ended:
+                observations[row] = observe(self._engine, self.settings.obs_format, int(row))
+            final: dict[str, Any] = {}
+            self._add_steps(final, step, ended)
+            self._add_outcomes(final, step, ended)
+            infos |= {
+                "final_obs": observations,
+                "_final_obs": ended.copy(),
+                "final_info": final,
+                "_final_info": ended.copy(),
+            }
+        self._add_steps(infos, step, live & ~ended if same_step else live)
+        if not same_step:
+            self._add_outcomes(infos, step, ended)
+        return infos
+
+    def _add_steps(self, infos: dict[str, Any], step: Transition, rows: npt.NDArray[np.bool_]) -> None:
+        if step.ref_log_probs is None:
+            return
+        if self._engine.task.dense_kl is False:
+            rows = rows & np.isin(np.arange(self.num_envs), step.ended)
+        if rows.any():
+            infos["ref_log_prob"], infos["_ref_log_prob"] = np.where(rows, step.ref_log_probs, 0.0), rows.copy()
+
+    def _add_outcomes(self, infos: dict[str, Any], step: Transition, ended: npt.NDArray[np.bool_]) -> None:
+        if step.outcomes is None:
+            return
+        for key, column in step.outcomes.columns().items():
+            values = np.zeros(self.num_envs) if key in _NUMBERS else np.full(self.num_envs, None, dtype=object)
+            values[step.ended] = column
+            infos[key], infos[f"_{key}"] = values, ended.copy()
+
+    def _observe(self) -> Any:
+        return observe(self._engine, self.settings.obs_format, slice(None))
+
+    def replay(self, prompts: Sequence[Prompt], response_ids: npt.NDArray[np.int64]) -> Replay:
+        """What stepping whole responses would have returned, from one teacher-forced pass; no row is touched.
+
+        Args:
+            prompts: B of them (`prompts[i]` of the env's `prompts`).
+            response_ids: (B, T) int64; tokens after the end of a response do not matter.
+        """
+        return self._engine.replay(prompts, response_ids)
+
+    def next_prompts(self, episodes: int) -> list[Prompt]:
+        """Takes the next prompts of the rows' own streams, row by row: what `episodes` resets would start from."""
+        check_int("episodes", episodes, 1)
+        return [self._orders[i % self.num_envs].take() for i in range(episodes)]
+
+    def prompt_state(self) -> list[dict[str, Any]]:
+        """Where each row's stream of prompts stands, as JSON values: what a resumed run needs to draw the same ones."""
+        state = []
+        for order, rng in zip(self._orders, self._rngs, strict=True):
+            epoch, place = order.position
+            drawn = None if epoch is None else epoch.tolist()
+            state.append({"epoch": drawn, "place": place, "rng": rng.bit_generator.state})
+        return state
+
+    def restore_prompt_state(self, state: Sequence[dict[str, Any]]) -> None:
+        """Puts the streams of prompts back where `prompt_state` found them."""
+        if len(state) != self.num_envs:
+            raise InvalidArgumentError(f"`state` must be that of {self.num_envs} rows, got {len(state)}.")
+        for order, rng, row in zip(self._orders, self._rngs, state, strict=True):
+            rng.bit_generator.state = row["rng"]
+            order.position = (None if row["epoch"] is None else np.array(row["epoch"]), row["place"])
+
+    def render(self) -> tuple[Any, ...] | None:
+        """One string ("ansi") or picture ("rgb_array") a row."""
+        if self.render_mode is None:
+            gym.logger.warn(
+                "`render` was called and no `render_mode` was given: try make_vec(..., render_mode='ansi')."
+            )
+            return None
+        check_running(self._ready)
+        draw = to_text if self.render_mode == "ansi" else to_rgb
+        frames = []
+        for row in range(self.num_envs):
+            outcomes, i = self._outcomes[row] or (None, 0)
+            frames.append(draw(frame(self._engine, row, outcomes, i)))
+        return tuple(frames)
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """An attribute, or what a method returns, once a row; the method is called once, for rows share it."""
+        found = getattr(self, name)
+        return (found(*args, **kwargs) if callable(found) else found,) * self.num_envs
+
+    def get_attr(self, name: str) -> tuple[Any, ...]:
+        """An attribute of the env, once a row."""
+        return (getattr(self, name),) * self.num_envs
+
+    def set_attr(self, name: str, values: Any) -> None:
+        """Sets an attribute of the env: one value, or N equal ones (rows share everything they have)."""
+        values = list(values) if isinstance(values, (list, tuple)) else [values] * self.num_envs
+        if len(values) != self.num_envs or any(value != values[0] for value in values):
+            raise InvalidArgumentError(f"`values` must be one value or {self.num_envs} equal ones, got {values!r}.")
+        setattr(self, name, values[0])

@@ -1,0 +1,71 @@
+"""The errors lmgym raises, and the phrases they share.
+
+Every message names the argument in backticks, says what was expected and what came, and for names what was meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class LmGymError(Exception):
+    """Base class of every error that lmgym raises on purpose."""
+
+
+class InvalidArgumentError(LmGymError, ValueError):
+    """An argument has a value outside what it may be."""
+
+
+class UnknownNameError(LmGymError, ValueError):
+    """A name (of a task, a split, an algorithm) that nothing is registered under."""
+
+
+class InvalidActionError(LmGymError, ValueError):
+    """An action outside the action space, or one that cannot be taken in this state."""
+
+
+class RewardError(LmGymError, RuntimeError):
+    """A reward function broke its contract: a wrong number of scores, or one that is not a finite number."""
+
+
+class LogProbError(LmGymError, RuntimeError):
+    """The log-probs handed over are not those of the law that sampled the tokens."""
+
+
+def unknown_name(argument: str, got: object, choices: Iterable[str]) -> UnknownNameError:
+    """Builds the error for an unknown name, with the nearest known one as a suggestion."""
+    known = sorted(choices)
+    close = difflib.get_close_matches(str(got), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return UnknownNameError(f"`{argument}` must be one of {known}, got {got!r}.{hint}")
+
+
+def check_choice(argument: str, got: object, choices: Iterable[str]) -> None:
+    """Raises `UnknownNameError` unless `got` is one of `choices`."""
+    known = list(choices)
+    if got not in known:
+        raise unknown_name(argument, got, known)
+
+
+def check_number(argument: str, got: Any, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
+    """Raises `InvalidArgumentError` unless `got` is a finite number (not a bool) in [low, high], or (low, high]."""
+    number = isinstance(got, (int, float)) and not isinstance(got, bool) and got == got and abs(got) != float("inf")
+    if not number or not (low < got if open_low else low <= got) or got > high:
+        left = f"> {low:g}" if open_low else f">= {low:g}"
+        right = f" and <= {high:g}" if high != float("inf") else ""
+        raise InvalidArgumentError(f"`{argument}` must be a finite number {left}{right}, got {got!r}.")
+
+
+def check_int(argument: str, got: Any, low: int, high: int | None = None) -> None:
+    """Raises `InvalidArgumentError` unless `got` is an int (not a bool) in [low, high]."""
+    if not isinstance(got, int) or isinstance(got, bool) or got < low or (high is not None and got > high):
+        right = f" and <= {high}" if high is not None else ""
+        raise InvalidArgumentError(f"`{argument}` must be an int >= {low}{right}, got {got!r}.")
+
+
+def check_bool(argument: str, got: Any) -> None:
+    """Raises `InvalidArgumentError` unless `got` is a bool."""
+    if not isinstance(got, bool):
+        raise InvalidArgumentError(f"`{argument}` must be True or False, got {got!r}.")

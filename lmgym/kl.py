@@ -1,0 +1,148 @@
+"""KL between the policy and the reference: estimators, the reward it makes, and its coefficient.
+
+Throughout, `log_ratio` is log pi(a|s) - log pi_ref(a|s) of tokens that pi sampled, in nats. Estimators k1, k2, k3 are
+Schulman's ("Approximating KL divergence", 2020).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lmgym.episodes import Episodes
+from lmgym.errors import InvalidArgumentError, LogProbError, check_number
+
+
+def k1(log_ratio: Tensor) -> Tensor:
+    """log pi/pi_ref: unbiased for KL(pi || pi_ref), of either sign. Any shape in, the same shape out."""
+    return log_ratio
+
+
+def k2(log_ratio: Tensor) -> Tensor:
+    """Half the squared log-ratio: biased, never negative; its gradient is an unbiased gradient of the KL."""
+    return 0.5 * log_ratio.square()
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """exp(-x) - 1 + x: unbiased and never negative."""
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def exact(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
+    """KL(pi || pi_ref) over the whole vocabulary.
+
+    Args:
+        log_probs: (..., V) normalised log-probs of the policy; -inf where it never goes.
+        ref_log_probs: (..., V) the same of the reference.
+
+    Returns:
+        (...) nats.
+    """
+    log_ratio = (log_probs - ref_log_probs).masked_fill(log_probs == -torch.inf, 0.0)
+    return (log_probs.exp() * log_ratio).sum(-1)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Entropy of (..., V) normalised log-probs, in nats; zero probabilities count as zero."""
+    # Filled before the product, not after: 0 * -inf would leave nan in the gradient.
+    return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
+
+
+def token_rewards(episodes: Episodes, kl_coef: float, *, dense: bool = True) -> Tensor:
+    """The full reward r_t of the design, both halves of the KL included (Ziegler et al. 2019, eq. 2, token by token).
+
+    Args:
+        episodes: B of them.
+        kl_coef: price of a nat.
+        dense: False pays the KL of the whole episode with the last reward.
+
+    Returns:
+        (B, T): `kl_coef * (log pi_ref - log pi)` at every chosen token, plus the score at the last one; 0 off the mask.
+    """
+    rewards = kl_coef * (episodes.ref_log_probs - episodes.log_probs) * episodes.response_mask
+    end = episodes.scores.to(rewards.dtype)
+    if not dense:
+        end, rewards = end + rewards.sum(-1), torch.zeros_like(rewards)
+    last = (episodes.lengths - 1).clamp(min=0).unsqueeze(1)
+    return rewards.scatter_add(1, last, end.unsqueeze(1))
+
+
+def episode_kl(episodes: Episodes) -> Tensor:
+    """(B,) nats: the k1 estimate of each episode's KL, summed over its tokens."""
+    return ((episodes.log_probs - episodes.ref_log_probs) * episodes.response_mask).sum(-1)
+
+
+def discounted_return(rewards: Tensor, gamma: float) -> Tensor:
+    """(B,): sum_t gamma^t r_t of (B, T) rewards that are 0 after the end."""
+    discounts = gamma ** torch.arange(rewards.shape[1], dtype=rewards.dtype, device=rewards.device)
+    return (rewards * discounts).sum(-1)
+
+
+def check_sampled_law(kl: Tensor) -> None:
+    """Raises where a batch's mean KL is impossible for log-probs of the law that sampled.
+
+    A KL is never negative, so a k1 mean that lies more than three standard errors below 0 (and more than round-off)
+    means that the log-probs are not those the tokens were drawn with (a forgotten temperature, a stale policy).
+
+    Args:
+        kl: (B,) nats, the k1 estimate of each episode.
+
+    Raises:
+        LogProbError: saying the mean and its standard error.
+    """
+    if kl.numel() < 2:
+        return
+    mean, error = kl.mean().item(), kl.std().item() / kl.numel() ** 0.5
+    if mean < -3 * error - 1e-3:
+        raise LogProbError(
+            f"The mean KL(pi || pi_ref) is {mean:.3f} nats with standard error {error:.3f}, and a KL is never "
+            "negative: `log_probs` are not those of the law that sampled (temperature, top-k and top-p included)."
+        )
+
+
+class KLCoefficient(Protocol):
+    """What multiplies the KL in the reward: `value` now, and `update` after each batch."""
+
+    value: float
+
+    def update(self, kl: float, episodes: int) -> None:
+        """Sees the mean KL of a batch (nats an episode) and how many episodes it had."""
+
+
+@dataclass
+class FixedKL:
+    """A coefficient that stays."""
+
+    value: float
+
+    def update(self, kl: float, episodes: int) -> None:
+        """Changes nothing."""
+
+
+@dataclass
+class AdaptiveKL:
+    """Ziegler et al. (2019), section 2.2: a log-space proportional controller of the coefficient.
+
+    Attributes:
+        value: the coefficient, at first its initial value.
+        target: the KL to hold, nats an episode (a sum over tokens, not a mean).
+        horizon: episodes; the larger, the slower.
+    """
+
+    value: float
+    target: float = 6.0
+    horizon: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        check_number("kl_target", self.target, 0, open_low=True)
+        check_number("kl_horizon", self.horizon, 0, open_low=True)
+        if self.value <= 0:
+            raise InvalidArgumentError(f"`kl_coef` must be > 0 for an adaptive coefficient, got {self.value!r}.")
+
+    def update(self, kl: float, episodes: int) -> None:
+        """Multiplies by 1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon."""
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        self.value *= 1.0 + error * episodes / self.horizon

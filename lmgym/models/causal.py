@@ -1,0 +1,345 @@
+"""A Hugging Face causal language model, with what the token MDP needs to know of it.
+
+Shapes: B rows, P prompt columns, T response columns, L = P + T, V vocabulary, D width of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.activations import NewGELUActivation
+from transformers.utils import logging as hf_logging
+
+from lmgym.errors import InvalidArgumentError, LmGymError, check_choice
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SCORING_ROWS = 16  # rows a teacher-forced forward takes at once: larger batches only fault more pages in
+_HEAD_ROWS = 256  # hidden states the LM head takes at once, so that (rows, V) stays in the cache of the processor
+
+
+class CausalLM:
+    """A causal LM with its tokenizer; the reference of a task, or the trunk of a policy.
+
+    Tokens that the model embeds but the tokenizer does not have (padded embeddings) do not exist here: `vocab_size` is
+    the tokenizer's, and every law is normalised over it.
+
+    Attributes:
+        model: the Hugging Face model.
+        tokenizer: its tokenizer.
+        vocab_size: V, one more than the tokenizer's largest id.
+        holes: ids below V that the tokenizer does not have.
+        eos_token_ids: ids that end a response.
+        pad_token_id: the id that fills columns holding no token.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        known = set(tokenizer.get_vocab().values())
+        embedded = model.get_output_embeddings().weight.shape[0]
+        self.vocab_size = max(known) + 1
+        if self.vocab_size > embedded:
+            raise InvalidArgumentError(
+                f"`model` embeds {embedded} tokens but its tokenizer has ids up to {self.vocab_size - 1}: they do "
+                "not belong together."
+            )
+        self.holes = sorted(set(range(self.vocab_size)) - known)
+        self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocab_size)
+        pad = tokenizer.pad_token_id
+        self.pad_token_id = pad if pad is not None and pad < self.vocab_size else min(known)
+        self._head_splits: bool | None = None
+        self._encoded: dict[tuple[str, ...], list[list[int]]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CausalLM:
+        # gymnasium deep-copies the kwargs of a spec once a wrapper: a model is shared, never copied by accident.
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored in."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence the model has positions for, in tokens; None where it does not say."""
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
+    def is_legal(self, token: int) -> bool:
+        """Whether `token` is an id the tokenizer has."""
+        return 0 <= token < self.vocab_size and token not in self.holes
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the tokenizer's own start token and without an end token."""
+        return self._without_end(self.tokenizer(text)["input_ids"])
+
+    def encode_all(self, texts: tuple[str, ...]) -> list[list[int]]:
+        """Token ids of many prompts, kept: every env on one model shares them."""
+        if texts not in self._encoded:
+            self._encoded[texts] = [self._without_end(ids) for ids in self.tokenizer(list(texts))["input_ids"]]
+        return self._encoded[texts]
+
+    def _without_end(self, ids: Sequence[int]) -> list[int]:
+        end = len(ids)
+        while end and ids[end - 1] in self.eos_token_ids | {self.tokenizer.sep_token_id}:
+            end -= 1
+        return list(ids[:end])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def completions(
+        self, prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]], prompts: Sequence[str]
+    ) -> list[str]:
+        """Texts of responses such that prompt + completion is the text of both together, spaces included."""
+        both = [[*p, *r] for p, r in zip(prompt_ids, response_ids, strict=True)]
+        texts = self._decode_batch(both) if both else []
+        return [
+            whole[len(prompt) :] if whole.startswith(prompt) else self.decode(response)
+            for whole, prompt, response in zip(texts, prompts, response_ids, strict=True)
+        ]
+
+    def _decode_batch(self, rows: list[list[int]]) -> list[str]:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or getattr(self.tokenizer, "clean_up_tokenization_spaces", False):
+            return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
+        return list(backend.decode_batch(rows, skip_special_tokens=True))  # without checks on every id of every row
+
+    def legal_logits(self, logits: Tensor) -> Tensor:
+        """(..., model vocabulary) logits cut to (..., V), with -inf on ids the tokenizer lacks."""
+        return legal_logits(logits, self.vocab_size, self.holes)
+
+    def response_hidden(self, ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states and logits at chosen places of right-padded sequences; differentiable.
+
+        Causal attention makes right padding invisible, so no mask and no position ids are needed: this is the plainest
+        forward a model has, and the definition that cached decoding must reproduce.
+
+        Args:
+            ids: (B, L) int64, sequences from column 0, right-padded.
+            rows: (n,) int64. columns: (n,) int64: the places wanted.
+
+        Returns:
+            hidden (n, D), the input of the LM head, and logits (n, V).
+        """
+        if self._head_splits is None:
+            self._head_splits = self._check_head_splits(ids)
+        everywhere = torch.ones_like(ids)
+        if self._head_splits:
+            hidden = self.model.base_model(input_ids=ids, attention_mask=everywhere, use_cache=False)[0]
+            hidden = hidden[rows, columns]
+            return hidden, self.legal_logits(self.model.get_output_embeddings()(hidden))
+        out = self.model(input_ids=ids, attention_mask=everywhere, use_cache=False, output_hidden_states=True)
+        return out.hidden_states[-1][rows, columns], self.legal_logits(out.logits[rows, columns])
+
+    @torch.no_grad()
+    def _check_head_splits(self, ids: Tensor) -> bool:
+        """Whether logits are just the head over the trunk (some models scale or cap them on the way)."""
+        if getattr(self.model.config.get_text_config(), "final_logit_softcapping", None) is not None:
+            return False  # invisible in small logits, so it is asked for by name
+        few = ids[:1, :8]
+        everywhere = torch.ones_like(few)
+        trunk = self.model.base_model(input_ids=few, attention_mask=everywhere, use_cache=False)[0]
+        if trunk.shape[-1] != self.model.get_output_embeddings().weight.shape[-1]:
+            return False
+        split = self.model.get_output_embeddings()(trunk)
+        whole = self.model(input_ids=few, attention_mask=everywhere, use_cache=False).logits
+        return split.shape == whole.shape and torch.allclose(split, whole, rtol=1e-3, atol=1e-4)
+
+    @torch.inference_mode()
+    def response_log_probs(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor
+    ) -> Tensor:
+        """Log-probs of whole responses in one teacher-forced pass (in chunks of like length).
+
+        Args:
+            prompt_ids: (B, P) int64, left-padded. prompt_mask: (B, P) bool.
+            response_ids: (B, T) int64, right-padded. response_mask: (B, T) bool.
+
+        Returns:
+            (B, T) float32 nats, 0 off the mask.
+        """
+        result = torch.zeros(response_ids.shape, dtype=torch.float32, device=self.device)
+        order = (prompt_mask.sum(-1) + response_mask.sum(-1)).argsort()
+        for chunk in order.split(_SCORING_ROWS):
+            packed = pack(prompt_ids[chunk], prompt_mask[chunk], response_ids[chunk], response_mask[chunk])
+            ids, rows, columns, targets = (x.to(self.device) for x in packed)
+            log_probs = self._log_probs_at(ids, rows, columns, targets)
+            part = torch.zeros((len(chunk), response_ids.shape[1]), device=self.device)
+            part[response_mask[chunk].to(self.device)] = log_probs
+            result[chunk.to(self.device)] = part
+        return result.to(response_ids.device)
+
+    def _log_probs_at(self, ids: Tensor, rows: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
+        """(n,) float32 log-probs of `targets` at places of (B, L) sequences, the head taken in blocks."""
+        if self._head_splits is None:
+            self._head_splits = self._check_head_splits(ids)
+        if not self._head_splits:
+            _, logits = self.response_hidden(ids, rows, columns)
+            return token_log_probs(logits, targets)
+        trunk = self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+        hidden, head = trunk[rows, columns], self.model.get_output_embeddings()
+        blocks = zip(hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True)
+        return torch.cat([token_log_probs(self.legal_logits(head(h)), t) for h, t in blocks])
+
+
+def legal_logits(logits: Tensor, vocab_size: int, holes: Sequence[int]) -> Tensor:
+    """(..., model vocabulary) logits cut to (..., V), with -inf on the ids in `holes`."""
+    logits = logits[..., :vocab_size]
+    if holes:
+        logits = logits.clone()
+        logits[..., list(holes)] = -torch.inf
+    return logits
+
+
+def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log softmax(logits)[token] in float32, without writing the whole softmax.
+
+    Args:
+        logits: (..., V). tokens: (...) int64.
+
+    Returns:
+        (...) float32 nats.
+    """
+    logits = logits.float()
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def pack(
+    prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Joins left-padded prompts and right-padded responses into right-padded sequences.
+
+    Args:
+        prompt_ids: (B, P). prompt_mask: (B, P) bool. response_ids: (B, T). response_mask: (B, T) bool.
+
+    Returns:
+        ids (B, L') with L' the longest pair; and for the n chosen tokens, in row-major order of `response_mask`: the
+        row (n,) and column (n,) whose logits predict each, and the token itself (n,).
+    """
+    mask = torch.cat([prompt_mask, response_mask], dim=1)
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    longest = max(int(mask.sum(-1).max()), 1)
+    ids = torch.cat([prompt_ids, response_ids], dim=1).gather(1, order[:, :longest])
+    rows, t = response_mask.nonzero(as_tuple=True)
+    columns = prompt_mask.sum(-1)[rows] + t - 1
+    return ids, rows, columns, response_ids[rows, t]
+
+
+def _eos_token_ids(model: Any, tokenizer: Any, vocab_size: int) -> frozenset[int]:
+    """Every id that ends a response: the tokenizer's, and those the generation config adds (Llama 3 has several)."""
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = listed if isinstance(listed, (list, tuple)) else [listed]
+    return frozenset(i for i in (tokenizer.eos_token_id, *listed) if isinstance(i, int) and 0 <= i < vocab_size)
+
+
+_loaded: weakref.WeakValueDictionary[tuple[str, str, str], CausalLM] = weakref.WeakValueDictionary()
+_loading = threading.Lock()
+
+
+def resolve_device(device: str) -> torch.device:
+    """A torch device from its name; "auto" is the GPU where there is one.
+
+    Raises:
+        InvalidArgumentError: if the name is not a device, or is a GPU this machine does not have.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidArgumentError(
+            f"`device` must be 'auto' or a torch device such as 'cpu', got {device!r}."
+        ) from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError(f"`device` must be one this machine has, got {device!r} and torch sees no GPU.")
+    return resolved
+
+
+def check_model_name(argument: str, name: object) -> None:
+    """Raises unless `name` is a local directory with a config, or could be a hub name; loads nothing."""
+    if not isinstance(name, (str, os.PathLike)):
+        raise InvalidArgumentError(f"`{argument}` must be a local directory or a hub name, got {name!r}.")
+    text = os.fspath(name)
+    if os.path.isdir(text):
+        if not os.path.isfile(os.path.join(text, "config.json")):
+            raise InvalidArgumentError(f"`{argument}` must be a directory with a config.json, and {text!r} has none.")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
+        raise InvalidArgumentError(f"`{argument}` must be a local directory or a hub name, and there is no {text!r}.")
+
+
+def load_causal_lm(name: str, device: str = "auto", dtype: str = "float32") -> CausalLM:
+    """Loads a causal LM and its tokenizer in eval mode, frozen; one copy a (name, device, dtype) while held.
+
+    Args:
+        name: local directory or hub name.
+        device: "auto", "cpu", "cuda", ...
+        dtype: "float32", "bfloat16" or "float16".
+
+    Raises:
+        InvalidArgumentError: for a name, device or dtype that cannot be.
+        LmGymError: if Hugging Face cannot load it; the cause is chained.
+    """
+    check_model_name("model", name)
+    check_choice("dtype", dtype, DTYPES)
+    place = resolve_device(device)
+    key = (os.path.realpath(name) if os.path.isdir(name) else name, str(place), dtype)
+    with _loading:
+        held = _loaded.get(key)
+        if held is None:
+            held = _loaded[key] = _load(name, place, DTYPES[dtype])
+    return held
+
+
+def _load(name: str, device: torch.device, dtype: torch.dtype) -> CausalLM:
+    try:
+        with quiet_loading():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise LmGymError(f"`model` {name!r} could not be loaded as a Hugging Face causal LM: {error}") from error
+    return CausalLM(freeze(fuse_gelu(model).to(device)), tokenizer)
+
+
+def fuse_gelu(model: nn.Module) -> nn.Module:
+    """Swaps GPT-2's GELU, written out in eight operations, for torch's one kernel of the same function."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    return model
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bar while weights load: `gym.make` is not where one is looked for."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Puts a model in eval mode and takes its parameters out of autograd."""
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model

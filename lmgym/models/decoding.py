@@ -1,0 +1,342 @@
+"""Next-token logits for many sequences at once, one cached forward a token, on an unmodified Hugging Face model.
+
+The ring: every slot writes the keys and values of its newest token into the same column, `clock % C`; a slot that has
+seen n tokens attends to the n newest columns. Positions reach the model through `position_ids`, so the column a key
+lies in does not matter, a slot can be restarted at any time by writing a prompt's keys into the columns just behind the
+clock, and memory is allocated once. Not every model can be driven so (sliding windows, ALiBi): `make_decoder` probes
+a model against a plain forward once, and falls back to `PlainDecoder` where the two disagree.
+
+Shapes: N slots, W prompt columns, C ring columns, V vocabulary, D width of the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+from transformers.utils import logging as hf_logging
+
+from lmgym.models.causal import CausalLM, legal_logits
+
+_PROBE_TOLERANCE = 1e-3  # of the largest logit; ring and plain forward agree to 1e-6 in float32
+_WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")  # its names in configs, tokens
+
+
+class Decoder(Protocol):
+    """Slots of running sequences.
+
+    Attributes:
+        logits: (N, V) float, of each slot's next token.
+        hidden: (N, D) input of the LM head that made them, or None where the decoder does not keep it.
+    """
+
+    logits: Tensor
+    hidden: Tensor | None
+
+    def begin(self, slots: Tensor, ids: Tensor, mask: Tensor) -> None:
+        """Restarts slots (n,) from sequences (n, W), left-padded, mask True on tokens; any W up to the capacity."""
+
+    def step(self, tokens: Tensor) -> None:
+        """Appends a token (N,) to every slot."""
+
+    def keep(self, slots: Tensor) -> None:
+        """Keeps only these slots (n,), in this order."""
+
+
+class _RingLayer(CacheLayerMixin):
+    """Keys and values (N, heads, C, head width) of one layer; a forward writes one column and reads all."""
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.column, self.is_initialized = keys, values, column, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the decoder allocates."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self.column, key_states)
+        self.values.index_copy_(2, self.column, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[2] - 1
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+
+class _RingStep(nn.Module):
+    """One decoding step of the unmodified model over a ring: what is run, or traced once and then run."""
+
+    def __init__(self, lm: CausalLM, keep_hidden: bool) -> None:
+        super().__init__()
+        self.model = lm.model
+        # Not a method of `lm`: a step that is kept for a model must not keep it alive.
+        self._legal_logits = partial(legal_logits, vocab_size=lm.vocab_size, holes=lm.holes)
+        self._keep_hidden, self._dtype = keep_hidden, lm.dtype
+        # Only sdpa takes a bool mask; the others add theirs to the attention scores.
+        self._bool_mask = lm.model.config.get_text_config()._attn_implementation == "sdpa"
+
+    def forward(self, tokens: Tensor, age: Tensor, column: Tensor, *rings: Tensor) -> tuple[Tensor, ...]:
+        """Appends tokens (N,) behind slots that have seen age (N,) tokens, in ring column (1,).
+
+        Args:
+            tokens, age, column: int64. rings: keys and values (N, heads, C, width) of every layer, written in place.
+
+        Returns:
+            logits (N, V), and the hidden state (N, D) where it is kept.
+        """
+        cache = Cache(layers=[_RingLayer(k, v, column) for k, v in zip(rings[::2], rings[1::2], strict=True)])
+        capacity = rings[0].shape[2]
+        behind = (column - torch.arange(capacity, device=column.device)) % capacity
+        mask = (behind <= age[:, None])[:, None, None, :]
+        if not self._bool_mask:
+            mask = torch.where(mask, 0.0, torch.finfo(self._dtype).min).to(self._dtype)
+        out = self.model(
+            input_ids=tokens[:, None],
+            attention_mask=mask,
+            position_ids=age[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            output_hidden_states=self._keep_hidden,
+        )
+        logits = self._legal_logits(out.logits[:, -1])
+        return (logits, out.hidden_states[-1][:, -1]) if self._keep_hidden else (logits,)
+
+
+_Step = Callable[..., tuple[Tensor, ...]]
+_steps: weakref.WeakKeyDictionary[CausalLM, dict[bool, _Step]] = weakref.WeakKeyDictionary()
+
+
+def _ring_step(lm: CausalLM, keep_hidden: bool) -> _Step:
+    """The step as a recorded graph, which spares the Python of a forward; as it is where it cannot be recorded.
+
+    Recorded once a model, for any N and C. The graph holds the model's own parameters, so it follows their training.
+    """
+    steps = _steps.setdefault(lm, {})
+    if keep_hidden not in steps:
+        step = _RingStep(lm, keep_hidden)
+        steps[keep_hidden] = _recorded(lm, step) or step
+    return steps[keep_hidden]
+
+
+@torch.no_grad()
+def _recorded(lm: CausalLM, step: _RingStep) -> _Step | None:
+    """The step's graph, recorded at one N and C; None unless at others it gives what the step itself gives."""
+
+    def example(rows: int, capacity: int) -> tuple[Tensor, ...]:
+        cache = DynamicCache()
+        ids = torch.arange(rows * 2, device=lm.device).view(rows, 2) % lm.vocab_size
+        lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+        rings = []
+        for layer in cache.layers:
+            for x in (layer.keys, layer.values):
+                rings.append(x.new_zeros((rows, x.shape[1], capacity, x.shape[3])))
+                rings[-1][:, :, :2] = x
+        age = torch.full((rows,), 2, device=lm.device)
+        return ids[:, 1], age, torch.tensor([2], device=lm.device), *rings
+
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # recording looks at every attribute of the model, and some of them warn
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = torch.jit.trace(step, example(2, 5), check_trace=False)
+            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+                for shape in ((1, 7), (3, 4)):
+                    for recorded, direct in zip(graph(*example(*shape)), step(*example(*shape)), strict=True):
+                        if recorded.shape != direct.shape or not torch.allclose(recorded, direct, atol=1e-5):
+                            return None
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return None
+    finally:
+        hf_logging.set_verbosity(level)
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            return graph(*inputs)
+
+    return run
+
+
+class Prefilled:
+    """Prompts that have been read: their keys, values, next-token logits and lengths, waiting for a slot."""
+
+    def __init__(self, cache: DynamicCache, logits: Tensor, hidden: Tensor | None, lengths: Tensor) -> None:
+        self.cache, self.logits, self.hidden, self.lengths = cache, logits, hidden, lengths
+
+
+class RingDecoder:
+    """The ring KV cache. Memory: 2 * layers * N * C * width of all key-value heads, plus the logits N * V.
+
+    Args:
+        lm: the model. slots: N. capacity: C, the longest sequence a slot will hold.
+        keep_hidden: whether to keep the input of the LM head.
+        record: whether steps may run as a recorded graph.
+    """
+
+    def __init__(
+        self, lm: CausalLM, slots: int, capacity: int, *, keep_hidden: bool = False, record: bool = True
+    ) -> None:
+        self._lm, self._slots, self._capacity, self._keep_hidden = lm, slots, capacity, keep_hidden
+        self._step: _Step = _ring_step(lm, keep_hidden) if record else _RingStep(lm, keep_hidden)
+        self._rings: list[Tensor] = []
+        self._clock = 0
+        self._age = torch.zeros(slots, dtype=torch.int64, device=lm.device)  # tokens each slot has seen
+        self.logits = torch.zeros((slots, lm.vocab_size), dtype=lm.dtype, device=lm.device)
+        self.hidden: Tensor | None = None
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, mask: Tensor) -> Prefilled:
+        """Reads prompts (n, W) without touching the ring."""
+        mask, cache = mask.to(torch.int64), DynamicCache()
+        out = self._lm.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp_(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            output_hidden_states=self._keep_hidden,
+        )
+        hidden = out.hidden_states[-1][:, -1] if self._keep_hidden else None
+        return Prefilled(cache, self._lm.legal_logits(out.logits[:, -1]), hidden, mask.sum(-1))
+
+    @torch.inference_mode()
+    def insert(self, slots: Tensor, prompts: Prefilled, rows: Tensor) -> None:
+        """Starts slots (n,) from rows (n,) of prompts already read."""
+        states = [x for layer in prompts.cache.layers for x in (layer.keys, layer.values)]
+        if not self._rings:
+            shapes = [(self._slots, x.shape[1], self._capacity, x.shape[3]) for x in states]
+            self._rings = [x.new_zeros(shape) for x, shape in zip(states, shapes, strict=True)]
+        width = states[0].shape[2]
+        columns = torch.arange(self._clock - width, self._clock, device=slots.device) % self._capacity
+        for ring, state in zip(self._rings, states, strict=True):
+            ring[slots[:, None], :, columns[None, :]] = state[rows].transpose(1, 2)
+        self._age[slots] = prompts.lengths[rows]
+        self.logits[slots] = prompts.logits[rows]
+        if prompts.hidden is not None:
+            if self.hidden is None:
+                self.hidden = prompts.hidden.new_zeros((self._slots, prompts.hidden.shape[-1]))
+            self.hidden[slots] = prompts.hidden[rows]
+
+    def begin(self, slots: Tensor, ids: Tensor, mask: Tensor) -> None:
+        """Restarts slots (n,) from sequences (n, W), left-padded."""
+        self.insert(slots, self.prefill(ids, mask), torch.arange(len(slots), device=slots.device))
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> None:
+        """Appends a token (N,) to every slot: one forward."""
+        column = torch.tensor([self._clock % self._capacity], device=tokens.device)
+        self.logits, *hidden = self._step(tokens, self._age, column, *self._rings)
+        self.hidden = hidden[0] if hidden else None
+        self._age = (self._age + 1).clamp_(max=self._capacity - 1)
+        self._clock += 1
+
+    @torch.inference_mode()
+    def keep(self, slots: Tensor) -> None:
+        """Keeps only these slots (n,), in this order."""
+        self._slots = len(slots)
+        self._rings = [ring[slots] for ring in self._rings]
+        self._age, self.logits = self._age[slots], self.logits[slots]
+        self.hidden = None if self.hidden is None else self.hidden[slots]
+
+
+class PlainDecoder:
+    """A full forward over every slot's history a token: slow, and right for every causal model."""
+
+    def __init__(self, lm: CausalLM, slots: int, capacity: int) -> None:
+        self._lm = lm
+        self._ids = torch.full((slots, capacity), lm.pad_token_id, dtype=torch.int64, device=lm.device)
+        self._lengths = torch.zeros(slots, dtype=torch.int64, device=lm.device)
+        self.logits = torch.zeros((slots, lm.vocab_size), dtype=lm.dtype, device=lm.device)
+        self.hidden: Tensor | None = None
+
+    def begin(self, slots: Tensor, ids: Tensor, mask: Tensor) -> None:
+        """Restarts slots (n,) from sequences (n, W), left-padded."""
+        order = (~mask.bool()).to(torch.uint8).argsort(dim=1, stable=True)
+        self._ids[slots] = self._lm.pad_token_id
+        self._ids[slots, : ids.shape[1]] = ids.gather(1, order)
+        self._lengths[slots] = mask.to(torch.int64).sum(-1)
+        self._read()
+
+    def step(self, tokens: Tensor) -> None:
+        """Appends a token (N,) to every slot: one forward over everything."""
+        rows = torch.arange(len(tokens), device=tokens.device)
+        self._lengths = self._lengths.clamp(max=self._ids.shape[1] - 1)
+        self._ids[rows, self._lengths] = tokens
+        self._lengths = self._lengths + 1
+        self._read()
+
+    def keep(self, slots: Tensor) -> None:
+        """Keeps only these slots (n,), in this order."""
+        self._ids, self._lengths, self.logits = self._ids[slots], self._lengths[slots], self.logits[slots]
+        self.hidden = None if self.hidden is None else self.hidden[slots]
+
+    @torch.inference_mode()
+    def _read(self) -> None:
+        rows = torch.arange(len(self._ids), device=self._ids.device)
+        used = self._ids[:, : max(int(self._lengths.max()), 1)]
+        self.hidden, self.logits = self._lm.response_hidden(used, rows, (self._lengths - 1).clamp(min=0))
+
+
+_rings: weakref.WeakKeyDictionary[CausalLM, bool] = weakref.WeakKeyDictionary()
+
+
+def make_decoder(lm: CausalLM, slots: int, capacity: int, *, keep_hidden: bool = False) -> Decoder:
+    """A ring decoder, or the plain one with a warning where the ring is not exact for this model (probed once)."""
+    config = lm.model.config.get_text_config()
+    windows = [window for name in _WINDOWS if isinstance(window := getattr(config, name, None), int)]
+    if lm not in _rings:
+        _rings[lm] = ring_is_exact(lm)
+    if _rings[lm] and capacity <= min(windows, default=capacity):
+        return RingDecoder(lm, slots, capacity, keep_hidden=keep_hidden)
+    warnings.warn(
+        f"{type(lm.model).__name__} cannot be decoded with the ring cache (a sliding window, ALiBi, or a cache of its "
+        "own): falling back to a full forward a token, whose cost a token grows with the length.",
+        stacklevel=2,
+    )
+    return PlainDecoder(lm, slots, capacity)
+
+
+@torch.inference_mode()
+def ring_is_exact(lm: CausalLM, steps: int = 12) -> bool:
+    """Drives ragged slots a few times around a small ring, and compares each step with a plain forward."""
+    if "position_ids" not in inspect.signature(lm.model.forward).parameters:
+        return False
+    plain_ids = torch.arange(2 * (8 + steps), device=lm.device).view(2, -1) % lm.vocab_size
+    ids, mask = plain_ids[:, :5], torch.ones((2, 5), dtype=torch.bool, device=lm.device)
+    mask[1, :3] = False
+    both = torch.arange(2, device=lm.device)
+    ring, plain = RingDecoder(lm, 2, 5 + steps // 2, record=False), PlainDecoder(lm, 2, 5 + steps)
+    try:
+        for decoder in (ring, plain):
+            decoder.begin(both, ids, mask)
+        for t in range(steps):
+            if t == steps // 2:  # one slot is restarted in mid-air, so that it wraps around the ring's end
+                for decoder in (ring, plain):
+                    decoder.begin(both[:1], ids[1:], mask[1:])
+                    decoder.begin(both[1:], ids[:1], mask[:1])
+            gap = (ring.logits.float() - plain.logits.float()).abs().max()
+            scale = plain.logits.float().abs().max().clamp(min=1.0)
+            if not bool(gap <= _PROBE_TOLERANCE * scale * (1 if lm.dtype == torch.float32 else 64)):
+                return False
+            for decoder in (ring, plain):
+                decoder.step(plain_ids[:, 5 + t])
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return False
+    return True

@@ -1,0 +1,96 @@
+"""What decodes: the protocol that the whole-episode path and the step loop both drive."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lmgym.models.causal import CausalLM
+from lmgym.models.decoding import make_decoder
+
+
+class PolicyState(Protocol):
+    """B running responses."""
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, V) of each response's next token."""
+
+    @property
+    def values(self) -> Tensor | None:
+        """(B,) the critic's estimate at that state, or None."""
+
+    def step(self, tokens: Tensor) -> None:
+        """Appends a token (B,) to every response."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Keeps only these rows (n,), in this order."""
+
+    def begin(self, rows: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+        """Restarts rows (n,) from prompts (n, P), left-padded."""
+
+
+class Policy(Protocol):
+    """A law over the next token, given what came before."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> PolicyState:
+        """Reads prompts (B, P) int64, left-padded, mask True on tokens; at most `max_new_tokens` steps follow."""
+
+
+class CausalState:
+    """Running responses of a causal LM, with a value head on its hidden state if it has one."""
+
+    def __init__(self, lm: CausalLM, slots: int, capacity: int, value_head: torch.nn.Module | None = None) -> None:
+        self._decoder = make_decoder(lm, slots, capacity, keep_hidden=value_head is not None)
+        self._value_head = value_head
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, V) of each response's next token."""
+        return self._decoder.logits
+
+    @property
+    def values(self) -> Tensor | None:
+        """(B,) the value head's estimate, or None without one."""
+        if self._value_head is None or self._decoder.hidden is None:
+            return None
+        with torch.inference_mode():
+            values: Tensor = self._value_head(self._decoder.hidden.float()).squeeze(-1)
+        return values
+
+    def begin(self, rows: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+        """Restarts rows (n,) from prompts (n, P), left-padded."""
+        self._decoder.begin(rows, prompt_ids, prompt_mask)
+
+    def step(self, tokens: Tensor) -> None:
+        """Appends a token (B,) to every response."""
+        self._decoder.step(tokens)
+
+    def keep(self, rows: Tensor) -> None:
+        """Keeps only these rows (n,), in this order."""
+        self._decoder.keep(rows)
+
+
+class CausalPolicy:
+    """A causal LM as a policy; of the task's own model, the reference as a policy."""
+
+    def __init__(self, lm: CausalLM, value_head: torch.nn.Module | None = None) -> None:
+        self.lm, self.value_head = lm, value_head
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm.device
+
+    def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> CausalState:
+        """Reads prompts (B, P), left-padded, in one forward."""
+        b, p = prompt_ids.shape
+        state = CausalState(self.lm, b, p + max_new_tokens, self.value_head)
+        state.begin(torch.arange(b, device=prompt_ids.device), prompt_ids, prompt_mask)
+        return state

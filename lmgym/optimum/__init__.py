@@ -1,0 +1,1 @@
+"""The known optimum of a task, and bounds on it."""

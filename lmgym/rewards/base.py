@@ -1,0 +1,81 @@
+"""What a reward function is, where one comes from, and the check on what it returns."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import numbers
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+from lmgym.errors import InvalidArgumentError, RewardError
+
+
+class RewardFunction(Protocol):
+    """The signature of TRL's reward functions, so that those plug in unchanged.
+
+    `prompts[i] + completions[i]` is the text of episode i. `columns` holds per-episode lists: `prompt_ids` and
+    `completion_ids` (token ids, the EOS included where there is one). Returns one finite float an episode.
+    """
+
+    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Sequence[float]:
+        """One finite score an episode."""
+
+
+def check_reward_name(name: object) -> None:
+    """Raises unless `name` is a callable, an import path `package.module:function`, a directory or a hub name."""
+    if callable(name):
+        return
+    if isinstance(name, str) and ":" in name and not os.path.exists(name):
+        module, _, function = name.partition(":")
+        if not module or not function:
+            raise InvalidArgumentError(f"`reward` must be an import path 'package.module:function', got {name!r}.")
+        return
+    from lmgym.models.causal import check_model_name
+
+    check_model_name("reward", name)
+
+
+def import_function(path: str) -> RewardFunction:
+    """Imports a reward function from `package.module:function`.
+
+    Raises:
+        InvalidArgumentError: if the module or the function is not there, or is not callable.
+    """
+    module_name, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise InvalidArgumentError(
+            f"`reward` must be an import path 'package.module:function', got {path!r}: {error}."
+        ) from error
+    if not callable(function):
+        raise InvalidArgumentError(f"`reward` must name a callable, and {path!r} is a {type(function).__name__}.")
+    return cast(RewardFunction, function)
+
+
+def score(
+    reward: Callable[..., Sequence[float]], prompts: list[str], completions: list[str], **columns: Any
+) -> list[float]:
+    """Calls a reward function and holds it to its contract.
+
+    Raises:
+        RewardError: if it returns another number of scores, or one that is not a finite number.
+    """
+    returned: Any = reward(prompts=prompts, completions=completions, **columns)
+    scores = returned.tolist() if hasattr(returned, "tolist") else returned
+    if not isinstance(scores, Sequence) or isinstance(scores, str):
+        raise RewardError(
+            f"The reward function must return {len(completions)} scores, one a completion, and returned {returned!r}."
+        )
+    if len(scores) != len(completions):
+        raise RewardError(
+            f"The reward function must return {len(completions)} scores, one a completion, and returned {len(scores)}."
+        )
+    for i, x in enumerate(scores):
+        if not isinstance(x, numbers.Real) or not math.isfinite(x):
+            raise RewardError(
+                f"The reward function must return finite numbers, and returned {x!r} for completion {completions[i]!r}."
+            )
+    return [float(x) for x in scores]

@@ -1,0 +1,299 @@
+"""Reward models learned from rankings, as in InstructGPT (Ouyang et al. 2022, section 3.5).
+
+Shapes: B prompts, K ranked completions each, L columns of tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from lmgym.errors import InvalidArgumentError, check_int, check_number
+
+_BUCKET = 16  # batches that are sorted by length together
+_WEIGHT_DECAY = 0.01
+_MAX_GRAD_NORM = 1.0
+_WARM_UP = 0.05  # share of the updates
+
+
+class RankedTexts(Protocol):
+    """What training reads; `lmgym.feedback.preferences.Rankings` is one."""
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """(B,) texts."""
+
+    @property
+    def completions(self) -> Sequence[Sequence[str]]:
+        """(B, K) texts."""
+
+    @property
+    def ranking(self) -> Sequence[Sequence[int]]:
+        """(B, K) indices into the completions, best first."""
+
+
+def kwise_loss(scores: Tensor, ranking: Tensor) -> Tensor:
+    """Loss of a ranking: the mean over its K(K-1)/2 pairs of -log sigmoid(r_better - r_worse).
+
+    Equation 1 of Ouyang et al. 2022. All pairs of a prompt sit in one batch, so a completion is one row of one forward
+    however many pairs it is in.
+
+    Args:
+        scores: (B, K) rewards.
+        ranking: (B, K) int64, indices best first.
+
+    Returns:
+        Scalar, nats; log 2 when all scores are equal.
+
+    Raises:
+        InvalidArgumentError: If the shapes differ, or K < 2.
+    """
+    return -F.logsigmoid(_margins(scores, ranking)).mean()
+
+
+def ranking_accuracy(scores: Tensor, ranking: Tensor) -> float:
+    """Share of the pairs that the scores order as the ranking does; a tie counts one half.
+
+    Args:
+        scores: (B, K) rewards.
+        ranking: (B, K) int64, indices best first.
+
+    Returns:
+        A number in [0, 1]; chance is 0.5.
+    """
+    return float((_margins(scores, ranking).sign() + 1).mean() / 2)
+
+
+def _margins(scores: Tensor, ranking: Tensor) -> Tensor:
+    """r_better - r_worse of every pair, (B, K(K-1)/2)."""
+    if scores.ndim != 2 or scores.shape != ranking.shape or scores.shape[1] < 2:
+        raise InvalidArgumentError(
+            "`scores` and `ranking` must both have shape (B, K) with K >= 2, "
+            f"got {tuple(scores.shape)} and {tuple(ranking.shape)}."
+        )
+    best_first = scores.gather(1, ranking)
+    better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1, device=scores.device)
+    return best_first[:, better] - best_first[:, worse]
+
+
+def reward_model_from(causal_lm: Any, generator: torch.Generator) -> Any:
+    """Makes a reward model out of a language model: its trunk with a scalar head instead of the LM head.
+
+    Args:
+        causal_lm: A Hugging Face causal LM whose config has a pad token other than its EOS.
+        generator: Draws the head, from N(0, 1/(D+1)) with D the width of the trunk (Stiennon et al. 2020).
+
+    Returns:
+        A Hugging Face sequence-classification model with one label, the trunk copied.
+
+    Raises:
+        InvalidArgumentError: If the config has no pad token, or EOS is it.
+    """
+    config = copy.deepcopy(causal_lm.config)
+    _check_pad_token(config.pad_token_id, config.eos_token_id)
+    config.num_labels = 1
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are all replaced below
+        model = AutoModelForSequenceClassification.from_config(config)
+    model.base_model.load_state_dict(causal_lm.base_model.state_dict())
+    head = _score_head(model)
+    with torch.no_grad():
+        head.weight.normal_(std=1 / math.sqrt(head.in_features + 1), generator=generator)
+    return model.to(causal_lm.device).eval()
+
+
+def train_reward_model(
+    model: Any,
+    tokenizer: Any,
+    rankings: RankedTexts,
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    generator: torch.Generator,
+    progress: Callable[[dict[str, float]], None] | None = None,
+) -> dict[str, float]:
+    """Trains a reward model on rankings; the K completions of a prompt always share one forward.
+
+    AdamW, linear warm-up, cosine decay to zero, gradients clipped at norm 1, dropout off.
+
+    Args:
+        model: A sequence-classification model with one label; changed in place.
+        tokenizer: Its tokenizer.
+        rankings: B prompts with K completions each. `prompt + completion` is what the model reads, EOS included where
+            the response has one.
+        epochs: Passes over the prompts.
+        learning_rate: Peak learning rate.
+        batch_size: Prompts an update; a forward has K times as many rows.
+        generator: CPU generator that shuffles the prompts.
+        progress: Called after every update with its `loss` (nats a pair) and `accuracy`.
+
+    Returns:
+        `loss` (nats a pair) and `accuracy` on the rankings as given, means over the last epoch.
+
+    Raises:
+        InvalidArgumentError: If a setting is out of range, there is no prompt, or a text does not fit the model.
+    """
+    check_int("epochs", epochs, 1)
+    check_int("batch_size", batch_size, 1)
+    check_number("learning_rate", learning_rate, 0, open_low=True)
+    if not rankings.prompts:
+        raise InvalidArgumentError("`rankings` must hold at least one prompt, got none.")
+    sequences = [
+        encode(model, tokenizer, [prompt + completion for completion in completions])
+        for prompt, completions in zip(rankings.prompts, rankings.completions, strict=True)
+    ]
+    ranking = torch.tensor([list(order) for order in rankings.ranking])
+    lengths = [max(map(len, completions)) for completions in sequences]
+    updates = epochs * math.ceil(len(sequences) / batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=_WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_cosine(step, updates, _WARM_UP))
+    model.eval()
+    totals = {"loss": 0.0, "accuracy": 0.0}
+    for _ in range(epochs):
+        totals = dict.fromkeys(totals, 0.0)
+        for batch in bucketed_batches(lengths, batch_size, generator):
+            rows = [sequence for prompt in batch for sequence in sequences[prompt]]
+            scores = _forward(model, rows).view(len(batch), -1)  # (B*K,) -> (B, K)
+            target = ranking[batch].to(scores.device)
+            loss = kwise_loss(scores, target)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
+            optimizer.step()
+            schedule.step()
+            metrics = {"loss": loss.item(), "accuracy": ranking_accuracy(scores.detach(), target)}
+            totals = {name: totals[name] + metrics[name] * len(batch) / len(sequences) for name in totals}
+            if progress is not None:
+                progress(metrics)
+    return totals
+
+
+@torch.no_grad()
+def normalise(model: Any, mean: float, std: float) -> None:
+    """Absorbs (score - mean) / std into the weights of a reward model, in place.
+
+    The checkpoint itself is then centred: whoever loads it needs no statistics beside it. The head has no bias, so the
+    shift goes into the bias of the final LayerNorm: moving it by c * w / |w|^2 moves every score w . h by exactly c.
+
+    Args:
+        model: A sequence-classification model with one label.
+        mean: Mean of its scores on reference responses.
+        std: Their standard deviation, > 0.
+
+    Raises:
+        InvalidArgumentError: If neither the head nor the final norm has a bias to put the shift in.
+    """
+    check_number("mean", mean, -math.inf)
+    check_number("std", std, 0, open_low=True)
+    head, norm = _score_head(model), _final_norm(model)
+    if head.bias is None and getattr(norm, "bias", None) is None:
+        raise InvalidArgumentError(
+            "`model` must have a bias in its score head or its final norm to be centred, "
+            f"and {type(model).__name__} has none."
+        )
+    head.weight /= std
+    if head.bias is not None:
+        head.bias.copy_((head.bias - mean) / std)
+    else:
+        w = head.weight[0]
+        norm.bias -= (mean / std) * w / w.dot(w)
+
+
+@torch.no_grad()
+def score_texts(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+    """Scores of texts under a reward model.
+
+    Args:
+        model: A sequence-classification model with one label.
+        tokenizer: Its tokenizer.
+        texts: N texts, prompt + completion, EOS included where the response has one.
+        batch_size: Rows a forward; texts of like length share one.
+
+    Returns:
+        (N,) float32 on the CPU.
+    """
+    model.eval()
+    sequences = encode(model, tokenizer, texts)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    scores = torch.empty(len(sequences))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        scores[rows] = _forward(model, [sequences[i] for i in rows]).cpu().float()
+    return scores
+
+
+def encode(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts, checked to fit the model.
+
+    Raises:
+        InvalidArgumentError: If a text has no token or more than the model has positions, or padding would hide EOS.
+    """
+    _check_pad_token(model.config.pad_token_id, tokenizer.eos_token_id)
+    sequences: list[list[int]] = tokenizer(list(texts))["input_ids"]
+    limit = getattr(model.config, "max_position_embeddings", math.inf)
+    for text, ids in zip(texts, sequences, strict=True):
+        if not 0 < len(ids) <= limit:
+            raise InvalidArgumentError(f"`texts` must have 1 to {limit} tokens each, got {len(ids)} in {text!r}.")
+    return sequences
+
+
+def right_padded(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of a batch, both (B, L) int64, L the longest; the mask is 1 on tokens."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    ids = torch.full((len(sequences), int(lengths.max())), pad_token_id)
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    ids[mask.bool()] = torch.tensor([token for sequence in sequences for token in sequence])
+    return ids, mask
+
+
+def bucketed_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Yields the indices 0..B-1 once, shuffled, in batches whose members are of like length: less padding."""
+    order: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
+    window = _BUCKET * batch_size
+    batches: list[list[int]] = []
+    for start in range(0, len(order), window):
+        bucket = sorted(order[start : start + window], key=lambda i: lengths[i])
+        batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
+    for i in torch.randperm(len(batches), generator=generator).tolist():
+        yield batches[i]
+
+
+def warm_up_cosine(step: int, total: int, warm_up: float) -> float:
+    """Factor of the learning rate at update `step` of `total`: linear up over the share `warm_up`, then cosine to 0."""
+    rise = warm_up * total
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(total - rise, 1)))
+
+
+def _forward(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """(n,) scores of n sequences in one forward."""
+    ids, mask = right_padded(sequences, model.config.pad_token_id)
+    return model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, 0]
+
+
+def _score_head(model: Any) -> nn.Linear:
+    head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise InvalidArgumentError(f"`model` must have a scalar linear head, and {type(model).__name__} has {head}.")
+    return head
+
+
+def _final_norm(model: Any) -> Any:
+    names = ("ln_f", "final_layer_norm", "norm")
+    return next((norm for name in names if (norm := getattr(model.base_model, name, None)) is not None), None)
+
+
+def _check_pad_token(pad: int | None, eos: int | None) -> None:
+    if pad is None or pad == eos:
+        raise InvalidArgumentError(
+            "`pad_token_id` must be set and differ from EOS, or the end of a response is invisible; "
+            f"got {pad}, EOS {eos}."
+        )

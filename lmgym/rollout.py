@@ -1,0 +1,177 @@
+"""Collecting episodes: whole ones by decoding with the policy's own cache, or step by step through any vector env.
+
+Shapes: B episodes, P prompt columns, T response columns, N envs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmgym.envs.prompts import Prompt
+from lmgym.envs.vector import RLHFVectorEnv
+from lmgym.episodes import Episodes
+from lmgym.errors import InvalidArgumentError, check_int
+from lmgym.models.policy import Policy
+from lmgym.models.sampling import Sampler
+
+_DROP_AT = 0.25  # share of finished rows at which the batch is worth compacting
+
+
+@torch.inference_mode()
+def collect(
+    envs: RLHFVectorEnv,
+    policy: Policy,
+    episodes: int | list[Prompt],
+    sampler: Sampler | None = None,
+    generator: torch.Generator | None = None,
+) -> Episodes:
+    """Decodes whole episodes and has the env pay for them in one teacher-forced pass.
+
+    Log-probs and values are taken from the very logits that sampled. Finished rows leave the batch while the others go
+    on. An episode depends on its own prompt and uniforms, not on its batch-mates.
+
+    Args:
+        envs: the MDP; its rows are not touched, its stream of prompts is.
+        policy: what decodes.
+        episodes: how many (prompts are the next of the env's stream), or the prompts themselves.
+        sampler: the law tokens are drawn from, given the policy's logits; the policy's own if None.
+        generator: a CPU generator; B x T uniforms are drawn from it.
+
+    Returns:
+        Episodes on the CPU.
+    """
+    sampler = sampler or Sampler()
+    prompts = envs.next_prompts(episodes) if isinstance(episodes, int) else episodes
+    engine = envs.engine
+    prompt_ids, prompt_mask = engine.left_padded(prompts)
+    b, horizon = len(prompts), engine.horizon
+    uniforms = torch.rand((b, horizon), generator=generator, dtype=torch.float64)
+    response = torch.full((b, horizon), engine.lm.pad_token_id)
+    log_probs = torch.zeros((b, horizon))
+    values: Tensor | None = None
+    is_eos = torch.from_numpy(engine.is_eos)
+    state = policy.begin(prompt_ids.to(policy.device), prompt_mask.to(policy.device), horizon)
+    rows, running = torch.arange(b), torch.ones(b, dtype=torch.bool)  # rows: the episode in each slot of the batch
+    for t in range(horizon):
+        drawn, drawn_log_probs = sampler.sample(state.logits, t, uniforms[rows, t])
+        tokens = drawn.cpu()
+        response[rows[running], t] = tokens[running]
+        log_probs[rows[running], t] = drawn_log_probs.cpu()[running]
+        estimate = state.values
+        if estimate is not None:
+            values = torch.zeros((b, horizon)) if values is None else values
+            values[rows[running], t] = estimate.float().cpu()[running]
+        if t >= envs.task.min_new_tokens:
+            running &= ~is_eos[tokens]
+        if t == horizon - 1 or not running.any():
+            break
+        if running.float().mean() <= 1 - _DROP_AT:
+            kept = running.nonzero().squeeze(1)
+            state.keep(kept.to(policy.device))
+            rows, drawn, running = rows[kept], drawn[kept.to(policy.device)], running[kept]
+        state.step(drawn)
+    replay = envs.replay(prompts, response.numpy())
+    mask = torch.from_numpy(replay.response_mask)
+    gold = replay.outcomes.gold_scores
+    return Episodes(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=response,
+        response_mask=mask,
+        log_probs=log_probs,
+        ref_log_probs=torch.from_numpy(replay.ref_log_probs).float(),
+        scores=torch.tensor(replay.outcomes.scores),
+        values=values,
+        terminated=torch.from_numpy(replay.terminated),
+        prompt_index=torch.tensor([p.index for p in prompts]),
+        gold_scores=None if gold is None else torch.tensor(gold),
+    )
+
+
+@torch.inference_mode()
+def collect_steps(
+    envs: Any,
+    policy: Policy,
+    episodes: int,
+    sampler: Sampler | None = None,
+    generator: torch.Generator | None = None,
+) -> Episodes:
+    """The same through `envs.step` alone: slower, and the definition that `collect` must agree with.
+
+    Every row plays one episode a round, and steps on idly until the last of them has ended.
+
+    Args:
+        envs: any vector env of the token MDP in "SameStep" autoreset with dict observations.
+        policy, sampler, generator: as in `collect`.
+        episodes: a multiple of the number of envs.
+
+    Returns:
+        Episodes on the CPU; `prompt_index` is -1, for an observation does not tell it.
+    """
+    sampler = sampler or Sampler()
+    n = envs.num_envs
+    check_int("episodes", episodes, 1)
+    if episodes % n:
+        raise InvalidArgumentError(f"`episodes` must be a multiple of the number of envs, {n}, got {episodes}.")
+    task = envs.get_attr("task")[0]
+    rounds = [_round(envs, policy, task.max_new_tokens, sampler, generator) for _ in range(episodes // n)]
+    return Episodes.concatenate(rounds)
+
+
+def _round(envs: Any, policy: Policy, horizon: int, sampler: Sampler, generator: torch.Generator | None) -> Episodes:
+    n = envs.num_envs
+    observation, _ = envs.reset()
+    width = observation["input_ids"].shape[1] - horizon
+    prompt_ids = torch.from_numpy(observation["input_ids"][:, :width].copy())
+    prompt_mask = torch.from_numpy(observation["attention_mask"][:, :width].astype(bool))
+    uniforms = torch.rand((n, horizon), generator=generator, dtype=torch.float64)
+    response, mask = torch.zeros((n, horizon), dtype=torch.int64), torch.zeros((n, horizon), dtype=torch.bool)
+    log_probs, ref_log_probs = torch.zeros((n, horizon)), torch.zeros((n, horizon))
+    scores, gold, terminated = torch.zeros(n), torch.zeros(n), torch.zeros(n, dtype=torch.bool)
+    values: Tensor | None = None
+    has_gold = False
+    state = policy.begin(prompt_ids.to(policy.device), prompt_mask.to(policy.device), horizon)
+    running = np.ones(n, dtype=np.bool_)
+    for t in range(horizon):
+        drawn, drawn_log_probs = sampler.sample(state.logits, t, uniforms[:, t])
+        alive = torch.from_numpy(running.copy())
+        response[alive, t], mask[alive, t] = drawn.cpu()[alive], True
+        log_probs[alive, t] = drawn_log_probs.cpu()[alive]
+        estimate = state.values
+        if estimate is not None:
+            values = torch.zeros((n, horizon)) if values is None else values
+            values[alive, t] = estimate.float().cpu()[alive]
+        _, _, term, trunc, infos = envs.step(drawn.cpu().numpy())
+        final = infos.get("final_info", {})
+        for source in (infos, final):
+            if "ref_log_prob" in source:
+                paid = torch.from_numpy(source["_ref_log_prob"]) & alive
+                ref_log_probs[paid, t] = torch.from_numpy(source["ref_log_prob"]).float()[paid]
+        ended = torch.from_numpy(term | trunc) & alive
+        if ended.any():
+            scores[ended] = torch.from_numpy(final["score"]).float()[ended]
+            terminated[ended] = torch.from_numpy(term)[ended]
+            if "gold_score" in final:
+                has_gold = True
+                gold[ended] = torch.from_numpy(final["gold_score"]).float()[ended]
+        running &= ~(term | trunc)
+        if t == horizon - 1 or not running.any():
+            break
+        state.step(drawn)
+    return Episodes(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=response,
+        response_mask=mask,
+        log_probs=log_probs,
+        ref_log_probs=ref_log_probs,
+        scores=scores,
+        values=values,
+        terminated=terminated,
+        prompt_index=torch.full((n,), -1),
+        gold_scores=gold if has_gold else None,
+    )

@@ -1,0 +1,233 @@
+"""A task: everything that defines one token MDP, and the registry of the tasks that have a name.
+
+Importing this module, or any task, loads neither torch nor a model: a task holds names until it is asked for its parts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from lmgym.errors import (
+    InvalidArgumentError,
+    check_bool,
+    check_choice,
+    check_int,
+    check_number,
+    unknown_name,
+)
+from lmgym.rewards.base import RewardFunction, check_reward_name, import_function, score
+
+if TYPE_CHECKING:
+    from lmgym.models.causal import CausalLM
+
+ARTEFACTS = os.path.join(os.path.dirname(__file__), "artefacts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One token MDP (design, section 1).
+
+    Attributes:
+        name: what it is called.
+        model: the reference: local directory or hub name of a Hugging Face causal LM, or one already loaded.
+        reward: what is paid at the end: directory or hub name of a sequence-classification model, an import path
+            `package.module:function`, or a callable with TRL's reward-function signature.
+        prompts: texts by split.
+        kl_coef: price of a nat of KL(pi || pi_ref), in units of the score. 0 never runs the reference.
+        max_new_tokens: T, the horizon, in tokens.
+        gold: the truth that `reward` stands for, reported on the side and never paid; or None.
+        gamma: discount a token.
+        min_new_tokens: an EOS among the first `min_new_tokens` tokens is a token like the rest: it does not end.
+        missing_eos_penalty: taken off the score of a response without an EOS.
+        dense_kl: pay the reference's log-prob at every step; else the sum over the episode with the last reward.
+        truncate: report the length limit as `truncated` (an ablation); else both ends are `terminated`.
+        max_prompt_tokens: P, tokens; None is the longest prompt of any split.
+    """
+
+    name: str
+    model: str | CausalLM
+    reward: str | RewardFunction
+    prompts: Mapping[str, Sequence[str]]
+    kl_coef: float
+    max_new_tokens: int
+    gold: RewardFunction | None = None
+    gamma: float = 1.0
+    min_new_tokens: int = 0
+    missing_eos_penalty: float = 0.0
+    dense_kl: bool = True
+    truncate: bool = False
+    max_prompt_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("kl_coef", self.kl_coef, 0)
+        check_number("gamma", self.gamma, 0, 1)
+        check_int("max_new_tokens", self.max_new_tokens, 1)
+        check_int("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens - 1)
+        check_number("missing_eos_penalty", self.missing_eos_penalty, 0)
+        check_bool("dense_kl", self.dense_kl)
+        check_bool("truncate", self.truncate)
+        if self.max_prompt_tokens is not None:
+            check_int("max_prompt_tokens", self.max_prompt_tokens, 1)
+        check_reward_name(self.reward)
+        from lmgym.models.causal import CausalLM, check_model_name
+
+        if not isinstance(self.model, CausalLM):
+            check_model_name("model", self.model)
+        for split, texts in self.prompts.items():
+            check_prompts(f"prompts[{split!r}]", texts)
+
+    def reference(self, device: str = "auto", dtype: str = "float32") -> CausalLM:
+        """The frozen supervised model, loaded once however many ask for it."""
+        from lmgym.models.causal import CausalLM, load_causal_lm
+
+        return self.model if isinstance(self.model, CausalLM) else load_causal_lm(os.fspath(self.model), device, dtype)
+
+    def reward_function(self, device: str = "auto") -> RewardFunction:
+        """What is paid at the end; a reward model is loaded once however many ask for it, always in float32."""
+        if callable(self.reward):
+            return self.reward
+        if ":" in self.reward and not os.path.exists(self.reward):
+            return import_function(self.reward)
+        from lmgym.rewards.classifier import load_reward_model
+
+        return load_reward_model(self.reward, device)
+
+    def validate(self) -> None:
+        """Checks what can only be known with the parts loaded: prompts encode and fit, and scores are finite.
+
+        Raises:
+            LmGymError: naming the first thing that is wrong.
+        """
+        lm = self.reference()
+        for split, texts in self.prompts.items():
+            for text in texts:
+                ids = lm.encode(text)
+                if not ids or (self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens):
+                    raise InvalidArgumentError(
+                        f"`prompts[{split!r}]` must have 1 to {self.max_prompt_tokens} tokens each, "
+                        f"and {text!r} has {len(ids)}."
+                    )
+        first = next(iter(self.prompts.values()))[0]
+        for reward in (self.reward_function(), self.gold):
+            if reward is not None:
+                eos = min(lm.eos_token_ids)
+                score(reward, [first], [""], prompt_ids=[lm.encode(first)], completion_ids=[[eos]])
+
+
+def check_prompts(argument: str, texts: object) -> None:
+    """Raises unless `texts` is a non-empty sequence of non-empty strings."""
+    if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
+        raise InvalidArgumentError(f"`{argument}` must be a non-empty list of texts, got {texts!r}.")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise InvalidArgumentError(f"`{argument}` must hold non-empty texts, and item {i} is {text!r}.")
+
+
+def read_prompts(prompts: Sequence[str] | str) -> tuple[str, ...]:
+    """Prompts from a list, a text file (one a line), or a JSON-lines file (strings, or objects with "prompt").
+
+    Raises:
+        InvalidArgumentError: for a file that is not there, a line that is no prompt, or an empty prompt.
+    """
+    if not isinstance(prompts, (str, os.PathLike)):
+        check_prompts("prompts", prompts)
+        return tuple(prompts)
+    path = os.fspath(prompts)
+    if not os.path.isfile(path):
+        raise InvalidArgumentError(
+            f"`prompts` must be a list of texts or a text or JSON-lines file, and there is no file {path!r}."
+        )
+    with open(path, encoding="utf-8") as file:
+        lines = [line.rstrip("\n") for line in file]
+    lines = [line for line in lines if line.strip()]
+    texts = (
+        [_json_prompt(path, i, line) for i, line in enumerate(lines)] if path.endswith((".jsonl", ".json")) else lines
+    )
+    check_prompts("prompts", texts)
+    return tuple(texts)
+
+
+def _json_prompt(path: str, i: int, line: str) -> str:
+    try:
+        item = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InvalidArgumentError(f"`prompts` file {path!r}, line {i + 1}, is not JSON: {error}.") from error
+    text = item.get("prompt") if isinstance(item, dict) else item
+    if not isinstance(text, str):
+        raise InvalidArgumentError(
+            f'`prompts` file {path!r}, line {i + 1}, must be a string or have a "prompt", got {line!r}.'
+        )
+    return text
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A task by name: its version, and the function that builds it."""
+
+    name: str
+    version: int
+    build: Callable[[], Task]
+
+    @cached_property
+    def env_id(self) -> str:
+        """The Gymnasium id, `lmgym/Name-v0`."""
+        return f"lmgym/{''.join(part.capitalize() for part in self.name.split('_'))}-v{self.version}"
+
+
+_registry: dict[str, Registered] = {}
+
+
+def register_task(name: str, build: Callable[[], Task], *, version: int = 0) -> None:
+    """Makes a task known by name. `build` runs when the task is first asked for, not now."""
+    _registry[name] = Registered(name, version, build)
+
+
+def registered_tasks() -> dict[str, Registered]:
+    """The tasks known by name: every module beside this one registers its own."""
+    import lmgym.tasks
+
+    for module in pkgutil.iter_modules(lmgym.tasks.__path__):
+        importlib.import_module(f"lmgym.tasks.{module.name}")
+    return dict(_registry)
+
+
+def make_task(task: str | Task, **changes: Any) -> Task:
+    """A task by name (or as it is), with some of its fields replaced.
+
+    Args:
+        task: a registered name, or a Task.
+        changes: fields of Task; a None keeps the task's own. A new `reward` drops the task's `gold`, the truth that the
+            old one stood for. `prompts` may also be a list or a file (`read_prompts`), which then is every split.
+
+    Raises:
+        UnknownNameError: if no task has that name.
+        InvalidArgumentError: if a field has a value it cannot have.
+    """
+    if isinstance(task, str):
+        known = registered_tasks()
+        if task not in known:
+            raise unknown_name("task", task, known)
+        task = known[task].build()
+    elif not isinstance(task, Task):
+        raise InvalidArgumentError(f"`task` must be a name or a lmgym.tasks.Task, got {task!r}.")
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if "prompts" in changes and not isinstance(changes["prompts"], Mapping):
+        texts = read_prompts(changes["prompts"])
+        changes["prompts"] = dict.fromkeys(task.prompts, texts)
+    if "reward" in changes:
+        changes.setdefault("gold", None)  # another reward stands for another truth
+    if {"model", "prompts"} & set(changes):
+        changes.setdefault("max_prompt_tokens", None)  # the task's own limit was counted in its own tokens
+    return replace(task, **changes)
+
+
+def check_split(task: Task, split: str) -> None:
+    """Raises `UnknownNameError` unless the task has this split."""
+    check_choice("split", split, task.prompts)

@@ -1,0 +1,137 @@
+"""Tiny models made on the spot, in the formats of real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from lmgym.models.causal import CausalLM, freeze, load_causal_lm
+from lmgym.rewards.classifier import load_reward_model
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+TEXT = "the a film book meal was is very not good bad fine dull and but , . it we liked hated"
+WORDS = TEXT.split()
+
+
+def word_tokenizer(words: list[str] = WORDS, *, pad: str = "<pad>") -> PreTrainedTokenizerFast:
+    """One token a word; decoding joins them with blanks."""
+    vocabulary = {w: i for i, w in enumerate([pad, "<eos>", "<unk>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, eos_token="<eos>", unk_token="<unk>")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE without merges: reads every text, and has no pad token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate(["<|end|>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", bos_token="<|end|>")
+
+
+def gpt2(
+    vocab_size: int, *, seed: int = 0, cls: type = GPT2LMHeadModel, scale: float = 0.3, **config: int
+) -> torch.nn.Module:
+    """A random GPT-2 shape whose logits are far from uniform."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48} | config
+    shape = GPT2Config(
+        vocab_size=vocab_size,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
+        initializer_range=scale,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **sizes,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return cls(shape).eval()
+
+
+def tiny_lm(config: PretrainedConfig, *, seed: int = 0) -> CausalLM:
+    """A random causal LM of any architecture over `WORDS`; `config.vocab_size` may be larger than that."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+    return CausalLM(freeze(model), word_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A causal LM over `WORDS`, with three embeddings more than its tokenizer has words."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = word_tokenizer()
+    gpt2(len(tokenizer) + 3).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def reward_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A sequence classifier with the same tokenizer."""
+    path = tmp_path_factory.mktemp("reward")
+    tokenizer = word_tokenizer()
+    gpt2(len(tokenizer), seed=1, cls=GPT2ForSequenceClassification, num_labels=1).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def byte_reward_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A sequence classifier with another tokenizer, and no pad token."""
+    path = tmp_path_factory.mktemp("byte_reward")
+    tokenizer = byte_tokenizer()
+    model = gpt2(len(tokenizer), seed=2, cls=GPT2ForSequenceClassification, num_labels=1, n_positions=256)
+    model.config.pad_token_id = None
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ragged prompts, as JSON lines."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    texts = ["the film was", "a book", "it", "we liked the meal and", "the meal is not", "a film , a book and"]
+    path.write_text("".join(f'{{"prompt": "{text}"}}\n' for text in texts))
+    return path
+
+
+def word_count(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """A reward as a plain function."""
+    return [0.1 * len((p + c).split()) for p, c in zip(prompts, completions, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def loaded(model_dir: str, reward_dir: str) -> object:
+    """Keeps one copy of the tiny models in the shared cache, so that envs do not load them anew for every test."""
+    return load_causal_lm(model_dir), load_reward_model(reward_dir)
+
+
+@pytest.fixture
+def parts(model_dir: str, reward_dir: str, prompts_file: Path, loaded: object) -> dict[str, object]:
+    """Keyword arguments of an env over tiny parts: quick, random, with early EOS now and then."""
+    return {"model": model_dir, "reward": reward_dir, "prompts": str(prompts_file), "max_new_tokens": 8, "kl_coef": 0.2}

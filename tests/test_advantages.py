@@ -1,0 +1,213 @@
+"""Advantage estimators against their definitions: sums written out, closed forms, and formulas that must be refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from agents.advantages import gae, whiten
+
+GAMMA, LAMBDA = 0.9, 0.8
+
+
+def ragged(lengths: list[int], columns: int) -> Tensor:
+    """(B, T) bool: a prefix of each row."""
+    return torch.arange(columns) < torch.tensor(lengths).unsqueeze(1)
+
+
+def problem(lengths: list[int], columns: int = 6, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards, values and mask of float64 episodes; what lies off the mask is not zero, and must not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn((2, len(lengths), columns), generator=generator, dtype=torch.float64)
+    return rewards, values, ragged(lengths, columns)
+
+
+def slow_gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float, bootstrap: Tensor | None
+) -> Tensor:
+    """Equation 16 as it is written: A_t = sum_l (gamma lambda)^l delta_{t+l}, each episode by itself."""
+    advantages = torch.zeros_like(rewards)
+    for i in range(len(rewards)):
+        n = int(mask[i].sum())
+        after = 0.0 if bootstrap is None else bootstrap[i].item()
+        v = [*values[i, :n].tolist(), after]
+        deltas = [rewards[i, t].item() + gamma * v[t + 1] - v[t] for t in range(n)]
+        for t in range(n):
+            advantages[i, t] = sum((gamma * gae_lambda) ** (s - t) * deltas[s] for s in range(t, n))
+    return advantages
+
+
+def monte_carlo(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """G_t = sum_s gamma^(s - t) r_s to the end of the episode."""
+    result = torch.zeros_like(rewards)
+    for i in range(len(rewards)):
+        n = int(mask[i].sum())
+        for t in range(n):
+            result[i, t] = sum(gamma ** (s - t) * rewards[i, s].item() for s in range(t, n))
+    return result
+
+
+@pytest.mark.parametrize("gamma", [1.0, GAMMA, 0.0])
+@pytest.mark.parametrize("gae_lambda", [1.0, LAMBDA, 0.0])
+@pytest.mark.parametrize("truncated", [False, True])
+def test_gae_is_the_discounted_sum_of_deltas(gamma: float, gae_lambda: float, truncated: bool) -> None:
+    rewards, values, mask = problem([6, 1, 4, 3])
+    bootstrap = torch.tensor([0.0, 1.5, -2.0, 0.7], dtype=torch.float64) if truncated else None
+    advantages, returns = gae(rewards, values, mask, gamma, gae_lambda, bootstrap)
+    expected = slow_gae(rewards, values, mask, gamma, gae_lambda, bootstrap)
+    torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(returns, (expected + values) * mask, rtol=0, atol=1e-12)
+
+
+def test_lambda_one_is_monte_carlo_less_the_value() -> None:
+    rewards, values, mask = problem([6, 2, 5])
+    advantages, returns = gae(rewards, values, mask, GAMMA, 1.0)
+    expected = monte_carlo(rewards, mask, GAMMA)
+    torch.testing.assert_close(advantages, (expected - values) * mask, rtol=0, atol=1e-12)
+    torch.testing.assert_close(returns, expected, rtol=0, atol=1e-12)
+
+
+def test_lambda_zero_is_one_step_td() -> None:
+    rewards, values, mask = problem([6, 2, 5])
+    advantages, returns = gae(rewards, values, mask, GAMMA, 0.0)
+    following = torch.cat([values[:, 1:], torch.zeros(3, 1, dtype=torch.float64)], dim=1)
+    following = following * torch.cat([mask[:, 1:], torch.zeros(3, 1, dtype=torch.bool)], dim=1)  # no future at the end
+    torch.testing.assert_close(returns, (rewards + GAMMA * following) * mask, rtol=0, atol=1e-12)
+    torch.testing.assert_close(advantages, returns - values * mask, rtol=0, atol=1e-12)
+
+
+def test_the_advantages_of_a_perfect_critic_of_a_deterministic_chain_are_zero() -> None:
+    rewards, _, mask = problem([6, 2, 5])
+    values = monte_carlo(rewards, mask, GAMMA)
+    for gae_lambda in (0.0, 0.5, 1.0):
+        advantages, returns = gae(rewards, values, mask, GAMMA, gae_lambda)
+        torch.testing.assert_close(advantages, torch.zeros_like(rewards), rtol=0, atol=1e-12)
+        torch.testing.assert_close(returns, values, rtol=0, atol=1e-12)
+
+
+def test_nothing_off_the_mask_matters_and_nothing_is_written_there() -> None:
+    rewards, values, mask = problem([3, 5])
+    noisy = [torch.where(mask, x, 1e6) for x in (rewards, values)]
+    for result, same in zip(gae(rewards, values, mask, GAMMA, LAMBDA), gae(*noisy, mask, GAMMA, LAMBDA), strict=True):
+        assert torch.equal(result, same)
+        assert (result[~mask] == 0).all()
+
+
+def test_a_row_does_not_feel_its_batch_mates_or_its_padding() -> None:
+    rewards, values, mask = problem([3, 6, 1])
+    bootstrap = torch.tensor([0.5, 0.0, -1.0], dtype=torch.float64)
+    together = gae(rewards, values, mask, GAMMA, LAMBDA, bootstrap)
+    for i, n in enumerate(mask.sum(-1).tolist()):
+        row = (slice(i, i + 1), slice(0, n))
+        alone = gae(rewards[row], values[row], mask[row], GAMMA, LAMBDA, bootstrap[i : i + 1])
+        for whole, part in zip(together, alone, strict=True):
+            assert torch.equal(whole[row], part)
+
+
+def test_arguments_are_not_changed() -> None:
+    rewards, values, mask = problem([3, 6])
+    bootstrap = torch.ones(2, dtype=torch.float64)
+    kept = [x.clone() for x in (rewards, values, mask, bootstrap)]
+    gae(rewards, values, mask, GAMMA, LAMBDA, bootstrap)
+    for before, after in zip(kept, (rewards, values, mask, bootstrap), strict=True):
+        assert torch.equal(before, after)
+
+
+# -- truncation is not termination -----------------------------------------------------------------------------------
+
+
+def chain_value(bootstraps: bool, *, sweeps: int = 400, columns: int = 4, reward: float = 2.0) -> Tensor:
+    """V of a chain that pays `reward` for ever, cut every `columns` steps: V <- mean of the returns, many times."""
+    rewards = torch.full((1, columns), reward, dtype=torch.float64)
+    mask = torch.ones((1, columns), dtype=torch.bool)
+    value = torch.zeros(1, dtype=torch.float64)
+    for _ in range(sweeps):
+        values = value.expand(1, columns)
+        _, returns = gae(rewards, values, mask, GAMMA, LAMBDA, value if bootstraps else None)
+        value = returns.mean(-1)
+    return value
+
+
+def test_bootstrapping_recovers_the_value_of_a_truncated_infinite_chain() -> None:
+    endless = torch.tensor([2.0 / (1 - GAMMA)], dtype=torch.float64)
+    torch.testing.assert_close(chain_value(bootstraps=True), endless, rtol=1e-9, atol=0)
+
+
+def test_a_truncated_chain_taken_for_a_terminated_one_is_far_off() -> None:
+    # Four paid steps are all that a terminated episode can be worth.
+    most = 2.0 * (1 - GAMMA**4) / (1 - GAMMA)
+    assert chain_value(bootstraps=False).item() <= most < 0.4 * 2.0 / (1 - GAMMA)
+
+
+def test_the_bootstrap_reaches_back_with_gamma_and_lambda() -> None:
+    mask = ragged([3, 2], 4)
+    zeros = torch.zeros((2, 4), dtype=torch.float64)
+    advantages, _ = gae(zeros, zeros, mask, GAMMA, LAMBDA, torch.tensor([1.0, 0.0], dtype=torch.float64))
+    expected = torch.tensor([GAMMA * (GAMMA * LAMBDA) ** k for k in (2, 1, 0)], dtype=torch.float64)
+    torch.testing.assert_close(advantages[0, :3], expected, rtol=0, atol=1e-12)
+    assert (advantages[1] == 0).all()  # a row of 0 is one that terminated
+
+
+def without_lambda(r: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    return slow_gae(r, v, m, GAMMA, 1.0, None)
+
+
+def discounted_by_lambda_alone(r: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    return slow_gae(r, v, m, 1.0, LAMBDA, None)
+
+
+def with_the_value_of_the_padding_behind(r: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    behind = torch.cat([v, torch.zeros_like(v[:, :1])], dim=1).gather(1, m.sum(-1, keepdim=True)).squeeze(1)
+    return slow_gae(r, v, m, GAMMA, LAMBDA, behind)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [without_lambda, discounted_by_lambda_alone, with_the_value_of_the_padding_behind],
+    ids=lambda f: f.__name__,
+)
+def test_a_wrong_formula_is_told_from_gae(wrong: object) -> None:
+    rewards, values, mask = problem([6, 3, 4])
+    advantages, _ = gae(rewards, values, mask, GAMMA, LAMBDA)
+    assert (wrong(rewards, values, mask) - advantages).abs().max() > 0.1  # type: ignore[operator]
+
+
+# -- whitening -------------------------------------------------------------------------------------------------------
+
+
+def test_whitening_makes_mean_zero_and_standard_deviation_one_over_the_mask() -> None:
+    x, _, mask = problem([6, 1, 4])
+    whitened = whiten(3 * x + 5, mask)
+    kept = whitened[mask]
+    assert kept.mean().abs() < 1e-12
+    assert (kept.square().mean() - 1).abs() < 1e-6
+    assert (whitened[~mask] == 0).all()
+    # An affine map and no more: what lay above still does, in proportion.
+    slope = (kept[1:] - kept[:-1]) / (x[mask][1:] - x[mask][:-1])
+    torch.testing.assert_close(slope, slope[0].expand_as(slope))
+    assert slope[0] > 0
+
+
+def test_whitening_ignores_what_lies_off_the_mask() -> None:
+    x, _, mask = problem([6, 1, 4])
+    assert torch.equal(whiten(x, mask), whiten(torch.where(mask, x, 1e9), mask))
+    everywhere = (x - x.mean()) / x.var(unbiased=False).sqrt()
+    assert (whiten(x, mask) - everywhere)[mask].abs().max() > 0.05  # what a mean over the padding would give
+
+
+def test_whitening_without_a_shift_keeps_the_mean() -> None:
+    x, _, mask = problem([6, 1, 4])
+    x = 3 * x + 5
+    whitened = whiten(x, mask, shift_mean=False)
+    torch.testing.assert_close(whitened[mask].mean(), x[mask].mean())
+    torch.testing.assert_close(
+        whitened[mask].var(unbiased=False), torch.ones((), dtype=torch.float64), rtol=1e-6, atol=0
+    )
+    assert (whitened[~mask] == 0).all()
+
+
+def test_whitening_a_constant_or_a_single_token_gives_zero_and_not_nan() -> None:
+    mask = ragged([3, 1], 4)
+    assert torch.equal(whiten(torch.full((2, 4), 7.0), mask), torch.zeros(2, 4))
+    assert torch.equal(whiten(torch.full((1, 4), 7.0), ragged([1], 4)), torch.zeros(1, 4))

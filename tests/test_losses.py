@@ -1,0 +1,176 @@
+"""Losses against closed forms and autograd: values, gradients, and where the gradient must be exactly zero."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from agents.losses import clipped_policy_loss, clipped_value_loss, explained_variance
+
+EPS = 0.2
+
+
+def of_one_token(ratio: float, advantage: float, clip_range: float = EPS) -> tuple[float, float, float]:
+    """Loss, its derivative by log pi, and the clip fraction of one token."""
+    old = torch.tensor([-1.3], dtype=torch.float64)
+    log_prob = (old + math.log(ratio)).requires_grad_()
+    one = torch.ones(1, dtype=torch.float64)
+    result = clipped_policy_loss(log_prob, old, advantage * one, one, clip_range)
+    result.loss.backward()
+    assert log_prob.grad is not None
+    return result.loss.item(), log_prob.grad.item(), result.clip_fraction.item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope", "clipped"),
+    [
+        # A better action: worth no more than 1 + eps, so there is nothing left to gain beyond it.
+        (1.5, 2.0, -2.0 * (1 + EPS), 0.0, 1.0),
+        (1.1, 2.0, -2.0 * 1.1, -2.0 * 1.1, 0.0),
+        (0.5, 2.0, -2.0 * 0.5, -2.0 * 0.5, 0.0),  # its probability fell: the way back is open however far it is
+        # A worse action: below 1 - eps it has been pushed down enough.
+        (0.5, -2.0, 2.0 * (1 - EPS), 0.0, 1.0),
+        (0.9, -2.0, 2.0 * 0.9, 2.0 * 0.9, 0.0),
+        (1.5, -2.0, 2.0 * 1.5, 2.0 * 1.5, 0.0),  # its probability rose: the loss is not bounded above
+    ],
+)
+def test_the_clipped_surrogate_in_each_quadrant(
+    ratio: float, advantage: float, loss: float, slope: float, clipped: float
+) -> None:
+    got_loss, got_slope, got_clipped = of_one_token(ratio, advantage)
+    assert got_loss == pytest.approx(loss, abs=1e-12)
+    assert got_slope == pytest.approx(slope, abs=1e-12)
+    assert got_clipped == clipped
+    if slope == 0.0:
+        assert got_slope == 0.0  # not small: nothing
+
+
+@pytest.mark.parametrize(("ratio", "advantage"), [(1.5, 2.0), (0.5, -2.0)])
+def test_a_clipped_token_gives_every_parameter_behind_it_exactly_no_gradient(ratio: float, advantage: float) -> None:
+    logits = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    log_probs = logits.log_softmax(-1)[1:2]
+    one = torch.ones(1, dtype=torch.float64)
+    clipped_policy_loss(log_probs, log_probs.detach() - math.log(ratio), advantage * one, one, EPS).loss.backward()
+    assert logits.grad is not None
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_at_ratio_one_the_gradient_is_that_of_the_plain_policy_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((7, 5), generator=generator, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(5, (7, 1), generator=generator)
+    advantages = torch.randn(7, generator=generator, dtype=torch.float64)
+    weights = torch.rand(7, generator=generator, dtype=torch.float64)
+    log_probs = logits.log_softmax(-1).gather(1, tokens).squeeze(1)
+    surrogate = clipped_policy_loss(log_probs, log_probs.detach(), advantages, weights, EPS)
+    (clipped,) = torch.autograd.grad(surrogate.loss, logits, retain_graph=True)
+    (plain,) = torch.autograd.grad(-(weights * advantages * log_probs).sum(), logits)
+    torch.testing.assert_close(clipped, plain, rtol=0, atol=1e-14)
+    assert plain.abs().max() > 0.1
+    assert surrogate.loss.item() == pytest.approx(-(weights * advantages).sum().item())
+    assert surrogate.clip_fraction == 0
+    assert surrogate.approx_kl == 0
+
+
+def tokens(n: int = 64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    old = -torch.rand(n, generator=generator, dtype=torch.float64) * 3
+    new = old + 0.4 * torch.randn(n, generator=generator, dtype=torch.float64)
+    advantages, weights = torch.randn((2, n), generator=generator, dtype=torch.float64)
+    return new, old, advantages, weights.abs() / weights.abs().sum()
+
+
+def test_the_surrogate_is_pessimistic_and_weighted() -> None:
+    new, old, advantages, weights = tokens()
+    ratio = (new - old).exp()
+    result = clipped_policy_loss(new, old, advantages, weights, EPS)
+    expected, clipped, kl = 0.0, 0.0, 0.0
+    for r, a, w in zip(ratio.tolist(), advantages.tolist(), weights.tolist(), strict=True):
+        kept = min(max(r, 1 - EPS), 1 + EPS)
+        expected -= w * min(r * a, kept * a)
+        clipped += w * (kept * a < r * a)
+        kl += w * (r - 1 - math.log(r))
+    assert result.loss.item() == pytest.approx(expected, abs=1e-12)
+    assert result.clip_fraction.item() == pytest.approx(clipped, abs=1e-12)
+    assert result.approx_kl.item() == pytest.approx(kl, abs=1e-12)
+    assert 0 < clipped < 1
+    assert result.loss > -(weights * ratio * advantages).sum()  # never better than the surrogate that is not clipped
+
+
+def test_metrics_carry_no_gradient() -> None:
+    new, old, advantages, weights = tokens()
+    result = clipped_policy_loss(new.requires_grad_(), old, advantages, weights, EPS)
+    assert result.loss.requires_grad
+    assert not result.clip_fraction.requires_grad
+    assert not result.approx_kl.requires_grad
+
+
+def test_approx_kl_is_an_unbiased_estimate_of_the_kl_from_the_old_policy_to_the_new() -> None:
+    generator = torch.Generator().manual_seed(0)
+    old, new = torch.randn((2, 5), generator=generator, dtype=torch.float64).log_softmax(-1)
+    zero = torch.zeros(5, dtype=torch.float64)
+    # Weighting each token with its probability takes the expectation exactly.
+    got = clipped_policy_loss(new, old, zero, old.exp(), EPS).approx_kl.item()
+    forward, backward = (old.exp() * (old - new)).sum().item(), (new.exp() * (new - old)).sum().item()
+    assert got == pytest.approx(forward, abs=1e-12)
+    assert abs(got - backward) > 0.01
+
+
+def test_weights_choose_the_mean() -> None:
+    new, old, advantages, _ = tokens(6)
+    each = [of_one_token((n - o).exp().item(), a.item())[0] for n, o, a in zip(new, old, advantages, strict=True)]
+    over_tokens = clipped_policy_loss(new, old, advantages, torch.full((6,), 1 / 6), EPS).loss.item()
+    assert over_tokens == pytest.approx(sum(each) / 6)
+    lengths = torch.tensor([1.0, 2, 2, 3, 3, 3])  # three episodes of 1, 2 and 3 tokens
+    over_episodes = clipped_policy_loss(new, old, advantages, 1 / (3 * lengths), EPS).loss.item()
+    assert over_episodes == pytest.approx((each[0] + sum(each[1:3]) / 2 + sum(each[3:]) / 3) / 3)
+    assert abs(over_tokens - over_episodes) > 1e-3
+
+
+# -- the critic ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "target", "loss", "slope"),
+    [
+        (0.1, 0.0, 1.0, 0.5 * 0.9**2, -0.9),  # within the range: the plain error
+        (0.9, 0.0, 1.0, 0.5 * (1 - EPS) ** 2, 0.0),  # ran towards the target: counts as if it had stopped at the edge
+        (-0.9, 0.0, 1.0, 0.5 * 1.9**2, -1.9),  # ran away from it: pays in full, and can come back
+        (1.9, 0.0, 1.0, 0.5 * 0.9**2, 0.9),  # ran past it, further than the edge lies before it
+        (0.4, 0.0, 0.1, 0.5 * 0.3**2, 0.3),
+    ],
+)
+def test_the_value_loss_takes_the_worse_of_the_two_errors(
+    value: float, old: float, target: float, loss: float, slope: float
+) -> None:
+    values = torch.tensor([value], dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, dtype=torch.float64)
+    result = clipped_value_loss(values, old * one, target * one, one, EPS)
+    result.backward()
+    assert values.grad is not None
+    assert result.item() == pytest.approx(loss, abs=1e-12)
+    assert values.grad.item() == pytest.approx(slope, abs=1e-12)
+
+
+def test_the_value_loss_without_a_range_is_half_the_weighted_squared_error() -> None:
+    values, old, returns, weights = tokens()
+    plain = clipped_value_loss(values, old, returns, weights, None).item()
+    expected = 0.5 * sum(
+        w * (v - r) ** 2 for v, r, w in zip(values.tolist(), returns.tolist(), weights.tolist(), strict=True)
+    )
+    assert plain == pytest.approx(expected, abs=1e-12)
+    assert clipped_value_loss(values, old, returns, weights, EPS).item() > plain  # pessimism never pays
+    assert clipped_value_loss(values, old, returns, weights, 1e9).item() == pytest.approx(plain)
+
+
+def test_explained_variance() -> None:
+    returns = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    assert explained_variance(returns, returns) == 1.0
+    assert explained_variance(returns + 3, returns) == pytest.approx(1.0)  # a constant error explains as much
+    assert explained_variance(torch.full((4,), 5.0), returns) == 0.0
+    assert explained_variance(-returns, returns) == pytest.approx(-3.0)  # 1 - Var[2 r] / Var[r]
+    assert explained_variance(0.5 * returns, returns) == pytest.approx(0.75)
+    assert math.isnan(explained_variance(returns, torch.ones(4)))

@@ -1,0 +1,273 @@
+"""What holds for the source tree as a whole: layers, names, import cost, the wheel, and calls that nobody may make."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A module imports from its own layer and from lower ones (to the left).
+LAYERS = (
+    "errors, episodes < kl < models < rewards < feedback < tasks < optimum < envs < wrappers < rollout"
+    " < evaluation, scores, testing < agents"
+)
+HEIGHT = {name.strip(): height for height, layer in enumerate(LAYERS.split("<")) for name in layer.split(",")}
+NAMES_OF_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc"}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name to file of everything in `lmgym` and `agents`."""
+    files = [file for package in ("lmgym", "agents") for file in sorted((ROOT / package).rglob("*.py"))]
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+# --- layers ------------------------------------------------------------------------------------------------------
+
+
+def part(module: str) -> str:
+    """The piece of the house that a module belongs to; "" is the package `lmgym` itself, which only registers."""
+    names = module.split(".")
+    return "agents" if names[0] == "agents" else ".".join(names[1:2])
+
+
+def imports(source: str, module: str, is_package: bool = False) -> Iterator[str]:
+    """Every module of ours that the source imports, at any depth: functions and `TYPE_CHECKING` blocks included."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            found = [f"{origin}.{alias.name}" if origin == "lmgym" else origin for alias in node.names]
+        else:
+            continue
+        yield from (name for name in found if name.split(".")[0] in ("lmgym", "agents"))
+
+
+def upward_imports(source: str, module: str, is_package: bool = False) -> list[str]:
+    """The imports of a module that break the layers, each as "importer -> imported"."""
+    own = part(module)
+    return [
+        f"{module} -> {name}"
+        for name in imports(source, module, is_package)
+        # Only agents may import the package itself: importing it is what registers the environments.
+        if (part(name) not in HEIGHT and own != "agents") or HEIGHT.get(part(name), 0) > HEIGHT.get(own, 0)
+    ]
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {part(module) for module in modules()} - {""} <= HEIGHT.keys()
+
+
+def test_modules_import_from_their_own_layer_and_lower_ones() -> None:
+    broken = [
+        line
+        for module, file in modules().items()
+        if part(module)  # `lmgym/__init__.py` stands above the layers; what it loads is tested below
+        for line in upward_imports(file.read_text(encoding="utf-8"), module, file.name == "__init__.py")
+    ]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lmgym.models.causal", "from lmgym.envs.token import RLHFEnv"),
+        ("lmgym.models.causal", "from lmgym import envs"),
+        ("lmgym.models.causal", "from ..envs import token"),
+        ("lmgym.models.causal", "def f():\n    import lmgym.tasks.base"),
+        ("lmgym.models.causal", "import lmgym"),
+        ("lmgym.scores", "from agents import ppo"),
+        ("lmgym.errors", "from .kl import k1"),
+    ],
+)
+def test_an_upward_import_is_seen(module: str, source: str) -> None:
+    assert upward_imports(source, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lmgym.envs.token", "from lmgym.models.causal import CausalLM\nfrom lmgym import kl, errors\nimport torch"),
+        ("lmgym.envs.token", "from . import vector\nfrom ..errors import LmGymError"),
+        ("lmgym.episodes", "from lmgym.errors import LmGymError"),
+        ("agents.ppo", "import lmgym\nfrom agents.base import Agent\nfrom lmgym.testing import check_task"),
+    ],
+)
+def test_a_downward_import_is_fine(module: str, source: str) -> None:
+    assert not upward_imports(source, module)
+
+
+def test_lmgym_never_imports_agents() -> None:
+    for module, file in modules().items():
+        if not module.startswith("agents"):
+            names = imports(file.read_text(encoding="utf-8"), module, file.name == "__init__.py")
+            assert "agents" not in {name.split(".")[0] for name in names}, module
+
+
+# --- names -------------------------------------------------------------------------------------------------------
+
+
+def test_every_module_is_called_after_what_it_holds() -> None:
+    assert not [module for module in modules() if NAMES_OF_NOTHING & set(module.split("."))]
+
+
+def test_no_module_has_a_name_of_the_standard_library() -> None:
+    shadowing = {module for module in modules() if set(module.split(".")) & sys.stdlib_module_names}
+    assert shadowing <= {"lmgym.envs.token"}  # the one exception, harmless because nobody runs a file of that folder
+
+
+# --- importing ---------------------------------------------------------------------------------------------------
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return done.stdout.strip()
+
+
+def test_importing_lmgym_loads_neither_torch_nor_transformers() -> None:
+    assert run("import sys, lmgym; print(sorted({'torch', 'transformers'} & sys.modules.keys()))") == "[]"
+
+
+def test_importing_lmgym_costs_little_beyond_gymnasium() -> None:
+    code = "import gymnasium, time; start = time.perf_counter(); import lmgym; print(time.perf_counter() - start)"
+    assert min(float(run(code)) for _ in range(3)) < 0.2
+
+
+# --- the wheel ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The file list of the wheel, built offline from a copy, so that leftovers of earlier builds cannot slip in."""
+    copy = tmp_path_factory.mktemp("wheel")
+    for package in ("lmgym", "agents", "conf", "tests"):
+        if (ROOT / package).exists():
+            shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / file).exists():
+            shutil.copy(ROOT / file, copy)
+    build = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+    done = subprocess.run([sys.executable, "-c", build], capture_output=True, text=True, cwd=copy)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (copy / "dist").glob("*.whl")
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_wheel_holds_lmgym_alone(wheel_files: set[str]) -> None:
+    tops = {name.split("/")[0] for name in wheel_files}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"lmgym"}
+    assert len(tops) == 2
+
+
+def test_the_wheel_holds_all_of_lmgym(wheel_files: set[str]) -> None:
+    source = {file.relative_to(ROOT).as_posix() for file in (ROOT / "lmgym").rglob("*") if file.is_file()}
+    source = {name for name in source if "__pycache__" not in name and "/." not in name}
+    assert source <= wheel_files, f"not packed: {sorted(source - wheel_files)}"
+    assert "lmgym/py.typed" in wheel_files
+
+
+# --- calls that nobody may make ----------------------------------------------------------------------------------
+
+SEEDERS = {
+    "np.random.seed": "seeds the generator of the whole process: use numpy.random.default_rng",
+    "numpy.random.seed": "seeds the generator of the whole process: use numpy.random.default_rng",
+    "random.seed": "seeds the generator of the whole process: use random.Random",
+    "torch.manual_seed": "seeds the generator of the whole process: pass a torch.Generator, or fork_rng around it",
+    "torch.random.manual_seed": "seeds the generator of the whole process: pass a torch.Generator",
+    "torch.cuda.manual_seed": "seeds the generator of the whole process: pass a torch.Generator",
+    "torch.cuda.manual_seed_all": "seeds the generator of the whole process: pass a torch.Generator",
+}
+
+
+class ForbiddenCalls(ast.NodeVisitor):
+    """Collects "line: reason" for calls and imports that break what the project promises."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self._forks = 0
+
+    def visit_With(self, node: ast.With) -> None:
+        forks = any("fork_rng" in ast.unparse(item.context_expr) for item in node.items)
+        self._forks += forks
+        self.generic_visit(node)
+        self._forks -= forks
+
+    def visit_Import(self, node: ast.Import) -> None:
+        if any(alias.name.split(".")[0] == "pickle" for alias in node.names):
+            self._add(node, "pickle runs what it loads")
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        if node.module and node.module.split(".")[0] == "pickle":
+            self._add(node, "pickle runs what it loads")
+
+    def visit_Call(self, node: ast.Call) -> None:
+        name = ast.unparse(node.func)
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if name == "torch.multinomial":
+            self._add(
+                node, "torch.multinomial draws a number for every word of the vocabulary: use lmgym.models.sampling"
+            )
+        if name == "torch.load" and keywords.get("weights_only") != "True":
+            self._add(node, "torch.load without weights_only=True runs what it loads")
+        if keywords.get("trust_remote_code") == "True":
+            self._add(node, "trust_remote_code=True runs what it downloads")
+        if name in SEEDERS and not (self._forks and name.startswith("torch.")):
+            self._add(node, f"{name} {SEEDERS[name]}")
+        self.generic_visit(node)
+
+    def _add(self, node: ast.stmt | ast.expr, reason: str) -> None:
+        self.found.append(f"{node.lineno}: {reason}")
+
+
+def forbidden(source: str) -> list[str]:
+    visitor = ForbiddenCalls()
+    visitor.visit(ast.parse(source))
+    return visitor.found
+
+
+def test_nobody_makes_a_forbidden_call() -> None:
+    found = [f"{file}:{line}" for file in modules().values() for line in forbidden(file.read_text(encoding="utf-8"))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "tokens = torch.multinomial(probs, 1)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "import pickle",
+        "def f():\n    from pickle import loads",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "np.random.seed(0)",
+        "torch.manual_seed(0)",
+        "with torch.no_grad():\n    torch.manual_seed(0)",
+        "with torch.random.fork_rng():\n    np.random.seed(0)",
+        "with torch.random.fork_rng():\n    pass\ntorch.manual_seed(0)",
+    ],
+)
+def test_a_forbidden_call_is_seen(source: str) -> None:
+    assert len(forbidden(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(path, weights_only=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=False)",
+        "rng = np.random.default_rng(0)\nrng.multinomial(1, p)",
+        "generator = torch.Generator().manual_seed(0)",
+        "with torch.random.fork_rng(devices=[]):\n    torch.manual_seed(0)",
+    ],
+)
+def test_a_harmless_call_is_left_alone(source: str) -> None:
+    assert not forbidden(source)

@@ -1,0 +1,335 @@
+"""What the documents say holds: snippets run, tables agree with the code, and links, files and commands exist.
+
+A Python block runs in a namespace of its own; one below the line `<!-- continues -->` goes on in that of the last one.
+A block whose first line is a comment with a path (`# agents/vpg.py`) is that file: from there on it can be imported, or
+composed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import re
+import shlex
+import socket
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+import lmgym
+from agents import train
+from agents.ppo import PPO, PPOConfig
+from lmgym.envs.settings import Settings
+from lmgym.envs.token import RESET_OPTIONS
+from lmgym.envs.vector import RLHFVectorEnv
+from lmgym.tasks import base
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+README, CONTRIBUTING, PPO_PAGE = ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "agents" / "ppo.md"
+CONTINUES = "<!-- continues -->"
+
+
+# --- reading a document -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, the line its code begins on, whether it continues the one before, and its code."""
+
+    document: Path
+    language: str
+    line: int
+    continues: bool
+    code: str
+
+    @property
+    def path(self) -> str | None:
+        """The file that the block says it is."""
+        found = re.match(r"# ([\w/]+\.(?:py|yaml))\n", self.code)
+        return found[1] if found else None
+
+
+def blocks(document: Path) -> list[Block]:
+    found, lines = [], document.read_text(encoding="utf-8").splitlines()
+    start = None
+    for at, line in enumerate(lines):
+        if not line.startswith("```"):
+            continue
+        if start is None:
+            start = at
+            continue
+        code = "\n".join(lines[start + 1 : at]) + "\n"
+        continues = start > 0 and lines[start - 1] == CONTINUES
+        found.append(Block(document, lines[start][3:].strip(), start + 2, continues, code))
+        start = None
+    assert start is None, f"{document.name}: the block on line {start} has no end"
+    return found
+
+
+def chains(document: Path) -> list[list[Block]]:
+    """Python blocks, those that continue one another together."""
+    grouped: list[list[Block]] = []
+    for block in blocks(document):
+        if block.language == "python":
+            if block.continues:
+                grouped[-1].append(block)
+            else:
+                grouped.append([block])
+    return grouped
+
+
+def prose(document: Path) -> str:
+    """A document without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def table(document: Path, first: str) -> dict[str, list[str]]:
+    """The rows below the header whose first cell is `first`: name without backticks to the cells behind it."""
+    lines = iter(document.read_text(encoding="utf-8").splitlines())
+    header = next((line for line in lines if line.startswith(f"| {first} |")), None)
+    assert header is not None, f"{document.name} has no table of {first!r}"
+    next(lines)
+    rows = {}
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[name.strip("`")] = [cell.strip("`") for cell in cells]
+    return rows
+
+
+def as_written(value: object) -> str:
+    """A default as the tables write it."""
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+# --- snippets -----------------------------------------------------------------------------------------------------
+
+
+def execute(block: Block, module: types.ModuleType) -> None:
+    """Runs a block, with the line numbers of its document in a traceback."""
+    exec(compile("\n" * (block.line - 1) + block.code, str(block.document), "exec"), module.__dict__)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """An empty working directory, no network, and a registry of tasks that forgets what a snippet registered."""
+
+    def refuse(self: socket.socket, address: Any) -> None:
+        raise OSError(f"a snippet asked for the network: {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(base, "_registry", dict(base._registry))
+    monkeypatch.chdir(tmp_path)
+    return monkeypatch
+
+
+def run_chain(chain: list[Block], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("snippet")
+    for block in chain:
+        if block.path is not None:
+            module = types.ModuleType(block.path.removesuffix(".py").replace("/", "."))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        execute(block, module)
+
+
+@pytest.mark.parametrize(
+    "chain", [pytest.param(chain, id=f"{d.name}:{chain[0].line}") for d in DOCUMENTS for chain in chains(d)]
+)
+def test_snippets_run(chain: list[Block], alone: pytest.MonkeyPatch) -> None:
+    if any("stable_baselines3" in block.code for block in chain):
+        pytest.importorskip("stable_baselines3")
+    run_chain(chain_with_files(chain), alone)
+
+
+def chain_with_files(chain: list[Block]) -> list[Block]:
+    """A chain behind the files that its document defined before it, so that it can import them."""
+    files = [b for b in blocks(chain[0].document) if b.language == "python" and b.path and b.line < chain[0].line]
+    return [*files, *chain]
+
+
+def install_files(document: Path, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    """Makes modules of the Python files that a document defines, and writes its yaml files below `root`."""
+    (root / "conf").mkdir()
+    for block in blocks(document):
+        if block.path is not None and block.language == "yaml":
+            (root / block.path).parent.mkdir(parents=True, exist_ok=True)
+            (root / block.path).write_text(block.code)
+        elif block.path is not None:
+            run_chain([block], monkeypatch)
+
+
+def test_a_broken_snippet_is_seen(alone: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"```python\nx = 1\n```\n\n{CONTINUES}\n```python\nassert x == 1\n```\n\n```python\nx\n```\n")
+    good, broken = chains(page)
+    run_chain(good, alone)
+    with pytest.raises(NameError):
+        run_chain(broken, alone)
+
+
+def test_a_snippet_has_no_network(alone: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match="a snippet asked for the network"):
+        socket.create_connection(("127.0.0.1", 9))
+
+
+def test_the_worked_examples_train(alone: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The task, the agent and the configs of CONTRIBUTING, as files in their places, behind the command line."""
+    install_files(CONTRIBUTING, alone, tmp_path)
+    overrides = ["total_timesteps=40", "agent.batch_size=32", "evaluation.samples=32", "device=cpu"]
+    cfg = composed("train", ["task=brief", "agent=vpg", *overrides], searchpath=tmp_path / "conf")
+    run_directory = tmp_path / "run"
+    run_directory.mkdir()
+    assert train.train(train.check(cfg), run_directory, resume=False) == 0
+    assert (run_directory / "summary.json").is_file()
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def test_the_keyword_arguments_are_those_of_the_settings() -> None:
+    written = {name: cells[0] for name, cells in table(README, "keyword").items()}
+    assert written == {field.name: as_written(field.default) for field in dataclasses.fields(Settings)}
+
+
+def test_the_keyword_arguments_of_the_vector_env_are_those_of_its_signature() -> None:
+    written = {name: cells[0] for name, cells in table(README, "keyword of make_vec").items()}
+    parameters = inspect.signature(RLHFVectorEnv).parameters.values()
+    assert written == {p.name: as_written(p.default) for p in parameters if p.kind != p.VAR_KEYWORD}
+
+
+def test_the_ids_are_those_registered() -> None:
+    assert set(table(README, "id")) == {name for name in gym.registry if name.startswith("lmgym/")}
+
+
+def test_the_info_keys_are_those_of_an_episode() -> None:
+    env = gym.make("lmgym/RLHF-v0", max_new_tokens=2)
+    env.reset(seed=0)
+    keys = set(env.step(4)[4]) | set(env.step(4)[4])
+    assert set(table(README, "info key")) == keys
+
+
+def test_the_reset_options_are_those_the_envs_take() -> None:
+    assert set(table(README, "reset option")) == {*RESET_OPTIONS, "reset_mask"}
+
+
+def test_the_fields_of_ppo_are_those_of_its_config_and_its_yaml() -> None:
+    shipped = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "agent" / "ppo.yaml"))
+    assert isinstance(shipped, dict)
+    fields = {f.name: [str(f.default), str(shipped[f.name])] for f in dataclasses.fields(PPOConfig)}
+    assert {name: cells[:2] for name, cells in table(PPO_PAGE, "field").items()} == fields
+    assert set(shipped) == {"_target_", *fields}
+
+
+def test_the_metrics_of_ppo_are_those_it_logs() -> None:
+    envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=1, device="cpu")
+    logged: set[str] = set()
+    agent = PPO(envs, PPOConfig(batch_size=4))
+    agent.learn(1, callback=lambda _, metrics: logged.update(metrics) is None)
+    assert set(table(PPO_PAGE, "metric")) == logged
+
+
+# --- links, files, commands ---------------------------------------------------------------------------------------
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors(document: Path) -> set[str]:
+    return {slug(heading) for heading in re.findall(r"^#+ (.*)$", prose(document), flags=re.MULTILINE)}
+
+
+def broken_links(document: Path) -> list[str]:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(document)):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = document.parent / path if path else document
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    return broken
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_links_and_images_exist(document: Path) -> None:
+    assert not broken_links(document)
+
+
+def test_a_broken_link_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A b\n[fine](#a-b) [web](https://x.org) [lost](lost.md) ![lost](lost.png) [no such](#c)\n")
+    assert broken_links(page) == ["lost.md", "lost.png", "#c"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_files_named_exist(document: Path) -> None:
+    named = re.findall(r"`((?:lmgym|agents|conf|tests|docs)/[\w./-]*)`", prose(document))
+    missing = {name for name in named if not re.search(r"-v\d$", name) and not (ROOT / name).exists()}
+    assert not missing - {block.path for block in blocks(document)}
+
+
+def commands(document: Path, pattern: str) -> list[str]:
+    """What follows a command's name, in shell blocks and in `code`, up to the end of the command."""
+    code = [line.split(" #")[0] for b in blocks(document) if b.language == "bash" for line in b.code.splitlines()]
+    code += [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", prose(document))]
+    return [found[1].strip() for piece in code if (found := re.match(rf"(?:\.venv/bin/)?{pattern}(.*)", piece.strip()))]
+
+
+def test_commands_are_found() -> None:
+    assert len(commands(README, r"python -m agents\.")) >= 8
+    assert {"train", "test"} <= {arguments.split()[0] for arguments in commands(README, "make ")}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_make_targets_exist(document: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets, variables = (set(re.findall(form, makefile, flags=re.MULTILINE)) for form in (r"^(\w+):", r"^(\w+) \?="))
+    for arguments in commands(document, "make "):
+        target, *settings = shlex.split(arguments)
+        assert target in targets
+        assert {setting.partition("=")[0] for setting in settings} <= variables
+
+
+def composed(config: str, overrides: list[str], searchpath: Path, directory: Path = ROOT / "conf") -> DictConfig:
+    """The config of a command with its overrides."""
+    search = f"hydra.searchpath=[file://{searchpath}]"
+    with initialize_config_dir(str(directory), version_base="1.3"):
+        return compose(config, [*overrides, search])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_commands_compose(document: Path, alone: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Modules exist and can be run, and every override is one that their config has, with a value that it takes."""
+    (tmp_path / "prompts.txt").write_text("the film was\n")
+    install_files(document, alone, tmp_path)
+    for command in commands(document, r"python -m agents\."):
+        module, *arguments = command.split()
+        spec = importlib.util.find_spec(f"agents.{module}")
+        assert spec is not None, f"agents.{module}"
+        assert '__name__ == "__main__"' in Path(str(spec.origin)).read_text(encoding="utf-8")
+        if any("<" in argument for argument in arguments):
+            continue  # a form to fill in
+        sweep = "-m" in arguments
+        overrides = [a.split(",")[0] if sweep else a for a in arguments if a != "-m"]
+        if module == "build":
+            composed("build", overrides, tmp_path / "conf", ROOT / "conf" / "build_task")
+        else:
+            cfg = composed(module, overrides, tmp_path / "conf")
+            if module == "train":
+                train.check(cfg)
+
+
+def test_the_version_is_the_one_to_cite() -> None:
+    citation: Any = OmegaConf.load(ROOT / "CITATION.cff")
+    assert citation.version == lmgym.__version__

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from agents import report
+from agents.recorder import Recorder
+
+
+def interval(mean: float, half_width: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - half_width, "high": mean + half_width}
+
+
+SUMMARY: dict[str, Any] = {
+    "before": {
+        "return": interval(0.05, 0.045),
+        "score": interval(0.05, 0.045),
+        "gold_score": interval(0.1, 0.06),
+        "kl": interval(0.0, 0.0),
+        "length": interval(12.03, 0.2),
+        "normalised": interval(0.0, 0.03),
+    },
+    "after": {
+        "return": interval(1.1, 0.031),
+        "score": interval(2.17, 0.03),
+        "gold_score": interval(0.98, 0.05),
+        "kl": interval(5.21, 0.12),
+        "length": interval(110.14, 2.1),
+        "normalised": interval(0.88, 0.025),
+    },
+    "optimum": {"lower": {"mean": 1.25, "low": 1.21, "high": 1.29}, "upper": None},
+    "train_seconds": 61.34,
+    "total_timesteps": 102_400,
+    "agent": "ppo",
+    "task": "reviews",
+    "seed": 3,
+}
+
+
+def changed(**parts: Any) -> dict[str, Any]:
+    """The summary with some leaves replaced: `after__return=None`."""
+    summary = copy.deepcopy(SUMMARY)
+    for path, value in parts.items():
+        *outer, last = path.split("__")
+        target = summary
+        for key in outer:
+            target = target[key]
+        target[last] = value
+    return summary
+
+
+def test_the_table_as_a_whole() -> None:
+    assert report.table(SUMMARY) == "\n".join(
+        [
+            "ppo on reviews, seed 3, 102,400 tokens (mean ± 95 % interval)",
+            "",
+            "                           before             after",
+            "return              0.050 ± 0.045     1.100 ± 0.031",
+            "score               0.050 ± 0.045     2.170 ± 0.030",
+            "gold_score          0.100 ± 0.060     0.980 ± 0.050",
+            "kl (nats)           0.000 ± 0.000     5.210 ± 0.120",
+            "length (tokens)     12.03 ± 0.20      110.1 ± 2.1",
+            "normalised          0.000 ± 0.030     0.880 ± 0.025",
+            "",
+            "optimum           V* >= 1.25 [1.21, 1.29]",
+            "train_seconds     61.3",
+            "",
+            "J = 1.10 of V* >= 1.25: 0.88 of the gain",
+        ]
+    )
+
+
+@pytest.mark.parametrize("unknown", [None, {"mean": None, "low": None, "high": None}, interval(math.nan, 0.0)])
+def test_what_is_unknown_is_a_dash(unknown: Any) -> None:
+    row = next(
+        line for line in report.table(changed(after__gold_score=unknown)).splitlines() if line.startswith("gold_score")
+    )
+    assert row.split() == ["gold_score", "0.100", "±", "0.060", "-"]
+
+
+def test_both_bounds_of_the_optimum() -> None:
+    text = report.table(changed(optimum__upper={"mean": 1.4, "low": 1.35, "high": 1.45}))
+    assert "V* >= 1.25 [1.21, 1.29]" in text
+    assert "V* <= 1.40 [1.35, 1.45]" in text
+
+
+def test_a_solved_task_has_an_equals_sign() -> None:
+    exact = interval(1.25, 0.0)
+    text = report.table(changed(optimum={"lower": exact, "upper": exact}))
+    assert "V* = 1.25 [1.25, 1.25]" in text
+    assert text.endswith("J = 1.10 of V* = 1.25: 0.88 of the gain")
+    assert text.count("V* ") == 2
+
+
+def test_the_share_of_the_gain_is_worked_out_where_it_was_not_evaluated() -> None:
+    text = report.table(changed(after__normalised=None, before__return=interval(0.75, 0.1)))
+    assert text.endswith("J = 1.10 of V* >= 1.25: 0.70 of the gain")  # not 1.10 / 1.25 = 0.88
+
+
+def test_no_share_where_the_bound_is_below_the_reference() -> None:
+    text = report.table(changed(after__normalised=None, before__return=interval(1.3, 0.1)))
+    assert text.endswith("J = 1.10 of V* >= 1.25")
+
+
+@pytest.mark.parametrize("optimum", [None, {}, {"lower": None, "upper": None}])
+def test_no_sentence_without_an_optimum(optimum: Any) -> None:
+    assert "V*" not in report.table(changed(optimum=optimum))
+
+
+def test_responses_fit_the_terminal() -> None:
+    row = {
+        "prompt": "the film was",
+        "before": "dull " * 60,
+        "before_score": -0.314,
+        "after": "",
+        "after_score": 12.0,
+    }
+    lines = report.samples_table([row, row]).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[0] == "prompt           the film was"
+    assert lines[1].startswith("before   -0.31   dull dull")
+    assert lines[2].startswith("                 dull")
+    assert lines.count("after   +12.00   (empty)") == 2
+    assert lines.count("") == 1
+    assert sum(line.count("dull") for line in lines) == 120
+
+
+def test_a_response_cannot_drive_the_terminal() -> None:
+    row = {"prompt": "a\nb", "before": "\x1b[31mred\r\n", "before_score": 0.0, "after": "x\ty", "after_score": 0.0}
+    text = report.samples_table([row])
+    assert "\x1b" not in text
+    assert "\r" not in text
+    assert [line[17:] for line in text.splitlines()] == ["a b", "[31mred", "x y"]
+
+
+def test_json_is_whole_and_strict(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    report.write_json(path, {"kl": math.nan, "rows": [1, (math.inf, 2.5)], "name": "µ", "yes": True})
+    assert json.loads(path.read_text()) == {"kl": None, "rows": [1, [None, 2.5]], "name": "µ", "yes": True}
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        report.write_json(path, {"model": object()})
+    assert json.loads(path.read_text())["yes"], "a failed write harmed the old file"
+    assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
+
+
+def write_metrics(directory: Path, names: list[str], rows: int) -> Path:
+    rng = np.random.default_rng(0)
+    with Recorder(directory, total=max(1, rows) * 1280, progress=False) as recorder:
+        for row in range(1, rows + 1):
+            values = {name: 1 - math.exp(-row / 10) + rng.normal(0, 0.05) for name in names}
+            recorder.record(row * 1280, values)
+    return recorder.path
+
+
+NAMES = ["rollout/return", "rollout/score", "rollout/gold_score", "rollout/kl", "rollout/length", "train/entropy"]
+
+
+@pytest.mark.parametrize(
+    ("names", "rows", "summary"),
+    [
+        (NAMES, 60, SUMMARY),
+        (NAMES, 1, SUMMARY),
+        (NAMES, 0, SUMMARY),
+        (["rollout/return"], 10, changed(optimum=None, after__gold_score=None, before__return=None)),
+    ],
+    ids=["full", "one row", "no row", "return alone"],
+)
+def test_a_picture_of_whatever_was_recorded(tmp_path: Path, names: list[str], rows: int, summary: dict) -> None:
+    metrics = write_metrics(tmp_path, names, rows)
+    report.curves(metrics, summary, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.format == "PNG"
+        assert image.size == (1500, 960)
+        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 10, "an empty picture"
+
+
+def test_a_value_that_was_not_finite_is_a_gap_in_the_curve() -> None:
+    rows = [{"step": 1, "train/entropy": 2.0}, {"step": 2, "train/entropy": None}, {"step": 3, "train/entropy": 1.0}]
+    steps, values = report._series(rows, "train/entropy")
+    assert steps.tolist() == [1, 3]
+    assert values.tolist() == [2.0, 1.0]
+
+
+def test_the_running_mean_keeps_a_constant_and_a_line_in_the_middle() -> None:
+    assert report._running_mean(np.full(200, 3.0)) == pytest.approx(np.full(200, 3.0))
+    line = np.arange(200.0)
+    assert report._running_mean(line)[5:-5] == pytest.approx(line[5:-5])
+    assert report._running_mean(line)[0] == pytest.approx(2.5)  # the mean of 0..5, what there is of the window
+    assert report._running_mean(np.array([7.0])).tolist() == [7.0]
+
+
+def test_the_picture_leaves_pyplot_alone(tmp_path: Path) -> None:
+    import matplotlib
+    from matplotlib import pyplot
+
+    before = dict(matplotlib.rcParams)
+    report.curves(write_metrics(tmp_path, NAMES, 5), SUMMARY, tmp_path / "curves.png")
+    assert pyplot.get_fignums() == []
+    assert dict(matplotlib.rcParams) == before

@@ -1,0 +1,290 @@
+"""Whole episodes: the same as stepping, as decoding alone, and as recomputing every number from the finished text."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import fields
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS, gpt2, tiny_lm, word_tokenizer
+from gymnasium.utils.env_checker import data_equivalence
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from transformers import MistralConfig
+
+from lmgym.envs.vector import RLHFVectorEnv
+from lmgym.episodes import Episodes
+from lmgym.errors import InvalidArgumentError
+from lmgym.kl import check_sampled_law, discounted_return, episode_kl, token_rewards
+from lmgym.models.causal import CausalLM, freeze, pack
+from lmgym.models.policy import CausalPolicy
+from lmgym.models.sampling import Sampler
+from lmgym.rollout import collect, collect_steps
+
+ID = "lmgym/RLHF-v0"
+EOS, V, P, T, N = 1, len(WORDS) + 3, 6, 8, 6
+SAMPLERS = {
+    "plain": Sampler(),
+    "temperature": Sampler(temperature=0.7),
+    "hot": Sampler(temperature=2.0),
+    "top-p": Sampler(top_p=0.8),
+    "top-k": Sampler(top_k=4),
+    "greedy": Sampler(temperature=0),
+    "greedy, then top-p": Sampler(temperature=1.3, top_p=0.9, greedy_tokens=2),
+}
+Parts = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def policy() -> CausalPolicy:
+    """Another model than the reference, with a value head."""
+    head = torch.nn.Linear(32, 1)
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+    return CausalPolicy(CausalLM(freeze(gpt2(V + 3, seed=11, scale=0.25)), word_tokenizer()), head)
+
+
+def native(parts: Parts, num_envs: int = N, **changes: Any) -> RLHFVectorEnv:
+    envs = gym.make_vec(ID, num_envs=num_envs, **{**parts, "autoreset_mode": "SameStep", **changes})
+    assert isinstance(envs, RLHFVectorEnv)
+    return envs
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_same(one: Episodes, other: Episodes, *, leave_out: tuple[str, ...] = ("prompt_index",)) -> None:
+    """Equal where a token was chosen; log-probs, values and scores to round-off."""
+    assert torch.equal(one.response_mask, other.response_mask)
+    mask = one.response_mask
+    for f in fields(Episodes):
+        left, right = getattr(one, f.name), getattr(other, f.name)
+        if f.name in leave_out:
+            continue
+        assert (left is None) == (right is None), f.name
+        if left is None:
+            continue
+        if f.name.startswith("response") or f.name in ("log_probs", "ref_log_probs", "values"):
+            left, right = left[mask], right[mask]
+        if left.is_floating_point():
+            torch.testing.assert_close(left, right, rtol=0, atol=1e-5, msg=lambda text, f=f: f"{f.name}: {text}")
+        else:
+            assert torch.equal(left, right), f.name
+
+
+# --- step by step ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_whole_episodes_are_those_of_stepping(parts: Parts, policy: CausalPolicy, sampler: Sampler) -> None:
+    envs = native(parts)
+    envs.reset(seed=0)
+    fast = collect(envs, policy, 2 * N, sampler, rng())
+    for round_ in range(2):
+        rows = slice(round_ * N, (round_ + 1) * N)
+        prompts = [envs.engine.prompts[int(i)] for i in fast.prompt_index[rows]]
+        stepped = native(parts, prompts=[prompt.text for prompt in prompts], prompt_order="sequential")
+        generator = rng()
+        torch.rand((round_ * N, T), generator=generator, dtype=torch.float64)  # the rounds before
+        slow = collect_steps(stepped, policy, N, sampler, generator)
+        width = slow.prompt_ids.shape[1]
+        part = fast[rows].trimmed()
+        assert torch.equal(part.prompt_ids, slow.prompt_ids[:, width - part.prompt_ids.shape[1] :])
+        assert_same(fast[rows], slow, leave_out=("prompt_index", "prompt_ids", "prompt_mask"))
+    assert {int(n) for n in fast.lengths} != {T}
+    assert fast.values is not None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"min_new_tokens": 3, "missing_eos_penalty": 1.5, "gamma": 0.9},
+        {"truncate": True},
+        {"kl_coef": 0.0},
+        {"group_size": 2},
+    ],
+    ids=str,
+)
+def test_in_every_configuration(parts: Parts, policy: CausalPolicy, config: Parts) -> None:
+    one, other = native(parts, **config), native(parts, **config)
+    one.reset(seed=3)
+    other.reset(seed=3)
+    fast, slow = collect(one, policy, N, None, rng(1)), collect_steps(other, policy, N, None, rng(1))
+    assert_same(fast, slow)
+    assert (fast.terminated == (slow.lengths < T) | ~torch.tensor("truncate" in config) | _ends(fast)).all()
+    if config.get("kl_coef") == 0.0:
+        assert (fast.ref_log_probs == 0).all()
+    if "group_size" in config:
+        assert (fast.prompt_index[0::2] == fast.prompt_index[1::2]).all()
+
+
+def _ends(episodes: Episodes) -> torch.Tensor:
+    last = episodes.response_ids.gather(1, (episodes.lengths - 1).unsqueeze(1)).squeeze(1)
+    return last == EOS
+
+
+def test_a_late_payment_is_the_same_sum(parts: Parts, policy: CausalPolicy) -> None:
+    """Stepping with `dense_kl=False` hears of the reference only at the end."""
+    one, other, dense = native(parts, dense_kl=False), native(parts, dense_kl=False), native(parts)
+    for envs in (one, other, dense):
+        envs.reset(seed=3)
+    fast, slow, plain = collect(one, policy, N, None, rng(1)), collect_steps(other, policy, N, None, rng(1)), None
+    assert_same(fast, slow, leave_out=("prompt_index", "ref_log_probs"))
+    torch.testing.assert_close(token_rewards(fast, 0.2, dense=False), token_rewards(slow, 0.2, dense=False))
+    plain = collect(dense, policy, N, None, rng(1))
+    assert_same(fast, plain)
+
+
+@pytest.mark.parametrize("name", ["plain", "top-p", "greedy"])
+def test_gymnasiums_own_vector_env_gives_the_same(parts: Parts, policy: CausalPolicy, name: str) -> None:
+    sync = SyncVectorEnv([lambda: gym.make(ID, **parts)] * 3, autoreset_mode=AutoresetMode.SAME_STEP)
+    envs = native(parts, 3)
+    # `collect_steps` resets without a seed: the generators of the rows go on from here.
+    sync.reset(seed=5)
+    envs.reset(seed=5)
+    fast = collect(envs, policy, 3, SAMPLERS[name], rng(2))
+    assert_same(fast, collect_steps(sync, policy, 3, SAMPLERS[name], rng(2)))
+
+
+def test_stepping_needs_a_multiple_of_the_rows(parts: Parts, policy: CausalPolicy) -> None:
+    with pytest.raises(InvalidArgumentError, match="`episodes` must be a multiple of the number of envs, 6, got 7."):
+        collect_steps(native(parts), policy, 7)
+
+
+def test_the_gold_score_comes_along(parts: Parts, policy: CausalPolicy) -> None:
+    from lmgym.tasks import make_task
+
+    task = make_task("reviews", **{**parts, "prompts": ["a film", "it"]})
+    assert task.gold is not None
+    one, other = (gym.make_vec(ID, num_envs=4, task=task, autoreset_mode="SameStep") for _ in range(2))
+    for envs in (one, other):
+        envs.reset(seed=0)
+    fast, slow = collect(one, policy, 4, None, rng()), collect_steps(other, policy, 4, None, rng())
+    assert fast.gold_scores is not None
+    assert_same(fast, slow)
+    texts = [
+        one.tokenizer.decode(ids[mask], skip_special_tokens=True)
+        for ids, mask in zip(fast.input_ids, fast.attention_mask, strict=True)
+    ]
+    torch.testing.assert_close(fast.gold_scores, torch.tensor(task.gold([""] * 4, texts)))
+
+
+# --- alone ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "hot", "top-p", "greedy, then top-p"])
+def test_rows_that_finish_and_leave_do_not_change_the_others(parts: Parts, policy: CausalPolicy, name: str) -> None:
+    envs, sampler = native(parts), SAMPLERS[name]
+    prompts = [envs.engine.prompts[i % 6] for i in range(40)]
+    together = collect(envs, policy, prompts, sampler, rng(4))
+    assert len(set(together.lengths.tolist())) > 3  # many leave, at many times
+    generator = rng(4)
+    alone = Episodes.concatenate([collect(envs, policy, [prompt], sampler, generator) for prompt in prompts])
+    assert_same(together, alone, leave_out=())
+    order = [39, 3, 17, 4]
+    assert torch.equal(together.prompt_index[order], torch.tensor([prompts[i].index for i in order]))
+
+
+def test_the_rows_of_the_env_are_not_touched(parts: Parts, policy: CausalPolicy) -> None:
+    one, other = native(parts), native(parts)
+    for envs in (one, other):
+        envs.reset(seed=0)
+        envs.step(np.full(N, 5))
+    collect(one, policy, [one.engine.prompts[0]] * 3, None, rng())
+    for token in (6, 7, EOS):
+        assert data_equivalence(one.step(np.full(N, token)), other.step(np.full(N, token)))
+
+
+def test_one_generator_one_batch_and_no_global_one(parts: Parts, policy: CausalPolicy) -> None:
+    envs = native(parts)
+    prompts = [envs.engine.prompts[0]] * 12
+    state = torch.get_rng_state()
+    first, again, other = (collect(envs, policy, prompts, None, rng(seed)) for seed in (0, 0, 1))
+    assert_same(first, again, leave_out=())
+    assert torch.equal(first.log_probs, again.log_probs)
+    assert not torch.equal(first.response_ids, other.response_ids)
+    fresh, fresher = collect(envs, policy, prompts), collect(envs, policy, prompts)
+    assert not torch.equal(fresh.response_ids, fresher.response_ids)  # without one, every call draws anew
+    collect_steps(envs, policy, N)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- recomputed ----------------------------------------------------------------------
+
+
+def recomputed(policy: CausalPolicy, episodes: Episodes, sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n,) log-probs and values of the chosen tokens from one plain forward over the finished texts."""
+    mask = episodes.response_mask
+    ids, rows, columns, targets = pack(episodes.prompt_ids, episodes.prompt_mask, episodes.response_ids, mask)
+    places = mask.nonzero()[:, 1]
+    with torch.inference_mode():
+        hidden, logits = policy.lm.response_hidden(ids, rows, columns)
+        log_probs = sampler.log_law(logits, places).gather(1, targets.unsqueeze(1)).squeeze(1)
+        assert policy.value_head is not None
+        return log_probs, policy.value_head(hidden).squeeze(1)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_log_probs_and_values_are_those_of_the_law_that_sampled(
+    parts: Parts, policy: CausalPolicy, sampler: Sampler
+) -> None:
+    envs = native(parts)
+    episodes = collect(envs, policy, 30, sampler, rng(5))
+    mask = episodes.response_mask
+    log_probs, values = recomputed(policy, episodes, sampler)
+    torch.testing.assert_close(episodes.log_probs[mask], log_probs, rtol=0, atol=1e-5)
+    assert episodes.values is not None
+    torch.testing.assert_close(episodes.values[mask], values, rtol=0, atol=1e-5)
+    assert values.std() > 0.1
+    assert (episodes.log_probs[~mask] == 0).all()
+    assert (episodes.values[~mask] == 0).all()
+    assert (episodes.response_ids[~mask] == 0).all()
+    if sampler != Sampler():  # the law without the sampler's cut would be another
+        assert (recomputed(policy, episodes, Sampler())[0] - log_probs).abs().max() > 0.1
+
+
+def test_rewards_and_returns_are_those_of_the_env(parts: Parts, policy: CausalPolicy) -> None:
+    """The reward of the design is the env's own minus the policy's half."""
+    envs = native(parts, gamma=0.9)
+    episodes = collect(envs, policy, 20, None, rng(6))
+    prompts = [envs.engine.prompts[int(i)] for i in episodes.prompt_index]
+    replay = envs.replay(prompts, episodes.response_ids.numpy())
+    own = torch.from_numpy(replay.rewards).float()
+    rewards = token_rewards(episodes, envs.kl_coef)
+    torch.testing.assert_close(rewards, own - 0.2 * episodes.log_probs, rtol=0, atol=1e-5)
+    returns = discounted_return(own, 0.9)
+    torch.testing.assert_close(returns.tolist(), replay.outcomes.discounted_returns, rtol=0, atol=1e-5)
+
+
+def test_the_reference_as_a_policy_has_no_kl(parts: Parts) -> None:
+    envs = native(parts)
+    reference = CausalPolicy(envs.engine.lm)
+    episodes = collect(envs, reference, 60, None, rng(7))
+    assert episodes.values is None
+    torch.testing.assert_close(episodes.log_probs, episodes.ref_log_probs, rtol=0, atol=1e-5)
+    check_sampled_law(episode_kl(episodes))
+    sharp = collect(envs, reference, 60, Sampler(temperature=0.5), rng(7))
+    assert episode_kl(sharp).mean() > 0.5  # another law, and its log-probs say so
+
+
+def test_a_policy_that_the_ring_cannot_drive(parts: Parts) -> None:
+    """The slow decoder behind the same interface: tokens, values, and rows that leave."""
+    lm = tiny_lm(
+        MistralConfig(
+            vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=48, sliding_window=4, initializer_range=0.3, max_position_embeddings=40,
+        )
+    )  # fmt: skip
+    head = torch.nn.Linear(32, 1)
+    policy, envs = CausalPolicy(lm, head), native(parts)
+    with pytest.warns(UserWarning, match="falling back to a full forward"), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        episodes = collect(envs, policy, 20, None, rng(8))
+    log_probs, values = recomputed(policy, episodes, Sampler())
+    mask = episodes.response_mask
+    torch.testing.assert_close(episodes.log_probs[mask], log_probs, rtol=0, atol=1e-5)
+    assert episodes.values is not None
+    torch.testing.assert_close(episodes.values[mask], values, rtol=0, atol=1e-5)
