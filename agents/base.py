@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.losses import explained_variance
 from agents.policy import ActorCritic, Critic, read_logits
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
@@ -175,6 +176,7 @@ class OnPolicyAgent(ABC):
         config, task = self.config, self.envs.task
         if episodes.values is None:
             episodes = self._with_values(episodes)
+        assert episodes.values is not None
         rewards = token_rewards(episodes, self.kl.value, dense=task.dense_kl)
         advantages, returns = self.advantages(episodes, rewards)
         history: list[dict[str, float]] = []
@@ -189,7 +191,12 @@ class OnPolicyAgent(ABC):
             if self.stop_early(history[-1]):
                 break
         metrics = {name: float(np.mean([row[name] for row in history])) for name in history[0]}
+        metrics["train/ratio_error"] = history[0][
+            "train/ratio_error"
+        ]  # before anything has changed: 0 but for rounding
         metrics["train/updates"] = len(history)
+        mask = episodes.response_mask
+        metrics["train/explained_variance"] = explained_variance(episodes.values[mask], returns[mask])
         return metrics
 
     def _with_values(self, episodes: Episodes) -> Episodes:
@@ -209,7 +216,8 @@ class OnPolicyAgent(ABC):
             loss.backward()
             with torch.no_grad():
                 parts["train/entropy"] = (batch.weights * entropy(batch.log_law.detach())).sum()
-                parts["train/ratio_error"] = (batch.weights * (batch.log_probs - batch.old_log_probs).abs()).sum()
+                gaps = (batch.log_probs - batch.old_log_probs).abs()
+                parts["train/ratio_error"] = (batch.weights * gaps).sum()
             for name, value in parts.items():
                 metrics[name] = metrics.get(name, 0.0) + value.item()
         limit = self.config.max_grad_norm or math.inf

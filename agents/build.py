@@ -42,6 +42,9 @@ def main(config: DictConfig) -> None:
         check_settings(settings)
     except LmGymError as error:
         raise SystemExit(str(error)) from None
+    import torch
+
+    torch.set_num_threads(settings["threads"])
     output = build(settings)
     print((output / "README.md").read_text(encoding="utf-8"))
     print(f"Written to {output}")
@@ -52,6 +55,11 @@ def check_settings(settings: dict[str, Any]) -> None:
     check_choice("task", settings["task"], TASKS)
     check_int("seed", settings["seed"], 0)
     check_bool("progress", settings["progress"])
+    output = output_directory(settings)
+    if output.exists() and not (output / "reward" / "config.json").is_file():  # it will be replaced as a whole
+        raise InvalidArgumentError(
+            f"`output` must be a new directory or one that was built before, got {str(output)!r}."
+        )
     for section, names in _POSITIVE_INTS.items():
         values = settings[section] if section else settings
         for name in names:
@@ -71,11 +79,8 @@ def check_settings(settings: dict[str, Any]) -> None:
 
 def build(settings: dict[str, Any]) -> Path:
     """Builds the artefacts of a task and returns the directory they are in."""
-    import torch
-
     started = time.monotonic()
-    torch.set_num_threads(settings["threads"])
-    output = Path(settings["output"] or ARTEFACTS / settings["task"]).absolute()
+    output = output_directory(settings)
     tokenizer = word_tokenizer(reviews.words(), settings["reference"]["positions"])
     reference, language = build_reference(settings, tokenizer)
     reward_model, preference = build_reward_model(settings, tokenizer, reference)
@@ -93,6 +98,11 @@ def build(settings: dict[str, Any]) -> Path:
         shutil.rmtree(output)
     unfinished.rename(output)
     return output
+
+
+def output_directory(settings: dict[str, Any]) -> Path:
+    """Where the artefacts go."""
+    return Path(settings["output"] or ARTEFACTS / settings["task"]).absolute()
 
 
 def word_tokenizer(words: Sequence[str], max_length: int) -> Any:

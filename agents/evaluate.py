@@ -23,7 +23,9 @@ def main(cfg: DictConfig) -> None:
         if cfg.run is None:
             raise InvalidArgumentError("`run` must be a run directory: python -m agents.evaluate run=<directory>.")
         directory = Path(cfg.run)
-        plan = check(saved_config(directory))
+        saved = saved_config(directory)
+        saved.evaluation.update({name: value for name, value in cfg.evaluation.items() if value is not None})
+        plan = check(saved)
         check_checkpoint(directory)
     except LmGymError as error:
         sys.exit(f"{error}")

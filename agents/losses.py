@@ -35,7 +35,8 @@ def clipped_policy_loss(
     loss = -(weights * torch.minimum(plain, clipped)).sum()
     with torch.no_grad():
         clip_fraction = (weights * (clipped < plain)).sum()
-        approx_kl = (weights * (ratio - 1 - log_ratio)).sum()
+        # A token that left the support of a truncated law has ratio 0, and a log-ratio that would drown the rest.
+        approx_kl = (weights * (ratio - 1 - log_ratio.clamp(min=-20.0))).sum()
     return PolicyLoss(loss, clip_fraction, approx_kl)
 
 

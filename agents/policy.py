@@ -115,6 +115,9 @@ class ActorCritic(nn.Module):
             saved = AutoModelForCausalLM.from_pretrained(directory, dtype=self.lm.dtype)
         self.actor.load_state_dict(saved.state_dict())
         rest = load_file(directory / "critic.safetensors", device=str(self.device))
+        expected = {name for name in self.state_dict() if not name.startswith("actor.")}
+        if set(rest) != expected:
+            raise InvalidArgumentError(f"`critic` in {str(directory)!r} is of another kind than this one.")
         self.load_state_dict(rest, strict=False)
 
 

@@ -100,7 +100,8 @@ class Recorder:
     def _advance(self, step: int, values: Mapping[str, float]) -> None:
         self._shown.update((label, f"{values[name]:.3g}") for name, label in _SHOWN.items() if name in values)
         self._bar.set_postfix(self._shown, refresh=False)
-        self._bar.update(max(0, step - self._bar.n))
+        # The last batch may overshoot the budget; a bar past its total forgets the total.
+        self._bar.update(max(0, min(step, self._bar.total) - self._bar.n))
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -82,8 +82,11 @@ def check(cfg: DictConfig) -> Plan:
     check_int("seed", values["seed"], 0)
     settings = {**values["task"], "device": values["device"]}
     resolve_device(settings["device"])
-    for split in {settings["split"], evaluation.split}:
-        Settings.of({**settings, "split": split}).resolve()
+    try:
+        for split in {settings["split"], evaluation.split}:
+            Settings.of({**settings, "split": split}).resolve()
+    except LmGymError as error:
+        raise InvalidArgumentError(f"In `task`: {error}") from error
     return Plan(
         settings,
         agent_class,
@@ -130,7 +133,7 @@ def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, total_t
     for name, evaluation in (("before", before), ("after", after)):
         rows[name] = as_json(evaluation.metrics)
         share = None
-        if lower is not None and lower.mean > before.metrics["return"].mean:
+        if lower is not None and lower.mean > before.metrics["return"].high:  # a gain that is more than noise
             share = normalised(evaluation.metrics["return"], before.metrics["return"], lower.mean)
         rows[name]["normalised"] = None if share is None else vars(share)
     return {
@@ -195,7 +198,8 @@ def train(plan: Plan, directory: Path, resume: bool) -> int:
         agent.learn(plan.total_timesteps, after_batch)
         train_seconds = save()
     if stop.asked and agent.num_timesteps < plan.total_timesteps:
-        print(f"Stopped after {agent.num_timesteps:,} tokens. To go on: python -m agents.train resume={directory}")
+        command = f"{sys.executable} -m agents.train resume={directory}"
+        print(f"Stopped after {agent.num_timesteps:,} tokens. Go on with: {command}")
         return 130
     after = grade(plan, agent.policy)
     summary = summarise(plan, before, after, train_seconds, agent.num_timesteps)

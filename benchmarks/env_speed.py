@@ -1,4 +1,4 @@
-"""How fast the environments are, side by side with the limits in one run: `python benchmarks/env_speed.py`.
+"""How fast the environments are, side by side with the limits in one run: `python -m benchmarks.env_speed`.
 
 Every path takes the same number of tokens of the same random-weight GPT-2 shapes: N rows, prompts of 8 to 16 tokens,
 responses of T. Paths are interleaved round by round and medians are reported, because machines are shared. Nothing
@@ -263,7 +263,7 @@ def measure(bench: Bench, size: str, rounds: int) -> dict[str, float]:
 
 def peak_memory(model: str, size: str, num_envs: int, horizon: int, path: str) -> float:
     """MB that a path needs at its peak beyond the loaded model, in a process of its own."""
-    command = [sys.executable, __file__, "--cell", model, size, str(num_envs), str(horizon), path]
+    command = [sys.executable, "-m", "benchmarks.env_speed", "--cell", model, size, str(num_envs), str(horizon), path]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 

@@ -1,4 +1,4 @@
-"""What an agent learns over seeds: `python benchmarks/learning.py --seeds 0 1 2 3 4 [Hydra overrides ...]`.
+"""What an agent learns over seeds: `python -m benchmarks.learning --seeds 0 1 2 3 4 [Hydra overrides ...]`.
 
 Trains once a seed, with everything as `python -m agents.train` does it, and prints means with 95 % t-intervals over
 seeds, graded against the task's optimum.

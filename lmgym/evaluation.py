@@ -27,7 +27,8 @@ class Evaluation:
     Attributes:
         metrics: `return` (J, units of the score), `score`, `gold_score` if there is one, `kl` (nats an episode),
             `length` (tokens).
-        bound: lower bound on V* from these samples; None at `kl_coef=0` or gamma < 1, where it does not hold.
+        bound: lower bound on V* from these samples; None at `kl_coef=0` or gamma < 1, where it does not hold, and at
+            one sample a prompt, where it is J.
         episodes: the samples themselves, prompt by prompt.
     """
 
@@ -79,7 +80,7 @@ def evaluate(
     numbers["length"] = episodes.lengths.float()
     metrics = {name: Interval.of(x.view(count, samples).mean(1)) for name, x in numbers.items()}
     bound = None
-    if task.kl_coef > 0 and task.gamma == 1:
+    if task.kl_coef > 0 and task.gamma == 1 and samples > 1:
         weights = log_weights(episodes, task.kl_coef).view(count, samples)
         bound = Interval.of(multi_sample_bound(weights, task.kl_coef))
     return Evaluation(metrics, bound, episodes)

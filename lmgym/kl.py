@@ -15,6 +15,8 @@ from torch import Tensor
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, LogProbError, check_number
 
+_ENOUGH = 30  # episodes below which a mean and its standard error say too little
+
 
 def k1(log_ratio: Tensor) -> Tensor:
     """log pi/pi_ref: unbiased for KL(pi || pi_ref), of either sign. Any shape in, the same shape out."""
@@ -85,7 +87,8 @@ def check_sampled_law(kl: Tensor) -> None:
     """Raises where a batch's mean KL is impossible for log-probs of the law that sampled.
 
     A KL is never negative, so a k1 mean that lies more than three standard errors below 0 (and more than round-off)
-    means that the log-probs are not those the tokens were drawn with (a forgotten temperature, a stale policy).
+    means that the log-probs are not those the tokens were drawn with (a forgotten temperature, a stale policy). Of
+    fewer than 30 episodes nothing is said: a standard error means little there.
 
     Args:
         kl: (B,) nats, the k1 estimate of each episode.
@@ -93,7 +96,7 @@ def check_sampled_law(kl: Tensor) -> None:
     Raises:
         LogProbError: saying the mean and its standard error.
     """
-    if kl.numel() < 2:
+    if kl.numel() < _ENOUGH:
         return
     mean, error = kl.mean().item(), kl.std().item() / kl.numel() ** 0.5
     if mean < -3 * error - 1e-3:

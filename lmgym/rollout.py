@@ -21,7 +21,7 @@ from lmgym.models.sampling import Sampler
 _DROP_AT = 0.25  # share of finished rows at which the batch is worth compacting
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def collect(
     envs: RLHFVectorEnv,
     policy: Policy,
@@ -39,12 +39,12 @@ def collect(
         policy: what decodes.
         episodes: how many (prompts are the next of the env's stream), or the prompts themselves.
         sampler: the law tokens are drawn from, given the policy's logits; the policy's own if None.
-        generator: a CPU generator; B x T uniforms are drawn from it.
+        generator: a CPU generator; B x T uniforms are drawn from it. One of its own if None.
 
     Returns:
         Episodes on the CPU.
     """
-    sampler = sampler or Sampler()
+    sampler, generator = sampler or Sampler(), generator or _fresh_generator()
     prompts = envs.next_prompts(episodes) if isinstance(episodes, int) else episodes
     engine = envs.engine
     prompt_ids, prompt_mask = engine.left_padded(prompts)
@@ -92,7 +92,7 @@ def collect(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def collect_steps(
     envs: Any,
     policy: Policy,
@@ -112,7 +112,7 @@ def collect_steps(
     Returns:
         Episodes on the CPU; `prompt_index` is -1, for an observation does not tell it.
     """
-    sampler = sampler or Sampler()
+    sampler, generator = sampler or Sampler(), generator or _fresh_generator()
     n = envs.num_envs
     check_int("episodes", episodes, 1)
     if episodes % n:
@@ -122,7 +122,14 @@ def collect_steps(
     return Episodes.concatenate(rounds)
 
 
-def _round(envs: Any, policy: Policy, horizon: int, sampler: Sampler, generator: torch.Generator | None) -> Episodes:
+def _fresh_generator() -> torch.Generator:
+    """A generator of its own, seeded by the machine: the global one is never read."""
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+def _round(envs: Any, policy: Policy, horizon: int, sampler: Sampler, generator: torch.Generator) -> Episodes:
     n = envs.num_envs
     observation, _ = envs.reset()
     width = observation["input_ids"].shape[1] - horizon

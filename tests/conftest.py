@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from transformers import (
 
 from lmgym.models.causal import CausalLM, freeze, load_causal_lm
 from lmgym.rewards.classifier import load_reward_model
+from lmgym.tasks import Task
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -135,3 +138,73 @@ def loaded(model_dir: str, reward_dir: str) -> object:
 def parts(model_dir: str, reward_dir: str, prompts_file: Path, loaded: object) -> dict[str, object]:
     """Keyword arguments of an env over tiny parts: quick, random, with early EOS now and then."""
     return {"model": model_dir, "reward": reward_dir, "prompts": str(prompts_file), "max_new_tokens": 8, "kl_coef": 0.2}
+
+
+def table_reward(
+    prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: object
+) -> list[float]:
+    """Scores between -1 and 1 that depend on every token, its place, and the end."""
+    return [
+        math.sin(len(p) + sum((t + 2) * i * i for t, i in enumerate(ids)))
+        for p, ids in zip(prompts, completion_ids, strict=True)
+    ]
+
+
+class TinyProblem:
+    """A task with so few responses that all of them can be written down.
+
+    Attributes:
+        lm: the reference, over 6 tokens; the EOS is token 1.
+        other: another model, as a policy.
+        responses: all R of them.
+        T: the horizon.
+    """
+
+    def __init__(self, horizon: int = 3, kl_coef: float = 0.4, **changes: object) -> None:
+        tokenizer = word_tokenizer(["x", "y", "z"])
+        self.lm, self.other = (
+            CausalLM(freeze(gpt2(6, seed=seed, n_positions=16, scale=0.4)), tokenizer) for seed in (0, 5)
+        )
+        self.T, self.kl_coef = horizon, kl_coef
+        self.prompts = ["x", "y z", "z z x"]
+        fields = {"name": "tiny", "model": self.lm, "reward": table_reward, "prompts": {"train": self.prompts}}
+        self.task = Task(**{**fields, "kl_coef": kl_coef, "max_new_tokens": horizon, **changes})
+        words = [i for i in range(6) if i != 1]
+        self.responses = [
+            (*head, last)
+            for t in range(horizon)
+            for head in itertools.product(words, repeat=t)
+            for last in ([1] if t < horizon - 1 else range(6))
+        ]
+
+    def token_log_probs(self, lm: CausalLM, prompt: str) -> torch.Tensor:
+        """(R, T) float64 log-probs of the tokens of every response, 0 behind its end; plain forwards."""
+        ids = lm.tokenizer(prompt)["input_ids"]
+        result = torch.zeros((len(self.responses), self.T), dtype=torch.float64)
+        by_length = itertools.groupby(sorted(range(len(self.responses)), key=self._length), key=self._length)
+        for length, group in by_length:
+            rows = list(group)
+            batch = torch.tensor([[*ids, *self.responses[i]] for i in rows])
+            with torch.inference_mode():
+                law = lm.model(input_ids=batch).logits.double().log_softmax(-1)[:, len(ids) - 1 : -1]
+            result[rows, :length] = law.gather(2, batch[:, len(ids) :, None]).squeeze(2)
+        return result
+
+    def _length(self, i: int) -> int:
+        return len(self.responses[i])
+
+    def scores(self, prompt: str) -> torch.Tensor:
+        """(R,) float64."""
+        rows = [list(r) for r in self.responses]
+        return torch.tensor(table_reward([prompt] * len(rows), [""] * len(rows), rows), dtype=torch.float64)
+
+    def optimum(self, prompt: str) -> tuple[float, torch.Tensor]:
+        """V*(x), and (R,) log pi*(y|x)."""
+        log_weights = self.token_log_probs(self.lm, prompt).sum(1) + self.scores(prompt) / self.kl_coef
+        value = self.kl_coef * log_weights.logsumexp(0)
+        return value.item(), log_weights - value / self.kl_coef
+
+    def objective(self, prompt: str, log_probs: torch.Tensor) -> float:
+        """J(pi) of a policy with (R,) log-probs of whole responses."""
+        ratio = log_probs - self.token_log_probs(self.lm, prompt).sum(1)
+        return float((log_probs.exp() * (self.scores(prompt) - self.kl_coef * ratio)).sum())

@@ -45,15 +45,15 @@ SMALL = {
 }
 
 
-def settings(**changes: Any) -> dict[str, Any]:
-    config = OmegaConf.merge(OmegaConf.load(ROOT / "conf/build_task/build.yaml"), changes)
+def settings(changes: Any = None, **more: Any) -> dict[str, Any]:
+    config = OmegaConf.merge(OmegaConf.load(ROOT / "conf/build_task/build.yaml"), changes or {}, more)
     return OmegaConf.to_container(config)  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="module")
 def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = torch.get_rng_state()
-    output = module.build(settings(output=str(tmp_path_factory.mktemp("build") / "reviews"), **SMALL))
+    output = module.build(settings(SMALL, output=str(tmp_path_factory.mktemp("build") / "reviews")))
     assert torch.equal(torch.get_rng_state(), state)
     return output
 
@@ -144,28 +144,24 @@ def test_the_card_says_what_was_built_and_how(artefacts: Path) -> None:
     assert not re.search(r"\bnan\b|\binf\b|np\.float|\{|\}", text)
 
 
-def test_an_equal_build_gives_equal_weights(tmp_path: Path) -> None:
-    tiny = OmegaConf.merge(
-        SMALL, {"reference": {"reviews": 64, "epochs": 1}, "reward": {"prompts": 16, "epochs": 1, "samples": 2}}
-    )
-    first, again, other = (
-        module.build(settings(output=str(tmp_path / name), seed=seed, **tiny))
-        for name, seed in (("a", 1), ("b", 1), ("c", 2))
-    )
-    for part in ("reference", "reward"):
-        one, two, three = ((path / part / "model.safetensors").read_bytes() for path in (first, again, other))
-        assert one == two != three
+def test_an_equal_build_gives_equal_weights_and_replaces_an_older_one(tmp_path: Path) -> None:
+    tiny = {"reference": {"reviews": 64, "epochs": 1}, "reward": {"prompts": 16, "epochs": 1, "samples": 2}}
+    weights = []
+    for name, seed in (("a", 1), ("b", 2), ("b", 1)):
+        output = module.build(settings(OmegaConf.merge(SMALL, tiny), output=str(tmp_path / name), seed=seed))
+        weights.append([(output / part / "model.safetensors").read_bytes() for part in ("reference", "reward")])
+        assert {path.name for path in output.iterdir()} == {"README.md", "reference", "reward"}
+        (output / "stale.txt").write_text("gone when this is built again")
+    first, other, again = weights
+    assert first == again
+    assert not set(first) & set(other)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_a_new_build_replaces_the_old_one(tmp_path: Path) -> None:
-    tiny = OmegaConf.merge(
-        SMALL, {"reference": {"reviews": 64, "epochs": 1}, "reward": {"prompts": 16, "epochs": 1, "samples": 2}}
-    )
-    (tmp_path / "reviews").mkdir()
-    (tmp_path / "reviews" / "stale.txt").write_text("old")
-    module.build(settings(output=str(tmp_path / "reviews"), **tiny))
-    assert sorted(path.name for path in (tmp_path / "reviews").iterdir()) == ["README.md", "reference", "reward"]
-    assert len(list(tmp_path.iterdir())) == 1
+def test_a_directory_that_is_not_a_build_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(LmGymError, match="`output` must be a new directory or one that was built before, got"):
+        module.check_settings(settings(output=str(tmp_path)))
 
 
 def test_the_shipped_artefacts_are_those_of_the_grammar() -> None:
@@ -210,7 +206,7 @@ def test_a_wrong_setting_is_named_before_anything_is_built(override: str, messag
 def test_a_wrong_task_lists_the_choices_and_imports_nothing_heavy() -> None:
     code = (
         "import sys; from agents.build import check_settings\n"
-        "try: check_settings({'task': 'revews'})\n"
+        "try: check_settings({'task': 'revews', 'seed': 1})\n"
         "except ValueError as error: print(error)\n"
         "print([name for name in ('torch', 'transformers', 'tokenizers') if name in sys.modules])"
     )

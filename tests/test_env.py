@@ -626,7 +626,7 @@ def test_text_and_pictures(parts: Parts) -> None:
         assert image.dtype == np.uint8
         sizes.add(image.shape)
     assert len(sizes) == 1
-    assert re.search(r"response: +film book <eos>\nstep: 3/8 +return: -\d", text)
+    assert re.search(r"response: +film book <eos>\nstep: 3/8 +env return: -\d", text)
     assert "(eos)" in text
     assert f"score: {play_from_start(ansi, [5, 6, EOS], prompt='a film')[-1][4]['score']:+.3f}" in text
 

@@ -313,6 +313,8 @@ def test_commands_compose(document: Path, alone: pytest.MonkeyPatch, tmp_path: P
     """Modules exist and can be run, and every override is one that their config has, with a value that it takes."""
     (tmp_path / "prompts.txt").write_text("the film was\n")
     install_files(document, alone, tmp_path)
+    for command in commands(document, r"python -m benchmarks\."):
+        assert (ROOT / "benchmarks" / f"{command.split()[0]}.py").is_file()
     for command in commands(document, r"python -m agents\."):
         module, *arguments = command.split()
         spec = importlib.util.find_spec(f"agents.{module}")

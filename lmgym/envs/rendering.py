@@ -148,7 +148,7 @@ def to_rgb(frame: Frame) -> NDArray[np.uint8]:
 def _status(frame: Frame) -> str:
     score = "" if frame.score is None else f"  score: {frame.score:+.3f}"
     ending = "" if frame.finish_reason is None else f"  ({frame.finish_reason})"
-    return f"{len(frame.tokens)}/{frame.max_new_tokens}  return: {frame.episode_return:+.3f}{score}{ending}"
+    return f"{len(frame.tokens)}/{frame.max_new_tokens}  env return: {frame.episode_return:+.3f}{score}{ending}"
 
 
 def _printable(text: str) -> str:

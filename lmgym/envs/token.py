@@ -113,6 +113,11 @@ class RLHFEnv(gym.Env[Any, int]):
         """The reference's Hugging Face tokenizer."""
         return self._engine.lm.tokenizer
 
+    @property
+    def engine(self) -> Engine:
+        """The MDP behind the skin: what wrappers read, such as `reference_logits()`."""
+        return self._engine
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Starts an episode from the next prompt, or from what `options` asks for.
 

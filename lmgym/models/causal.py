@@ -309,8 +309,8 @@ def load_causal_lm(name: str, device: str = "auto", dtype: str = "float32") -> C
 def _load(name: str, device: torch.device, dtype: torch.dtype) -> CausalLM:
     try:
         with quiet_loading():
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise LmGymError(f"`model` {name!r} could not be loaded as a Hugging Face causal LM: {error}") from error
     return CausalLM(freeze(fuse_gelu(model).to(device)), tokenizer)

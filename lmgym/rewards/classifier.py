@@ -104,8 +104,10 @@ def load_reward_model(name: str, device: str = "auto", dtype: str = "float32") -
         if held is None:
             try:
                 with quiet_loading():
-                    tokenizer = AutoTokenizer.from_pretrained(name)
-                    model = AutoModelForSequenceClassification.from_pretrained(name, dtype=DTYPES[dtype])
+                    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+                    model = AutoModelForSequenceClassification.from_pretrained(
+                        name, dtype=DTYPES[dtype], trust_remote_code=False
+                    )
             except (OSError, ValueError) as error:
                 raise LmGymError(
                     f"`reward` {name!r} could not be loaded as a Hugging Face classifier: {error}"

@@ -80,6 +80,8 @@ class Task:
 
         if not isinstance(self.model, CausalLM):
             check_model_name("model", self.model)
+        if not self.prompts:
+            raise InvalidArgumentError(f"`prompts` must have at least one split, got {self.prompts!r}.")
         for split, texts in self.prompts.items():
             check_prompts(f"prompts[{split!r}]", texts)
 
@@ -117,8 +119,8 @@ class Task:
         first = next(iter(self.prompts.values()))[0]
         for reward in (self.reward_function(), self.gold):
             if reward is not None:
-                eos = min(lm.eos_token_ids)
-                score(reward, [first], [""], prompt_ids=[lm.encode(first)], completion_ids=[[eos]])
+                eos = sorted(lm.eos_token_ids)[:1]
+                score(reward, [first], [""], prompt_ids=[lm.encode(first)], completion_ids=[eos])
 
 
 def check_prompts(argument: str, texts: object) -> None:
@@ -145,24 +147,22 @@ def read_prompts(prompts: Sequence[str] | str) -> tuple[str, ...]:
             f"`prompts` must be a list of texts or a text or JSON-lines file, and there is no file {path!r}."
         )
     with open(path, encoding="utf-8") as file:
-        lines = [line.rstrip("\n") for line in file]
-    lines = [line for line in lines if line.strip()]
-    texts = (
-        [_json_prompt(path, i, line) for i, line in enumerate(lines)] if path.endswith((".jsonl", ".json")) else lines
-    )
+        lines = [(number, line.rstrip("\n")) for number, line in enumerate(file, start=1) if line.strip()]
+    is_json = path.endswith((".jsonl", ".json"))
+    texts = [_json_prompt(path, number, line) if is_json else line for number, line in lines]
     check_prompts("prompts", texts)
     return tuple(texts)
 
 
-def _json_prompt(path: str, i: int, line: str) -> str:
+def _json_prompt(path: str, number: int, line: str) -> str:
     try:
         item = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InvalidArgumentError(f"`prompts` file {path!r}, line {i + 1}, is not JSON: {error}.") from error
+        raise InvalidArgumentError(f"`prompts` file {path!r}, line {number}, is not JSON: {error}.") from error
     text = item.get("prompt") if isinstance(item, dict) else item
     if not isinstance(text, str):
         raise InvalidArgumentError(
-            f'`prompts` file {path!r}, line {i + 1}, must be a string or have a "prompt", got {line!r}.'
+            f'`prompts` file {path!r}, line {number}, must be a string or have a "prompt", got {line!r}.'
         )
     return text
 

@@ -44,9 +44,11 @@ class VectorPolicyKL(VectorWrapper[Any, Any, Any, Any, Any]):
         self._resetting = np.zeros(env.num_envs, dtype=np.bool_)
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Resets the rows."""
-        self._resetting[:] = False
-        return self.env.reset(**kwargs)
+        """Resets the rows, or those of `options["reset_mask"]`."""
+        mask = (kwargs.get("options") or {}).get("reset_mask")
+        result = self.env.reset(**kwargs)
+        self._resetting[slice(None) if mask is None else mask] = False
+        return result
 
     def step(self, actions: dict[str, Any]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Steps with the tokens, and pays for their log-probs."""

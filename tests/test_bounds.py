@@ -1,0 +1,149 @@
+"""The optimum and its sampling bound on a problem whose responses can all be written down."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import TinyProblem
+from torch import Tensor
+
+from lmgym.episodes import Episodes
+from lmgym.errors import InvalidArgumentError
+from lmgym.optimum.bounds import Interval, log_weights, multi_sample_bound
+
+
+@pytest.fixture(scope="module")
+def problem() -> TinyProblem:
+    return TinyProblem(horizon=2)
+
+
+def all_episodes(problem: TinyProblem, prompt: str, log_probs: Tensor) -> Episodes:
+    """Every response once, as if a policy with (R, T) token log-probs had drawn it."""
+    rows, lengths = len(problem.responses), torch.tensor([len(r) for r in problem.responses])
+    return Episodes(
+        prompt_ids=torch.zeros((rows, 1), dtype=torch.int64),
+        prompt_mask=torch.ones((rows, 1), dtype=torch.bool),
+        response_ids=torch.zeros((rows, problem.T), dtype=torch.int64),
+        response_mask=torch.arange(problem.T) < lengths[:, None],
+        log_probs=log_probs,
+        ref_log_probs=problem.token_log_probs(problem.lm, prompt),
+        scores=problem.scores(prompt),
+        values=None,
+        terminated=torch.ones(rows, dtype=torch.bool),
+        prompt_index=torch.zeros(rows, dtype=torch.int64),
+    )
+
+
+def test_the_responses_are_all_there_are(problem: TinyProblem) -> None:
+    assert len(problem.responses) == len(set(problem.responses)) == 1 + 5 * 6
+    for lm in (problem.lm, problem.other):
+        for prompt in problem.prompts:
+            assert problem.token_log_probs(lm, prompt).sum(1).exp().sum() == pytest.approx(1, abs=1e-6)
+
+
+def test_the_gap_to_the_optimum_is_the_kl_to_it(problem: TinyProblem) -> None:
+    """V* - J(pi) = kl_coef * KL(pi || pi*) >= 0, for every policy."""
+    for prompt in problem.prompts:
+        value, optimal = problem.optimum(prompt)
+        assert optimal.exp().sum() == pytest.approx(1, abs=1e-6)
+        assert problem.objective(prompt, optimal) == pytest.approx(value, abs=1e-6)
+        for lm in (problem.lm, problem.other):
+            law = problem.token_log_probs(lm, prompt).sum(1)
+            gap = problem.kl_coef * float((law.exp() * (law - optimal)).sum())
+            assert gap > 0.01
+            assert value - problem.objective(prompt, law) == pytest.approx(gap, abs=1e-6)
+            wrong_way = problem.kl_coef * float((optimal.exp() * (optimal - law)).sum())
+            assert abs(wrong_way - gap) > 1e-3
+
+
+def test_log_weights_are_those_of_the_design(problem: TinyProblem) -> None:
+    for prompt in problem.prompts:
+        log_probs = problem.token_log_probs(problem.other, prompt)
+        found = log_weights(all_episodes(problem, prompt, log_probs), problem.kl_coef)
+        ratio = problem.token_log_probs(problem.lm, prompt).sum(1) - log_probs.sum(1)
+        torch.testing.assert_close(found, ratio + problem.scores(prompt) / problem.kl_coef)
+        # Importance weights: their mean under the policy is that of exp(score / kl_coef) under the reference.
+        mean = (log_probs.sum(1).exp() * found.exp()).sum().log() * problem.kl_coef
+        assert mean == pytest.approx(problem.optimum(prompt)[0], abs=1e-6)
+
+
+def expected_bound(problem: TinyProblem, prompt: str, weights: Tensor, law: Tensor, n: int) -> float:
+    """E of the bound over all R^n tuples of responses of a policy."""
+    tuples = torch.tensor(list(itertools.product(range(len(law)), repeat=n)))
+    probability = law[tuples].sum(1).exp()
+    return float((probability * multi_sample_bound(weights[tuples], problem.kl_coef)).sum())
+
+
+def test_the_bound_is_j_at_one_sample_then_grows_and_never_passes_the_optimum(problem: TinyProblem) -> None:
+    for prompt in problem.prompts:
+        value, _ = problem.optimum(prompt)
+        for lm in (problem.lm, problem.other):
+            log_probs = problem.token_log_probs(lm, prompt)
+            weights = log_weights(all_episodes(problem, prompt, log_probs), problem.kl_coef)
+            law = log_probs.sum(1)
+            bounds = [expected_bound(problem, prompt, weights, law, n) for n in (1, 2, 3)]
+            assert bounds[0] == pytest.approx(problem.objective(prompt, law), abs=1e-6)
+            assert bounds[0] + 1e-3 < bounds[1] < bounds[2] < value
+
+
+def test_the_bound_is_exact_at_the_optimum(problem: TinyProblem) -> None:
+    """Every weight is V* / kl_coef there: no sample is luckier than another."""
+    for prompt in problem.prompts:
+        value, optimal = problem.optimum(prompt)
+        log_probs = torch.zeros((len(optimal), problem.T), dtype=torch.float64)
+        log_probs[:, 0] = optimal
+        weights = log_weights(all_episodes(problem, prompt, log_probs), problem.kl_coef)
+        torch.testing.assert_close(weights, torch.full_like(weights, value / problem.kl_coef), rtol=0, atol=1e-6)
+        samples = weights[torch.randint(len(weights), (5, 12), generator=torch.Generator().manual_seed(0))]
+        for n in (1, 3, 12):
+            found = multi_sample_bound(samples, problem.kl_coef, n)
+            torch.testing.assert_close(found, torch.full((5,), value, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_samples_are_taken_in_disjoint_groups() -> None:
+    weights = 3 * torch.randn((4, 12), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    before = -math.inf
+    for n in (1, 2, 3, 4, 6, 12):
+        slow = []
+        for row in weights.tolist():
+            groups = [row[start : start + n] for start in range(0, 12, n)]
+            slow.append(sum(0.3 * math.log(sum(math.exp(w) for w in g) / n) for g in groups) / len(groups))
+        found = multi_sample_bound(weights, 0.3, n)
+        torch.testing.assert_close(found, torch.tensor(slow, dtype=torch.float64))
+        if n in (1, 2, 4, 12):  # each a union of groups of the one before: it can only grow
+            assert float(found.mean()) >= before
+            before = float(found.mean())
+    torch.testing.assert_close(multi_sample_bound(weights, 0.3), multi_sample_bound(weights, 0.3, 12))
+    huge = multi_sample_bound(torch.tensor([[2000.0, 1000.0]]), 0.5)
+    assert huge.item() == pytest.approx(0.5 * (2000 - math.log(2)))
+
+
+@pytest.mark.parametrize("n", [0, -1, 5, 24])
+def test_a_group_size_that_does_not_divide_is_refused(n: int) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"`n` must divide the 12 samples of a prompt, got {n}."):
+        multi_sample_bound(torch.zeros((2, 12)), 0.3, n)
+
+
+def test_without_a_price_there_is_no_bound(problem: TinyProblem) -> None:
+    episodes = all_episodes(problem, "x", problem.token_log_probs(problem.lm, "x"))
+    with pytest.raises(InvalidArgumentError, match="`kl_coef` must be > 0 for a bound on the optimum, got 0.0."):
+        log_weights(episodes, 0.0)
+
+
+def test_an_interval_is_the_normal_one() -> None:
+    x = torch.tensor([1.0, 2.0, 4.0, 9.0])
+    found = Interval.of(x)
+    half = 1.96 * math.sqrt(sum((v - 4) ** 2 for v in x.tolist()) / 3) / 2
+    assert (found.mean, found.low, found.high) == pytest.approx((4.0, 4 - half, 4 + half))
+    single = Interval.of(torch.tensor([3.0]))
+    assert (single.mean, single.low, single.high) == (3.0, -math.inf, math.inf)
+
+
+def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
+    draws = torch.randn((2000, 100), generator=torch.Generator().manual_seed(2)).exp()
+    intervals = [Interval.of(row) for row in draws]
+    covered = sum(i.low < math.exp(0.5) < i.high for i in intervals) / 2000
+    assert 0.90 < covered < 0.96  # a skewed law: a little under 95 %

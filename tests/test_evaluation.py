@@ -1,0 +1,222 @@
+"""Grading policies whose grade is known by enumeration: the reference, another model, and the optimum itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import torch
+from conftest import TinyProblem, word_count
+from torch import Tensor
+
+from lmgym.envs.vector import RLHFVectorEnv
+from lmgym.episodes import Episodes
+from lmgym.errors import InvalidArgumentError, LogProbError
+from lmgym.evaluation import Evaluation, as_json, evaluate, normalised
+from lmgym.kl import episode_kl
+from lmgym.models.policy import CausalPolicy
+from lmgym.models.sampling import Sampler
+from lmgym.optimum.bounds import Interval
+
+
+@pytest.fixture(scope="module")
+def problem() -> TinyProblem:
+    return TinyProblem(horizon=3)
+
+
+def envs_of(problem: TinyProblem, **changes: Any) -> RLHFVectorEnv:
+    envs = gym.make_vec("lmgym/RLHF-v0", num_envs=2, task=problem.task, **changes)
+    assert isinstance(envs, RLHFVectorEnv)
+    return envs
+
+
+class Tabular:
+    """A policy from a law over whole responses: pi(a | prefix) is the mass of what begins so."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, problem: TinyProblem, laws: dict[str, Tensor]) -> None:
+        self.problem, self.tokenizer = problem, problem.lm.tokenizer
+        self.mass: dict[tuple[str, tuple[int, ...]], float] = {}
+        for prompt, law in laws.items():
+            for response, p in zip(problem.responses, law.exp().tolist(), strict=True):
+                for t in range(len(response) + 1):
+                    key = (prompt, response[:t])
+                    self.mass[key] = self.mass.get(key, 0.0) + p
+
+    def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> TabularState:
+        prompts = [self.tokenizer.decode(ids[mask]) for ids, mask in zip(prompt_ids, prompt_mask, strict=True)]
+        return TabularState(self, prompts)
+
+
+class TabularState:
+    values = None
+
+    def __init__(self, policy: Tabular, prompts: list[str]) -> None:
+        self.policy, self.rows = policy, [(prompt, ()) for prompt in prompts]
+
+    @property
+    def logits(self) -> Tensor:
+        masses = [
+            [self.policy.mass.get((prompt, (*prefix, token)), 0.0) for token in range(6)]
+            for prompt, prefix in self.rows
+        ]
+        flat = torch.tensor(masses, dtype=torch.float64)
+        return torch.where(flat.sum(1, keepdim=True) > 0, flat, 1.0).log()  # behind an end anything goes
+
+    def step(self, tokens: Tensor) -> None:
+        self.rows = [(prompt, (*prefix, int(i))) for (prompt, prefix), i in zip(self.rows, tokens, strict=True)]
+
+    def keep(self, rows: Tensor) -> None:
+        self.rows = [self.rows[i] for i in rows.tolist()]
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def per_prompt(evaluation: Evaluation, x: Tensor) -> Tensor:
+    return x.view(3, -1)
+
+
+def test_the_reference_has_no_kl_and_earns_its_score(problem: TinyProblem) -> None:
+    found = evaluate(CausalPolicy(problem.lm), envs_of(problem), samples=200, generator=rng())
+    metrics = found.metrics
+    assert set(metrics) == {"return", "score", "kl", "length"}
+    assert metrics["kl"].mean == pytest.approx(0, abs=1e-5)
+    assert metrics["return"].mean == pytest.approx(metrics["score"].mean, abs=1e-5)
+    for i, prompt in enumerate(problem.prompts):
+        law = problem.token_log_probs(problem.lm, prompt).sum(1).exp()
+        scores = problem.scores(prompt)
+        mean = float((law * scores).sum())
+        error = math.sqrt(float((law * (scores - mean) ** 2).sum()) / 200)
+        assert abs(per_prompt(found, found.episodes.scores)[i].mean() - mean) < 4 * error
+        lengths = torch.tensor([len(r) for r in problem.responses]).double()
+        assert per_prompt(found, found.episodes.lengths.double())[i].mean() == pytest.approx(
+            float((law * lengths).sum()), abs=0.3
+        )
+
+
+def test_the_optimum_earns_v_star_with_every_sample(problem: TinyProblem) -> None:
+    """score - kl_coef * log(pi* / pi_ref) is V*(x) for every response: no variance at all."""
+    optima = {prompt: problem.optimum(prompt) for prompt in problem.prompts}
+    policy = Tabular(problem, {prompt: law for prompt, (_, law) in optima.items()})
+    found = evaluate(policy, envs_of(problem), samples=40, generator=rng())
+    values = torch.tensor([value for value, _ in optima.values()])
+    returns = found.episodes.scores - problem.kl_coef * episode_kl(found.episodes)
+    torch.testing.assert_close(per_prompt(found, returns), values[:, None].expand(3, 40), rtol=0, atol=1e-4)
+    assert found.metrics["return"].mean == pytest.approx(values.mean().item(), abs=1e-4)
+    assert found.bound is not None
+    assert found.bound.mean == pytest.approx(values.mean().item(), abs=1e-4)
+    reference = evaluate(CausalPolicy(problem.lm), envs_of(problem), samples=40, generator=rng())
+    optimum = values.mean().item()
+    assert normalised(found.metrics["return"], reference.metrics["return"], optimum).mean == pytest.approx(1, abs=1e-3)
+    assert normalised(reference.metrics["return"], reference.metrics["return"], optimum).mean == 0
+
+
+def test_any_policy_lies_below_the_optimum_and_its_bound_between(problem: TinyProblem) -> None:
+    found = evaluate(CausalPolicy(problem.other), envs_of(problem), samples=600, generator=rng(1))
+    returns = per_prompt(found, found.episodes.scores - problem.kl_coef * episode_kl(found.episodes))
+    optimum = 0.0
+    for i, prompt in enumerate(problem.prompts):
+        law = problem.token_log_probs(problem.other, prompt).sum(1)
+        error = returns[i].std() / math.sqrt(600)
+        assert abs(returns[i].mean() - problem.objective(prompt, law)) < 4 * error
+        optimum += problem.optimum(prompt)[0] / 3
+    assert found.metrics["kl"].mean > 0.1
+    assert found.bound is not None
+    assert found.metrics["return"].mean < found.bound.mean < optimum + 0.02
+
+
+def test_prompts_come_in_order_with_their_samples_together(problem: TinyProblem) -> None:
+    envs = envs_of(problem)
+    found = evaluate(CausalPolicy(problem.lm), envs, samples=2, generator=rng())
+    assert found.episodes.prompt_index.tolist() == [0, 0, 1, 1, 2, 2]
+    two = evaluate(CausalPolicy(problem.lm), envs, samples=2, prompts=2, generator=rng())
+    assert two.episodes.prompt_index.tolist() == [0, 0, 1, 1]
+    many = evaluate(CausalPolicy(problem.lm), envs, samples=1, prompts=99, generator=rng())
+    assert len(many.episodes) == 3
+    with pytest.raises(InvalidArgumentError, match="`samples` must be an int >= 1, got 0."):
+        evaluate(CausalPolicy(problem.lm), envs, samples=0)
+
+
+def test_intervals_are_over_prompts_not_over_samples(problem: TinyProblem) -> None:
+    found = evaluate(CausalPolicy(problem.lm), envs_of(problem), samples=50, generator=rng())
+    assert found.metrics["score"] == Interval.of(per_prompt(found, found.episodes.scores).mean(1))
+
+
+def test_batches_do_not_matter(problem: TinyProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 x 20 episodes at once, or 7 at a time: the uniforms are drawn in the same order."""
+    envs = envs_of(problem)
+    whole = evaluate(CausalPolicy(problem.lm), envs, samples=20, generator=rng(2))
+    monkeypatch.setattr("lmgym.evaluation._BATCH", 7)
+    parts = evaluate(CausalPolicy(problem.lm), envs, samples=20, generator=rng(2))
+    assert torch.equal(whole.episodes.response_ids, parts.episodes.response_ids)
+    assert parts.metrics["return"].mean == pytest.approx(whole.metrics["return"].mean, abs=1e-6)
+
+
+def test_without_a_price_there_is_neither_kl_nor_bound(problem: TinyProblem) -> None:
+    found = evaluate(CausalPolicy(problem.other), envs_of(problem, kl_coef=0.0), samples=5, generator=rng())
+    assert set(found.metrics) == {"return", "score", "length"}
+    assert found.bound is None
+    assert found.metrics["return"] == found.metrics["score"]
+
+
+def test_a_discount_counts_in_the_return(problem: TinyProblem) -> None:
+    found = evaluate(CausalPolicy(problem.other), envs_of(problem, gamma=0.5), samples=5, generator=rng())
+    assert found.bound is None
+    episodes, slow = found.episodes, []
+    for i in range(len(episodes)):
+        last = int(episodes.lengths[i]) - 1
+        costs = problem.kl_coef * (episodes.log_probs[i] - episodes.ref_log_probs[i])
+        slow.append(0.5**last * float(episodes.scores[i]) - sum(0.5**t * float(costs[t]) for t in range(last + 1)))
+    assert found.metrics["return"].mean == pytest.approx(sum(slow) / len(slow), abs=1e-5)
+
+
+def test_the_gold_score_is_graded_too() -> None:
+    problem = TinyProblem(horizon=2, gold=word_count)
+    found = evaluate(CausalPolicy(problem.lm), envs_of(problem), samples=4, generator=rng())
+    assert found.episodes.gold_scores is not None
+    assert found.metrics["gold_score"].mean == pytest.approx(found.episodes.gold_scores.mean().item())
+
+
+def test_the_law_graded_is_that_of_the_sampler(problem: TinyProblem) -> None:
+    envs = envs_of(problem)
+    greedy = evaluate(CausalPolicy(problem.lm), envs, samples=3, sampler=Sampler(temperature=0), generator=rng())
+    assert (greedy.episodes.log_probs == 0).all()
+    assert greedy.metrics["kl"].mean > 0.5  # a point mass is far from the reference
+    assert (per_prompt(greedy, greedy.episodes.scores).std(1) == 0).all()
+
+
+def test_log_probs_of_another_law_are_a_loud_error(problem: TinyProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a sampler that forgets its temperature."""
+    forgetful = Sampler(temperature=1.7)
+    monkeypatch.setattr(
+        Sampler, "sample",
+        lambda self, logits, t, u: (torch.multinomial((logits / 1.7).softmax(-1), 1).squeeze(1), logits.amin(-1)),
+    )  # fmt: skip
+    with pytest.raises(LogProbError, match="a KL is never negative"):
+        evaluate(CausalPolicy(problem.lm), envs_of(problem), samples=50, sampler=forgetful, generator=rng())
+
+
+def test_normalised_is_the_share_of_the_gain() -> None:
+    value, reference = Interval(0.8, 0.7, 0.9), Interval(0.2, 0.1, 0.3)
+    found = normalised(value, reference, 1.4)
+    half = math.sqrt(0.01 + 0.01) / 1.2
+    assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+    assert normalised(Interval(0.0, -0.1, 0.1), reference, 1.2).mean == pytest.approx(-0.2)  # worse than the reference
+
+
+def test_json_is_plain_numbers() -> None:
+    assert as_json({"score": Interval(1.0, 0.5, 1.5)}) == {"score": {"mean": 1.0, "low": 0.5, "high": 1.5}}
+
+
+def test_no_row_of_the_env_is_touched(problem: TinyProblem) -> None:
+    envs = envs_of(problem)
+    first, _ = envs.reset(seed=0)
+    episodes: Episodes = evaluate(CausalPolicy(problem.lm), envs, samples=2, generator=rng()).episodes
+    assert len(episodes) == 6
+    again, *_ = envs.step([3, 4])
+    assert (again["attention_mask"].sum(1) == first["attention_mask"].sum(1) + 1).all()
