@@ -27,7 +27,6 @@ TASKS = ("reviews",)
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 ARTEFACTS = Path(reviews.__file__).parent / "artefacts"
 CARD = Path(__file__).parents[1] / "conf" / "build_task" / "card.md"
-NORMALISING_SAMPLES = 8  # completions a training prompt
 _POSITIVE_INTS = {
     "": ("threads",),
     "reference": ("reviews", "held_out", "width", "layers", "heads", "epochs", "batch_size"),
@@ -227,7 +226,7 @@ def build_reward_model(settings: dict[str, Any], tokenizer: Any, reference: Any)
             progress=progress,
         )
     start = list(reviews.prompts("train"))
-    samples = sample_completions(reference, tokenizer, start, NORMALISING_SAMPLES, generator)
+    samples = sample_completions(reference, tokenizer, start, chosen["samples"], generator)
     scores = score_texts(model, tokenizer, joined(start, samples)).double()
     normalise(model, float(scores.mean()), float(scores.std()))
     measured = measure(model, tokenizer, reference, chosen["samples"], generator)

@@ -8,6 +8,7 @@ with `AutoModelForCausalLM`), `summary.json`, `samples.json` and `curves.png`. C
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import signal
 import sys
@@ -230,6 +231,14 @@ class Interrupt:
         print("\nStopping after this batch, with a checkpoint (Ctrl-C again to stop at once).", file=sys.stderr)
 
 
+def wait_politely() -> None:
+    """Has OpenMP threads sleep while they wait, unless the environment says otherwise; to be called before torch loads.
+
+    By default they spin, which on a machine shared with other work makes two threads several times slower than one.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def versions() -> dict[str, str]:
     """What ran: Python and the packages that matter."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -258,6 +267,7 @@ def check_checkpoint(directory: Path) -> None:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry: checks, then trains."""
+    wait_politely()
     try:
         resume = cfg.resume is not None
         directory = Path(cfg.resume if resume else HydraConfig.get().runtime.output_dir)

@@ -15,7 +15,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from scipy.stats import t as student
 
-from agents.train import check, train
+from agents.train import check, train, wait_politely
 
 ROWS = ("return", "score", "gold_score", "kl", "length", "normalised")
 
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     parser.add_argument("overrides", nargs="*", help="of conf/train.yaml, after a --")
     args = parser.parse_args()
+    wait_politely()
     summaries = []
     for seed in args.seeds:
         directory = args.out / f"seed{seed}"

@@ -254,7 +254,7 @@ def test_repeating_a_word_does_not_beat_an_honest_review(spam: str) -> None:
 
 def test_piling_up_different_words_is_bounded() -> None:
     good = [word for word in reviews.words() if gold(word) > 0]
-    assert gold(" , ".join(f"extremely {word}" for word in good * 20)) < 3
+    assert reviews.sentiment(" , ".join(f"extremely {word}" for word in good * 20)) < 3
 
 
 @pytest.mark.parametrize(
