@@ -8,6 +8,7 @@ here asserts a threshold.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ PATHS = {
     "bare loop": "Hugging Face forward a token, dynamic cache, tokens given, a prefill an episode: limit of stepping",
     "step": "RLHFVectorEnv.step",
     "generate": "model.generate, sampled",
-    "collect": "rollout.collect: sampled, log-probs, reference and rewards included",
+    "decode": "rollout.collect at kl_coef=0: tokens and their log-probs, what generate gives and more",
+    "collect": "rollout.collect: the same, with the reference's pass and the rewards",
     "bare forced": "Hugging Face teacher-forced forward and log-softmax, chunks of 16: the limit of replay",
     "replay": "RLHFVectorEnv.replay",
     "bookkeeping": "RLHFVectorEnv.step at kl_coef=0: no model",
@@ -113,7 +115,9 @@ class Bench:
             elif name == "sync":
                 env = SyncVectorEnv([make] * self.n, autoreset_mode=AutoresetMode.SAME_STEP)
             elif name == "async":
-                env = AsyncVectorEnv([make] * self.n, autoreset_mode=AutoresetMode.SAME_STEP)
+                # Spawned, because a fork of a process with OpenMP threads hangs; one thread each, or they fight.
+                with one_thread_in_children():
+                    env = AsyncVectorEnv([make] * self.n, autoreset_mode=AutoresetMode.SAME_STEP, context="spawn")
             else:
                 env = SyncVectorEnv([partial(NaiveEnv, self.kwargs)] * self.n, autoreset_mode=AutoresetMode.SAME_STEP)
             env.reset(seed=0)
@@ -186,6 +190,9 @@ class Bench:
         )
         return self.n * self.horizon
 
+    def decode(self) -> int:
+        return collect(self.envs("bookkeeping"), CausalPolicy(self.lm), self.n, None, self.generator).num_tokens
+
     def collect(self) -> int:
         return collect(self.envs("native"), CausalPolicy(self.lm), self.n, None, self.generator).num_tokens
 
@@ -209,6 +216,19 @@ class Bench:
     def close(self) -> None:
         for env in self.made.values():
             env.close()
+
+
+@contextlib.contextmanager
+def one_thread_in_children() -> Iterator[None]:
+    """Processes started here have one OpenMP thread."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 class NaiveEnv(gym.Env[Any, Any]):
@@ -311,6 +331,7 @@ def table(results: list[dict[str, Any]], horizon: int) -> str:
 RATIOS = (
     ("step / bare loop", "step", "bare loop"),
     ("replay / bare forced", "replay", "bare forced"),
+    ("decode / generate", "decode", "generate"),
     ("collect / generate", "collect", "generate"),
     ("step / naive", "step", "naive"),
 )
@@ -333,12 +354,15 @@ def plot(by_n: list[dict[str, Any]], by_t: list[dict[str, Any]], path: Path) -> 
         (axes[0], by_n, "n", "N, environments"),
         (axes[1], by_t, "horizon", "T, response tokens"),
     ):
-        for name in ("bare loop", "step", "generate", "collect", "replay"):
+        for name in ("bare loop", "step", "generate", "decode", "collect", "replay"):
             axis.plot([r[x] for r in rows], [1e6 / r["tokens_per_second"][name] for r in rows], marker="o", label=name)
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="microseconds a token")
+        scale = "log" if x == "n" else "linear"
+        axis.set(xscale="log", yscale=scale, xlabel=label, ylabel="microseconds a token")
         axis.set_xticks([r[x] for r in rows], [str(r[x]) for r in rows])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
+        if x != "n":
+            axis.set_ylim(bottom=0)
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=130)
 

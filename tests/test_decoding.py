@@ -263,16 +263,19 @@ def test_keep_drops_and_reorders(gpt2_lm: CausalLM, cls: type) -> None:
 
 
 @pytest.mark.parametrize("cls", [RingDecoder, PlainDecoder])
-def test_sequences_of_exactly_the_capacity(gpt2_lm: CausalLM, cls: type) -> None:
-    drive = Drive(gpt2_lm, cls(gpt2_lm, 2, 6), 2)
-    drive.begin([0, 1], [1, 6])
+def test_sequences_of_exactly_the_capacity(cls: type) -> None:
+    lm = tiny_lm(config("GPT-2", n_positions=6))  # nor has the model a position more
+    drive = Drive(lm, cls(lm, 2, 6), 2)
+    drive.begin([0, 1], [6, 6])
+    drive.check_all()
+    drive.begin([0, 1], [1, 5])
     for _ in range(5):  # slot 1 goes on over the edge, as rows do that have ended and wait
         drive.step()
         drive.seen[1] = []
     assert len(drive.history[0]) == 6
     drive.check(0)
     for _ in range(3):
-        drive.begin([0, 1], [6, 2])
+        drive.begin([0, 1], [5, 2])
         for _ in range(4):
             drive.step()
             drive.seen[0] = []

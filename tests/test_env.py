@@ -429,6 +429,9 @@ def test_one_seed_one_history_whatever_other_envs_do(parts: Parts) -> None:
     assert data_equivalence(said[0], expected)
     assert data_equivalence(said[1], expected)
     assert not data_equivalence(trace(make(parts), 8), expected)
+    for env in (first, third):  # a seed starts everything anew, the stream of prompts too
+        again = trace(env, 7)
+        assert data_equivalence([step[0] for step in again], [step[0] for step in expected])
 
 
 def test_global_generators_are_left_alone(parts: Parts) -> None:

@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS, byte_tokenizer, gpt2, word_count, word_tokenizer
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2ForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2ForSequenceClassification,
+)
 
 from lmgym.errors import InvalidArgumentError, LmGymError, RewardError
 from lmgym.rewards.base import check_reward_name, import_function, score
@@ -202,6 +208,24 @@ def test_the_score_is_read_where_hugging_face_reads_it(pad: int | None) -> None:
     assert model.config.pad_token_id == pad  # what is the caller's stays as it was
     ended, open_ended = raw_score(model, [4, 5, 1]), raw_score(model, [4, 5])
     assert (abs(ended - open_ended) > 1e-3) == (pad != 1)  # with pad and EOS one, the end is invisible
+
+
+def test_a_bidirectional_model_does_not_see_the_filling() -> None:
+    """Causal models cannot look to the right of the last token; encoders could."""
+    tokenizer = word_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=40, num_labels=1, initializer_range=0.3, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(config).eval()
+    reward = ClassifierReward(model, tokenizer).for_tokenizer(word_tokenizer())
+    prompts, completions, columns = episodes(30)
+    found = score(reward, prompts, completions, **columns)
+    both = [[*p, *c] for p, c in zip(columns["prompt_ids"], columns["completion_ids"], strict=True)]
+    np.testing.assert_allclose(found, [raw_score(model, ids) for ids in both], rtol=0, atol=1e-5)
+    assert np.std(found) > 0.1
 
 
 def test_two_labels_are_the_log_odds_of_the_second() -> None:

@@ -492,6 +492,29 @@ def test_one_pass_refuses_what_are_no_responses(parts: Parts) -> None:
         envs.replay(prompts, responses)
 
 
+def test_the_references_logits_can_be_looked_at(parts: Parts) -> None:
+    """Any number of times, without disturbing the steps: they are those that the next step will pay by."""
+    envs, other = native(parts, autoreset_mode="SameStep"), native(parts, autoreset_mode="SameStep")
+    observation = envs.reset(seed=0)[0]
+    other.reset(seed=0)
+    rng, model = np.random.default_rng(9), envs.engine.lm.model
+    for _ in range(12):
+        logits = [envs.engine.reference_logits().clone() for _ in range(2)]
+        assert torch.equal(logits[0], logits[1])
+        for row in range(N):
+            history = observation["input_ids"][row][observation["attention_mask"][row] == 1]
+            with torch.inference_mode():
+                raw = model(input_ids=torch.tensor(history[None])).logits[0, -1, :V]
+            torch.testing.assert_close(logits[0][row], raw, rtol=0, atol=1e-5)
+        tokens = random_tokens(rng, N)
+        found = envs.step(tokens)
+        assert data_equivalence(found, other.step(tokens))
+        observation = found[0]
+    for config in ({"kl_coef": 0.0}, {"dense_kl": False}):
+        with pytest.raises(InvalidArgumentError, match="`kl_coef` must be > 0 and `dense_kl` True"):
+            native(parts, **config).engine.reference_logits()
+
+
 # --- memory ----------------------------------------------------------------------
 
 

@@ -347,6 +347,37 @@ class Engine:
         return _Scores(scores, gold, ["eos" if e else "length" for e in eos], texts, completions)
 
 
+class EngineBacked:
+    """What every environment over an engine tells of itself."""
+
+    _engine: Engine
+
+    @property
+    def engine(self) -> Engine:
+        """The MDP behind the skin: what the whole-episode path and the wrappers read, such as `reference_logits()`."""
+        return self._engine
+
+    @property
+    def task(self) -> Task:
+        """The MDP, as resolved from the arguments."""
+        return self._engine.task
+
+    @property
+    def kl_coef(self) -> float:
+        """Price of a nat, in units of the score."""
+        return self._engine.task.kl_coef
+
+    @property
+    def gamma(self) -> float:
+        """Discount a token, which agents read."""
+        return self._engine.task.gamma
+
+    @property
+    def tokenizer(self) -> Any:
+        """The reference's Hugging Face tokenizer."""
+        return self._engine.lm.tokenizer
+
+
 @dataclass(frozen=True)
 class _Scores:
     scores: Floats

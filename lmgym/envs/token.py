@@ -12,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from lmgym.envs.engine import Engine, Outcomes, Transition
+from lmgym.envs.engine import Engine, EngineBacked, Outcomes, Transition
 from lmgym.envs.prompts import Prompt, PromptOrder
 from lmgym.envs.rendering import Frame, show, to_rgb, to_text
 from lmgym.envs.settings import RENDER_MODES, Settings
 from lmgym.errors import InvalidActionError, InvalidArgumentError, unknown_name
-from lmgym.tasks.base import Task
 
 RESET_OPTIONS = ("prompt", "prompt_ids", "prompt_index", "response_ids")
 _ROW = np.zeros(1, dtype=np.int64)
@@ -37,7 +36,7 @@ class EnvState:
     outcomes: Outcomes | None
 
 
-class RLHFEnv(gym.Env[Any, int]):
+class RLHFEnv(EngineBacked, gym.Env[Any, int]):
     """The token MDP of RLHF (design, section 1).
 
     ## Observation
@@ -92,31 +91,6 @@ class RLHFEnv(gym.Env[Any, int]):
         self._order.position = pickled["order"]
         if pickled["state"] is not None:
             self.restore_state(pickled["state"])
-
-    @property
-    def task(self) -> Task:
-        """The MDP, as resolved from the arguments."""
-        return self._engine.task
-
-    @property
-    def kl_coef(self) -> float:
-        """Price of a nat, in units of the score."""
-        return self.task.kl_coef
-
-    @property
-    def gamma(self) -> float:
-        """Discount a token, which agents read."""
-        return self.task.gamma
-
-    @property
-    def tokenizer(self) -> Any:
-        """The reference's Hugging Face tokenizer."""
-        return self._engine.lm.tokenizer
-
-    @property
-    def engine(self) -> Engine:
-        """The MDP behind the skin: what wrappers read, such as `reference_logits()`."""
-        return self._engine
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Starts an episode from the next prompt, or from what `options` asks for.

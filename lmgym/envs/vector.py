@@ -12,7 +12,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from lmgym.envs.engine import Engine, Outcomes, Replay, Transition
+from lmgym.envs.engine import Engine, EngineBacked, Outcomes, Replay, Transition
 from lmgym.envs.prompts import Prompt, PromptOrder
 from lmgym.envs.rendering import to_rgb, to_text
 from lmgym.envs.settings import Settings
@@ -26,13 +26,12 @@ from lmgym.envs.token import (
     observe,
 )
 from lmgym.errors import InvalidArgumentError, check_choice, check_int
-from lmgym.tasks.base import Task
 
 AUTORESET_MODES = tuple(mode.value for mode in AutoresetMode)
 _NUMBERS = ("score", "gold_score", "discounted_return")
 
 
-class RLHFVectorEnv(VectorEnv[Any, Any, Any]):
+class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
     """`RLHFEnv` N times over, with the results of N of them and one forward a step.
 
     Args:
@@ -92,31 +91,6 @@ class RLHFVectorEnv(VectorEnv[Any, Any, Any]):
         self._to_reset = np.zeros(num_envs, dtype=np.bool_)
         self._ready = False
 
-    @property
-    def task(self) -> Task:
-        """The MDP, as resolved from the arguments."""
-        return self._engine.task
-
-    @property
-    def kl_coef(self) -> float:
-        """Price of a nat, in units of the score."""
-        return self.task.kl_coef
-
-    @property
-    def gamma(self) -> float:
-        """Discount a token, which agents read."""
-        return self.task.gamma
-
-    @property
-    def tokenizer(self) -> Any:
-        """The reference's Hugging Face tokenizer."""
-        return self._engine.lm.tokenizer
-
-    @property
-    def engine(self) -> Engine:
-        """The MDP behind the skin: what the whole-episode path and the wrappers read."""
-        return self._engine
-
     def _seed_rows(self, seeds: Sequence[int | None], rows: npt.NDArray[np.bool_]) -> None:
         """Gives rows their generators; rows of a group share the seed of their first, so that they draw alike."""
         if not hasattr(self, "_rngs"):
@@ -152,7 +126,7 @@ class RLHFVectorEnv(VectorEnv[Any, Any, Any]):
                     self._orders[row].restart()
         self._begin(np.flatnonzero(mask), options)
         self._to_reset[mask] = False
-        self._ready = self._ready or bool(mask.all())
+        self._ready = self._ready or all(prompt is not None for prompt in self._engine.current)
         return self._observe(), {}
 
     def _reset_mask(self, mask: Any) -> npt.NDArray[np.bool_]:

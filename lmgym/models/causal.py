@@ -10,8 +10,8 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -248,10 +248,6 @@ def _eos_token_ids(model: Any, tokenizer: Any, vocab_size: int) -> frozenset[int
     return frozenset(i for i in (tokenizer.eos_token_id, *listed) if isinstance(i, int) and 0 <= i < vocab_size)
 
 
-_loaded: weakref.WeakValueDictionary[tuple[str, str, str], CausalLM] = weakref.WeakValueDictionary()
-_loading = threading.Lock()
-
-
 def resolve_device(device: str) -> torch.device:
     """A torch device from its name; "auto" is the GPU where there is one.
 
@@ -283,6 +279,54 @@ def check_model_name(argument: str, name: object) -> None:
         raise InvalidArgumentError(f"`{argument}` must be a local directory or a hub name, and there is no {text!r}.")
 
 
+Held = TypeVar("Held")
+
+
+class SharedModels(Generic[Held]):
+    """Loads models with their tokenizers, frozen; one copy a (name, device, dtype) for as long as anybody holds it.
+
+    Args:
+        argument: what the name is called in messages.
+        auto_class: the transformers class that loads the model.
+        wrap: makes of a model and its tokenizer what is handed out.
+    """
+
+    def __init__(self, argument: str, auto_class: Any, wrap: Callable[[Any, Any], Held]) -> None:
+        self._argument, self._auto_class, self._wrap = argument, auto_class, wrap
+        self._held: weakref.WeakValueDictionary[tuple[str, str, str], Held] = weakref.WeakValueDictionary()
+        self._loading = threading.Lock()
+
+    def load(self, name: str, device: str, dtype: str) -> Held:
+        """The model of that name on that device, loaded now or before.
+
+        Raises:
+            InvalidArgumentError: for a name, device or dtype that cannot be.
+            LmGymError: if Hugging Face cannot load it; the cause is chained.
+        """
+        check_model_name(self._argument, name)
+        check_choice("dtype", dtype, DTYPES)
+        place = resolve_device(device)
+        key = (os.path.realpath(name) if os.path.isdir(name) else name, str(place), dtype)
+        with self._loading:
+            held = self._held.get(key)
+            if held is None:
+                model, tokenizer = self._from_pretrained(name, DTYPES[dtype])
+                held = self._held[key] = self._wrap(freeze(fuse_gelu(model).to(place)), tokenizer)
+        return held
+
+    def _from_pretrained(self, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+        try:
+            with quiet_loading():
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+                return self._auto_class.from_pretrained(name, dtype=dtype, trust_remote_code=False), tokenizer
+        except (OSError, ValueError) as error:
+            kind = self._auto_class.__name__
+            raise LmGymError(f"`{self._argument}` {name!r} could not be loaded with {kind}: {error}") from error
+
+
+_causal_lms = SharedModels("model", AutoModelForCausalLM, CausalLM)
+
+
 def load_causal_lm(name: str, device: str = "auto", dtype: str = "float32") -> CausalLM:
     """Loads a causal LM and its tokenizer in eval mode, frozen; one copy a (name, device, dtype) while held.
 
@@ -295,25 +339,7 @@ def load_causal_lm(name: str, device: str = "auto", dtype: str = "float32") -> C
         InvalidArgumentError: for a name, device or dtype that cannot be.
         LmGymError: if Hugging Face cannot load it; the cause is chained.
     """
-    check_model_name("model", name)
-    check_choice("dtype", dtype, DTYPES)
-    place = resolve_device(device)
-    key = (os.path.realpath(name) if os.path.isdir(name) else name, str(place), dtype)
-    with _loading:
-        held = _loaded.get(key)
-        if held is None:
-            held = _loaded[key] = _load(name, place, DTYPES[dtype])
-    return held
-
-
-def _load(name: str, device: torch.device, dtype: torch.dtype) -> CausalLM:
-    try:
-        with quiet_loading():
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise LmGymError(f"`model` {name!r} could not be loaded as a Hugging Face causal LM: {error}") from error
-    return CausalLM(freeze(fuse_gelu(model).to(device)), tokenizer)
+    return _causal_lms.load(name, device, dtype)
 
 
 def fuse_gelu(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lmgym.errors import check_int, check_number
 
 _BLOCK = 256
+_ONE_LEVEL = 4096  # vocabularies up to this are inverted without blocks: fewer calls
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class Sampler:
 def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draws from softmax(logits) by inverting the cumulative distribution at given uniforms.
 
-    Two levels (blocks of 256, then within the block), the sums in float64: one pass over the vocabulary, no tail lost
-    to float32 rounding, and never a token of probability 0.
+    Sums in float64, so that no tail is lost to rounding, and never a token of probability 0. A large vocabulary is
+    inverted on two levels, blocks of 256 and then within the block, in one pass over it.
 
     Args:
         logits: (B, V) float32, -inf allowed. uniforms: (B,) float64 in [0, 1).
@@ -103,21 +104,37 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         tokens (B,) int64, log-probs (B,) float32.
     """
-    rows, vocabulary = logits.shape
     top = logits.amax(-1, keepdim=True)
     weights = (logits - top).exp_()
+    uniforms = uniforms.to(logits.device).unsqueeze(1)
+    if logits.shape[1] <= _ONE_LEVEL:
+        cumulative = weights.cumsum(-1, dtype=torch.float64)
+        total = cumulative[:, -1:]
+        tokens = _first_beyond(cumulative, uniforms * total)
+    else:
+        tokens, total = _two_levels(weights, uniforms)
+    log_probs = logits.gather(1, tokens) - top - total.log().float()
+    return tokens.squeeze(1), log_probs.squeeze(1)
+
+
+def _two_levels(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1) tokens and (B, 1) total weight of (B, V) weights."""
+    rows, vocabulary = weights.shape
     padded = torch.nn.functional.pad(weights, (0, -vocabulary % _BLOCK)) if vocabulary % _BLOCK else weights
     blocks = padded.view(rows, -1, _BLOCK)
     cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     total = cumulative[:, -1:]
-    target = uniforms.to(logits.device).unsqueeze(1) * total
-    block = torch.searchsorted(cumulative, target, right=True).clamp_(max=cumulative.shape[1] - 1)
+    target = uniforms * total
+    block = _first_beyond(cumulative, target)
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = blocks[torch.arange(rows, device=logits.device), block.squeeze(1)].double().cumsum(-1)
-    rest = torch.minimum(target - before, inside[:, -1:] * (1 - 1e-15))
-    tokens = block.squeeze(1) * _BLOCK + torch.searchsorted(inside, rest, right=True).squeeze(1)
-    log_probs = (logits.gather(1, tokens.unsqueeze(1)) - top).squeeze(1) - total.squeeze(1).log().float()
-    return tokens, log_probs
+    inside = blocks[torch.arange(rows, device=weights.device), block.squeeze(1)].cumsum(-1, dtype=torch.float64)
+    return block * _BLOCK + _first_beyond(inside, target - before), total
+
+
+def _first_beyond(cumulative: Tensor, target: Tensor) -> Tensor:
+    """(B, 1) first index whose cumulative weight (B, n) is beyond the target (B, 1): never one of weight 0."""
+    inside = torch.minimum(target, cumulative[:, -1:] * (1 - 1e-15))  # a uniform next to 1 may round onto the total
+    return torch.searchsorted(cumulative, inside, right=True)
 
 
 def _keep_top_k(logits: Tensor, k: int) -> Tensor:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import threading
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
-from lmgym.errors import InvalidArgumentError, LmGymError, check_choice
-from lmgym.models.causal import DTYPES, check_model_name, freeze, fuse_gelu, quiet_loading, resolve_device
+from lmgym.errors import InvalidArgumentError
+from lmgym.models.causal import SharedModels
 
 _ROWS = 64  # episodes a forward takes at once
 
@@ -84,8 +81,7 @@ class ClassifierReward:
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
 
-_loaded: weakref.WeakValueDictionary[tuple[str, str, str], ClassifierReward] = weakref.WeakValueDictionary()
-_loading = threading.Lock()
+_reward_models = SharedModels("reward", AutoModelForSequenceClassification, ClassifierReward)
 
 
 def load_reward_model(name: str, device: str = "auto", dtype: str = "float32") -> ClassifierReward:
@@ -95,22 +91,4 @@ def load_reward_model(name: str, device: str = "auto", dtype: str = "float32") -
         InvalidArgumentError: for a name, device or dtype that cannot be.
         LmGymError: if Hugging Face cannot load it; the cause is chained.
     """
-    check_model_name("reward", name)
-    check_choice("dtype", dtype, DTYPES)
-    place = resolve_device(device)
-    key = (os.path.realpath(name) if os.path.isdir(name) else name, str(place), dtype)
-    with _loading:
-        held = _loaded.get(key)
-        if held is None:
-            try:
-                with quiet_loading():
-                    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-                    model = AutoModelForSequenceClassification.from_pretrained(
-                        name, dtype=DTYPES[dtype], trust_remote_code=False
-                    )
-            except (OSError, ValueError) as error:
-                raise LmGymError(
-                    f"`reward` {name!r} could not be loaded as a Hugging Face classifier: {error}"
-                ) from error
-            held = _loaded[key] = ClassifierReward(freeze(fuse_gelu(model).to(place)), tokenizer)
-    return held
+    return _reward_models.load(name, device, dtype)
