@@ -236,7 +236,7 @@ def _draw_footer(draw: ImageDraw.ImageDraw, top: int, frame: Frame) -> None:
     steps = f"{len(frame.tokens)} / {frame.max_new_tokens}"
     score = "-" if frame.score is None else f"{frame.score:+.3f}"
     numbers = (steps, f"{frame.episode_return:+.3f}", score, frame.finish_reason or "-")
-    for x, label, value in zip(range(LEFT, RIGHT, 220), ("STEP", "RETURN", "SCORE", "END"), numbers, strict=True):
+    for x, label, value in zip(range(LEFT, RIGHT, 220), ("STEP", "ENV RETURN", "SCORE", "END"), numbers, strict=True):
         _put(draw, x, top + 30, label)
         _put(draw, x, top + 60, value, 28, MUTED if value == "-" else INK)
     if not frame.has_legend:
