@@ -351,7 +351,7 @@ def test_a_directory_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="must be a directory with a config.json, and .* has none."):
         load_causal_lm(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(LmGymError, match="could not be loaded as a Hugging Face causal LM") as caught:
+    with pytest.raises(LmGymError, match="could not be loaded with AutoModelForCausalLM") as caught:
         load_causal_lm(str(tmp_path))
     assert caught.value.__cause__ is not None
 

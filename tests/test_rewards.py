@@ -297,5 +297,5 @@ def test_the_policys_tokenizer_decides_what_is_handed_over(reward_dir: str) -> N
 
 def test_a_directory_that_is_no_classifier(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(LmGymError, match="could not be loaded as a Hugging Face classifier"):
+    with pytest.raises(LmGymError, match="could not be loaded with AutoModelForSequenceClassification"):
         load_reward_model(str(tmp_path), "cpu")

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import hydra
 import pytest
 import torch
@@ -27,7 +28,7 @@ from agents.report import table
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["agent.batch_size=16", "evaluation.samples=1", "evaluation.prompts=8", "device=cpu", "seed=3"]
+SMALL = ["agent.batch_size=16", "evaluation.samples=16", "evaluation.prompts=8", "device=cpu", "seed=3"]
 QUICK = [*SMALL, "agent.epochs=1", "agent.minibatches=2", "agent.kl_controller=adaptive", "agent.kl_horizon=100"]
 
 
@@ -153,6 +154,14 @@ def test_a_run_leaves_its_result_and_prints_it(finished: Finished) -> None:
     assert "Warning" not in finished.stderr
 
 
+EOS = 1
+
+
+def score_of(envs: Any, prompt_ids: list[int], completion_ids: list[int]) -> float:
+    """What the task's reward says of token ids."""
+    return envs.engine.reward([""], [""], prompt_ids=[prompt_ids], completion_ids=[completion_ids])[0]
+
+
 def test_a_run_leaves_responses_before_and_after(finished: Finished) -> None:
     rows = summary_of(finished.directory, "samples.json")
     assert len(rows) == 8  # ten, or as many as there were prompts
@@ -160,14 +169,16 @@ def test_a_run_leaves_responses_before_and_after(finished: Finished) -> None:
     for row in rows:
         assert row.keys() == {"prompt", "before", "before_score", "after", "after_score"}
         assert row["prompt"] in finished.stdout
-    shown = summary_of(finished.directory)
-    for when in ("before", "after"):  # one sample a prompt: these are all the episodes that were graded
-        mean = sum(row[f"{when}_score"] for row in rows) / 8
-        assert mean == pytest.approx(shown[when]["score"]["mean"], abs=1e-5)
+    envs = gym.make_vec("lmgym/RLHF-v0", split="test")
+    words = envs.engine.lm.encode
+    for row in rows:  # the score is of the text beside it, with the EOS that the text does not show or without
+        for when in ("before", "after"):
+            scores = [score_of(envs, words(row["prompt"]), words(row[when]) + end) for end in ([], [EOS])]
+            assert any(row[f"{when}_score"] == pytest.approx(x, abs=1e-4) for x in scores)
 
 
 def test_evaluate_finds_the_same_numbers_again(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
-    agents.evaluate.main(OmegaConf.create({"run": str(finished.directory)}))
+    agents.evaluate.main(OmegaConf.create({"run": str(finished.directory), "evaluation": {"samples": None}}))
     recorded, again = (numbers(summary_of(finished.directory, f"{n}.json")) for n in ("summary", "evaluation"))
     assert recorded.keys() == again.keys()
     for path, x in recorded.items():
