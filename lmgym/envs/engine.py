@@ -14,11 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lmgym.envs.prompts import Prompt, PromptSet
+from lmgym.envs.prompts import Prompt, PromptSet, left_padded
+from lmgym.envs.reader import Reader
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidActionError, InvalidArgumentError
-from lmgym.models.causal import CausalLM, token_log_probs
-from lmgym.models.decoding import Decoder, Prefilled, RingDecoder, make_decoder
+from lmgym.models.causal import CausalLM
 from lmgym.rewards.base import score
 from lmgym.rewards.classifier import ClassifierReward
 from lmgym.tasks.base import Task
@@ -131,7 +131,7 @@ class Engine:
         self.ref_log_probs = np.full((num_rows, self.horizon), np.nan)
         self.current: list[Prompt | None] = [None] * num_rows
         self._stepwise = task.kl_coef > 0 and task.dense_kl
-        self._reader = _Reader(self.lm, num_rows, self.width + self.horizon) if self._stepwise else None
+        self._reader = Reader(self.lm, num_rows, self.width + self.horizon) if self._stepwise else None
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -395,91 +395,3 @@ class _Scores:
             self.responses,
             discounted.tolist(),
         )
-
-
-class _Reader:
-    """Feeds the reference: which tokens are due, which rows restart, and prompts read ahead in batches."""
-
-    def __init__(self, lm: CausalLM, rows: int, capacity: int) -> None:
-        self._lm = lm
-        self._decoder: Decoder = make_decoder(lm, rows, capacity)
-        self._due: Tensor | None = None  # (N,) tokens chosen but not yet fed
-        self._starting: dict[int, Prompt | tuple[Ints, npt.NDArray[np.int8]]] = {}
-        self._ahead: Callable[[int], Prompt] | None = None
-        self._ready: dict[int, tuple[Prompt, Prefilled, int]] = {}
-        self._rows = rows
-
-    def start(self, rows: Ints, prompts: Sequence[Prompt], ahead: Callable[[int], Prompt] | None) -> None:
-        self._ahead = ahead
-        self._starting.update(zip(rows.tolist(), prompts, strict=True))
-
-    def restart(self, row: int, ids: Ints, mask: npt.NDArray[np.int8]) -> None:
-        self._starting[row] = (ids.copy(), mask.copy())
-
-    def logits(self) -> Tensor:
-        """(N, V): brings every row up to date."""
-        if self._due is not None and len(self._starting) < self._rows:
-            self._decoder.step(self._due)
-        self._due = None
-        if self._starting:
-            self._start_rows()
-        return self._decoder.logits
-
-    def log_probs(self, tokens: Ints) -> Floats:
-        """(N,) float64 nats of the tokens chosen now; they are fed when the next logits are asked for."""
-        chosen = torch.from_numpy(tokens).to(self._lm.device)
-        with torch.inference_mode():
-            log_probs = token_log_probs(self.logits(), chosen)
-        self._due = chosen
-        return log_probs.cpu().numpy().astype(np.float64)
-
-    def _start_rows(self) -> None:
-        prompts = {row: p for row, p in self._starting.items() if isinstance(p, Prompt)}
-        for row, prefix in self._starting.items():
-            if not isinstance(prefix, Prompt):
-                ids, mask = (torch.from_numpy(x)[None].to(self._lm.device) for x in prefix)
-                self._decoder.begin(torch.tensor([row], device=self._lm.device), ids, mask)
-        self._starting = {}
-        if not isinstance(self._decoder, RingDecoder):
-            if prompts:
-                self._decoder.begin(self._index(list(prompts)), *self._left_padded(list(prompts.values())))
-            return
-        if not all(self._is_ready(row, prompt) for row, prompt in prompts.items()):
-            self._read_ahead(self._decoder, prompts)
-        batches: dict[int, list[int]] = {}
-        for row in prompts:
-            batches.setdefault(id(self._ready[row][1]), []).append(row)
-        for rows in batches.values():
-            taken = [self._ready.pop(row) for row in rows]
-            self._decoder.insert(self._index(rows), taken[0][1], self._index([place for _, _, place in taken]))
-
-    def _is_ready(self, row: int, prompt: Prompt) -> bool:
-        return row in self._ready and self._ready[row][0] is prompt
-
-    def _read_ahead(self, decoder: RingDecoder, prompts: dict[int, Prompt]) -> None:
-        """Reads the prompts due now, and with them the next one of every row that has none waiting."""
-        wanted = {row: prompt for row, prompt in prompts.items() if not self._is_ready(row, prompt)}
-        if self._ahead is not None:
-            for row in range(self._rows):
-                if row not in prompts and row not in self._ready:
-                    wanted[row] = self._ahead(row)
-        batch = decoder.prefill(*self._left_padded(list(wanted.values())))
-        for place, (row, prompt) in enumerate(wanted.items()):
-            self._ready[row] = (prompt, batch, place)
-
-    def _left_padded(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-        ids, mask = left_padded(prompts, max(len(p.ids) for p in prompts), self._lm.pad_token_id)
-        return ids.to(self._lm.device), mask.to(self._lm.device)
-
-    def _index(self, rows: list[int]) -> Tensor:
-        return torch.tensor(rows, device=self._lm.device)
-
-
-def left_padded(prompts: Sequence[Prompt], width: int, pad: int) -> tuple[Tensor, Tensor]:
-    """(n, width) int64 ids and bool mask of prompts, the last token of each in the last column."""
-    ids = np.full((len(prompts), width), pad, dtype=np.int64)
-    mask = np.zeros((len(prompts), width), dtype=np.bool_)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt.ids) :] = prompt.ids
-        mask[i, width - len(prompt.ids) :] = True
-    return torch.from_numpy(ids), torch.from_numpy(mask)
