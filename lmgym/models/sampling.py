@@ -105,23 +105,24 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         tokens (B,) int64, log-probs (B,) float32.
     """
     top = logits.amax(-1, keepdim=True)
-    weights = (logits - top).exp_()
     uniforms = uniforms.to(logits.device).unsqueeze(1)
     if logits.shape[1] <= _ONE_LEVEL:
-        cumulative = weights.cumsum(-1, dtype=torch.float64)
+        cumulative = (logits - top).exp_().cumsum(-1, dtype=torch.float64)
         total = cumulative[:, -1:]
         tokens = _first_beyond(cumulative, uniforms * total)
     else:
-        tokens, total = _two_levels(weights, uniforms)
+        tokens, total = _two_levels(logits, top, uniforms)
     log_probs = logits.gather(1, tokens) - top - total.log().float()
     return tokens.squeeze(1), log_probs.squeeze(1)
 
 
-def _two_levels(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 1) tokens and (B, 1) total weight of (B, V) weights."""
-    rows, vocabulary = weights.shape
-    padded = torch.nn.functional.pad(weights, (0, -vocabulary % _BLOCK)) if vocabulary % _BLOCK else weights
-    blocks = padded.view(rows, -1, _BLOCK)
+def _two_levels(logits: Tensor, top: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1) tokens and (B, 1) total weight exp(logits - top) of (B, V) logits with maxima (B, 1)."""
+    rows, vocabulary = logits.shape
+    weights = logits.new_empty((rows, vocabulary + -vocabulary % _BLOCK))  # whole blocks, without a padded copy
+    weights[:, vocabulary:] = 0.0
+    torch.sub(logits.detach(), top.detach(), out=weights[:, :vocabulary]).exp_()
+    blocks = weights.view(rows, -1, _BLOCK)
     cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     total = cumulative[:, -1:]
     target = uniforms * total
