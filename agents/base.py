@@ -191,9 +191,8 @@ class OnPolicyAgent(ABC):
             if self.stop_early(history[-1]):
                 break
         metrics = {name: float(np.mean([row[name] for row in history])) for name in history[0]}
-        metrics["train/ratio_error"] = history[0][
-            "train/ratio_error"
-        ]  # before anything has changed: 0 but for rounding
+        # Of the first step alone, before anything has changed: 0 but for rounding.
+        metrics["train/ratio_error"] = history[0]["train/ratio_error"]
         metrics["train/updates"] = len(history)
         mask = episodes.response_mask
         metrics["train/explained_variance"] = explained_variance(episodes.values[mask], returns[mask])

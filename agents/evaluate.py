@@ -10,13 +10,14 @@ import hydra
 from omegaconf import DictConfig
 
 from agents.report import table, write_json
-from agents.train import build, check, check_checkpoint, grade, saved_config, summarise
+from agents.train import build, check, check_checkpoint, grade, saved_config, summarise, wait_politely
 from lmgym.errors import InvalidArgumentError, LmGymError
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Loads a run's checkpoint, grades it and its reference, and prints the table."""
+    wait_politely()
     from lmgym.models.policy import CausalPolicy
 
     try:
