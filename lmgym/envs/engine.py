@@ -130,6 +130,7 @@ class Engine:
         self.discounted = np.zeros(num_rows)
         self.ref_log_probs = np.full((num_rows, self.horizon), np.nan)
         self.current: list[Prompt | None] = [None] * num_rows
+        self._discounts = task.gamma ** np.arange(self.horizon + 1)
         self._stepwise = task.kl_coef > 0 and task.dense_kl
         self._reader = Reader(self.lm, num_rows, self.width + self.horizon) if self._stepwise else None
 
@@ -144,9 +145,11 @@ class Engine:
         """
         self.input_ids[rows] = self.lm.pad_token_id
         self.attention_mask[rows] = 0
-        for row, prompt in zip(rows, prompts, strict=True):
-            self.input_ids[row, self.width - len(prompt.ids) : self.width] = prompt.ids
-            self.attention_mask[row, self.width - len(prompt.ids) : self.width] = 1
+        lengths = np.array([len(prompt.ids) for prompt in prompts])
+        places, columns = (np.arange(self.width) >= self.width - lengths[:, None]).nonzero()
+        self.input_ids[rows[places], columns] = [i for prompt in prompts for i in prompt.ids]
+        self.attention_mask[rows[places], columns] = 1
+        for row, prompt in zip(rows.tolist(), prompts, strict=True):
             self.current[row] = prompt
         self.lengths[rows] = self.starts[rows] = 0
         self.running[rows] = True
@@ -154,6 +157,11 @@ class Engine:
         self.ref_log_probs[rows] = np.nan
         if self._reader is not None:
             self._reader.start(rows, prompts, ahead)
+
+    def reseed(self, seed: int) -> None:
+        """Begins anew what is random in the reward."""
+        if hasattr(self.reward, "reseed"):
+            self.reward.reseed(seed)
 
     def resume(
         self, row: int, response_ids: Sequence[int], returns: tuple[float, float] | None, ref_log_probs: Floats | None
@@ -233,7 +241,7 @@ class Engine:
                 rewards += task.kl_coef * paid
             rewards[ended] += scores.scores
         self.returns += rewards
-        self.discounted += task.gamma**t * rewards
+        self.discounted += self._discounts[t] * rewards
         self.running[ended] = False
         outcomes = scores.outcomes(self.discounted[ended]) if scores is not None else None
         truncated = full if task.truncate else np.zeros_like(full)

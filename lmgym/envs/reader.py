@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lmgym.envs.prompts import Prompt, left_padded
 from lmgym.models.causal import CausalLM, token_log_probs
-from lmgym.models.decoding import Decoder, Prefilled, RingDecoder, make_decoder
+from lmgym.models.decoding import Decoder, Prefilled, RingDecoder, TableDecoder, make_decoder
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -24,7 +24,7 @@ class Reader:
     """Feeds the reference: which tokens are due, which rows restart, and prompts read ahead in batches."""
 
     def __init__(self, lm: CausalLM, rows: int, capacity: int) -> None:
-        self._lm = lm
+        self._lm, self._device = lm, lm.device
         self._decoder: Decoder = make_decoder(lm, rows, capacity)
         self._due: Tensor | None = None  # (N,) tokens chosen but not yet fed
         self._starting: dict[int, Prompt | tuple[Ints, npt.NDArray[np.int8]]] = {}
@@ -42,19 +42,27 @@ class Reader:
         self._starting[row] = (ids.copy(), mask.copy())
 
     def logits(self) -> Tensor:
-        """(N, V): brings every row up to date."""
+        """(N, V) of every row's next token."""
+        self._catch_up()
+        return self._decoder.logits
+
+    def _catch_up(self) -> None:
+        """Brings every row up to date."""
         if self._due is not None and len(self._starting) < self._rows:
             self._decoder.step(self._due)
         self._due = None
         if self._starting:
             self._start_rows()
-        return self._decoder.logits
 
     def log_probs(self, tokens: Ints) -> Floats:
         """(N,) float64 nats of the tokens chosen now; they are fed when the next logits are asked for."""
-        chosen = torch.from_numpy(tokens).to(self._lm.device)
-        with torch.inference_mode():
-            log_probs = token_log_probs(self.logits(), chosen)
+        chosen = torch.from_numpy(tokens).to(self._device)
+        self._catch_up()
+        if isinstance(self._decoder, TableDecoder):
+            log_probs = self._decoder.log_probs(chosen)
+        else:
+            with torch.inference_mode():
+                log_probs = token_log_probs(self._decoder.logits, chosen)
         self._due = chosen
         return log_probs.cpu().numpy().astype(np.float64)
 
@@ -62,11 +70,15 @@ class Reader:
         prompts = {row: p for row, p in self._starting.items() if isinstance(p, Prompt)}
         for row, prefix in self._starting.items():
             if not isinstance(prefix, Prompt):
-                ids, mask = (torch.from_numpy(x)[None].to(self._lm.device) for x in prefix)
-                self._decoder.begin(torch.tensor([row], device=self._lm.device), ids, mask)
+                ids, mask = (torch.from_numpy(x)[None].to(self._device) for x in prefix)
+                self._decoder.begin(torch.tensor([row], device=self._device), ids, mask)
         self._starting = {}
         if not isinstance(self._decoder, RingDecoder):
-            if prompts:
+            if prompts and isinstance(self._decoder, TableDecoder):
+                # A table looks back by two tokens at most: the whole prompt need not be padded.
+                ends = torch.tensor([(-1, *p.ids[-2:])[-2:] for p in prompts.values()], device=self._device)
+                self._decoder.begin(self._index(list(prompts)), ends, ends >= 0)
+            elif prompts:
                 self._decoder.begin(self._index(list(prompts)), *self._left_padded(list(prompts.values())))
             return
         if not all(self._is_ready(row, prompt) for row, prompt in prompts.items()):
@@ -94,7 +106,7 @@ class Reader:
 
     def _left_padded(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
         ids, mask = left_padded(prompts, max(len(p.ids) for p in prompts), self._lm.pad_token_id)
-        return ids.to(self._lm.device), mask.to(self._lm.device)
+        return ids.to(self._device), mask.to(self._device)
 
     def _index(self, rows: list[int]) -> Tensor:
-        return torch.tensor(rows, device=self._lm.device)
+        return torch.tensor(rows, device=self._device)

@@ -102,6 +102,7 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
         super().reset(seed=seed)
         if seed is not None:
             self._order.restart()
+            self._engine.reseed(seed)
         prompt, prefix = choose_prompt(self._engine, self._order, options, self.reset_options)
         self._engine.begin(_ROW, [prompt])
         if prefix:

@@ -121,6 +121,8 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
             if len(seeds) != self.num_envs:
                 raise InvalidArgumentError(f"`seed` must be an int or {self.num_envs} seeds, got {len(seeds)} of them.")
             self._seed_rows(seeds, mask)
+            if seeds[0] is not None:
+                self._engine.reseed(seeds[0])
             for row in np.flatnonzero(mask):
                 if seeds[row - row % self.group_size] is not None:
                     self._orders[row].restart()

@@ -6,8 +6,8 @@ Shapes: B rows, P prompt columns, T response columns, L = P + T, V vocabulary, D
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
-import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +20,13 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging as hf_logging
 
 from lmgym.errors import InvalidArgumentError, LmGymError, check_choice
+from lmgym.models import markov  # noqa: F401 - registers its model with the Auto classes
+from lmgym.models.names import check_model_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SCORING_ROWS = 16  # rows a teacher-forced forward takes at once: larger batches only fault more pages in
 _HEAD_ROWS = 256  # hidden states the LM head takes at once, so that (rows, V) stays in the cache of the processor
+_DECODE_ALONE = 4096  # ids that are decoded sooner than the threads of the tokenizer wake up
 
 
 class CausalLM:
@@ -45,7 +48,7 @@ class CausalLM:
         self.model = model
         self.tokenizer = tokenizer
         known = set(tokenizer.get_vocab().values())
-        embedded = model.get_output_embeddings().weight.shape[0]
+        embedded, _ = _head_shape(model)
         self.vocab_size = max(known) + 1
         if self.vocab_size > embedded:
             raise InvalidArgumentError(
@@ -84,13 +87,29 @@ class CausalLM:
         return 0 <= token < self.vocab_size and token not in self.holes
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the tokenizer's own start token and without an end token."""
-        return self._without_end(self.tokenizer(text)["input_ids"])
+        """Token ids of a prompt, with the tokenizer's own start token and without an end token.
+
+        Raises:
+            InvalidArgumentError: for a text that the tokenizer cannot read.
+        """
+        try:
+            ids = self.tokenizer(text)["input_ids"]
+        except Exception as error:  # nothing narrower comes from a tokenizer without an unknown token
+            raise InvalidArgumentError(f"`prompt` must be a text that the tokenizer knows, got {text!r}.") from error
+        return self._without_end(ids)
 
     def encode_all(self, texts: tuple[str, ...]) -> list[list[int]]:
-        """Token ids of many prompts, kept: every env on one model shares them."""
+        """Token ids of many prompts, kept: every env on one model shares them.
+
+        Raises:
+            InvalidArgumentError: naming the first text that the tokenizer cannot read.
+        """
         if texts not in self._encoded:
-            self._encoded[texts] = [self._without_end(ids) for ids in self.tokenizer(list(texts))["input_ids"]]
+            try:
+                encoded = [self._without_end(ids) for ids in self.tokenizer(list(texts))["input_ids"]]
+            except Exception:
+                encoded = [self.encode(text) for text in texts]  # names the text
+            self._encoded[texts] = encoded
         return self._encoded[texts]
 
     def _without_end(self, ids: Sequence[int]) -> list[int]:
@@ -118,7 +137,10 @@ class CausalLM:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None or getattr(self.tokenizer, "clean_up_tokenization_spaces", False):
             return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
-        return list(backend.decode_batch(rows, skip_special_tokens=True))  # without checks on every id of every row
+        # The backend's own, without the checks of the tokenizer on every id of every row.
+        if sum(map(len, rows)) < _DECODE_ALONE:
+            return [backend.decode(row, skip_special_tokens=True) for row in rows]
+        return list(backend.decode_batch(rows, skip_special_tokens=True))
 
     def legal_logits(self, logits: Tensor) -> Tensor:
         """(..., model vocabulary) logits cut to (..., V), with -inf on ids the tokenizer lacks."""
@@ -155,7 +177,7 @@ class CausalLM:
         few = ids[:1, :8]
         everywhere = torch.ones_like(few)
         trunk = self.model.base_model(input_ids=few, attention_mask=everywhere, use_cache=False)[0]
-        if trunk.shape[-1] != self.model.get_output_embeddings().weight.shape[-1]:
+        if trunk.shape[-1] != _head_shape(self.model)[1]:
             return False
         split = self.model.get_output_embeddings()(trunk)
         whole = self.model(input_ids=few, attention_mask=everywhere, use_cache=False).logits
@@ -241,6 +263,13 @@ def pack(
     return ids, rows, columns, response_ids[rows, t]
 
 
+def _head_shape(model: Any) -> tuple[int, int]:
+    """V and D of the LM head, which need not be linear."""
+    head = model.get_output_embeddings()
+    rows, width = head.weight.shape if hasattr(head, "weight") else (head.out_features, head.in_features)
+    return rows, width
+
+
 def _eos_token_ids(model: Any, tokenizer: Any, vocab_size: int) -> frozenset[int]:
     """Every id that ends a response: the tokenizer's, and those the generation config adds (Llama 3 has several)."""
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -265,18 +294,6 @@ def resolve_device(device: str) -> torch.device:
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise InvalidArgumentError(f"`device` must be one this machine has, got {device!r} and torch sees no GPU.")
     return resolved
-
-
-def check_model_name(argument: str, name: object) -> None:
-    """Raises unless `name` is a local directory with a config, or could be a hub name; loads nothing."""
-    if not isinstance(name, (str, os.PathLike)):
-        raise InvalidArgumentError(f"`{argument}` must be a local directory or a hub name, got {name!r}.")
-    text = os.fspath(name)
-    if os.path.isdir(text):
-        if not os.path.isfile(os.path.join(text, "config.json")):
-            raise InvalidArgumentError(f"`{argument}` must be a directory with a config.json, and {text!r} has none.")
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
-        raise InvalidArgumentError(f"`{argument}` must be a local directory or a hub name, and there is no {text!r}.")
 
 
 Held = TypeVar("Held")
@@ -340,6 +357,22 @@ def load_causal_lm(name: str, device: str = "auto", dtype: str = "float32") -> C
         LmGymError: if Hugging Face cannot load it; the cause is chained.
     """
     return _causal_lms.load(name, device, dtype)
+
+
+_placed: weakref.WeakKeyDictionary[CausalLM, dict[tuple[str, str], CausalLM]] = weakref.WeakKeyDictionary()
+
+
+def place(lm: CausalLM, device: str, dtype: str) -> CausalLM:
+    """The model itself where it already lies so; else a copy, one a (device, dtype) for as long as `lm` is held."""
+    check_choice("dtype", dtype, DTYPES)
+    where = resolve_device(device)
+    if lm.device.type == where.type and lm.dtype == DTYPES[dtype]:
+        return lm
+    copies = _placed.setdefault(lm, {})
+    key = (str(where), dtype)
+    if key not in copies:
+        copies[key] = CausalLM(copy.deepcopy(lm.model).to(where, DTYPES[dtype]), lm.tokenizer)
+    return copies[key]
 
 
 def fuse_gelu(model: nn.Module) -> nn.Module:

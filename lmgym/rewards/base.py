@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 from lmgym.errors import InvalidArgumentError, RewardError
+from lmgym.models.names import check_model_name
 
 
 class RewardFunction(Protocol):
@@ -32,8 +33,6 @@ def check_reward_name(name: object) -> None:
         if not module or not function:
             raise InvalidArgumentError(f"`reward` must be an import path 'package.module:function', got {name!r}.")
         return
-    from lmgym.models.causal import check_model_name
-
     check_model_name("reward", name)
 
 

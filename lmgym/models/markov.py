@@ -1,0 +1,361 @@
+"""A causal language model that is a transition table: the next token depends on the last one or two alone.
+
+Its law is known in closed form, so that sums over all responses can be carried out; in everything else it is a Hugging
+Face model like any other.
+
+Shapes: B rows, L columns, V vocabulary, C contexts (V to the power of the order), R rank, D width of the hidden state
+(V for a full table, R for one of low rank).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from lmgym.errors import InvalidArgumentError, check_int, check_number
+
+if TYPE_CHECKING:
+    from lmgym.models.causal import CausalLM
+
+Table = Tensor | npt.NDArray[np.floating[Any]]
+
+SMALLEST = 1e-12  # probabilities below it are taken for it, so that no log-prob is -inf
+_FLOOR = 1e-6  # of drawn rows
+_SUM_TOLERANCE = 1e-4  # float32 rows of a large vocabulary are off by less
+
+
+class MarkovConfig(PretrainedConfig):
+    """Shape of a `MarkovLM`.
+
+    Args:
+        vocab_size: V. order: tokens the next one depends on: 0, 1 or 2.
+        rank: R of the factors; None is a full table.
+        eos_token_id: what tokens before the start of a sequence count as.
+    """
+
+    model_type = "lmgym_markov"
+
+    def __init__(
+        self,
+        vocab_size: int = 2,
+        order: int = 1,
+        rank: int | None = None,
+        eos_token_id: int | None = 0,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size, self.order, self.rank = vocab_size, order, rank
+        self.hidden_size, self.num_hidden_layers = rank or vocab_size, 1
+        special = {"eos_token_id": eos_token_id, "pad_token_id": eos_token_id, "tie_word_embeddings": False}
+        super().__init__(**{**special, **kwargs})
+
+
+class MarkovTrunk(nn.Module):
+    """Hidden states of contexts: a table (C, D) of them, and the tokens seen so far as its cache."""
+
+    def __init__(self, config: MarkovConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size, self.order, self.before = config.vocab_size, config.order, config.eos_token_id or 0
+        self.table = nn.Parameter(torch.full((self.vocab_size**self.order, config.hidden_size), 1 / config.hidden_size))
+
+    def contexts(self, ids: Tensor) -> Tensor:
+        """(B, L) context behind each column of token ids (B, L), columns before the first counting as EOS."""
+        before = nn.functional.pad(ids[:, :-1], (1, 0), value=self.before) if self.order == 2 else ids
+        return self.following(before, ids)
+
+    def following(self, contexts: Tensor, tokens: Tensor) -> Tensor:
+        """The contexts that tokens lead to, both int64 of one shape."""
+        if self.order == 0:
+            return torch.zeros_like(tokens)
+        return tokens if self.order == 1 else contexts % self.vocab_size * self.vocab_size + tokens
+
+    def hidden(self, contexts: Tensor) -> Tensor:
+        """(..., D) of contexts (...)."""
+        return nn.functional.embedding(contexts, self.table)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, L, D) of token ids (B, L); the last L columns of a mask (B, >= L) belong to them."""
+        length = input_ids.shape[1]
+        if attention_mask is not None:
+            input_ids = input_ids.masked_fill(attention_mask[:, -length:] == 0, self.before)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        seen = input_ids
+        if past_key_values is not None:  # ids take the place of keys and values: (B, 1 head, columns, width 1)
+            column = input_ids[:, None, :, None]
+            seen = past_key_values.update(column, column, 0)[0][:, 0, :, 0]
+        recent = seen[:, -(length + 1) :]  # a context reaches back by two tokens at most
+        hidden = self.hidden(self.contexts(recent)[:, -length:])
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+
+
+class MarkovHead(nn.Module):
+    """Log-probs of hidden states: log(h) for a full table, log(h @ rows) for one of low rank.
+
+    Attributes:
+        rows: (R, V), or None for a full table. in_features: D. out_features: V.
+    """
+
+    def __init__(self, config: MarkovConfig) -> None:
+        super().__init__()
+        self.in_features, self.out_features = config.hidden_size, config.vocab_size
+        shape = (config.hidden_size, config.vocab_size)
+        self.rows = None if config.rank is None else nn.Parameter(torch.full(shape, 1 / config.vocab_size))
+
+    def probs(self, hidden: Tensor) -> Tensor:
+        """(..., V) of hidden states (..., D)."""
+        return hidden if self.rows is None else hidden @ self.rows
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., V) float32 nats of hidden states (..., D)."""
+        return self.probs(hidden).float().clamp(min=SMALLEST).log()
+
+    def log_probs(self, hidden: Tensor, tokens: Tensor, legal: Tensor) -> Tensor:
+        """Log-probs of single tokens, at the cost of a look-up and not of a whole law.
+
+        Args:
+            hidden: (n, D). tokens: (n,) int64.
+            legal: (V',) float, 1 on the first V' tokens where they may come; the law is normalised over these.
+
+        Returns:
+            (n,) float32 nats.
+        """
+        if self.rows is None:
+            chosen, mass = hidden.gather(1, tokens[:, None])[:, 0], hidden[:, : len(legal)] @ legal.to(hidden)
+        else:
+            chosen = (hidden * self.rows.index_select(1, tokens).T).sum(1)
+            mass = hidden @ (self.rows[:, : len(legal)] @ legal.to(hidden))
+        return (chosen.float().clamp(min=SMALLEST) / mass.float()).log()
+
+
+class MarkovLM(PreTrainedModel, GenerationMixin):
+    """pi(a | context), where the context is the last `order` tokens, as probabilities in a table.
+
+    The index of a context is 0 for order 0, the last token for order 1, and (the one before it) * V + (the last) for
+    order 2. Tokens before the start of a sequence, and masked ones, count as the EOS. Logits are log-probs.
+    """
+
+    config_class = MarkovConfig
+    base_model_prefix = "trunk"
+
+    def __init__(self, config: MarkovConfig) -> None:
+        super().__init__(config)
+        check_int("order", config.order, 0, 2)
+        self.trunk = MarkovTrunk(config)
+        self.lm_head = MarkovHead(config)
+        self.post_init()
+
+    @property
+    def rows(self) -> nn.Parameter:
+        """(C, V), or (R, V) where there is a mixture: each row a distribution over tokens."""
+        return self.trunk.table if self.lm_head.rows is None else self.lm_head.rows
+
+    @property
+    def mixture(self) -> nn.Parameter | None:
+        """(C, R), each row a distribution over `rows`; None for a full table."""
+        return None if self.lm_head.rows is None else self.trunk.table
+
+    @classmethod
+    def from_probs(cls, rows: Table, mixture: Table | None = None, *, order: int, eos_token_id: int = 0) -> MarkovLM:
+        """A model with this law: pi(. | c) = rows[c], or mixture[c] @ rows.
+
+        Args:
+            rows: (C, V) of a full table, or (R, V). mixture: (C, R), or None. Each row of both is a distribution.
+            order: 0, 1 or 2. eos_token_id: what tokens before the start count as.
+
+        Raises:
+            InvalidArgumentError: for a shape that does not fit, or a row that is no distribution.
+        """
+        check_int("order", order, 0, 2)
+        law = _distributions("rows", rows)
+        vocab_size = law.shape[1]
+        weights = None if mixture is None else _distributions("mixture", mixture)
+        expected = (vocab_size**order, vocab_size if weights is None else len(law))
+        name, got = ("rows", law) if weights is None else ("mixture", weights)
+        if tuple(got.shape) != expected:
+            raise InvalidArgumentError(
+                f"`{name}` must have shape {expected} at order {order} and {vocab_size} tokens, got {tuple(got.shape)}."
+            )
+        check_int("eos_token_id", eos_token_id, 0, vocab_size - 1)
+        rank = None if weights is None else len(law)
+        model = cls(MarkovConfig(vocab_size=vocab_size, order=order, rank=rank, eos_token_id=eos_token_id))
+        with torch.no_grad():
+            model.rows.copy_(law)
+            if weights is not None:
+                model.trunk.table.copy_(weights)
+        return model.eval()
+
+    def probs(self, context: Tensor) -> Tensor:
+        """(n, V) float32 law of the next token behind contexts (n,) int64."""
+        return self.lm_head.probs(self.trunk.hidden(context)).float()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The trunk, which turns ids into hidden states."""
+        return self.trunk
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: every module makes itself uniform."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool = False,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Log-probs of the token behind each column.
+
+        Args:
+            input_ids: (B, L). attention_mask: (B, L), or (B, past + L) behind a cache; 0 counts as the EOS.
+            position_ids: taken and ignored: a table knows no positions.
+            past_key_values: a cache that grows (`DynamicCache`), which is given the ids.
+            use_cache: whether to make a cache where none is given.
+            logits_to_keep: how many of the last columns are wanted (0: all of them), or which.
+            output_hidden_states: whether to return the input of the head too.
+
+        Returns:
+            logits (B, L', V), the cache, and hidden_states with one (B, L, D).
+        """
+        out = self.trunk(input_ids, attention_mask, past_key_values, use_cache)
+        hidden = out.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return CausalLMOutputWithPast(
+            logits=self.lm_head(hidden[:, kept]),
+            past_key_values=out.past_key_values,
+            hidden_states=(hidden,) if output_hidden_states else None,
+        )
+
+
+AutoConfig.register(MarkovConfig.model_type, MarkovConfig)
+AutoModelForCausalLM.register(MarkovConfig, MarkovLM)
+
+
+def _distributions(argument: str, table: Table) -> Tensor:
+    """(rows, columns) float64, each row summing to 1."""
+    rows = (table.detach() if isinstance(table, Tensor) else torch.from_numpy(np.array(table))).double()
+    if rows.ndim != 2 or not rows.numel():
+        raise InvalidArgumentError(f"`{argument}` must be a table of two dimensions, got shape {tuple(rows.shape)}.")
+    bad = ~((rows >= 0).all(1) & ((rows.sum(1) - 1).abs() <= _SUM_TOLERANCE))
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise InvalidArgumentError(
+            f"`{argument}` must hold distributions, >= 0 and summing to 1, and row {i} has a smallest entry of "
+            f"{rows[i].min():g} and a sum of {rows[i].sum():g}."
+        )
+    return rows / rows.sum(1, keepdim=True)
+
+
+def symbol_tokenizer(symbols: Sequence[str], eos: str = "<eos>", chars: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token a symbol: id 0 is the EOS, id i the i-th symbol.
+
+    There is no pad and no unknown token: every id of the vocabulary is an action.
+
+    Args:
+        symbols: V - 1 different texts without blanks. eos: how the end is written.
+        chars: symbols are single characters, and texts are not split at blanks.
+
+    Raises:
+        InvalidArgumentError: for symbols that cannot be told apart.
+    """
+    for symbol in symbols:
+        if not symbol or (len(symbol) != 1 if chars else symbol.split() != [symbol]):
+            kind = "single characters" if chars else "texts without blanks"
+            raise InvalidArgumentError(f"`symbols` must be {kind}, got {symbol!r}.")
+    vocabulary = {symbol: i for i, symbol in enumerate([eos, *symbols])}
+    if len(vocabulary) != len(symbols) + 1:
+        raise InvalidArgumentError(f"`symbols` must all differ, from each other and from {eos!r}, got {symbols!r}.")
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=""))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated") if chars else pre_tokenizers.WhitespaceSplit()
+    if chars:
+        backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=AddedToken(eos, special=True))
+
+
+def markov_lm(rows: Table, symbols: Sequence[str], *, mixture: Table | None = None, order: int = 1) -> CausalLM:
+    """A frozen table over the EOS (id 0) and `symbols`, with their tokenizer: what a task takes as its model.
+
+    Args:
+        rows, mixture, order: those of `MarkovLM.from_probs`. symbols: V - 1 texts.
+    """
+    from lmgym.models.causal import CausalLM, freeze
+
+    return CausalLM(freeze(MarkovLM.from_probs(rows, mixture, order=order)), symbol_tokenizer(symbols))
+
+
+def dirichlet_rows(rng: np.random.Generator, contexts: int, size: int, concentration: float) -> npt.NDArray[np.float64]:
+    """(contexts, size) float64: symmetric Dirichlet rows, mixed with the uniform law so that none is below 1e-6.
+
+    Args:
+        rng: draws them. contexts: how many rows. size: of each.
+        concentration: of every component; below 1 the rows are peaked, above it they are flat.
+    """
+    check_int("contexts", contexts, 1)
+    check_int("size", size, 1, int(1 / _FLOOR))
+    check_number("concentration", concentration, 0, open_low=True)
+    rows = rng.dirichlet(np.full(size, concentration), size=contexts)
+    return (1 - size * _FLOOR) * rows + _FLOOR
+
+
+def fit_markov(
+    sequences: Iterable[Sequence[int]],
+    vocab_size: int,
+    order: int,
+    *,
+    smoothing: float = 0.1,
+    eos_token_id: int = 0,
+) -> npt.NDArray[np.float64]:
+    """The table of a corpus: counts of each token behind each context, `smoothing` added to all of them.
+
+    Args:
+        sequences: token ids, each read from its start; what ends one with an EOS is for the caller to add.
+        vocab_size: V. order: 0, 1 or 2.
+        smoothing: added to every count (additive smoothing), > 0.
+        eos_token_id: what tokens before the start count as.
+
+    Returns:
+        (C, V) float64, each row a distribution.
+
+    Raises:
+        InvalidArgumentError: for a sequence with an id outside the vocabulary.
+    """
+    check_int("order", order, 0, 2)
+    check_number("smoothing", smoothing, 0, open_low=True)
+    counts = np.full((vocab_size,) * order + (vocab_size,), smoothing)
+    for sequence in sequences:
+        padded = np.array([eos_token_id] * order + list(sequence), dtype=np.int64)
+        if ((padded < 0) | (padded >= vocab_size)).any():
+            raise InvalidArgumentError(f"`sequences` must hold ids from 0 to {vocab_size - 1}, got {sequence!r}.")
+        np.add.at(counts, tuple(padded[i : len(padded) - order + i] for i in range(order + 1)), 1.0)
+    counts = counts.reshape(-1, vocab_size)
+    return counts / counts.sum(1, keepdims=True)

@@ -1,0 +1,20 @@
+"""What a Hugging Face model may be called. Checked without loading torch."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from lmgym.errors import InvalidArgumentError
+
+
+def check_model_name(argument: str, name: object) -> None:
+    """Raises unless `name` is a local directory with a config, or could be a hub name; loads nothing."""
+    if not isinstance(name, (str, os.PathLike)):
+        raise InvalidArgumentError(f"`{argument}` must be a local directory or a hub name, got {name!r}.")
+    text = os.fspath(name)
+    if os.path.isdir(text):
+        if not os.path.isfile(os.path.join(text, "config.json")):
+            raise InvalidArgumentError(f"`{argument}` must be a directory with a config.json, and {text!r} has none.")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
+        raise InvalidArgumentError(f"`{argument}` must be a local directory or a hub name, and there is no {text!r}.")
