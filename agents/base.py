@@ -14,17 +14,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from agents.losses import explained_variance
-from agents.policy import ActorCritic, Critic, read_logits
+from agents.policy import ActorCritic, Critic, TrainablePolicy, read_logits
+from agents.residual import Network, ResidualPolicy
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
-from lmgym.errors import check_int, check_number
+from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number
 from lmgym.kl import (
     AdaptiveKL,
     FixedKL,
@@ -56,6 +57,9 @@ class OnPolicyConfig:
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # over the whole run; linear and cosine end at 0
     adam_eps: float = 1e-5
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 does not clip
+    policy: Literal["auto", "finetune", Network] = "auto"  # a copy of the reference, or a residual on its logits
+    width: int = 64  # of a residual network's hidden states
+    layers: int = 2  # of a residual network
     critic: Critic = "shared"  # where the value head sits
     kl_controller: Literal["fixed", "adaptive"] = "fixed"  # adaptive: Ziegler et al. 2019, from the task's kl_coef
     kl_target: float = 6.0  # nats an episode, for the adaptive coefficient
@@ -63,13 +67,19 @@ class OnPolicyConfig:
     collect: Literal["episodes", "steps"] = "episodes"  # whole episodes at once, or one env step at a time
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "minibatches", "micro_batch_size"):
+        check_choice("policy", self.policy, ("auto", "finetune", *get_args(Network)))
+        for name in ("batch_size", "epochs", "minibatches", "micro_batch_size", "width", "layers"):
             check_int(name, getattr(self, name), 1)
         check_int("minibatches", self.minibatches, 1, self.batch_size)
         for name in ("lr", "adam_eps", "max_grad_norm"):
             check_number(name, getattr(self, name), 0)
         for name in ("kl_target", "kl_horizon"):
             check_number(name, getattr(self, name), 0, open_low=True)
+
+    @property
+    def num_envs(self) -> int:
+        """Rows that the vector env must have."""
+        return self.batch_size if self.collect == "steps" else 1
 
 
 class OnPolicyAgent(ABC):
@@ -78,7 +88,7 @@ class OnPolicyAgent(ABC):
     Args:
         envs: the token MDP. With `collect="steps"` it must hold `batch_size` rows in "SameStep" autoreset.
         config: the algorithm's numbers.
-        seed: of the tokens sampled and of the order of minibatches.
+        seed: of the tokens sampled, of the order of minibatches, and of the weights of a residual.
         sampler: the law that tokens are drawn from, given the policy's logits; the update is of that same law.
     """
 
@@ -88,7 +98,7 @@ class OnPolicyAgent(ABC):
         self, envs: RLHFVectorEnv, config: OnPolicyConfig, *, seed: int = 0, sampler: Sampler | None = None
     ) -> None:
         self.envs, self.config, self.sampler = envs, config, sampler or Sampler()
-        self.policy = ActorCritic(envs.engine.lm, config.critic, _reward_model(envs))
+        self.policy = make_policy(envs, config, seed)
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(parameters, lr=config.lr, eps=config.adam_eps)
         self.generator = torch.Generator().manual_seed(seed)
@@ -168,7 +178,7 @@ class OnPolicyAgent(ABC):
         """Nats an episode: KL over the whole vocabulary at every state visited, of a few episodes."""
         few = episodes[:_EXACT_KL_EPISODES].trimmed()
         t = few.response_mask.nonzero()[:, 1]
-        law = self.sampler.log_law(read_logits(self.policy.lm, few), t)
+        law = self.sampler.log_law(self.policy.read(few).logits, t)
         reference = read_logits(self.envs.engine.lm, few).float().log_softmax(-1)
         return exact(law, reference).sum().item() / len(few)
 
@@ -253,7 +263,7 @@ class OnPolicyAgent(ABC):
     @property
     def _round_off(self) -> float:
         """Nats a token by which two computations of one log-prob may differ on average."""
-        return 1e-3 if self.policy.lm.dtype == torch.float32 else 0.1
+        return 1e-3 if self.policy.dtype == torch.float32 else 0.1
 
     def _check_first_update(self, metrics: dict[str, float]) -> None:
         """Before anything has changed the ratio is 1: log-probs recomputed equal those that sampled."""
@@ -280,7 +290,7 @@ class OnPolicyAgent(ABC):
         ids, mask = (ids[None], mask[None]) if single else (ids, mask)
         lengths = mask.sum(-1)
         left = ids.gather(1, (~mask).to(torch.uint8).argsort(dim=1, stable=True))
-        _, logits = self.policy.lm.response_hidden(left, torch.arange(len(ids), device=left.device), lengths - 1)
+        logits = self.policy.next_logits(left, lengths)
         if deterministic:
             actions = logits.argmax(-1)
         else:
@@ -293,7 +303,10 @@ class OnPolicyAgent(ABC):
         return (chosen[0] if single else chosen), None
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes what a resumed run needs, under a temporary name first; `AutoModelForCausalLM` loads the actor."""
+        """Writes what a resumed run needs, under a temporary name first.
+
+        `AutoModelForCausalLM` loads a fine-tuned policy; a residual is no model of its own.
+        """
         directory = Path(directory)
         scratch = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
         shutil.rmtree(scratch, ignore_errors=True)
@@ -308,6 +321,9 @@ class OnPolicyAgent(ABC):
             "config": asdict(self.config),
             "prompts": self.envs.prompt_state(),
         }
+        reward = self.envs.engine.reward
+        if hasattr(reward, "get_state"):  # one that draws its own noise
+            state["reward"] = reward.get_state()
         (scratch / "state.json").write_text(json.dumps(state))
         old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
         if directory.exists():
@@ -325,6 +341,8 @@ class OnPolicyAgent(ABC):
         state = json.loads((directory / "state.json").read_text())
         self.num_timesteps, self.kl.value = state["num_timesteps"], state["kl_coef"]
         self.envs.restore_prompt_state(state["prompts"])
+        if "reward" in state:
+            self.envs.engine.reward.set_state(state["reward"])  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -343,6 +361,32 @@ class Minibatch:
     advantages: Tensor
     returns: Tensor
     weights: Tensor
+
+
+def make_policy(envs: RLHFVectorEnv, config: OnPolicyConfig, seed: int) -> TrainablePolicy:
+    """The policy that a config asks for, which starts as the reference.
+
+    Raises:
+        InvalidArgumentError: for a table to fine-tune, or a critic that a residual does not have.
+    """
+    lm, kind = envs.engine.lm, config.policy
+    is_table = lm.model.config.model_type == "lmgym_markov"
+    if kind == "finetune" and is_table:
+        raise InvalidArgumentError(
+            f"`policy` must be 'auto' or one of {list(get_args(Network))}, got 'finetune': the reference is a table of "
+            "transition probabilities, in which a state is no more than the last tokens, so that a copy of it cannot "
+            "learn."
+        )
+    if kind == "auto":
+        kind = "transformer" if is_table else "finetune"
+    if kind == "finetune":
+        return ActorCritic(lm, config.critic, _reward_model(envs))
+    if config.critic != "shared":
+        raise InvalidArgumentError(
+            f"`critic` must be 'shared' where the policy is a residual ({kind!r}), got {config.critic!r}."
+        )
+    positions = envs.engine.width + envs.engine.horizon
+    return ResidualPolicy(lm, kind, width=config.width, layers=config.layers, positions=positions, seed=seed)
 
 
 def _reward_model(envs: RLHFVectorEnv) -> torch.nn.Module | None:

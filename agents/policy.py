@@ -1,4 +1,4 @@
-"""The actor-critic over a causal LM.
+"""Policies that learn: what the loop of an agent asks of one, and the actor-critic over a causal LM.
 
 Shapes: B episodes, P prompt columns, T response columns, n chosen tokens, V vocabulary.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.causal import CausalLM, pack, quiet_loading
-from lmgym.models.policy import CausalPolicy, CausalState
+from lmgym.models.policy import CausalPolicy, PolicyState
 
 Critic = Literal["shared", "reference", "reward_model"]
 
@@ -30,7 +31,68 @@ class Read(NamedTuple):
     values: Tensor
 
 
-class ActorCritic(nn.Module):
+class TrainablePolicy(nn.Module, ABC):
+    """A policy (`lmgym.models.policy.Policy`) that learns, and the critic that goes with it."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The coarsest type its logits are computed in: how far two computations of one log-prob may differ."""
+
+    @abstractmethod
+    def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> PolicyState:
+        """Reads prompts (B, P), left-padded; values are None where the critic gives none while decoding."""
+
+    @abstractmethod
+    def read_at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Read:
+        """Logits and values at chosen places of sequences, from one forward; differentiable.
+
+        Args:
+            ids: (B, L) int64, sequences from column 0, right-padded.
+            rows: (n,) int64. columns: (n,) int64: the places of the last tokens read.
+        """
+
+    @abstractmethod
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the weights into a directory that exists."""
+
+    @abstractmethod
+    def load(self, directory: str | os.PathLike[str]) -> None:
+        """Reads back what `save` wrote, into this policy.
+
+        Raises:
+            InvalidArgumentError: for a checkpoint of another kind.
+        """
+
+    def read(self, episodes: Episodes) -> Read:
+        """Logits and values at every chosen token, from one forward; differentiable."""
+        return self.read_at(*_packed(episodes))
+
+    @torch.no_grad()
+    def values(self, episodes: Episodes) -> Tensor:
+        """(B, T) V(s_t) before each chosen token, 0 off the mask."""
+        values = torch.zeros(episodes.response_mask.shape, device=self.device)
+        values[episodes.response_mask] = self.read(episodes).values
+        return values
+
+    @torch.no_grad()
+    def values_behind(self, episodes: Episodes) -> Tensor:
+        """(B,) V of the state behind each response's last token: what a truncated episode is bootstrapped with."""
+        rows = torch.arange(len(episodes), device=self.device)
+        columns = episodes.prompt_mask.sum(-1) + episodes.lengths - 1
+        return self.read_at(_packed(episodes)[0], rows, columns).values
+
+    def next_logits(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """(B, V) logits behind sequences (B, L) that begin in column 0 and are `lengths` (B,) tokens long."""
+        return self.read_at(ids, torch.arange(len(ids), device=ids.device), lengths - 1).logits
+
+
+class ActorCritic(TrainablePolicy):
     """A causal LM that chooses tokens, with a value head on its own trunk or on a trunk of its own.
 
     Dropout stays off: a ratio of probabilities is only one if both are of the same network.
@@ -58,46 +120,26 @@ class ActorCritic(nn.Module):
             self.critic = _trainable(cast(nn.Module, reward_model.base_model))
         trunk = self.actor if self.critic is None else self.critic
         width = trunk.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
-        # Not through nn.Linear's own initialisation, which draws from the global generator.
-        self.value_head = nn.utils.skip_init(nn.Linear, width, 1, device=reference.device)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head = new_value_head(width, reference.device)
 
     @property
     def device(self) -> torch.device:
         return self.lm.device
 
-    def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> CausalState:
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm.dtype
+
+    def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> PolicyState:
         """Reads prompts (`lmgym.models.policy.Policy`). A critic with its own trunk gives no values while decoding."""
         head = self.value_head if self.critic is None else None
         return CausalPolicy(self.lm, head).begin(prompt_ids, prompt_mask, max_new_tokens)
 
-    def read(self, episodes: Episodes) -> Read:
-        """Logits and values at every chosen token, from one forward; differentiable."""
-        packed = pack(episodes.prompt_ids, episodes.prompt_mask, episodes.response_ids, episodes.response_mask)
-        ids, rows, columns, _ = packed
+    def read_at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Read:
         hidden, logits = self.lm.response_hidden(ids, rows, columns)
         if self.critic is not None:
             hidden = self.critic(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0][rows, columns]
         return Read(logits, self.value_head(hidden.float()).squeeze(-1))
-
-    @torch.no_grad()
-    def values(self, episodes: Episodes) -> Tensor:
-        """(B, T) V(s_t) before each chosen token, 0 off the mask."""
-        values = torch.zeros(episodes.response_mask.shape, device=self.device)
-        values[episodes.response_mask] = self.read(episodes).values
-        return values
-
-    @torch.no_grad()
-    def values_behind(self, episodes: Episodes) -> Tensor:
-        """(B,) V of the state behind each response's last token: what a truncated episode is bootstrapped with."""
-        packed = pack(episodes.prompt_ids, episodes.prompt_mask, episodes.response_ids, episodes.response_mask)
-        ids, rows = packed[0], torch.arange(len(episodes), device=self.device)
-        columns = episodes.prompt_mask.sum(-1) + episodes.lengths - 1
-        hidden, _ = self.lm.response_hidden(ids, rows, columns)
-        if self.critic is not None:
-            hidden = self.critic(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0][rows, columns]
-        return self.value_head(hidden.float()).squeeze(-1)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the actor as a Hugging Face model with its tokenizer, and the critic beside it as safetensors."""
@@ -123,8 +165,21 @@ class ActorCritic(nn.Module):
 
 def read_logits(lm: CausalLM, episodes: Episodes) -> Tensor:
     """(n, V) logits of a model at every chosen token of episodes, row by row of their mask."""
-    packed = pack(episodes.prompt_ids, episodes.prompt_mask, episodes.response_ids, episodes.response_mask)
-    return lm.response_hidden(*packed[:3])[1]
+    return lm.response_hidden(*_packed(episodes))[1]
+
+
+def new_value_head(width: int, device: torch.device) -> nn.Linear:
+    """A linear head on hidden states (n, width) that says 0 of every state."""
+    # Not through nn.Linear's own initialisation, which draws from the global generator.
+    head = nn.utils.skip_init(nn.Linear, width, 1, device=device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _packed(episodes: Episodes) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids (B, L') of prompts and responses from column 0; row and column (n,) that predict each chosen token."""
+    return pack(episodes.prompt_ids, episodes.prompt_mask, episodes.response_ids, episodes.response_mask)[:3]
 
 
 def _trainable(model: nn.Module) -> nn.Module:
