@@ -3,21 +3,48 @@
 Importing this registers the environments and does nothing else; torch and transformers load with the first env.
 """
 
+from collections.abc import Callable
+
 from gymnasium.envs.registration import register
 
-from lmgym.tasks.base import registered_tasks
+from lmgym.tasks import base as _tasks
+from lmgym.tasks.base import Task, suite
 
 __version__ = "0.1.0"
+__all__ = ["register_task", "suite"]
+
+_TOKEN = {"entry_point": "lmgym.envs.token:RLHFEnv", "vector_entry_point": "lmgym.envs.vector:RLHFVectorEnv"}
+_BANDIT = {
+    "entry_point": "lmgym.envs.bandit:RLHFBanditEnv",
+    "vector_entry_point": "lmgym.envs.bandit:RLHFBanditVectorEnv",
+}
 
 
-def _register() -> None:
-    envs = "lmgym.envs"
-    token = {"entry_point": f"{envs}.token:RLHFEnv", "vector_entry_point": f"{envs}.vector:RLHFVectorEnv"}
-    register(id="lmgym/RLHF-v0", **token)  # type: ignore[arg-type]
-    bandit = {"entry_point": f"{envs}.bandit:RLHFBanditEnv", "vector_entry_point": f"{envs}.bandit:RLHFBanditVectorEnv"}
-    register(id="lmgym/RLHFBandit-v0", **bandit)  # type: ignore[arg-type]
-    for task in registered_tasks().values():
-        register(id=task.env_id, kwargs={"task": task.name}, **token)  # type: ignore[arg-type]
+def register_task(name: str, build: Callable[[], Task], *, version: int = 0) -> str:
+    """Makes a task known: to `task=name`, to `suite()`, and to `gym.make` by an id of its own.
+
+    `lmgym.testing.check_task(name)` gives it the tests that the built-in tasks get.
+
+    Args:
+        name: lower-case words joined by "_"; the settings of one task are told apart by what follows a "-".
+        build: makes the task; it runs whenever the task is asked for, not now.
+        version: of the task. A change of anything that moves its optimum is a new version.
+
+    Returns:
+        The Gymnasium id, such as "lmgym/Keyword-8-v0".
+
+    Raises:
+        InvalidArgumentError: for a name that cannot be.
+    """
+    return _register(_tasks.register_task(name, build, version=version))
 
 
-_register()
+def _register(task: _tasks.Registered) -> str:
+    register(id=task.env_id, kwargs={"task": task.name}, **_TOKEN)  # type: ignore[arg-type]
+    return task.env_id
+
+
+register(id="lmgym/RLHF-v0", **_TOKEN)  # type: ignore[arg-type]
+register(id="lmgym/RLHFBandit-v0", **_BANDIT)  # type: ignore[arg-type]
+for _task in _tasks.registered_tasks().values():
+    _register(_task)

@@ -24,7 +24,11 @@ def k1(log_ratio: Tensor) -> Tensor:
 
 
 def k2(log_ratio: Tensor) -> Tensor:
-    """Half the squared log-ratio: biased, never negative; its gradient is an unbiased gradient of the KL."""
+    """Half the squared log-ratio: biased, never negative.
+
+    Its gradient is an unbiased gradient of the KL where the log-ratio is that of a whole response. Summed token by
+    token it leaves out what an action does to the KL of later states (docs/optimum.md has the bias, measured).
+    """
     return 0.5 * log_ratio.square()
 
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
-from lmgym.optimum.bounds import Interval, log_weights, multi_sample_bound
+from lmgym.models.policy import CausalPolicy
+from lmgym.models.sampling import inverse_cdf
+from lmgym.optimum.bounds import Interval, Mixture, log_weights, multi_sample_bound
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +149,98 @@ def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
     intervals = [Interval.of(row) for row in draws]
     covered = sum(i.low < math.exp(0.5) < i.high for i in intervals) / 2000
     assert 0.90 < covered < 0.96  # a skewed law: a little under 95 %
+
+
+def test_an_interval_over_repeats_is_that_of_the_mean_over_fixed_prompts() -> None:
+    x = torch.tensor([[1.0, 2.0, 3.0], [10.0, 10.0, 16.0]])
+    found = Interval.over_repeats(x)
+    half = 1.96 * math.sqrt((1 / 3 + 12 / 3) / 4)  # variances of the two means, and the two prompts' mean
+    assert (found.mean, found.low, found.high) == pytest.approx((7.0, 7 - half, 7 + half))
+    assert half < 1.96 * Interval.of(x.mean(1)).high  # how prompts differ is no part of it
+    assert Interval.over_repeats(x[:, :1]) == Interval(5.5, -math.inf, math.inf)
+    dead = Interval.over_repeats(torch.tensor([[1.0, -math.inf], [0.0, 1.0]]))
+    assert (dead.low, dead.high) == (-math.inf, -math.inf)
+
+
+def test_an_interval_over_repeats_covers_the_mean_as_often_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(3)
+    means, spreads = torch.arange(10.0)[:, None], torch.rand((10, 1), generator=generator) + 0.2
+    draws = means + spreads * torch.randn((2000, 10, 8), generator=generator)
+    intervals = [Interval.over_repeats(x) for x in draws]
+    assert 0.92 < sum(i.low < 4.5 < i.high for i in intervals) / 2000 < 0.97
+
+
+def mixture_of(problem: TinyProblem) -> Mixture:
+    return Mixture([CausalPolicy(problem.lm), CausalPolicy(problem.other)], [0.3, 0.7])
+
+
+def test_a_mixture_gives_a_whole_response_the_average_of_its_components(problem: TinyProblem) -> None:
+    """log q(y) = log sum_k w_k q_k(y), for all responses there are: not the average of the laws of each token."""
+    for prompt in problem.prompts:
+        ids = torch.tensor([problem.lm.encode(prompt)] * len(problem.responses))
+        state = mixture_of(problem).begin(ids, torch.ones_like(ids, dtype=torch.bool), problem.T)
+        found = torch.zeros(len(problem.responses), dtype=torch.float64)
+        token_by_token = found.clone()
+        padded = torch.tensor([[*r, *[0] * (problem.T - len(r))] for r in problem.responses])
+        running = torch.tensor([[t < len(r) for t in range(problem.T)] for r in problem.responses])
+        for t in range(problem.T):
+            chosen = state.logits.log_softmax(-1).gather(1, padded[:, t : t + 1]).squeeze(1)
+            torch.testing.assert_close(state.logits.exp().sum(1), torch.ones(len(ids), dtype=torch.float64))
+            found += torch.where(running[:, t], chosen, 0.0)
+            state.step(padded[:, t])
+        components = [problem.token_log_probs(lm, prompt) for lm in (problem.lm, problem.other)]
+        expected = (0.3 * components[0].sum(1).exp() + 0.7 * components[1].sum(1).exp()).log()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        for t in range(problem.T):
+            token_by_token += (0.3 * components[0][:, t].exp() + 0.7 * components[1][:, t].exp()).log()
+        assert (token_by_token - expected).abs().max() > 1e-2
+
+
+def test_a_mixture_keeps_and_restarts_its_rows(problem: TinyProblem) -> None:
+    ids = torch.tensor([[3, 4], [4, 5], [5, 5]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    state = mixture_of(problem).begin(ids, mask, 3)
+    state.step(torch.tensor([0, 3, 4]))
+    before, shares = state.logits, state.shares
+    assert (shares.exp().sum(1) - 1).abs().max() < 1e-12
+    assert (shares[0] - shares[1]).abs().max() > 1e-2
+    state.keep(torch.tensor([2, 0, 0]))
+    torch.testing.assert_close(state.logits, before[[2, 0, 0]])
+    state.begin(torch.tensor([1]), ids[1:2], mask[1:2])
+    fresh = mixture_of(problem).begin(ids, mask, 3)
+    torch.testing.assert_close(state.logits[1], fresh.logits[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(state.logits[[0, 2]], before[[2, 0]])
+
+
+def test_a_mixture_draws_each_component_as_often_as_its_weight() -> None:
+    """Token by token or a component first: the same law of whole responses."""
+    problem, n = TinyProblem(horizon=2), 5000
+    ids = torch.tensor([problem.lm.encode("x")])
+    state = mixture_of(problem).begin(ids, torch.ones_like(ids, dtype=torch.bool), 2)
+    state.keep(torch.zeros(n, dtype=torch.int64))
+    uniforms = torch.rand((n, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first, _ = inverse_cdf(state.logits.float(), uniforms[:, 0])
+    state.step(first)
+    second, _ = inverse_cdf(state.logits.float(), uniforms[:, 1])
+    law = sum(w * problem.token_log_probs(lm, "x").sum(1).exp() for w, lm in ((0.3, problem.lm), (0.7, problem.other)))
+    for response, p in zip(problem.responses, law.tolist(), strict=True):
+        drawn = first == response[0]
+        if len(response) > 1:
+            drawn &= second == response[1]
+        assert abs(int(drawn.sum()) - n * p) <= 4 * math.sqrt(n * p * (1 - p)) + 1
+
+
+def test_a_mixture_has_the_values_of_the_first_component_with_any(problem: TinyProblem) -> None:
+    head = torch.nn.Linear(32, 1)
+    ids = torch.tensor([[3, 4]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    critic = CausalPolicy(problem.other, head)
+    state = Mixture([CausalPolicy(problem.lm), critic], [0.5, 0.5]).begin(ids, mask, 2)
+    torch.testing.assert_close(state.values, critic.begin(ids, mask, 2).values)
+    assert mixture_of(problem).begin(ids, mask, 2).values is None
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.5, 0.6], [1.0, 0.0], [1.5, -0.5], []])
+def test_weights_that_are_no_mixture_are_refused(problem: TinyProblem, weights: list[float]) -> None:
+    with pytest.raises(InvalidArgumentError, match="`weights` must be 2 numbers > 0 that sum to 1, one a policy, got"):
+        Mixture([CausalPolicy(problem.lm), CausalPolicy(problem.other)], weights)

@@ -1,1 +1,6 @@
-"""The known optimum of a task, and bounds on it."""
+"""The known optimum of a task, and bounds on it (docs/optimum.md)."""
+
+from lmgym.optimum.answer import Optimum
+from lmgym.optimum.solve import known, solve
+
+__all__ = ["Optimum", "known", "solve"]

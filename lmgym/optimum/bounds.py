@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
 from lmgym.kl import episode_kl
+from lmgym.models.causal import token_log_probs
+from lmgym.models.policy import Policy, PolicyState
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,23 @@ class Interval:
         x = per_cluster.double()
         mean = x.mean().item()
         half = 1.96 * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.inf
+        return cls(mean, mean - half, mean + half)
+
+    @classmethod
+    def over_repeats(cls, per_repeat: Tensor) -> Interval:
+        """Normal interval of the mean over X fixed prompts of (X, R) numbers, each measured R times.
+
+        Only the noise of the samples is in it, sqrt(sum_x var_x / R) / X: the prompts are all there are, not a sample
+        of more. With few repeats and few prompts in all it is too narrow, for a variance from R numbers is rough.
+        """
+        x = per_repeat.double()
+        prompts, repeats = x.shape
+        mean = x.mean().item()
+        if repeats == 1:
+            return cls(mean, -math.inf, math.inf)
+        if not math.isfinite(mean):
+            return cls(mean, mean, mean)
+        half = 1.96 * math.sqrt(x.var(1).sum().item() / repeats) / prompts
         return cls(mean, mean - half, mean + half)
 
 
@@ -56,3 +76,79 @@ def multi_sample_bound(weights: Tensor, kl_coef: float, n: int | None = None) ->
         raise InvalidArgumentError(f"`n` must divide the {samples} samples of a prompt, got {n}.")
     groups = weights.view(prompts, samples // n, n)
     return kl_coef * (torch.logsumexp(groups, dim=-1) - math.log(n)).mean(-1)
+
+
+class Mixture:
+    """Policies mixed over whole responses, q(y|x) = sum_k weights_k q_k(y|x), written as a policy itself.
+
+    By the chain rule its law of the next token is that of its components, weighted by how probable each finds the
+    response so far: q(a|s_t) = sum_k w_k q_k(y_<t) q_k(a|s_t) / sum_k w_k q_k(y_<t). So every component steps along
+    every response, and a weight pi_ref / q is never larger than pi_ref / q_k over weights_k, for any k: a component
+    that covers the reference, or the reference itself, keeps every weight finite (Hesterberg 1995; Veach & Guibas 1995,
+    the balance heuristic). `values` are those of the first component that has any.
+
+    Args:
+        policies: K components over one vocabulary. weights: K shares > 0 that sum to 1.
+    """
+
+    def __init__(self, policies: Sequence[Policy], weights: Sequence[float]) -> None:
+        if len(weights) != len(policies) or min(weights, default=0) <= 0 or abs(sum(weights) - 1) > 1e-6:
+            raise InvalidArgumentError(
+                f"`weights` must be {len(policies)} numbers > 0 that sum to 1, one a policy, got {weights!r}."
+            )
+        self.policies, self.weights = tuple(policies), tuple(weights)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first component computes, and the mixture with it."""
+        return self.policies[0].device
+
+    def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> MixtureState:
+        """Reads prompts (B, P), left-padded, with every component."""
+        states = [p.begin(prompt_ids.to(p.device), prompt_mask.to(p.device), max_new_tokens) for p in self.policies]
+        devices = [p.device for p in self.policies]
+        prior = torch.tensor(self.weights, dtype=torch.float64, device=self.device).log()
+        return MixtureState(states, devices, prior, len(prompt_ids))
+
+
+class MixtureState:
+    """B running responses of a mixture of K policies; `shares` (B, K) float64 are log w_k q_k(y_<t) / q(y_<t)."""
+
+    def __init__(self, states: list[PolicyState], devices: list[torch.device], prior: Tensor, rows: int) -> None:
+        self._states, self._devices, self._prior = states, devices, prior
+        self.shares = prior.repeat(rows, 1)
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, V) float64 log-law of each response's next token."""
+        laws = [state.logits.to(self._prior.device).double().log_softmax(-1) for state in self._states]
+        joint = torch.stack(laws, 1) + self.shares.unsqueeze(2)
+        return joint.logsumexp(1)
+
+    @property
+    def values(self) -> Tensor | None:
+        """(B,) of the first component that has them, else None."""
+        for state in self._states:
+            if (values := state.values) is not None:
+                return values.to(self._prior.device)
+        return None
+
+    def step(self, tokens: Tensor) -> None:
+        """Appends a token (B,) to every response."""
+        for k, (state, device) in enumerate(zip(self._states, self._devices, strict=True)):
+            chosen = tokens.to(device)
+            self.shares[:, k] += token_log_probs(state.logits, chosen).to(self._prior.device)
+            state.step(chosen)
+        self.shares -= self.shares.logsumexp(1, keepdim=True)
+
+    def keep(self, rows: Tensor) -> None:
+        """Keeps only these rows (n,), in this order."""
+        for state, device in zip(self._states, self._devices, strict=True):
+            state.keep(rows.to(device))
+        self.shares = self.shares[rows]
+
+    def begin(self, rows: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+        """Restarts rows (n,) from prompts (n, P), left-padded."""
+        for state, device in zip(self._states, self._devices, strict=True):
+            state.begin(rows.to(device), prompt_ids.to(device), prompt_mask.to(device))
+        self.shares[rows] = self._prior

@@ -1,5 +1,5 @@
 """Tasks: one file each, found by name."""
 
-from lmgym.tasks.base import Task, make_task, register_task, registered_tasks
+from lmgym.tasks.base import StoredOptimum, Task, make_task, register_task, registered_tasks, suite
 
-__all__ = ["Task", "make_task", "register_task", "registered_tasks"]
+__all__ = ["StoredOptimum", "Task", "make_task", "register_task", "registered_tasks", "suite"]

@@ -5,12 +5,14 @@ Importing this module, or any task, loads neither torch nor a model: a task hold
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
 import pkgutil
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from lmgym.errors import (
     check_number,
     unknown_name,
 )
+from lmgym.models.names import check_model_name
 from lmgym.rewards.base import RewardFunction, check_reward_name, import_function, score
 
 if TYPE_CHECKING:
@@ -30,13 +33,38 @@ if TYPE_CHECKING:
 ARTEFACTS = os.path.join(os.path.dirname(__file__), "artefacts")
 
 
+@dataclass(frozen=True)
+class StoredOptimum:
+    """What is known of V* on a split, the mean over its prompts, in units of the score.
+
+    Attributes:
+        method: what computed it; see docs/optimum.md.
+        value: V*, or the middle of its bounds; the lower one where nothing is known above.
+        lower: what V* is at least. upper: at most; None where nothing is known. Both are `value` where it is exact;
+            where they come from samples they are the outer ends of 95 % intervals.
+        reference: J of the reference.
+    """
+
+    method: str
+    value: float
+    lower: float
+    upper: float | None
+    reference: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether `value` is V* itself, up to rounding."""
+        return self.lower == self.upper
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One token MDP (design, section 1).
 
     Attributes:
         name: what it is called.
-        model: the reference: local directory or hub name of a Hugging Face causal LM, or one already loaded.
+        model: the reference: local directory or hub name of a Hugging Face causal LM, or one already loaded, or a
+            function without arguments that makes one (and gives the same one when asked again).
         reward: what is paid at the end: directory or hub name of a sequence-classification model, an import path
             `package.module:function`, or a callable with TRL's reward-function signature.
         prompts: texts by split.
@@ -49,10 +77,11 @@ class Task:
         dense_kl: pay the reference's log-prob at every step; else the sum over the episode with the last reward.
         truncate: report the length limit as `truncated` (an ablation); else both ends are `terminated`.
         max_prompt_tokens: P, tokens; None is the longest prompt of any split.
+        optima: what is known of V*, by split; empty where nothing is.
     """
 
     name: str
-    model: str | CausalLM
+    model: str | CausalLM | Callable[[], CausalLM]
     reward: str | RewardFunction
     prompts: Mapping[str, Sequence[str]]
     kl_coef: float
@@ -64,6 +93,7 @@ class Task:
     dense_kl: bool = True
     truncate: bool = False
     max_prompt_tokens: int | None = None
+    optima: Mapping[str, StoredOptimum] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_number("kl_coef", self.kl_coef, 0)
@@ -76,9 +106,7 @@ class Task:
         if self.max_prompt_tokens is not None:
             check_int("max_prompt_tokens", self.max_prompt_tokens, 1)
         check_reward_name(self.reward)
-        from lmgym.models.causal import CausalLM, check_model_name
-
-        if not isinstance(self.model, CausalLM):
+        if not callable(self.model) and not hasattr(self.model, "tokenizer"):
             check_model_name("model", self.model)
         if not self.prompts:
             raise InvalidArgumentError(f"`prompts` must have at least one split, got {self.prompts!r}.")
@@ -87,9 +115,11 @@ class Task:
 
     def reference(self, device: str = "auto", dtype: str = "float32") -> CausalLM:
         """The frozen supervised model, loaded once however many ask for it."""
-        from lmgym.models.causal import CausalLM, load_causal_lm
+        from lmgym.models.causal import CausalLM, load_causal_lm, place
 
-        return self.model if isinstance(self.model, CausalLM) else load_causal_lm(os.fspath(self.model), device, dtype)
+        if isinstance(self.model, CausalLM):
+            return self.model
+        return place(self.model(), device, dtype) if callable(self.model) else load_causal_lm(self.model, device, dtype)
 
     def reward_function(self, device: str = "auto") -> RewardFunction:
         """What is paid at the end; a reward model is loaded once however many ask for it, always in float32."""
@@ -177,25 +207,69 @@ class Registered:
 
     @cached_property
     def env_id(self) -> str:
-        """The Gymnasium id, `lmgym/Name-v0`."""
+        """The Gymnasium id: `lmgym/Name-v0`, or `lmgym/Name-setting-v0` for a task of several settings."""
         return f"lmgym/{''.join(part.capitalize() for part in self.name.split('_'))}-v{self.version}"
 
+    def task(self) -> Task:
+        """Builds it, with what is stored of its optimum."""
+        task = self.build()
+        return task if task.optima else replace(task, optima=stored_optima(self.name, self.version))
 
+
+_NEUTRAL = {"name", "gold", "truncate", "max_prompt_tokens", "optima"}  # fields that V* does not depend on
 _registry: dict[str, Registered] = {}
 
 
-def register_task(name: str, build: Callable[[], Task], *, version: int = 0) -> None:
-    """Makes a task known by name. `build` runs when the task is first asked for, not now."""
+def register_task(name: str, build: Callable[[], Task], *, version: int = 0) -> Registered:
+    """Makes a task known by name. `build` runs whenever the task is asked for, not now.
+
+    Names and versions are for good: a change of the reference, the reward, the prompts or the ends of episodes,
+    anything that moves the optimum, is a new version.
+
+    Args:
+        name: lower-case words joined by "_"; the settings of one task are told apart by what follows a "-".
+        build: makes the task.
+        version: of the task.
+
+    Raises:
+        InvalidArgumentError: for a name that cannot be.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*(-[\w.-]+)?", name):
+        raise InvalidArgumentError(f"`name` must be like 'keyword' or 'keyword-8', got {name!r}.")
+    check_int("version", version, 0)
     _registry[name] = Registered(name, version, build)
+    return _registry[name]
 
 
 def registered_tasks() -> dict[str, Registered]:
-    """The tasks known by name: every module beside this one registers its own."""
+    """The tasks known by name, the settings of one together: every module beside this one registers its own."""
     import lmgym.tasks
 
     for module in pkgutil.iter_modules(lmgym.tasks.__path__):
         importlib.import_module(f"lmgym.tasks.{module.name}")
-    return dict(_registry)
+    return dict(sorted(_registry.items(), key=lambda item: item[0].partition("-")[0]))
+
+
+@functools.cache
+def _stored(family: str) -> dict[str, Any]:
+    path = os.path.join(ARTEFACTS, family, "optima.json")
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return dict(json.load(file))
+
+
+def stored_optima(name: str, version: int) -> dict[str, StoredOptimum]:
+    """What `python -m agents.optimum` has stored of a built-in task, by split; empty where that is nothing."""
+    stored = _stored(name.partition("-")[0]).get(name, {})
+    if stored.get("version") != version:
+        return {}
+    return {split: StoredOptimum(**optimum) for split, optimum in stored["splits"].items()}
+
+
+def suite() -> list[Task]:
+    """Every task known by name, its stored optimum included; loads no model, and not even torch."""
+    return [registered.task() for registered in registered_tasks().values()]
 
 
 def make_task(task: str | Task, **changes: Any) -> Task:
@@ -204,7 +278,8 @@ def make_task(task: str | Task, **changes: Any) -> Task:
     Args:
         task: a registered name, or a Task.
         changes: fields of Task; a None keeps the task's own. A new `reward` drops the task's `gold`, the truth that the
-            old one stood for. `prompts` may also be a list or a file (`read_prompts`), which then is every split.
+            old one stood for. `prompts` may also be a list or a file (`read_prompts`), which then is every split. What
+            moves the optimum drops the stored one.
 
     Raises:
         UnknownNameError: if no task has that name.
@@ -214,7 +289,7 @@ def make_task(task: str | Task, **changes: Any) -> Task:
         known = registered_tasks()
         if task not in known:
             raise unknown_name("task", task, known)
-        task = known[task].build()
+        task = known[task].task()
     elif not isinstance(task, Task):
         raise InvalidArgumentError(f"`task` must be a name or a lmgym.tasks.Task, got {task!r}.")
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -225,6 +300,8 @@ def make_task(task: str | Task, **changes: Any) -> Task:
         changes.setdefault("gold", None)  # another reward stands for another truth
     if {"model", "prompts"} & set(changes):
         changes.setdefault("max_prompt_tokens", None)  # the task's own limit was counted in its own tokens
+    if any(name not in _NEUTRAL and value != getattr(task, name) for name, value in changes.items()):
+        changes.setdefault("optima", {})
     return replace(task, **changes)
 
 

@@ -1,0 +1,66 @@
+"""One question, `solve(task)`, and whichever solver can answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lmgym.models.markov import MarkovLM
+from lmgym.optimum.answer import Optimum, check_solvable, expected_reward
+from lmgym.optimum.automaton import solve_automaton
+from lmgym.optimum.tree import solve_tree
+from lmgym.optimum.verifiable import solve_verifiable
+from lmgym.rewards.automaton import AutomatonReward
+from lmgym.tasks.base import StoredOptimum, Task, check_split, make_task
+
+
+def solve(
+    task: str | Task,
+    *,
+    split: str = "test",
+    kl_coef: float | None = None,
+    gamma: float | None = None,
+    limit: int = 2_000_000,
+) -> Optimum:
+    """The optimum of a task, exactly.
+
+    By dynamic programming where the reference is a table and the reward an automaton; in closed form where the reward
+    is 1 for a known set of responses and 0 for all others; else by writing down every response there is.
+
+    Args:
+        task: a name, or a Task.
+        split: which of its prompts V* is the mean over.
+        kl_coef: instead of the task's own price of a nat.
+        gamma: instead of the task's own discount.
+        limit: how many responses may be written down.
+
+    Raises:
+        InvalidArgumentError: at `kl_coef=0`, and for a task with more responses than that: `lmgym.optimum.smc.sandwich`
+            bounds its optimum from samples.
+        UnknownNameError: for a name that is none.
+    """
+    task = make_task(task, kl_coef=kl_coef, gamma=gamma)
+    check_split(task, split)
+    check_solvable(task)
+    solver = _shortcut(task, split)
+    return solve_tree(task, split, limit=limit) if solver is None else solver(task, split)
+
+
+def known(task: Task, split: str) -> StoredOptimum | None:
+    """What is stored of a task's optimum, or what a solver that need not write down every response finds; else None."""
+    if split in task.optima:
+        return task.optima[split]
+    solver = _shortcut(task, split) if task.kl_coef > 0 else None
+    return None if solver is None else solver(task, split).stored()
+
+
+def _shortcut(task: Task, split: str) -> Callable[[Task, str], Optimum] | None:
+    """The solver that need not write down every response, where there is one."""
+    reward, lm = expected_reward(task), task.reference("cpu")
+    if isinstance(lm.model, MarkovLM) and isinstance(reward, AutomatonReward):
+        payments = [reward.for_prompt(ids).token_payments for ids in lm.encode_all(tuple(task.prompts[split]))]
+        # Below gamma = 1 what has been collected on the way would have to be part of the state.
+        if task.gamma == 1 or not task.dense_kl or not any(paid is not None and paid.any() for paid in payments):
+            return solve_automaton
+    if hasattr(reward, "accepted_responses") and task.gamma == 1 and not task.missing_eos_penalty:
+        return solve_verifiable
+    return None
