@@ -1,7 +1,8 @@
-"""`python -m agents.build`: a small build of the reviews task, end to end, and supervised training."""
+"""`python -m agents.build`: a small build of each task, end to end, and supervised training."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import subprocess
@@ -29,6 +30,10 @@ from lmgym.rewards.ranking import ranking_accuracy, score_texts
 from lmgym.tasks import reviews
 
 ROOT = Path(__file__).parents[1]
+SHIPPED = {
+    "reference": "55e5a0ea3799dc5ac85006008a3c784e97859f781845cdbbc5da49018610f6f2",
+    "reward": "8116b99c5f8f55e5db151cae12497700fb8b063837e2d8189f523d066e527b13",
+}
 SMALL = {
     "progress": False,
     "threads": 1,
@@ -45,8 +50,11 @@ SMALL = {
 }
 
 
-def settings(changes: Any = None, **more: Any) -> dict[str, Any]:
-    config = OmegaConf.merge(OmegaConf.load(ROOT / "conf/build_task/build.yaml"), changes or {}, more)
+def settings(changes: Any = None, task: str = "reviews", **more: Any) -> dict[str, Any]:
+    files = [OmegaConf.load(ROOT / "conf/build_task" / name) for name in ("build.yaml", f"task/{task}.yaml")]
+    config = OmegaConf.merge(*files, changes or {}, more)
+    for name in ("defaults", "hydra"):
+        del config[name]
     return OmegaConf.to_container(config)  # type: ignore[return-value]
 
 
@@ -158,14 +166,18 @@ def test_an_equal_build_gives_equal_weights_and_replaces_an_older_one(tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_a_directory_that_is_not_a_build_is_left_alone(tmp_path: Path) -> None:
+def test_a_directory_that_is_not_a_build_of_the_task_is_left_alone(artefacts: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(LmGymError, match="`output` must be a new directory or one that was built before, got"):
-        module.check_settings(settings(output=str(tmp_path)))
+    module.check_settings(settings(output=str(artefacts)))
+    for task, output in (("reviews", tmp_path), ("arithmetic", artefacts), ("proxy", artefacts)):
+        with pytest.raises(LmGymError, match="`output` must be a new directory or one that was built before, got"):
+            module.check_settings(settings(task=task, output=str(output)))
 
 
 def test_the_shipped_artefacts_are_those_of_the_grammar() -> None:
     shipped = module.ARTEFACTS / "reviews"
+    for name, digest in SHIPPED.items():  # version 0 of the task, for good
+        assert hashlib.sha256((shipped / name / "model.safetensors").read_bytes()).hexdigest() == digest
     for name in ("reference", "reward"):
         vocabulary = AutoTokenizer.from_pretrained(shipped / name).get_vocab()
         assert sorted(vocabulary, key=vocabulary.__getitem__)[3:] == reviews.words()
@@ -175,6 +187,71 @@ def test_the_shipped_artefacts_are_those_of_the_grammar() -> None:
     assert figure["correlation with gold"] > 0.85
     ratio = figure["perplexity on held-out reviews"] / figure["perplexity of the grammar itself"]
     assert 0.99 < ratio < 1.05
+
+
+# --- arithmetic and proxies: the shipped ones are tested with their tasks
+
+FEW_SUMS = {"reference": {"digits": [1], "epochs": [3], "batch_size": [20], "width": 16, "samples": 8}}
+FEW_RANKINGS = {"reward": {"prompts": [8, 16], "epochs": 1, "samples": 2}}
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "models"),
+    [
+        ("arithmetic", FEW_SUMS, ["reference-1"]),
+        ("proxy", FEW_RANKINGS, ["reward-16", "reward-8"]),
+    ],
+)
+def test_equal_builds_of_a_task_give_equal_weights(
+    task: str, changes: dict[str, Any], models: list[str], tmp_path: Path
+) -> None:
+    state = torch.get_rng_state()
+    weights = []
+    for name, seed in (("a", 1), ("b", 2), ("b", 1)):
+        output = module.build(settings(changes, task=task, output=str(tmp_path / name), seed=seed, progress=False))
+        weights.append([(output / model / "model.safetensors").read_bytes() for model in models])
+        assert sorted(path.name for path in output.iterdir()) == ["README.md", *models]
+    assert torch.equal(torch.get_rng_state(), state)
+    first, other, again = weights
+    assert first == again
+    assert not set(first) & set(other)
+    text = (output / "README.md").read_text(encoding="utf-8")
+    assert f"python -m agents.build task={task}" in text
+    assert all(f"`{model}`" in text for model in models)
+    assert not re.search(r"\bnan\b|\binf\b|np\.float|\{|\}", text)
+
+
+def test_a_proxy_does_not_depend_on_those_built_before_it(tmp_path: Path) -> None:
+    weights = []
+    for name, prompts in (("up", [8, 16]), ("down", [16, 8])):
+        changes = OmegaConf.merge(FEW_RANKINGS, {"reward": {"prompts": prompts}})
+        output = module.build(settings(changes, task="proxy", output=str(tmp_path / name), progress=False))
+        weights.append([(output / f"reward-{size}" / "model.safetensors").read_bytes() for size in (8, 16)])
+    assert weights[0] == weights[1]
+    assert weights[0][0] != weights[0][1]
+
+
+@pytest.mark.parametrize(
+    ("task", "section", "changes", "message"),
+    [
+        ("arithmetic", "reference", {"digits": [1, 3]}, "`reference.digits` must be of [1, 2], got [1, 3]."),
+        ("arithmetic", "reference", {"digits": 1}, "`reference.digits` must be a list with one value a model, got 1."),
+        ("arithmetic", "reference", {"epochs": [5]}, "`reference.epochs` must have one value for each of"),
+        ("arithmetic", "reference", {"heads": 5}, "`reference.heads` must divide `reference.width` (48), got 5."),
+        ("arithmetic", "reference", {"positions": 9}, "`reference.positions` must be an int >= 10, got 9."),
+        ("arithmetic", "reference", {"batch_size": [8, 0]}, "`reference.batch_size` must be an int >= 1, got 0."),
+        ("proxy", "reward", {"prompts": []}, "`reward.prompts` must be a list with one value a model, got []."),
+        ("proxy", "reward", {"prompts": [25, 0]}, "`reward.prompts` must be an int >= 1, got 0."),
+        ("proxy", "reward", {"ranked": 1}, "`reward.ranked` must be an int >= 2, got 1."),
+        ("proxy", "reward", {"temperature": 0}, "`reward.temperature` must be a finite number > 0, got 0."),
+    ],
+)
+def test_a_wrong_setting_of_any_task_is_named(
+    task: str, section: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    module.check_settings(settings(task=task, output=str(tmp_path / "x")))
+    with pytest.raises(LmGymError, match=re.escape(message)):
+        module.check_settings(settings({section: changes}, task=task, output=str(tmp_path / "x")))
 
 
 # --- the command
@@ -187,7 +264,7 @@ def command(*overrides: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("task=revews", "`task` must be one of"),
+        ("task=revews", "Could not find 'task/revews'"),
         ("reward.ranked=1", "`reward.ranked` must be an int >= 2, got 1."),
         ("reference.learning_rate=abc", "`reference.learning_rate` must be a finite number > 0, got 'abc'."),
         ("reference.positions=16", "`reference.positions` must be an int >= 32, got 16."),
@@ -212,7 +289,7 @@ def test_a_wrong_task_lists_the_choices_and_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == [
-        "`task` must be one of ['reviews'], got 'revews'. Did you mean 'reviews'?",
+        "`task` must be one of ['arithmetic', 'proxy', 'reviews'], got 'revews'. Did you mean 'reviews'?",
         "[]",
     ]
 

@@ -1,0 +1,35 @@
+"""The reviews task with a reward model that learned from few rankings: a proxy that can be over-optimised.
+
+Everything but the reward is that of `reviews`, and so is the truth it is graded on, the gold score. The proxies differ
+in how many rankings they learned from, the first so many of the same ones (Gao et al. 2023, "Scaling Laws for Reward
+Model Overoptimization"). A policy that is trained on one raises the score; the gold score stops rising long before it,
+and the sooner the fewer the rankings.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+from lmgym.tasks import reviews
+from lmgym.tasks.base import ARTEFACTS, Task, register_task
+
+SETTINGS = (25, 200, 2000)  # rankings: the task of n rankings is `proxy-n`
+
+
+def proxy(rankings: int) -> Task:
+    """The built-in task with the reward model of so many rankings."""
+    return Task(
+        name=f"proxy-{rankings}",
+        model=os.path.join(ARTEFACTS, "reviews", "reference"),
+        reward=os.path.join(ARTEFACTS, "proxy", f"reward-{rankings}"),
+        gold=reviews.gold,
+        prompts={"train": reviews.prompts("train"), "test": reviews.prompts("test")},
+        kl_coef=0.05,
+        max_new_tokens=reviews.MAX_NEW_TOKENS,
+        max_prompt_tokens=reviews.MAX_PROMPT_TOKENS,
+    )
+
+
+for _rankings in SETTINGS:
+    register_task(f"proxy-{_rankings}", functools.partial(proxy, _rankings))
