@@ -8,6 +8,7 @@ with `AutoModelForCausalLM`), `summary.json`, `samples.json` and `curves.png`. C
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import signal
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 OmegaConf.register_new_resolver("first", lambda *xs: next((x for x in xs if x is not None), None), replace=True)
 EVALUATION_SEED = 20_000_003  # of the evaluations, so that before and after share their uniforms across runs
+EVALUATION_EPISODES = 4096
 PACKAGES = ("lmgym", "torch", "transformers", "gymnasium", "numpy", "hydra-core", "tokenizers")
 
 
@@ -40,13 +42,13 @@ class EvaluationConfig:
     """How a policy is graded, before and after."""
 
     split: str = "test"
-    samples: int = 16  # episodes a prompt
+    samples: int | None = None  # episodes a prompt; null is as many as make 4,096 in all
     prompts: int | None = None  # how many prompts; null is all of the split
 
     def __post_init__(self) -> None:
-        check_int("evaluation.samples", self.samples, 1)
-        if self.prompts is not None:
-            check_int("evaluation.prompts", self.prompts, 1)
+        for name in ("samples", "prompts"):
+            if getattr(self, name) is not None:
+                check_int(f"evaluation.{name}", getattr(self, name), 1)
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,7 @@ def build(plan: Plan) -> OnPolicyAgent:
     """The agent in its env: loads the models."""
     import gymnasium as gym
 
-    steps = plan.agent_config.collect == "steps"
-    rows = plan.agent_config.batch_size if steps else 1
+    rows = plan.agent_config.num_envs
     envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=rows, autoreset_mode="SameStep", **plan.settings)
     return plan.agent_class(envs, plan.agent_config, seed=plan.seed, sampler=plan.sampler)
 
@@ -119,33 +120,63 @@ def grade(plan: Plan, policy: Any) -> Any:
 
     envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=1, **{**plan.settings, "split": plan.evaluation.split})
     config, generator = plan.evaluation, torch.Generator().manual_seed(EVALUATION_SEED)
-    return evaluate(
-        policy, envs, samples=config.samples, prompts=config.prompts, sampler=plan.sampler, generator=generator
-    )
+    samples = config.samples or math.ceil(EVALUATION_EPISODES / (config.prompts or len(envs.engine.prompts)))
+    return evaluate(policy, envs, samples=samples, prompts=config.prompts, sampler=plan.sampler, generator=generator)
 
 
 def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, total_timesteps: int) -> dict[str, Any]:
     """`summary.json`: metrics before and after, what is known of the optimum, and the share of the gain."""
-    from lmgym.evaluation import as_json, normalised
+    from lmgym.evaluation import as_json
+    from lmgym.scores import normalised
 
-    bounds = [e.bound for e in (before, after) if e.bound is not None]
-    lower = max(bounds, key=lambda bound: bound.mean) if bounds else None
+    optimum, lower, upper = _optimum(plan, before, after)
+    reference = before.metrics["return"]
+    if optimum is not None and optimum.exact:
+        reference = optimum.reference  # exact too
     rows = {}
     for name, evaluation in (("before", before), ("after", after)):
         rows[name] = as_json(evaluation.metrics)
-        share = None
-        if lower is not None and lower.mean > before.metrics["return"].high:  # a gain that is more than noise
-            share = normalised(evaluation.metrics["return"], before.metrics["return"], lower.mean)
+        share = None if optimum is None else normalised(evaluation.metrics["return"], reference, optimum)
         rows[name]["normalised"] = None if share is None else vars(share)
     return {
         **rows,
-        "optimum": {"lower": None if lower is None else vars(lower), "upper": None},
+        "optimum": {
+            "lower": None if lower is None else vars(lower),
+            "upper": None if upper is None else vars(upper),
+            "method": None if optimum is None else optimum.method,
+        },
         "train_seconds": train_seconds,
         "total_timesteps": total_timesteps,
         "agent": plan.agent_class.__name__,
         "task": plan.settings["task"],
         "seed": plan.seed,
     }
+
+
+def _optimum(plan: Plan, before: Any, after: Any) -> tuple[Any, Any, Any]:
+    """What is known of V* on the prompts graded: stored, solved, or bounded from the samples at hand.
+
+    Returns:
+        A StoredOptimum, or None where V* is not known to be above the reference; its lower and upper bounds as
+        intervals, or None.
+    """
+    from lmgym.optimum import known
+    from lmgym.optimum.bounds import Interval
+    from lmgym.tasks import StoredOptimum
+
+    split = plan.evaluation.split
+    task = Settings.of({**plan.settings, "split": split}).resolve()
+    whole = plan.evaluation.prompts is None or plan.evaluation.prompts >= len(task.prompts[split])
+    stored = known(task, split) if whole else None
+    if stored is not None:
+        lower, upper = (None if v is None else Interval(v, v, v) for v in (stored.lower, stored.upper))
+        return (stored if stored.value > stored.reference else None), lower, upper
+    bounds = [e.bound for e in (before, after) if e.bound is not None]
+    lower = max(bounds, key=lambda bound: bound.mean) if bounds else None
+    reference = before.metrics["return"]
+    if lower is None or lower.mean <= reference.high:  # a gain that may be noise
+        return None, lower, None
+    return StoredOptimum("samples", lower.mean, lower.mean, None, reference.mean), lower, None
 
 
 def samples(lm: Any, before: Any, after: Any, count: int = 10) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,10 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a policy earns on a split, each with a 95 % interval over prompts.
+    """What a policy earns on a split, each number with a 95 % interval.
+
+    Where every prompt of the split was sampled more than once, the numbers are of these prompts, as V* is, and the
+    interval is that of the sampling; else they are of prompts like these, and it is that over prompts.
 
     Attributes:
         metrics: `return` (J, units of the score), `score`, `gold_score` if there is one, `kl` (nats an episode),
@@ -78,7 +82,8 @@ def evaluate(
     if task.kl_coef > 0:  # without a price the reference is never asked
         numbers["kl"] = episode_kl(episodes)
     numbers["length"] = episodes.lengths.float()
-    metrics = {name: Interval.of(x.view(count, samples).mean(1)) for name, x in numbers.items()}
+    of = _over_samples if count == len(available) and samples > 1 else _over_prompts
+    metrics = {name: of(x.view(count, samples)) for name, x in numbers.items()}
     bound = None
     if task.kl_coef > 0 and task.gamma == 1 and samples > 1:
         weights = log_weights(episodes, task.kl_coef).view(count, samples)
@@ -86,12 +91,14 @@ def evaluate(
     return Evaluation(metrics, bound, episodes)
 
 
-def normalised(value: Interval, reference: Interval, optimum: float) -> Interval:
-    """(J - J_ref) / (V* - J_ref): 0 is the reference, 1 the optimum; the interval is that of J and J_ref together."""
-    gain = optimum - reference.mean
-    half = ((value.high - value.mean) ** 2 + (reference.high - reference.mean) ** 2) ** 0.5 / gain
-    mean = (value.mean - reference.mean) / gain
-    return Interval(mean, mean - half, mean + half)
+def _over_prompts(x: Tensor) -> Interval:
+    return Interval.of(x.mean(1))
+
+
+def _over_samples(x: Tensor) -> Interval:
+    """Interval of the mean of (X, S) numbers, S samples each of X prompts that are all there are."""
+    mean, error = x.double().mean().item(), math.sqrt(x.double().var(1).mean().item() / x.numel())
+    return Interval(mean, mean - 1.96 * error, mean + 1.96 * error)
 
 
 def as_json(metrics: dict[str, Interval]) -> dict[str, Any]:

@@ -207,7 +207,8 @@ def test_the_keyword_arguments_of_the_vector_env_are_those_of_its_signature() ->
 
 
 def test_the_ids_are_those_registered() -> None:
-    assert set(table(README, "id")) == {name for name in gym.registry if name.startswith("lmgym/")}
+    listed = set(table(README, "id")) | set(re.findall(r"`(lmgym/[\w.-]+-v\d+)`", (ROOT / "docs/tasks.md").read_text()))
+    assert listed == {name for name in gym.registry if name.startswith("lmgym/")}
 
 
 def test_the_info_keys_are_those_of_an_episode() -> None:
@@ -326,6 +327,8 @@ def test_commands_compose(document: Path, alone: pytest.MonkeyPatch, tmp_path: P
         overrides = [a.split(",")[0] if sweep else a for a in arguments if a != "-m"]
         if module == "build":
             composed("build", overrides, tmp_path / "conf", ROOT / "conf" / "build_task")
+        elif not (ROOT / "conf" / f"{module}.yaml").is_file():  # its arguments are names and flags
+            assert not [argument for argument in arguments if "=" in argument]
         else:
             cfg = composed(module, overrides, tmp_path / "conf")
             if module == "train":

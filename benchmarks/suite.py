@@ -1,0 +1,73 @@
+"""What an agent reaches on the suite: `python -m benchmarks.suite [--tasks echo-4 keyword ...] [--agents ppo ...]`.
+
+Every cell is `python -m agents.train` itself, once a seed, a number of runs at a time. Printed are the normalised
+returns, (J - J_ref) / (V* - J_ref), as means with 95 % t-intervals over seeds: 0 is the reference, 1 the optimum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from agents.optimum import chosen
+from benchmarks.learning import interval
+
+
+def run(directory: Path, task: str, agent: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """The summary of one run, trained unless it is there."""
+    if not (directory / "summary.json").is_file():
+        names = [f"task={task.partition('-')[0]}", f"task.task={task}", f"agent={agent}", f"seed={seed}"]
+        command = [sys.executable, "-m", "agents.train", *names, f"hydra.run.dir={directory}", *overrides]
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "log.txt").open("w") as log:
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+    return dict(json.loads((directory / "summary.json").read_text()))
+
+
+def row(agent: str, task: str, summaries: list[dict[str, Any]]) -> str:
+    """A line of the table."""
+
+    def over_seeds(when: str, name: str) -> str:
+        return interval([summary[when][name]["mean"] for summary in summaries])
+
+    optimum, reference = summaries[0]["optimum"]["lower"]["mean"], summaries[0]["before"]["return"]["mean"]
+    cells = [agent, f"`{task}`", f"{reference:.3f}", f"{optimum:.3f}", over_seeds("after", "return")]
+    cells += [over_seeds("after", "kl"), f"**{over_seeds('after', 'normalised')}**"]
+    steps = sum(summary["total_timesteps"] for summary in summaries) / len(summaries)
+    cells += [f"{steps:,.0f}", interval([summary["train_seconds"] for summary in summaries])]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Trains what is missing, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=[], help="by name, or by what stands before the '-'; default all")
+    parser.add_argument("--agents", nargs="+", default=["ppo"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on a core each")
+    parser.add_argument("--out", type=Path, default=Path("runs/suite"))
+    parser.add_argument("overrides", nargs="*", help="of conf/train.yaml, after a --")
+    args = parser.parse_args()
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    cells = list(itertools.product(args.agents, chosen(args.tasks), args.seeds))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = {
+            cell: pool.submit(run, args.out / "-".join(map(str, cell)), cell[1], cell[0], cell[2], args.overrides)
+            for cell in cells
+        }
+    print("| agent | task | J_ref | V* | J | KL (nats) | normalised | env steps | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for agent, task in itertools.product(args.agents, chosen(args.tasks)):
+        print(row(agent, task, [runs[agent, task, seed].result() for seed in args.seeds]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Scores that compare across tasks: how much of the possible gain a policy has."""
+
+from __future__ import annotations
+
+import math
+
+from lmgym.errors import InvalidArgumentError
+from lmgym.optimum.bounds import Interval
+from lmgym.tasks.base import StoredOptimum
+
+
+def normalised(value: Interval, reference: Interval | float, optimum: StoredOptimum | float) -> Interval:
+    """The normalised return s = (J - J_ref) / (V* - J_ref): 0 for the reference, 1 for the optimum, on every task.
+
+    The interval holds what the errors of J and J_ref imply, to first order: ds/dJ = 1 / (V* - J_ref) and
+    ds/dJ_ref = -(1 - s) / (V* - J_ref), taken as independent. Where V* is known within bounds only, the ends of the
+    interval are taken at the bounds that make them widest.
+
+    Args:
+        value: J.
+        reference: J_ref, estimated or exact.
+        optimum: V*, exact or within its bounds. Nothing known above means that s is at most what it says.
+
+    Raises:
+        InvalidArgumentError: if V* is not above J_ref: there is nothing to gain.
+    """
+    reference = _point(reference) if isinstance(reference, float) else reference
+    known = StoredOptimum("", optimum, optimum, optimum, reference.mean) if isinstance(optimum, float) else optimum
+    if not known.value > reference.mean:
+        raise InvalidArgumentError(
+            f"`optimum` must be above the return of the reference, {reference.mean:.6g}, got {known.value:.6g}."
+        )
+    mean, half = _share(value, reference, known.value)
+    # The better the best possible, the smaller the share.
+    ends = [_share(value, reference, v) for v in (known.lower, known.upper) if v is not None and v > reference.mean]
+    low = min([m - h for m, h in ends] + [mean - half])
+    return Interval(mean, low, max([m + h for m, h in ends] + [mean + half]))
+
+
+def _share(value: Interval, reference: Interval, optimum: float) -> tuple[float, float]:
+    gain = optimum - reference.mean
+    share = (value.mean - reference.mean) / gain
+    half = math.hypot(value.high - value.mean, (1 - share) * (reference.high - reference.mean)) / gain
+    return share, half
+
+
+def _point(value: float) -> Interval:
+    return Interval(value, value, value)

@@ -1,0 +1,60 @@
+"""Can the agent trade score against KL at the right rate? Every symbol has a value, and a response pays their mean.
+
+The score is smooth and dense: there is nothing to find, only a price to pay. The reference is a random table of order
+1 over 16 symbols. The knob is the price, `kl_coef`, from 0.01, where the best policy all but ignores the reference,
+to 1, where it all but equals it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lmgym.rewards.automaton import Automaton, AutomatonReward
+from lmgym.tasks.base import Task, register_task
+
+if TYPE_CHECKING:
+    from lmgym.models.causal import CausalLM
+
+KL_COEFS = (0.01, 0.03, 0.1, 0.3, 1.0)
+SYMBOLS = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p"]
+VOCABULARY = len(SYMBOLS) + 1
+HORIZON = 8
+
+
+@functools.cache
+def reference() -> CausalLM:
+    """A table of order 1."""
+    from lmgym.models.markov import dirichlet_rows, markov_lm
+
+    rows = dirichlet_rows(np.random.default_rng(4), VOCABULARY, VOCABULARY, 1.0)
+    rows[:, 0] = 0.0
+    rows = (1 - 1e-3) * rows / rows.sum(1, keepdims=True)
+    rows[:, 0] = 1e-3
+    return markov_lm(rows, SYMBOLS)
+
+
+@functools.cache
+def mean_value() -> AutomatonReward:
+    """Pays the sum of the symbols' values, evenly spread over [-1, 1] in a random order, over the horizon."""
+    values = np.zeros((1, VOCABULARY))
+    values[0, 1:] = np.random.default_rng(5).permutation(np.linspace(-1, 1, len(SYMBOLS))) / HORIZON
+    return AutomatonReward(Automaton.dense(np.zeros((1, VOCABULARY), dtype=np.int64), np.zeros(1), values))
+
+
+def anchor(kl_coef: float) -> Task:
+    """The task at one price."""
+    return Task(
+        name=f"anchor-{kl_coef:g}",
+        model=reference,
+        reward=mean_value(),
+        prompts={"train": SYMBOLS, "test": SYMBOLS},
+        kl_coef=kl_coef,
+        max_new_tokens=HORIZON,
+    )
+
+
+for _kl_coef in KL_COEFS:
+    register_task(f"anchor-{_kl_coef:g}", functools.partial(anchor, _kl_coef))

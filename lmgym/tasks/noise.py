@@ -1,0 +1,26 @@
+"""Can the agent learn from a noisy scorer? The task is `anchor-0.1`, and its score comes with Gaussian noise.
+
+The noise is independent at every call, so the optimum is that of the score without it, which is reported as the gold
+score. Under the reference the score itself has a standard deviation of about 0.2. The knob is the standard deviation
+of the noise.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+from lmgym.rewards.noise import NoisyReward
+from lmgym.tasks.anchor import anchor, mean_value
+from lmgym.tasks.base import Task, register_task
+
+SIGMAS = (0.3, 1.0, 3.0)
+
+
+def noise(sigma: float) -> Task:
+    """The task at one standard deviation of the noise."""
+    return replace(anchor(0.1), name=f"noise-{sigma:g}", reward=NoisyReward(mean_value(), sigma), gold=mean_value())
+
+
+for _sigma in SIGMAS:
+    register_task(f"noise-{_sigma:g}", functools.partial(noise, _sigma))

@@ -1,0 +1,73 @@
+"""Can the agent cope with a large action space?
+
+Every one of the 4 tokens that is in a secret tenth of the symbols pays 1.
+
+Which symbols are good is drawn at random, so that one says nothing about another, and the reference gives the good
+ones a tenth of its mass at every step, whatever their number: only the number of actions varies. The reference is a
+table of order 1 whose rows are mixtures of 8 distributions.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lmgym.rewards.automaton import Automaton, AutomatonReward
+from lmgym.tasks.base import Task, register_task
+
+if TYPE_CHECKING:
+    from lmgym.models.causal import CausalLM
+
+SIZES = (16, 128, 1024, 8192, 50_000)  # V, the EOS included
+RANK = 8
+GOOD_MASS = 0.1
+
+
+@functools.cache
+def good(size: int) -> np.ndarray:
+    """(V,) bool, the symbols that pay."""
+    chosen = np.random.default_rng(size).permutation(size - 1)[: max(1, round((size - 1) * 0.1))] + 1
+    mask = np.zeros(size, dtype=np.bool_)
+    mask[chosen] = True
+    return mask
+
+
+@functools.cache
+def reference(size: int) -> CausalLM:
+    """A table of order 1 and rank 8 over `size` tokens."""
+    from lmgym.models.markov import dirichlet_rows, markov_lm
+
+    rng = np.random.default_rng(3)
+    rows, pays = dirichlet_rows(rng, RANK, size, 1.0), good(size)
+    rest = ~pays
+    rest[0] = False
+    rows[:, pays] *= GOOD_MASS / rows[:, pays].sum(1, keepdims=True)
+    rows[:, rest] *= (1 - GOOD_MASS - 1e-3) / rows[:, rest].sum(1, keepdims=True)
+    rows[:, 0] = 1e-3
+    return markov_lm(rows, symbols(size), mixture=dirichlet_rows(rng, size, RANK, 0.3))
+
+
+@functools.cache
+def symbols(size: int) -> list[str]:
+    """The V - 1 symbols."""
+    return [f"w{i}" for i in range(1, size)]
+
+
+def vocabulary(size: int) -> Task:
+    """The task at one number of actions."""
+    pays = Automaton.dense(np.zeros((1, size), dtype=np.int64), np.zeros(1), good(size)[None].astype(np.float64))
+    starts = symbols(size)[:8]
+    return Task(
+        name=f"vocabulary-{size}",
+        model=functools.partial(reference, size),
+        reward=AutomatonReward(pays),
+        prompts={"train": starts, "test": starts},
+        kl_coef=0.2,
+        max_new_tokens=4,
+    )
+
+
+for _size in SIZES:
+    register_task(f"vocabulary-{_size}", functools.partial(vocabulary, _size))
