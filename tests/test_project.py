@@ -175,6 +175,11 @@ def test_the_wheel_holds_all_of_lmgym(wheel_files: set[str]) -> None:
     assert "lmgym/py.typed" in wheel_files
 
 
+def test_the_wheel_stays_small() -> None:
+    files = [file for file in (ROOT / "lmgym").rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    assert sum(file.stat().st_size for file in files) < 12_000_000  # before compression
+
+
 # --- calls that nobody may make ----------------------------------------------------------------------------------
 
 SEEDERS = {

@@ -1,8 +1,9 @@
 """Can the agent choose when to end? A response of n tokens, its EOS included, pays 1 - |n - best| / best.
 
-Which symbols it holds does not matter. The reference ends with probability 0.1 at every step, whatever came before,
-and the limit is twice the best length. The knob is the best length: the longer, the more steps at which ending has to
-be put off.
+Which symbols it holds does not matter, and the limit is twice the best length. The first knob is the best length: the
+longer, the more steps at which ending has to be put off. The second is the probability with which the reference ends
+at every step, whatever came before: 0.1, or that of the name, so that `stop-8-0.02` hardly ever ends by itself and
+`stop-8-0.5` hardly ever gets as far.
 """
 
 from __future__ import annotations
@@ -21,24 +22,25 @@ if TYPE_CHECKING:
 BEST = (4, 8, 16, 32)
 SYMBOLS = ["a", "b", "c", "d"]
 EOS_PROBABILITY = 0.1
+OTHER_EOS_PROBABILITIES = (0.02, 0.5)
 
 
 @functools.cache
-def reference() -> CausalLM:
+def reference(eos_probability: float = EOS_PROBABILITY) -> CausalLM:
     """A table of order 0."""
     from lmgym.models.markov import markov_lm
 
-    symbol = (1 - EOS_PROBABILITY) / len(SYMBOLS)
-    return markov_lm(np.array([[EOS_PROBABILITY, *[symbol] * len(SYMBOLS)]]), SYMBOLS, order=0)
+    symbol = (1 - eos_probability) / len(SYMBOLS)
+    return markov_lm(np.array([[eos_probability, *[symbol] * len(SYMBOLS)]]), SYMBOLS, order=0)
 
 
-def stop(best: int) -> Task:
-    """The task at one best length."""
+def stop(best: int, eos_probability: float = EOS_PROBABILITY) -> Task:
+    """The task at one best length and one probability of the EOS."""
     limit = 2 * best
     payments = [1 - abs(n - best) / best for n in range(limit + 1)]
     return Task(
-        name=f"stop-{best}",
-        model=reference,
+        name=f"stop-{best}" if eos_probability == EOS_PROBABILITY else f"stop-{best}-{eos_probability:g}",
+        model=functools.partial(reference, eos_probability),
         reward=AutomatonReward(length(limit, payments, len(SYMBOLS) + 1)),
         prompts={"train": SYMBOLS, "test": SYMBOLS},
         kl_coef=0.1,
@@ -48,3 +50,5 @@ def stop(best: int) -> Task:
 
 for _best in BEST:
     register_task(f"stop-{_best}", functools.partial(stop, _best))
+for _eos_probability in OTHER_EOS_PROBABILITIES:
+    register_task(f"stop-8-{_eos_probability:g}", functools.partial(stop, 8, _eos_probability))

@@ -20,7 +20,7 @@ from lmgym.tasks.base import Task, register_task
 if TYPE_CHECKING:
     from lmgym.models.causal import CausalLM
 
-SIZES = (16, 128, 1024, 8192, 50_000)  # V, the EOS included
+SIZES = (8, 64, 512, 4096, 50_000)  # V, the EOS included
 RANK = 8
 GOOD_MASS = 0.1
 
