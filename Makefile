@@ -13,7 +13,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.lmgym-installed
-SOURCES := lmgym agents tests
+SOURCES := lmgym agents tests benchmarks examples
 
 define CHECK_PYTHON
 import sys

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from gymnasium import spaces
 from torch import Tensor
 
 from lmgym.envs.prompts import Prompt, PromptSet, left_padded
@@ -105,6 +106,7 @@ class Engine:
         returns, discounted: (N,) sum of the rewards of the episode so far, without and with gamma.
         starts: (N,) response tokens that came with the reset, which nobody pays for.
         ref_log_probs: (N, T) nats, of the tokens chosen so far; nan where the reference was not asked.
+        final_hidden: (N, D), the hidden states of rows as the last step truncated them; None where they are not kept.
     """
 
     def __init__(self, settings: Settings, num_rows: int) -> None:
@@ -133,6 +135,7 @@ class Engine:
         self._discounts = task.gamma ** np.arange(self.horizon + 1)
         self._stepwise = task.kl_coef > 0 and task.dense_kl
         self._reader = Reader(self.lm, num_rows, self.width + self.horizon) if self._stepwise else None
+        self.final_hidden: Tensor | None = None
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -245,6 +248,9 @@ class Engine:
         self.running[ended] = False
         outcomes = scores.outcomes(self.discounted[ended]) if scores is not None else None
         truncated = full if task.truncate else np.zeros_like(full)
+        if self._reader is not None and self._reader.keeps_hidden and truncated.any():
+            # Now, because the rows may begin anew before anybody looks. Only a truncated state has a value.
+            self.final_hidden = self._reader.hidden().clone()
         return Transition(rewards, paid, (eos | full) & ~truncated, truncated, ended, outcomes)
 
     def response_ids(self, row: int) -> list[int]:
@@ -257,11 +263,37 @@ class Engine:
         Raises:
             InvalidArgumentError: where stepping never runs the reference (`kl_coef=0`, or `dense_kl=False`).
         """
+        return self._stepping_reader().logits()
+
+    def reference_hidden(self) -> Tensor:
+        """(N, D) input of the reference's LM head at each row's state, from the forward of `reference_logits`.
+
+        Raises:
+            InvalidArgumentError: where stepping never runs the reference (`kl_coef=0`, or `dense_kl=False`).
+        """
+        self.keep_hidden()
+        return self._stepping_reader().hidden()
+
+    def keep_hidden(self) -> None:
+        """Keeps hidden states from here on: free before the first reset, later a forward over each row's tokens so far.
+
+        Raises:
+            InvalidArgumentError: where stepping never runs the reference (`kl_coef=0`, or `dense_kl=False`).
+        """
+        if self._stepping_reader().keeps_hidden:
+            return
+        self._reader = Reader(self.lm, self.num_rows, self.width + self.horizon, keep_hidden=True)
+        for row, prompt in enumerate(self.current):
+            if prompt is not None:
+                end = self.width + self.lengths[row]
+                self._reader.restart(row, self.input_ids[row, :end], self.attention_mask[row, :end])
+
+    def _stepping_reader(self) -> Reader:
         if self._reader is None:
             raise InvalidArgumentError(
                 "`kl_coef` must be > 0 and `dense_kl` True for the reference to run at every step."
             )
-        return self._reader.logits()
+        return self._reader
 
     def left_padded(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
         """(B, P) int64 ids and bool mask of prompts."""
@@ -384,6 +416,34 @@ class EngineBacked:
     def tokenizer(self) -> Any:
         """The reference's Hugging Face tokenizer."""
         return self._engine.lm.tokenizer
+
+
+def engine_of(env: Any) -> Engine:
+    """The engine behind a wrapped environment, single or vector.
+
+    Raises:
+        InvalidArgumentError: for an environment that is not of lmgym.
+    """
+    if not isinstance(env.unwrapped, EngineBacked):
+        raise InvalidArgumentError(
+            f"`env` must be an environment of lmgym, got {env.unwrapped}. Of a vector of single ones, wrap these."
+        )
+    return env.unwrapped.engine
+
+
+def stepping_engine_of(env: Any) -> Engine:
+    """The engine behind a wrapped environment whose reference runs at every step.
+
+    Raises:
+        InvalidArgumentError: for any other environment (a bandit, `kl_coef=0`, `dense_kl=False`).
+    """
+    engine = engine_of(env)
+    base = env.unwrapped
+    actions = getattr(base, "single_action_space", base.action_space)
+    if not isinstance(actions, spaces.Discrete):
+        raise InvalidArgumentError(f"`env` must take one token a step, got one with the actions {actions}.")
+    engine._stepping_reader()
+    return engine
 
 
 @dataclass(frozen=True)

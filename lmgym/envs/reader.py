@@ -1,6 +1,6 @@
 """The reference as the engine needs it: log-probs of the tokens just chosen, one cached forward a step.
 
-Shapes: N rows, V vocabulary.
+Shapes: N rows, V vocabulary, D width of the model.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Ints = npt.NDArray[np.int64]
 class Reader:
     """Feeds the reference: which tokens are due, which rows restart, and prompts read ahead in batches."""
 
-    def __init__(self, lm: CausalLM, rows: int, capacity: int) -> None:
-        self._lm, self._device = lm, lm.device
-        self._decoder: Decoder = make_decoder(lm, rows, capacity)
+    def __init__(self, lm: CausalLM, rows: int, capacity: int, *, keep_hidden: bool = False) -> None:
+        self._lm, self._device, self.keeps_hidden = lm, lm.device, keep_hidden
+        self._decoder: Decoder = make_decoder(lm, rows, capacity, keep_hidden=keep_hidden)
         self._due: Tensor | None = None  # (N,) tokens chosen but not yet fed
         self._starting: dict[int, Prompt | tuple[Ints, npt.NDArray[np.int8]]] = {}
         self._ahead: Callable[[int], Prompt] | None = None
@@ -45,6 +45,13 @@ class Reader:
         """(N, V) of every row's next token."""
         self._catch_up()
         return self._decoder.logits
+
+    def hidden(self) -> Tensor:
+        """(N, D) input of the LM head that made the logits, where it is kept."""
+        self._catch_up()
+        hidden = self._decoder.hidden
+        assert hidden is not None
+        return hidden
 
     def _catch_up(self) -> None:
         """Brings every row up to date."""
@@ -67,6 +74,8 @@ class Reader:
         return log_probs.cpu().numpy().astype(np.float64)
 
     def _start_rows(self) -> None:
+        if len(self._starting) == self._rows and isinstance(self._decoder, RingDecoder):
+            self._decoder.rewind()
         prompts = {row: p for row, p in self._starting.items() if isinstance(p, Prompt)}
         for row, prefix in self._starting.items():
             if not isinstance(prefix, Prompt):

@@ -248,6 +248,10 @@ class RingDecoder:
         self._age = (self._age + 1).clamp_(max=self._capacity - 1)
         self._clock += 1
 
+    def rewind(self) -> None:
+        """Begins with the first column again, now that every slot is about to be restarted: the same rounding again."""
+        self._clock = 0
+
     @torch.inference_mode()
     def keep(self, slots: Tensor) -> None:
         """Keeps only these slots (n,), in this order."""

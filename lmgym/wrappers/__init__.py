@@ -1,5 +1,20 @@
 """Wrappers, single and vector."""
 
+from lmgym.wrappers.action_mask import ActionMask, VectorActionMask
+from lmgym.wrappers.embedding_observation import EmbeddingObservation, VectorEmbeddingObservation
 from lmgym.wrappers.policy_kl import PolicyKL, VectorPolicyKL
+from lmgym.wrappers.text_observation import TextObservation, VectorTextObservation
+from lmgym.wrappers.top_k_actions import TopKActions, VectorTopKActions
 
-__all__ = ["PolicyKL", "VectorPolicyKL"]
+__all__ = [
+    "ActionMask",
+    "EmbeddingObservation",
+    "PolicyKL",
+    "TextObservation",
+    "TopKActions",
+    "VectorActionMask",
+    "VectorEmbeddingObservation",
+    "VectorPolicyKL",
+    "VectorTextObservation",
+    "VectorTopKActions",
+]

@@ -1,0 +1,115 @@
+"""Masks of the tokens that the reference's top-k or top-p law keeps, for agents that mask their actions.
+
+Shapes: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+from gymnasium.utils import RecordConstructorArgs
+from gymnasium.vector import VectorEnv, VectorWrapper
+
+from lmgym.envs.engine import Engine, stepping_engine_of
+from lmgym.errors import InvalidArgumentError, check_int
+from lmgym.models.sampling import Sampler
+from lmgym.wrappers.top_k_actions import check_token_actions
+
+Bools = npt.NDArray[np.bool_]
+
+
+class ActionMask(gym.Wrapper[Any, int, Any, int], RecordConstructorArgs):
+    """`info["action_mask"]` (V,) bool, True on the tokens that the reference's law keeps at the state, and on the EOS.
+
+    It is in the info of every state that has a next token; `action_masks()` gives it at any time, under the name that
+    MaskablePPO of sb3-contrib asks for. The mask is advice: actions, rewards and ends are the env's own.
+
+    Args:
+        env: an env of tokens whose reference runs at every step (`kl_coef > 0`, `dense_kl=True`).
+        top_p: keeps the smallest set of likeliest tokens whose mass reaches it, in (0, 1].
+        top_k: keeps the k likeliest tokens. Exactly one of the two is given.
+
+    Raises:
+        InvalidArgumentError: for another env or other values.
+    """
+
+    def __init__(self, env: gym.Env[Any, int], *, top_p: float | None = None, top_k: int | None = None) -> None:
+        RecordConstructorArgs.__init__(self, top_p=top_p, top_k=top_k)
+        super().__init__(env)
+        self._sampler = _sampler(top_p, top_k)
+        check_token_actions(env.action_space, stepping_engine_of(env))
+
+    def action_masks(self) -> Bools:
+        """(V,) bool at the present state; behind an episode's end all tokens of the tokenizer."""
+        return action_masks(stepping_engine_of(self.env), self._sampler)[0]
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Resets, and adds the mask."""
+        observation, info = self.env.reset(**kwargs)
+        return observation, info | {"action_mask": self.action_masks()}
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Steps, and adds the mask of the state behind it."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if not (terminated or truncated):
+            info = info | {"action_mask": self.action_masks()}
+        return observation, reward, terminated, truncated, info
+
+
+class VectorActionMask(VectorWrapper[Any, Any, Any, Any, Any]):
+    """`ActionMask` for vector envs: `infos["action_mask"]` (N, V) of the rows that have a next token."""
+
+    def __init__(self, env: VectorEnv[Any, Any, Any], *, top_p: float | None = None, top_k: int | None = None) -> None:
+        super().__init__(env)
+        self._sampler = _sampler(top_p, top_k)
+        check_token_actions(env.single_action_space, stepping_engine_of(env))
+        self._masks: Bools | None = None
+
+    def action_masks(self) -> Bools:
+        """(N, V) bool at the present states; behind an episode's end all tokens of the tokenizer."""
+        if self._masks is None:
+            self._masks = action_masks(stepping_engine_of(self.env), self._sampler)
+        return self._masks.copy()
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Resets the rows, or those of `options["reset_mask"]`."""
+        observations, infos = self.env.reset(seed=seed, options=options)
+        mask = (options or {}).get("reset_mask")
+        return observations, infos | self._infos(np.ones(self.num_envs, dtype=np.bool_) if mask is None else mask)
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Steps, and adds the masks of the states behind it."""
+        observations, rewards, terminated, truncated, infos = self.env.step(actions)
+        rows = stepping_engine_of(self.env).running.copy()
+        return observations, rewards, terminated, truncated, infos | self._infos(rows)
+
+    def _infos(self, rows: Bools) -> dict[str, Any]:
+        self._masks = None
+        if not rows.any():
+            return {}
+        return {"action_mask": self.action_masks() & rows[:, None], "_action_mask": rows.copy()}
+
+
+def action_masks(engine: Engine, sampler: Sampler) -> Bools:
+    """(N, V) bool: the support of the law, with every EOS; all legal tokens in rows outside an episode."""
+    legal = np.ones(engine.lm.vocab_size, dtype=np.bool_)
+    legal[engine.lm.holes] = False
+    masks = np.repeat(legal[None], engine.num_rows, axis=0)
+    if engine.running.any():
+        kept = sampler.law(engine.reference_logits(), 0).isfinite().cpu().numpy() | engine.is_eos
+        masks[engine.running] &= kept[engine.running]
+    return masks
+
+
+def _sampler(top_p: float | None, top_k: int | None) -> Sampler:
+    if (top_p is None) == (top_k is None):
+        raise InvalidArgumentError(
+            f"Exactly one of `top_p` and `top_k` must be given, got top_p={top_p!r} and top_k={top_k!r}."
+        )
+    if top_p is not None:
+        return Sampler(top_p=top_p)
+    check_int("top_k", top_k, 1)
+    return Sampler(top_k=top_k)  # type: ignore[arg-type]

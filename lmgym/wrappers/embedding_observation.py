@@ -1,0 +1,104 @@
+"""The reference's view of a state as the observation: a vector, as classic agents want one.
+
+Shapes: N rows, D width of the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
+from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from lmgym.envs.engine import Engine, stepping_engine_of
+
+Floats = npt.NDArray[np.float32]
+
+
+class EmbeddingObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+    """`Box float32 (D,)`: the last hidden state of the reference, the input of its LM head, at the state.
+
+    It comes from the forward that the env's own reward is paid by, so it costs none. A terminated state has no next
+    token and no value: it is all zeros. A truncated one has a value to bootstrap from, and costs a forward.
+
+    Args:
+        env: an env of tokens whose reference runs at every step (`kl_coef > 0`, `dense_kl=True`).
+
+    Raises:
+        InvalidArgumentError: for another env.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        RecordConstructorArgs.__init__(self)
+        super().__init__(env)
+        self.observation_space = _space(stepping_engine_of(env))
+
+    def reset(self, **kwargs: Any) -> tuple[Floats, dict[str, Any]]:
+        """Resets, and observes the prompt."""
+        _, info = self.env.reset(**kwargs)
+        return self._read(), info
+
+    def step(self, action: Any) -> tuple[Floats, Any, bool, bool, dict[str, Any]]:
+        """Steps, and observes the state behind it."""
+        _, reward, terminated, truncated, info = self.env.step(action)
+        observation = np.zeros(self.observation_space.shape or (), np.float32) if terminated else self._read()
+        return observation, reward, terminated, truncated, info
+
+    def _read(self) -> Floats:
+        return _as_array(stepping_engine_of(self.env).reference_hidden()[0])
+
+
+class VectorEmbeddingObservation(VectorWrapper[Any, Any, Any, Any, Any]):
+    """`EmbeddingObservation` for vector envs: `Box float32 (N, D)`, and (D,) arrays in `infos["final_obs"]`."""
+
+    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
+        super().__init__(env)
+        self.single_observation_space = _space(stepping_engine_of(env))
+        self.observation_space = batch_space(self.single_observation_space, env.num_envs)
+        self._observations = np.zeros(self.observation_space.shape or (), np.float32)
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
+        """Resets the rows, or those of `options["reset_mask"]`."""
+        _, infos = self.env.reset(seed=seed, options=options)
+        self._read_running()
+        return self._observations.copy(), infos
+
+    def step(self, actions: Any) -> tuple[Floats, Any, Any, Any, dict[str, Any]]:
+        """Steps, and observes the states behind it."""
+        _, rewards, terminated, truncated, infos = self.env.step(actions)
+        self._observations[terminated] = 0.0
+        if truncated.any():
+            final = stepping_engine_of(self.env).final_hidden
+            assert final is not None
+            self._observations[truncated] = _as_array(final)[truncated]
+        if "final_obs" in infos:
+            observations = np.full(self.num_envs, None, dtype=object)
+            for row in np.flatnonzero(infos["_final_obs"]):
+                observations[row] = self._observations[row].copy()
+            infos = infos | {"final_obs": observations}
+        self._read_running()
+        return self._observations.copy(), rewards, terminated, truncated, infos
+
+    def _read_running(self) -> None:
+        """Observes the rows inside an episode; the others stay as their end left them."""
+        engine = stepping_engine_of(self.env)
+        if engine.running.any():
+            self._observations[engine.running] = _as_array(engine.reference_hidden())[engine.running]
+
+
+def _space(engine: Engine) -> spaces.Box:
+    engine.keep_hidden()
+    width = engine.lm.model.get_output_embeddings().in_features
+    largest = np.finfo(np.float32).max  # no bound that holds for every model, but Gymnasium's checker wants one
+    return spaces.Box(-largest, largest, (width,), np.float32)
+
+
+def _as_array(hidden: Tensor) -> Floats:
+    """A copy: the decoder writes into what it gives."""
+    return hidden.float().cpu().numpy().copy()

@@ -1,0 +1,100 @@
+"""The text so far as the observation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
+from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.vector.utils import batch_space
+
+from lmgym.envs.engine import Engine, engine_of
+
+_REPLACEMENT = "\ufffd"  # what tokenizers themselves decode broken bytes to
+
+
+class TextObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+    """`Text`: prompt and response as one text, without special tokens. Works on every env of lmgym.
+
+    The characters of the space are those of the tokenizer's single tokens. One that only several tokens make together
+    (a rare one, of a tokenizer of bytes) is observed as U+FFFD.
+
+    Args:
+        env: the env.
+
+    Raises:
+        InvalidArgumentError: for an env that is not of lmgym.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        RecordConstructorArgs.__init__(self)
+        super().__init__(env)
+        self.observation_space = self._space = _space(engine_of(env))
+
+    def reset(self, **kwargs: Any) -> tuple[str, dict[str, Any]]:
+        """Resets, and observes the prompt."""
+        _, info = self.env.reset(**kwargs)
+        return self._read(), info
+
+    def step(self, action: Any) -> tuple[str, Any, bool, bool, dict[str, Any]]:
+        """Steps, and observes the text with what came."""
+        _, reward, terminated, truncated, info = self.env.step(action)
+        return self._read(), reward, terminated, truncated, info
+
+    def _read(self) -> str:
+        return _contained(_texts(engine_of(self.env))[0], self._space)
+
+
+class VectorTextObservation(VectorWrapper[Any, Any, Any, Any, Any]):
+    """`TextObservation` for vector envs: a tuple of N texts, which is what Gymnasium batches `Text` to."""
+
+    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
+        super().__init__(env)
+        self.single_observation_space = self._space = _space(engine_of(env))
+        self.observation_space = batch_space(self._space, env.num_envs)
+
+    def reset(
+        self, *, seed: Any = None, options: dict[str, Any] | None = None
+    ) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """Resets the rows, or those of `options["reset_mask"]`."""
+        _, infos = self.env.reset(seed=seed, options=options)
+        return self._read(), infos
+
+    def step(self, actions: Any) -> tuple[tuple[str, ...], Any, Any, Any, dict[str, Any]]:
+        """Steps, and observes the texts with what came."""
+        _, rewards, terminated, truncated, infos = self.env.step(actions)
+        if "final_obs" in infos:
+            final, observations = infos["final_info"], np.full(self.num_envs, None, dtype=object)
+            for row in np.flatnonzero(infos["_final_obs"]):
+                observations[row] = _contained(final["prompt"][row] + final["response"][row], self._space)
+            infos = infos | {"final_obs": observations}
+        return self._read(), rewards, terminated, truncated, infos
+
+    def _read(self) -> tuple[str, ...]:
+        return tuple(_contained(text, self._space) for text in _texts(engine_of(self.env)))
+
+
+def _texts(engine: Engine) -> list[str]:
+    """Prompt and response of every row, "" where there never was one."""
+    prompts = {row: prompt for row, prompt in enumerate(engine.current) if prompt is not None}
+    texts = [prompt.text for prompt in prompts.values()]
+    responses = [engine.response_ids(row) for row in prompts]
+    completions = engine.lm.completions([prompt.ids for prompt in prompts.values()], responses, texts)
+    whole = dict(zip(prompts, map("".join, zip(texts, completions, strict=True)), strict=True))
+    return [whole.get(row, "") for row in range(engine.num_rows)]
+
+
+def _space(engine: Engine) -> spaces.Text:
+    vocabulary: dict[str, int] = engine.lm.tokenizer.get_vocab()
+    tokens = engine.lm.tokenizer.batch_decode([[i] for i in vocabulary.values()], skip_special_tokens=True)
+    longest = 1 + max(map(len, vocabulary))  # a token is written with a blank at most
+    length = longest * (engine.width + engine.horizon)
+    return spaces.Text(length, min_length=0, charset=frozenset("".join(tokens)) | {" ", _REPLACEMENT})
+
+
+def _contained(text: str, space: spaces.Text) -> str:
+    known = space.character_set
+    return text if known.issuperset(text) else "".join(c if c in known else _REPLACEMENT for c in text)

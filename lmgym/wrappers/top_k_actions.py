@@ -1,0 +1,154 @@
+"""A small action space for agents that cannot handle a vocabulary: the reference's likeliest tokens.
+
+Shapes: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
+from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from lmgym.envs.engine import Engine, stepping_engine_of
+from lmgym.envs.token import check_running
+from lmgym.errors import InvalidActionError, InvalidArgumentError, check_int
+
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+
+
+class TopKActions(gym.Wrapper[Any, Any, Any, int], RecordConstructorArgs):
+    """`Discrete(k)`: action i is the reference's (i + 1)-th likeliest token at this state, 0 its greedy one.
+
+    An EOS is always among them: where none is of the k likeliest, the likeliest EOS takes the last place, which keeps
+    the order of probability and names no token twice. Rewards and ends are the env's own.
+
+    `info` of every state that has a next token: `top_k_ids` (k,) int64, the tokens behind the actions, and
+    `cut_off_mass` () float64, the reference's probability of all other tokens.
+
+    Args:
+        env: an env of tokens whose reference runs at every step (`kl_coef > 0`, `dense_kl=True`).
+        k: 1 to V, and 2 at least where the tokenizer has an EOS.
+
+    Raises:
+        InvalidArgumentError: for another env or k.
+    """
+
+    def __init__(self, env: gym.Env[Any, int], k: int) -> None:
+        RecordConstructorArgs.__init__(self, k=k)
+        super().__init__(env)
+        check_token_actions(env.action_space, _check_k(stepping_engine_of(env), k))
+        self._k = k
+        self.action_space = spaces.Discrete(k)
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Resets, and adds the tokens behind the actions."""
+        observation, info = self.env.reset(**kwargs)
+        return observation, info | self._info()
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Steps with the token behind an action.
+
+        Raises:
+            InvalidActionError: for anything that is not an int from 0 to k - 1.
+        """
+        engine = stepping_engine_of(self.env)
+        check_running(engine.running[0])
+        index = _as_indices(action, (), self._k)
+        ids, _ = top_k_ids(engine, self._k)  # anew: `restore_state` may have moved the env since
+        observation, reward, terminated, truncated, info = self.env.step(int(ids[0, index]))
+        return observation, reward, terminated, truncated, info if terminated or truncated else info | self._info()
+
+    def _info(self) -> dict[str, Any]:
+        ids, mass = top_k_ids(stepping_engine_of(self.env), self._k)
+        return {"top_k_ids": ids[0], "cut_off_mass": mass[0, ...]}
+
+
+class VectorTopKActions(VectorWrapper[Any, Any, Any, Any, Any]):
+    """`TopKActions` for vector envs: `top_k_ids` (N, k) and `cut_off_mass` (N,), of the rows that have a next token."""
+
+    def __init__(self, env: VectorEnv[Any, Any, Any], k: int) -> None:
+        super().__init__(env)
+        check_token_actions(env.single_action_space, _check_k(stepping_engine_of(env), k))
+        self._k = k
+        self.single_action_space = spaces.Discrete(k)
+        self.action_space = batch_space(self.single_action_space, env.num_envs)
+        self._ids: Ints | None = None
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Resets the rows, or those of `options["reset_mask"]`."""
+        observations, infos = self.env.reset(seed=seed, options=options)
+        mask = (options or {}).get("reset_mask")
+        return observations, infos | self._infos(np.ones(self.num_envs, dtype=np.bool_) if mask is None else mask)
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Steps with the tokens behind actions (N,); those of rows that are being reset do not matter."""
+        engine = stepping_engine_of(self.env)
+        indices = _as_indices(actions, (self.num_envs,), self._k, engine.running)
+        if self._ids is None:
+            self._ids, _ = top_k_ids(engine, self._k)
+        tokens = self._ids[np.arange(self.num_envs), indices]
+        observations, rewards, terminated, truncated, infos = self.env.step(tokens)
+        return observations, rewards, terminated, truncated, infos | self._infos(engine.running.copy())
+
+    def _infos(self, rows: Bools) -> dict[str, Any]:
+        """Infos of rows (N,) bool, all of them inside an episode."""
+        if not rows.any():
+            return {}
+        self._ids, mass = top_k_ids(stepping_engine_of(self.env), self._k)
+        return {
+            "top_k_ids": np.where(rows[:, None], self._ids, 0),
+            "_top_k_ids": rows.copy(),
+            "cut_off_mass": np.where(rows, mass, 0.0),
+            "_cut_off_mass": rows.copy(),
+        }
+
+
+def top_k_ids(engine: Engine, k: int) -> tuple[Ints, npt.NDArray[np.float64]]:
+    """(N, k) tokens behind the actions, and (N,) the reference's probability of all others."""
+    logits = engine.reference_logits().float()
+    ids, eos = logits.topk(k).indices, torch.from_numpy(_eos_ids(engine)).to(logits.device)
+    if len(eos):
+        without = ~torch.isin(ids, eos).any(-1)
+        ids[:, -1] = torch.where(without, eos[logits[:, eos].argmax(-1)], ids[:, -1])
+    return ids.cpu().numpy(), _mass_without(logits, ids).cpu().numpy().astype(np.float64)
+
+
+def check_token_actions(space: spaces.Space[Any], engine: Engine) -> None:
+    """Raises `InvalidArgumentError` unless an action is a token id."""
+    if space != spaces.Discrete(engine.lm.vocab_size):
+        raise InvalidArgumentError(
+            f"`env` must have the actions Discrete({engine.lm.vocab_size}), one a token, got {space}."
+        )
+
+
+def _mass_without(logits: Tensor, ids: Tensor) -> Tensor:
+    """(N,) probability of the tokens that are not in ids (N, k), without the rounding of 1 - sum."""
+    return (logits.scatter(1, ids, -torch.inf).logsumexp(-1) - logits.logsumexp(-1)).exp()
+
+
+def _eos_ids(engine: Engine) -> Ints:
+    return np.array([i for i in np.flatnonzero(engine.is_eos) if engine.lm.is_legal(int(i))], dtype=np.int64)
+
+
+def _check_k(engine: Engine, k: Any) -> Engine:
+    check_int("k", k, 2 if len(_eos_ids(engine)) else 1, engine.lm.vocab_size - len(engine.lm.holes))
+    return engine
+
+
+def _as_indices(actions: Any, shape: tuple[int, ...], k: int, live: Bools | None = None) -> Ints:
+    """Actions as an int64 array of a shape, 0 where not live."""
+    array = np.asarray(actions.cpu() if hasattr(actions, "cpu") else actions)
+    whole = array.shape == shape and np.issubdtype(array.dtype, np.integer)
+    needed = np.ones(shape, dtype=np.bool_) if live is None else live
+    if not whole or not ((array >= 0) & (array < k) | ~needed).all():
+        raise InvalidActionError(f"`action` must be ints from 0 to {k - 1} of shape {shape}, got {actions!r}.")
+    return np.where(needed, array, 0).astype(np.int64)
