@@ -44,3 +44,31 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     mean, variance = kept.mean(), kept.var(unbiased=False)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
+
+
+def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """(B, T) G_t = sum_{k >= t} gamma^(k-t) r_k of rewards (B, T); 0 off the mask, a prefix of each row."""
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
+
+
+def leave_one_out(returns: Tensor, mask: Tensor) -> Tensor:
+    """(B, T) for each entry the mean of the other episodes' entries at the same place; 0 where there is no other."""
+    others = mask.sum(0, keepdim=True) - mask.to(returns.dtype)
+    total = (returns * mask).sum(0, keepdim=True) - returns * mask
+    return torch.where(mask, total / others.clamp(min=1), 0.0)
+
+
+def group_leave_one_out(returns: Tensor, group_size: int) -> Tensor:
+    """(B,) returns less the mean of the others in each group of `group_size` neighbours (Kool et al. 2019)."""
+    groups = returns.view(-1, group_size)
+    return ((groups - groups.mean(1, keepdim=True)) * group_size / (group_size - 1)).flatten()
+
+
+def group_standardised(returns: Tensor, group_size: int, *, scale: bool = True) -> Tensor:
+    """(B,) returns less the mean of their group, over its standard deviation (of n - 1) if `scale`.
+
+    A group whose returns are all equal gets 0.
+    """
+    groups = returns.view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    return (centred / (groups.std(1, keepdim=True) + 1e-4) if scale else centred).flatten()

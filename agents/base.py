@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.advantages import gae
 from agents.losses import explained_variance
 from agents.policy import ActorCritic, Critic, TrainablePolicy, read_logits
 from agents.residual import Network, ResidualPolicy
@@ -77,9 +78,36 @@ class OnPolicyConfig:
             check_number(name, getattr(self, name), 0, open_low=True)
 
     @property
+    def responses(self) -> int:
+        """Responses to each prompt of a batch; more than one where an algorithm compares them (`GroupConfig`)."""
+        return 1
+
+    @property
     def num_envs(self) -> int:
         """Rows that the vector env must have."""
-        return self.batch_size if self.collect == "steps" else 1
+        return self.batch_size if self.collect == "steps" else self.responses
+
+
+@dataclass(frozen=True)
+class GroupConfig(OnPolicyConfig):
+    """What an agent has that compares several responses to one prompt."""
+
+    group_size: int = 4  # responses to each prompt; a batch holds batch_size / group_size prompts
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("group_size", self.group_size, 2)
+        if self.batch_size % self.group_size:
+            raise InvalidArgumentError(
+                f"`batch_size` must be a multiple of `group_size`={self.group_size}, got {self.batch_size}."
+            )
+        if self.collect == "steps":  # rows that wait for the slowest draw prompts of their own, and groups fall apart
+            raise InvalidArgumentError("`collect` must be 'episodes' where responses are compared in groups.")
+
+    @property
+    def responses(self) -> int:
+        """Responses to each prompt of a batch."""
+        return self.group_size
 
 
 class OnPolicyAgent(ABC):
@@ -94,11 +122,25 @@ class OnPolicyAgent(ABC):
 
     Config: ClassVar[type[OnPolicyConfig]] = OnPolicyConfig
 
+    @property
+    def reads_reference(self) -> bool:
+        """Whether `loss` needs the reference's whole law at every token: one more forward, without a gradient."""
+        return False
+
+    @property
+    def uses_critic(self) -> bool:
+        """Whether values are learned; without, the value head stays as it is."""
+        return True
+
     def __init__(
         self, envs: RLHFVectorEnv, config: OnPolicyConfig, *, seed: int = 0, sampler: Sampler | None = None
     ) -> None:
+        if envs.group_size != config.responses:
+            raise InvalidArgumentError(
+                f"`envs` must have group_size={config.responses}, got {envs.group_size}: rows of a group share prompts."
+            )
         self.envs, self.config, self.sampler = envs, config, sampler or Sampler()
-        self.policy = make_policy(envs, config, seed)
+        self.policy = self.new_policy(seed)
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(parameters, lr=config.lr, eps=config.adam_eps)
         self.generator = torch.Generator().manual_seed(seed)
@@ -110,9 +152,20 @@ class OnPolicyAgent(ABC):
 
     # -- what an algorithm writes --------------------------------------------------------------------------------
 
+    def new_policy(self, seed: int) -> TrainablePolicy:
+        """The policy at the start; `seed` is of the weights of a residual."""
+        return make_policy(self.envs, self.config, seed)
+
+    def rewards(self, episodes: Episodes) -> Tensor:
+        """(B, T) what the agent is paid for each token: both halves of the KL, and the score at the end."""
+        return token_rewards(episodes, self.kl.value, dense=self.envs.task.dense_kl)
+
     @abstractmethod
     def advantages(self, episodes: Episodes, rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T) advantages and the critic's targets, from episodes and their (B, T) rewards."""
+        """(B, T) advantages and the critic's targets, from episodes and their (B, T) rewards.
+
+        Rows of a group of responses to one prompt lie next to each other. Without a critic the targets do not matter.
+        """
 
     @abstractmethod
     def loss(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -121,6 +174,22 @@ class OnPolicyAgent(ABC):
     def stop_early(self, metrics: dict[str, float]) -> bool:
         """Whether a minibatch's metrics say that the batch has been used enough."""
         return False
+
+    def own_state(self) -> dict[str, Any]:
+        """What an algorithm carries from batch to batch besides weights, as JSON values."""
+        return {}
+
+    def restore_own_state(self, state: dict[str, Any]) -> None:
+        """Takes up what `own_state` gave."""
+        assert not state
+
+    def gae(self, episodes: Episodes, rewards: Tensor, gae_lambda: float) -> tuple[Tensor, Tensor]:
+        """(B, T) GAE advantages and returns; an episode that was truncated is bootstrapped with V of its last state."""
+        assert episodes.values is not None
+        bootstrap = None
+        if not bool(episodes.terminated.all()):
+            bootstrap = torch.where(episodes.terminated, 0.0, self.policy.values_behind(episodes))
+        return gae(rewards, episodes.values, episodes.response_mask, self.envs.gamma, gae_lambda, bootstrap)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -183,19 +252,25 @@ class OnPolicyAgent(ABC):
         return exact(law, reference).sum().item() / len(few)
 
     def _update(self, episodes: Episodes) -> dict[str, float]:
-        config, task = self.config, self.envs.task
         if episodes.values is None:
             episodes = self._with_values(episodes)
         assert episodes.values is not None
-        rewards = token_rewards(episodes, self.kl.value, dense=task.dense_kl)
-        advantages, returns = self.advantages(episodes, rewards)
+        advantages, returns = self.advantages(episodes, self.rewards(episodes))
+        metrics = self._optimise(episodes, advantages, returns)
+        self._check_first_update(metrics)
+        if self.uses_critic:
+            mask = episodes.response_mask
+            metrics["train/explained_variance"] = explained_variance(episodes.values[mask], returns[mask])
+        return metrics
+
+    def _optimise(self, episodes: Episodes, advantages: Tensor, returns: Tensor) -> dict[str, float]:
+        """Passes of optimiser steps over a batch."""
+        config = self.config
         history: list[dict[str, float]] = []
         for _ in range(config.epochs):
             order = torch.randperm(len(episodes), generator=self.generator).to(self.policy.device)
             for rows in order.tensor_split(config.minibatches):
                 history.append(self._step(episodes, advantages, returns, rows))
-                if len(history) == 1:
-                    self._check_first_update(history[0])
                 if self.stop_early(history[-1]):
                     break
             if self.stop_early(history[-1]):
@@ -204,8 +279,6 @@ class OnPolicyAgent(ABC):
         # Of the first step alone, before anything has changed: 0 but for rounding.
         metrics["train/ratio_error"] = history[0]["train/ratio_error"]
         metrics["train/updates"] = len(history)
-        mask = episodes.response_mask
-        metrics["train/explained_variance"] = explained_variance(episodes.values[mask], returns[mask])
         return metrics
 
     def _with_values(self, episodes: Episodes) -> Episodes:
@@ -215,12 +288,12 @@ class OnPolicyAgent(ABC):
 
     def _step(self, episodes: Episodes, advantages: Tensor, returns: Tensor, rows: Tensor) -> dict[str, float]:
         """One optimiser step on a minibatch, its gradient accumulated over micro-batches of like length."""
-        total = episodes.lengths[rows].sum()
+        total, count = episodes.lengths[rows].sum(), len(rows)
         rows = rows[episodes.lengths[rows].argsort()]
         self.optimizer.zero_grad(set_to_none=True)
         metrics: dict[str, float] = {}
         for part in rows.split(self.config.micro_batch_size):
-            batch = self._read(episodes, advantages, returns, part, total)
+            batch = self._read(episodes, advantages, returns, part, total, count)
             loss, parts = self.loss(batch)
             loss.backward()
             with torch.no_grad():
@@ -234,7 +307,9 @@ class OnPolicyAgent(ABC):
         self.optimizer.step()
         return metrics
 
-    def _read(self, episodes: Episodes, advantages: Tensor, returns: Tensor, rows: Tensor, total: Tensor) -> Minibatch:
+    def _read(
+        self, episodes: Episodes, advantages: Tensor, returns: Tensor, rows: Tensor, total: Tensor, count: int
+    ) -> Minibatch:
         few = episodes[rows]
         assert few.values is not None
         mask = few.response_mask
@@ -249,7 +324,16 @@ class OnPolicyAgent(ABC):
             advantages=advantages[rows][mask],
             returns=returns[rows][mask],
             weights=torch.full_like(read.values, 1.0) / total,
+            episode_weights=torch.full_like(read.values, 1.0 / count),
+            lengths=few.lengths.unsqueeze(1).expand_as(mask)[mask],
+            places=mask.nonzero()[:, 1],
+            ref_log_probs=few.ref_log_probs[mask],
+            ref_log_law=self._reference_law(few) if self.reads_reference else None,
         )
+
+    @torch.no_grad()
+    def _reference_law(self, episodes: Episodes) -> Tensor:
+        return read_logits(self.envs.engine.lm, episodes).float().log_softmax(-1)
 
     def _check_start(self, episodes: Episodes) -> None:
         """The policy starts as the reference: in the first batch a response has the same log-prob under both."""
@@ -320,6 +404,7 @@ class OnPolicyAgent(ABC):
             "kl_coef": self.kl.value,
             "config": asdict(self.config),
             "prompts": self.envs.prompt_state(),
+            "own": self.own_state(),
         }
         reward = self.envs.engine.reward
         if hasattr(reward, "get_state"):  # one that draws its own noise
@@ -341,16 +426,19 @@ class OnPolicyAgent(ABC):
         state = json.loads((directory / "state.json").read_text())
         self.num_timesteps, self.kl.value = state["num_timesteps"], state["kl_coef"]
         self.envs.restore_prompt_state(state["prompts"])
+        self.restore_own_state(state["own"])
         if "reward" in state:
             self.envs.engine.reward.set_state(state["reward"])  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Chosen tokens of some episodes, flat. All (n,) but `log_law` (n, V).
+    """Chosen tokens of some episodes, flat. All (n,) but `log_law` and `ref_log_law` (n, V).
 
     `log_law` and `log_probs` and `values` are of the policy being updated and carry gradients; `old_*` are those that
-    the episodes were collected with. `weights` sum, over the micro-batches of a minibatch, to 1.
+    the episodes were collected with. `weights` sum, over the micro-batches of a minibatch, to 1: the mean over tokens.
+    `episode_weights` are 1 / (episodes of the minibatch): the mean over episodes of a sum over tokens, or, divided by
+    `lengths`, of a mean over tokens. `places` are the tokens' places in their responses, from 0.
     """
 
     log_law: Tensor
@@ -361,6 +449,11 @@ class Minibatch:
     advantages: Tensor
     returns: Tensor
     weights: Tensor
+    episode_weights: Tensor
+    lengths: Tensor
+    places: Tensor
+    ref_log_probs: Tensor
+    ref_log_law: Tensor | None
 
 
 def make_policy(envs: RLHFVectorEnv, config: OnPolicyConfig, seed: int) -> TrainablePolicy:

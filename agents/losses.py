@@ -5,10 +5,14 @@ With weights 1 / n a loss is the mean over tokens; with 1 / (B * length) it is t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lmgym.kl import exact, k1, k2, k3
+
+KLEstimator = Literal["k1", "k2", "k3", "exact"]
 
 
 class PolicyLoss(NamedTuple):
@@ -38,6 +42,40 @@ def clipped_policy_loss(
         # A token that left the support of a truncated law has ratio 0, and a log-ratio that would drown the rest.
         approx_kl = (weights * (ratio - 1 - log_ratio.clamp(min=-20.0))).sum()
     return PolicyLoss(loss, clip_fraction, approx_kl)
+
+
+def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
+    """- sum of weights * advantages * log pi: its gradient is that of the policy-gradient theorem, negated.
+
+    A token that left the support of a truncated law adds nothing.
+    """
+    return -(weights * advantages * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum()
+
+
+def kl_estimate(
+    kind: KLEstimator, log_probs: Tensor, ref_log_probs: Tensor, log_law: Tensor, ref_log_law: Tensor | None
+) -> Tensor:
+    """KL(pi || pi_ref) token by token, as a loss: differentiable, nats.
+
+    Args:
+        kind: k1, k2, k3 of the chosen tokens, or exact over the vocabulary. What their gradients estimate differs:
+            docs/optimum.md has their bias, measured.
+        log_probs: (n,) under the policy being updated. ref_log_probs: (n,).
+        log_law: (n, V). ref_log_law: (n, V), needed for the exact one.
+
+    Returns:
+        (n,), 0 for a chosen token that left the support of a truncated law.
+    """
+    if kind == "exact":
+        assert ref_log_law is not None
+        return exact(log_law, ref_log_law)
+    log_ratio = (log_probs - ref_log_probs).masked_fill(log_probs == -torch.inf, 0.0)
+    return {"k1": k1, "k2": k2, "k3": k3}[kind](log_ratio)
+
+
+def value_loss(values: Tensor, returns: Tensor, weights: Tensor) -> Tensor:
+    """Half the weighted squared error of (n,) values."""
+    return 0.5 * (weights * (values - returns).square()).sum()
 
 
 def clipped_value_loss(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from agents.advantages import gae, whiten
+from agents.advantages import whiten
 from agents.base import Minibatch, OnPolicyAgent, OnPolicyConfig
 from agents.losses import clipped_policy_loss, clipped_value_loss
 from lmgym.episodes import Episodes
@@ -44,13 +43,8 @@ class PPO(OnPolicyAgent):
 
     def advantages(self, episodes: Episodes, rewards: Tensor) -> tuple[Tensor, Tensor]:
         """GAE over the tokens of each episode; one that was truncated is bootstrapped with V of its last state."""
-        assert episodes.values is not None
-        bootstrap = None
-        if not bool(episodes.terminated.all()):
-            bootstrap = torch.where(episodes.terminated, 0.0, self.policy.values_behind(episodes))
-        mask, gamma = episodes.response_mask, self.envs.gamma
-        advantages, returns = gae(rewards, episodes.values, mask, gamma, self.config.gae_lambda, bootstrap)
-        return whiten(advantages, mask) if self.config.whiten_advantages else advantages, returns
+        advantages, returns = self.gae(episodes, rewards, self.config.gae_lambda)
+        return whiten(advantages, episodes.response_mask) if self.config.whiten_advantages else advantages, returns
 
     def loss(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
         """L_clip + vf_coef * L_value - entropy_coef * entropy (Schulman et al. 2017, eq. 9)."""

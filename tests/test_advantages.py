@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 from torch import Tensor
 
-from agents.advantages import gae, whiten
+from agents.advantages import gae, group_leave_one_out, group_standardised, leave_one_out, returns_to_go, whiten
 
 GAMMA, LAMBDA = 0.9, 0.8
 
@@ -211,3 +213,93 @@ def test_whitening_a_constant_or_a_single_token_gives_zero_and_not_nan() -> None
     mask = ragged([3, 1], 4)
     assert torch.equal(whiten(torch.full((2, 4), 7.0), mask), torch.zeros(2, 4))
     assert torch.equal(whiten(torch.full((1, 4), 7.0), ragged([1], 4)), torch.zeros(1, 4))
+
+
+# -- returns and baselines without a critic --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [1.0, GAMMA, 0.0])
+def test_returns_to_go_are_sums_to_the_end_of_the_episode(gamma: float) -> None:
+    rewards, _, mask = problem([6, 1, 4, 3])
+    returns = returns_to_go(rewards, mask, gamma)
+    torch.testing.assert_close(returns, monte_carlo(rewards, mask, gamma), rtol=0, atol=1e-12)
+    assert torch.equal(returns, returns_to_go(torch.where(mask, rewards, 1e6), mask, gamma))
+    assert (returns[~mask] == 0).all()
+
+
+def slow_leave_one_out(returns: Tensor, mask: Tensor) -> Tensor:
+    """For each entry the mean over the other rows that have one at its place."""
+    result = torch.zeros_like(returns)
+    for i, t in mask.nonzero().tolist():
+        others = [returns[j, t].item() for j in range(len(returns)) if j != i and mask[j, t]]
+        result[i, t] = statistics.fmean(others) if others else 0.0
+    return result
+
+
+@pytest.mark.parametrize("lengths", [[6, 1, 4, 3], [5, 5], [2], [1, 1, 1], [6, 2, 2]])
+def test_a_baseline_is_the_mean_of_the_other_episodes_at_the_same_place(lengths: list[int]) -> None:
+    returns, _, mask = problem(lengths)
+    baseline = leave_one_out(returns, mask)
+    torch.testing.assert_close(baseline, slow_leave_one_out(returns, mask), rtol=0, atol=1e-12)
+    torch.testing.assert_close(leave_one_out(torch.where(mask, returns, 1e3), mask), baseline, rtol=0, atol=1e-10)
+
+
+def test_where_one_episode_alone_is_alive_its_baseline_is_0() -> None:
+    returns, _, mask = problem([6, 2, 3])
+    assert (leave_one_out(returns, mask)[0, 3:] == 0).all()
+    assert (leave_one_out(returns, mask)[0, :3] != 0).all()
+
+
+def test_a_baseline_does_not_move_with_the_episodes_own_return() -> None:
+    returns, _, mask = problem([6, 4, 5])
+    changed = returns.clone()
+    changed[1] += 10.0
+    torch.testing.assert_close(leave_one_out(changed, mask)[1], leave_one_out(returns, mask)[1], rtol=0, atol=1e-12)
+    assert (leave_one_out(changed, mask)[0, :4] - leave_one_out(returns, mask)[0, :4]).abs().min() > 1
+
+
+def groups_of(size: int, groups: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(size)
+    return 2 + 3 * torch.randn(size * groups, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_a_group_is_judged_by_its_others(size: int) -> None:
+    returns = groups_of(size)
+    expected = []
+    for i, own in enumerate(returns.tolist()):
+        start = i - i % size
+        expected.append(own - statistics.fmean(returns[j].item() for j in range(start, start + size) if j != i))
+    found = group_leave_one_out(returns, size)
+    assert found.tolist() == pytest.approx(expected, abs=1e-12)
+    assert found.view(-1, size).sum(1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("scale", [True, False])
+def test_a_group_is_centred_and_standardised(size: int, scale: bool) -> None:
+    returns = groups_of(size)
+    expected = []
+    for group in returns.view(-1, size).tolist():
+        over = statistics.stdev(group) + 1e-4 if scale else 1.0
+        expected += [(x - statistics.fmean(group)) / over for x in group]
+    assert group_standardised(returns, size, scale=scale).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_neighbouring_groups_do_not_feel_each_other() -> None:
+    returns = groups_of(4)
+    changed = torch.cat([returns[:4], returns[4:] * 100])
+    for function in (group_leave_one_out, group_standardised):
+        assert torch.equal(function(changed, 4)[:4], function(returns, 4)[:4])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -7.3])
+def test_a_group_of_equal_returns_gets_0(value: float) -> None:
+    equal = torch.cat([torch.full((4,), value), torch.tensor([1.0, 2.0, 3.0, 4.0])])
+    for found in (
+        group_leave_one_out(equal, 4),
+        group_standardised(equal, 4),
+        group_standardised(equal, 4, scale=False),
+    ):
+        assert found[:4].abs().max() < 1e-2 * found[4:].abs().max()
+        assert found.isfinite().all()

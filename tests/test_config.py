@@ -128,12 +128,12 @@ def test_an_unknown_name_is_answered_with_the_known_ones_and_the_nearest() -> No
 # -- the yaml files --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("agent", choices("agent"))
-@pytest.mark.parametrize("task", choices("task"))
-@pytest.mark.parametrize("sampler", choices("sampler"))
+@pytest.mark.parametrize(
+    "choice", [f"{group}={name}" for group in ("agent", "task", "sampler") for name in choices(group)]
+)
 @pytest.mark.usefixtures("nothing_loads")
-def test_every_combination_of_files_is_a_valid_plan(agent: str, task: str, sampler: str) -> None:
-    plan = agents.train.check(composed(f"agent={agent}", f"task={task}", f"sampler={sampler}"))
+def test_every_file_makes_a_valid_plan(choice: str) -> None:
+    plan = agents.train.check(composed(choice))
     assert isinstance(plan.agent_config, plan.agent_class.Config)
     assert isinstance(plan.sampler, Sampler)
     assert (plan.seed, plan.settings["device"]) == (0, "auto")

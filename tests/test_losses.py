@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.losses import clipped_policy_loss, clipped_value_loss, explained_variance
+from agents.losses import (
+    KLEstimator,
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    kl_estimate,
+    policy_gradient_loss,
+    value_loss,
+)
 
 EPS = 0.2
 
@@ -174,3 +182,119 @@ def test_explained_variance() -> None:
     assert explained_variance(-returns, returns) == pytest.approx(-3.0)  # 1 - Var[2 r] / Var[r]
     assert explained_variance(0.5 * returns, returns) == pytest.approx(0.75)
     assert math.isnan(explained_variance(returns, torch.ones(4)))
+
+
+# -- without a ratio -------------------------------------------------------------------------------------------------
+
+
+def test_the_policy_gradient_loss_is_a_weighted_sum_and_its_slope_the_advantages() -> None:
+    log_probs, _, advantages, weights = tokens()
+    loss = policy_gradient_loss(log_probs.requires_grad_(), advantages, weights)
+    columns = (x.tolist() for x in (log_probs.detach(), advantages, weights))
+    assert loss.item() == pytest.approx(-sum(w * a * x for x, a, w in zip(*columns, strict=True)), abs=1e-12)
+    (slope,) = torch.autograd.grad(loss, log_probs)
+    torch.testing.assert_close(slope, -weights * advantages, rtol=0, atol=1e-14)
+
+
+def test_the_value_loss_is_half_the_weighted_squared_error() -> None:
+    values, _, returns, weights = tokens()
+    loss = value_loss(values.requires_grad_(), returns, weights)
+    columns = (x.tolist() for x in (values.detach(), returns, weights))
+    assert loss.item() == pytest.approx(0.5 * sum(w * (v - r) ** 2 for v, r, w in zip(*columns, strict=True)))
+    (slope,) = torch.autograd.grad(loss, values)
+    torch.testing.assert_close(slope, weights * (values - returns).detach(), rtol=0, atol=1e-14)
+    assert value_loss(values, values, weights).item() == 0
+
+
+# -- the KL as a loss ------------------------------------------------------------------------------------------------
+
+
+def kl_problem(n: int = 6, v: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (n, V) of the policy, log-probs (n, V) of the reference and tokens (n, 1)."""
+    generator = torch.Generator().manual_seed(0)
+    logits, ref = torch.randn((2, n, v), generator=generator, dtype=torch.float64)
+    return logits.requires_grad_(), ref.log_softmax(-1), torch.randint(v, (n, 1), generator=generator)
+
+
+def estimated(kind: KLEstimator, logits: Tensor, ref: Tensor, chosen: Tensor) -> Tensor:
+    law = logits.log_softmax(-1)
+    return kl_estimate(kind, law.gather(1, chosen).squeeze(1), ref.gather(1, chosen).squeeze(1), law, ref)
+
+
+KINDS: list[KLEstimator] = ["k1", "k2", "k3", "exact"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_estimate_of_the_kl_is_its_formula_token_by_token(kind: KLEstimator) -> None:
+    logits, ref, chosen = kl_problem()
+    law = logits.detach().log_softmax(-1)
+    for i, found in enumerate(estimated(kind, logits, ref, chosen).tolist()):
+        x = (law[i, chosen[i]] - ref[i, chosen[i]]).item()
+        whole = sum(math.exp(p) * (p - q) for p, q in zip(law[i].tolist(), ref[i].tolist(), strict=True))
+        assert found == pytest.approx({"k1": x, "k2": x * x / 2, "k3": math.exp(-x) - 1 + x, "exact": whole}[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_an_estimate_of_the_kl_by_finite_differences(kind: KLEstimator) -> None:
+    logits, ref, chosen = kl_problem()
+    (found,) = torch.autograd.grad(estimated(kind, logits, ref, chosen).sum(), logits)
+    plain = logits.detach()
+    for i, j in ((0, 0), (2, 3), (5, int(chosen[5])), (3, int(chosen[3]))):
+        step = torch.zeros_like(plain)
+        step[i, j] = 1e-6
+        ends = [estimated(kind, plain + sign * step, ref, chosen).sum().item() for sign in (1, -1)]
+        assert found[i, j].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_gradient_of_an_estimate_of_the_kl_is_in_expectation(kind: KLEstimator) -> None:
+    """Of one state: 0 for k1, that of KL(pi || ref) for k2 and exact, that of KL(ref || pi) for k3."""
+    logits, ref, _ = kl_problem(n=1)
+    every = torch.arange(5).unsqueeze(1)
+    probs = logits.detach().softmax(-1).squeeze(0)
+    expected = (probs * estimated(kind, logits.expand(5, 5), ref.expand(5, 5), every)).sum()
+    (found,) = torch.autograd.grad(expected, logits)
+    law = logits.log_softmax(-1)
+    (right,) = torch.autograd.grad((law.exp() * (law - ref)).sum(), logits)
+    law = logits.log_softmax(-1)
+    (other,) = torch.autograd.grad((ref.exp() * (ref - law)).sum(), logits)
+    truth = {"k1": torch.zeros_like(right), "k2": right, "k3": other, "exact": right}[kind]
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-12)
+    assert (right - other).norm() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kl_to_itself(kind: KLEstimator) -> None:
+    logits, _, chosen = kl_problem()
+    found = estimated(kind, logits, logits.detach().log_softmax(-1), chosen)
+    assert found.abs().max() < 1e-12
+    if kind != "k1":  # each is least there
+        (slope,) = torch.autograd.grad(found.sum(), logits)
+        assert slope.abs().max() < 1e-12
+
+
+def test_a_token_that_the_law_rules_out_adds_nothing_to_the_exact_kl() -> None:
+    logits, ref, chosen = kl_problem()
+    ruled_out = logits.masked_fill(torch.arange(5) == (chosen + 1) % 5, -torch.inf)
+    found = estimated("exact", ruled_out, ref, chosen)
+    (slope,) = torch.autograd.grad(found.sum(), logits)
+    assert found.isfinite().all()
+    assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chosen_token_that_left_the_support_adds_nothing_to_a_loss(kind: KLEstimator) -> None:
+    logits, ref, chosen = kl_problem()
+    gone = torch.zeros(6, 5, dtype=torch.bool)
+    gone[2, chosen[2]] = True
+    law = logits.masked_fill(gone, -torch.inf).log_softmax(-1)
+    log_probs = law.gather(1, chosen).squeeze(1)
+    weights, advantages = torch.full((6,), 1 / 6, dtype=torch.float64), torch.tensor([1.0, -2, 3, -4, 5, -6])
+    kl = kl_estimate(kind, log_probs, ref.gather(1, chosen).squeeze(1), law, ref)
+    assert kind == "exact" or kl[2] == 0
+    loss = policy_gradient_loss(log_probs, advantages, weights) + kl.sum()
+    (slope,) = torch.autograd.grad(loss, logits)
+    assert loss.isfinite()
+    assert slope.isfinite().all()
+    assert kind == "exact" or (slope[2] == 0).all()
+    assert slope[3].norm() > 0
