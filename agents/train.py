@@ -7,6 +7,7 @@ with `AutoModelForCausalLM`), `summary.json`, `samples.json` and `curves.png`. C
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 import os
@@ -107,12 +108,18 @@ def build(plan: Plan) -> OnPolicyAgent:
     import gymnasium as gym
 
     rows = plan.agent_config.num_envs
-    envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=rows, autoreset_mode="SameStep", **plan.settings)
+    group = getattr(plan.agent_config, "responses", 1)
+    envs: Any = gym.make_vec(
+        "lmgym/RLHF-v0", num_envs=rows, group_size=group, autoreset_mode="SameStep", **plan.settings
+    )
     return plan.agent_class(envs, plan.agent_config, seed=plan.seed, sampler=plan.sampler)
 
 
-def grade(plan: Plan, policy: Any) -> Any:
-    """Evaluates a policy under the plan's sampler on the split that is held out."""
+def grade(plan: Plan, graded: Any) -> Any:
+    """Evaluates an agent, or a policy, under the plan's sampler on the split that is held out.
+
+    An agent that has an `evaluate` of its own grades itself; of any other its `policy` is graded.
+    """
     import gymnasium as gym
     import torch
 
@@ -121,7 +128,8 @@ def grade(plan: Plan, policy: Any) -> Any:
     envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=1, **{**plan.settings, "split": plan.evaluation.split})
     config, generator = plan.evaluation, torch.Generator().manual_seed(EVALUATION_SEED)
     samples = config.samples or math.ceil(EVALUATION_EPISODES / (config.prompts or len(envs.engine.prompts)))
-    return evaluate(policy, envs, samples=samples, prompts=config.prompts, sampler=plan.sampler, generator=generator)
+    grading = getattr(graded, "evaluate", None) or functools.partial(evaluate, getattr(graded, "policy", graded))
+    return grading(envs, samples=samples, prompts=config.prompts, sampler=plan.sampler, generator=generator)
 
 
 def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, total_timesteps: int) -> dict[str, Any]:
@@ -233,7 +241,7 @@ def train(plan: Plan, directory: Path, resume: bool) -> int:
         command = f"{sys.executable} -m agents.train resume={directory}"
         print(f"Stopped after {agent.num_timesteps:,} tokens. Go on with: {command}")
         return 130
-    after = grade(plan, agent.policy)
+    after = grade(plan, agent)
     summary = summarise(plan, before, after, train_seconds, agent.num_timesteps)
     rows = samples(agent.envs.engine.lm, before, after)
     write_json(directory / "summary.json", summary)

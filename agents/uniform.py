@@ -1,0 +1,53 @@
+"""Chance: every token of the tokenizer is as likely as any other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from agents.fixed import FixedPolicyAgent
+from lmgym.models.causal import CausalLM
+from lmgym.models.policy import Policy
+
+
+class UniformState:
+    """B running responses, whose past does not matter (`lmgym.models.policy.PolicyState`)."""
+
+    values = None
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def step(self, tokens: Tensor) -> None:
+        """Changes nothing."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Keeps only these rows (n,), in this order."""
+        self.logits = self.logits[rows]
+
+    def begin(self, rows: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+        """Changes nothing."""
+
+
+class UniformPolicy:
+    """The uniform law over the tokens that the tokenizer has (`lmgym.models.policy.Policy`)."""
+
+    def __init__(self, lm: CausalLM) -> None:
+        self.logits = lm.legal_logits(torch.zeros(lm.vocab_size, device=lm.device))
+
+    @property
+    def device(self) -> torch.device:
+        """That of the reference."""
+        return self.logits.device
+
+    def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> UniformState:
+        """Starts (B,) responses; prompts (B, P) do not matter."""
+        return UniformState(self.logits.repeat(len(prompt_ids), 1))
+
+
+class Uniform(FixedPolicyAgent):
+    """Samples tokens uniformly, the EOS among them: how far random exploration gets, and what it costs in KL."""
+
+    def make_policy(self) -> Policy:
+        """The uniform law."""
+        return UniformPolicy(self.envs.engine.lm)
