@@ -1,0 +1,540 @@
+"""The bridge to Stable-Baselines3 against its own vector envs, the reference and plain forwards."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import TinyProblem, gpt2, table_reward, word_tokenizer
+from gymnasium.utils.env_checker import data_equivalence
+from gymnasium.vector import VectorWrapper
+from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import agents.sb3
+from agents.sb3 import SB3Agent, SB3Config, Trunk, VecEnvBridge
+from lmgym.envs.vector import RLHFVectorEnv
+from lmgym.errors import InvalidArgumentError, UnknownNameError
+from lmgym.evaluation import evaluate
+from lmgym.models.causal import CausalLM, freeze
+from lmgym.models.sampling import Sampler
+from lmgym.tasks.base import Task
+
+needs_contrib = pytest.mark.skipif(not importlib.util.find_spec("sb3_contrib"), reason="needs sb3-contrib")
+OFF_POLICY: dict[str, Any] = {"buffer_size": 1000, "learning_starts": 64}
+SMALL: dict[str, dict[str, Any]] = {
+    "PPO": {"batch_size": 64, "n_epochs": 2},
+    "A2C": {},
+    "DQN": {"kwargs": OFF_POLICY},
+    "TRPO": {"kwargs": {"cg_max_steps": 1}, "policy": "mlp", "layers": 1, "n_steps": 64},
+    "QRDQN": {"kwargs": {**OFF_POLICY, "policy_kwargs": {"n_quantiles": 4}}},
+    "MaskablePPO": {"batch_size": 64, "n_epochs": 2},
+    "RecurrentPPO": {"batch_size": 64, "n_epochs": 2, "kwargs": {"policy_kwargs": {"lstm_hidden_size": 8}}},
+}
+ALGORITHMS = [pytest.param(name, marks=[needs_contrib] if name in agents.sb3._CONTRIB else []) for name in SMALL]
+ON_POLICY = [p for p in ALGORITHMS if p.values[0] not in agents.sb3._VALUE_BASED]
+
+
+@functools.cache
+def tiny_lm() -> CausalLM:
+    """A random GPT-2 of one layer with 7 tokens."""
+    tokenizer = word_tokenizer(["a", "b", "c", "d"])
+    return CausalLM(freeze(gpt2(len(tokenizer), n_embd=8, n_layer=1, n_head=2, n_positions=16)), tokenizer)
+
+
+def tiny_envs(rows: int = 8, **changes: Any) -> RLHFVectorEnv:
+    """The token MDP over the tiny model, with at most three tokens a response."""
+    settings = {name: changes.pop(name) for name in ("autoreset_mode", "obs_format") if name in changes}
+    fields = {"reward": table_reward, "prompts": {"train": ["a", "b c", "d d a"]}, "kl_coef": 0.3, "max_new_tokens": 3}
+    task = Task(**{"name": "tiny", "model": tiny_lm(), **fields, **changes})
+    return RLHFVectorEnv(rows, **{"autoreset_mode": "SameStep", "task": task, "device": "cpu", **settings})
+
+
+def keyword_envs(rows: int = 8) -> RLHFVectorEnv:
+    return RLHFVectorEnv(rows, autoreset_mode="SameStep", task="keyword-8", device="cpu")
+
+
+def make(algorithm: str = "PPO", envs: RLHFVectorEnv | None = None, *, seed: int = 0, **config: Any) -> SB3Agent:
+    envs = envs or tiny_envs()
+    config = {"n_envs": envs.num_envs, "n_steps": 16, "width": 8, "layers": 1} | SMALL[algorithm] | config
+    return SB3Agent(envs, SB3Config(algorithm=algorithm, **config), seed=seed)
+
+
+def learn(agent: SB3Agent, total: int) -> list[dict[str, float]]:
+    history: list[dict[str, float]] = []
+    agent.learn(total, lambda step, metrics: history.append({"step": step, **metrics}))
+    return history
+
+
+def weights(agent: SB3Agent) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in agent.model.policy.parameters()])
+
+
+def moved(agent: SB3Agent, scale: float = 0.3) -> SB3Agent:
+    """The agent with every weight moved, as in the midst of training."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in agent.model.policy.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    agent.model.policy.set_training_mode(False)
+    return agent
+
+
+def law_behind(lm: CausalLM, ids: Any, mask: Any) -> Tensor:
+    """(V,) log-law behind one observation: a plain forward over its tokens."""
+    tokens = torch.tensor(np.asarray(ids)[np.asarray(mask).astype(bool)].astype(int))[None]
+    with torch.no_grad():
+        return lm.model(input_ids=tokens).logits[0, -1, : lm.vocab_size].log_softmax(-1)
+
+
+# -- the bridge --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+@pytest.mark.parametrize("kl_coef", [0.2, 0.0])
+def test_the_bridge_is_a_dummy_vec_env_over_single_envs(parts: Any, truncate: bool, kl_coef: float) -> None:
+    n, settings = 3, {**parts, "truncate": truncate, "kl_coef": kl_coef, "device": "cpu"}
+    bridge = VecEnvBridge(RLHFVectorEnv(n, autoreset_mode="SameStep", **settings))
+    dummy = DummyVecEnv([lambda: gym.make("lmgym/RLHF-v0", **settings) for _ in range(n)])
+    assert (bridge.observation_space, bridge.action_space) == (dummy.observation_space, dummy.action_space)
+    rng = np.random.default_rng(0)
+    endings = set()
+    for vec in (bridge, dummy):
+        vec.seed(5)
+    assert data_equivalence(dict(bridge.reset()), dict(dummy.reset()))
+    assert bridge.reset_infos == dummy.reset_infos
+    for _ in range(30):
+        actions = rng.choice([1, 3, 4, 5, 6, 7], n, p=[0.1, 0.2, 0.2, 0.2, 0.2, 0.1])
+        ours, theirs = bridge.step(actions), dummy.step(actions)
+        assert data_equivalence(dict(ours[0]), dict(theirs[0]))
+        assert ours[1].dtype == np.float32
+        assert ours[1].flags.writeable
+        np.testing.assert_allclose(ours[1], theirs[1], atol=1e-5)
+        assert ours[2].dtype == bool
+        assert (ours[2] == theirs[2]).all()
+        for mine, other in zip(ours[3], theirs[3], strict=True):
+            assert mine.keys() == other.keys()
+            for name, value in other.items():
+                assert type(mine[name]) is type(value), name
+                if isinstance(value, float):
+                    assert mine[name] == pytest.approx(value, abs=1e-5), name
+                else:
+                    assert data_equivalence(mine[name], value), name
+            endings |= {(mine.get("finish_reason"), mine["TimeLimit.truncated"])}
+    assert endings == {(None, False), ("eos", False), ("length", truncate)}
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "Disabled"])
+def test_another_autoreset_is_refused(mode: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"`autoreset_mode` must be 'SameStep', .* got '{mode}'"):
+        VecEnvBridge(tiny_envs(autoreset_mode=mode))
+
+
+class Masked(VectorWrapper[Any, Any, Any, Any, Any]):
+    """Allows every row two tokens of its own."""
+
+    def action_masks(self) -> Any:
+        masks = np.zeros((self.num_envs, 7), dtype=bool)
+        for row in range(self.num_envs):
+            masks[row, [1, 3 + row]] = True
+        return masks
+
+
+def test_attributes_and_methods_reach_the_env_and_its_wrappers() -> None:
+    envs = tiny_envs(3)
+    bridge = VecEnvBridge(Masked(envs))
+    assert bridge.get_attr("kl_coef") == [0.3] * 3
+    assert bridge.get_attr("kl_coef", [0, 2]) == [0.3] * 2
+    assert bridge.has_attr("action_masks")
+    assert not bridge.has_attr("no_such")
+    bridge.set_attr("note", "x")
+    assert (envs.note, bridge.get_attr("note")) == ("x", ["x"] * 3)  # type: ignore[attr-defined]
+    with pytest.raises(InvalidArgumentError, match="`indices` must be all rows"):
+        bridge.set_attr("note", "y", 0)
+    assert bridge.env_is_wrapped(Masked, [0]) == [True]
+    assert bridge.env_is_wrapped(gym.wrappers.vector.RecordEpisodeStatistics) == [False] * 3
+    assert [list(np.flatnonzero(row)) for row in bridge.env_method("action_masks", indices=[0, 2])] == [[1, 3], [1, 5]]
+    assert bridge.env_method("next_prompts", 2)[0][0].text in ("a", "b c", "d d a")
+    assert np.all(VecEnvBridge(envs).env_method("action_masks"))
+    assert bridge.render_mode is None
+
+
+def test_seeds_and_options_hold_for_the_next_reset() -> None:
+    bridge = VecEnvBridge(tiny_envs(3))
+    bridge.seed(4)
+    first = bridge.reset()
+    second = bridge.reset()
+    bridge.seed(4)
+    assert data_equivalence(dict(first), dict(bridge.reset()))
+    assert data_equivalence(dict(second), dict(bridge.reset()))
+    bridge.set_options({"prompt": "d d a"})
+    assert (bridge.reset()["attention_mask"].sum(1) == 3).all()
+    bridge.set_options([{"prompt": "a"}, {}, {}])
+    with pytest.raises(InvalidArgumentError, match="`options` must be the same for every row"):
+        bridge.reset()
+
+
+def test_the_single_env_passes_the_check_of_sb3() -> None:
+    check_env(gym.make("lmgym/RLHF-v0", task="keyword-8", device="cpu").unwrapped)
+
+
+# -- where it starts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("envs", [tiny_envs, keyword_envs])
+@pytest.mark.parametrize("algorithm", ON_POLICY)
+def test_the_first_policy_is_the_reference_and_its_values_are_0(algorithm: str, envs: Any) -> None:
+    agent = make(algorithm, envs(), **({"policy": "auto"} if envs is tiny_envs else {}))
+    lm, seen = agent.envs.engine.lm, 0
+    agent.envs.reset(seed=0)
+    observation = agent.envs.step(np.full(8, 3))[0]
+    logits = agent._logits(*(torch.from_numpy(observation[k]) for k in ("input_ids", "attention_mask")))
+    for row in range(8):
+        if observation["attention_mask"][row, -agent.envs.engine.horizon :].any():
+            seen += 1
+        expected = law_behind(lm, observation["input_ids"][row], observation["attention_mask"][row])
+        torch.testing.assert_close(logits[row].log_softmax(-1), expected, atol=1e-5, rtol=0)
+    assert seen
+    bare = {"kwargs": {**SMALL[algorithm].get("kwargs", {}), "normalize_advantage": False}}
+    agent = make(algorithm, envs(), learning_rate=0.0, **bare, **({"policy": "auto"} if envs is tiny_envs else {}))
+    metrics = learn(agent, 16 * 8)[0] if algorithm != "TRPO" else {}
+    if algorithm != "TRPO":  # whose step has no learning rate
+        buffer = agent.model.rollout_buffer
+        assert not buffer.values.any()
+        assert abs(metrics["rollout/kl"]) < 1e-4
+        assert abs(metrics["rollout/return"] - metrics["rollout/score"]) < 1e-4
+        assert abs(metrics.get("train/approx_kl", 0.0)) < 1e-6  # the ratio is 1
+        assert metrics.get("train/clip_fraction", 0.0) == 0.0
+
+
+def test_the_copy_of_the_model_is_left_as_it_is() -> None:
+    """SB3's own initialisation would draw most of it anew."""
+    agent = make()
+    ours, theirs = agent.policy.lm.model.state_dict(), agent.envs.engine.lm.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor)
+        assert ours[name].data_ptr() != tensor.data_ptr()
+
+
+def test_dropout_stays_off() -> None:
+    tokenizer = word_tokenizer(["a", "b", "c", "d"])
+    model = gpt2(len(tokenizer), n_embd=8, n_layer=1, n_head=2, n_positions=16)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    agent = make(envs=tiny_envs(model=CausalLM(freeze(model), tokenizer)), learning_rate=0.0)
+    metrics = learn(agent, 128)[0]
+    assert abs(metrics["train/approx_kl"]) < 1e-6
+    agent.model.policy.set_training_mode(True)
+    assert not any(m.training for m in agent.model.policy.features_extractor.modules())
+
+
+# -- the reward --------------------------------------------------------------------------------------------------------
+
+
+def stored(buffer: Any, array: Any) -> Any:
+    """(T, N, ...) of what a buffer has laid out row after row to draw minibatches from."""
+    return array.reshape(buffer.n_envs, buffer.buffer_size, *array.shape[1:]).swapaxes(0, 1)
+
+
+def by_hand(agent: SB3Agent, dense: bool = True) -> tuple[Any, Any, list[float]]:
+    """(T, N) rewards, log-probs, and the returns of whole episodes, from the buffer's observations and actions."""
+    buffer, task, lm = agent.model.rollout_buffer, agent.envs.task, agent.envs.engine.lm
+    actions = stored(buffer, buffer.actions)[..., 0]
+    observations = {name: stored(buffer, array) for name, array in buffer.observations.items()}
+    steps, rows = actions.shape[:2]
+    rewards, log_probs, returns = np.zeros((steps, rows)), np.zeros((steps, rows)), []
+    for i in range(rows):
+        owed, total = 0.0, 0.0
+        for t in range(steps):
+            ids, mask = (observations[name][t, i] for name in ("input_ids", "attention_mask"))
+            action, width = int(actions[t, i]), len(ids) - task.max_new_tokens
+            log_probs[t, i] = law_behind(agent.policy.lm, ids, mask)[action]
+            owed += task.kl_coef * (law_behind(lm, ids, mask)[action].item() - log_probs[t, i])
+            response = [int(token) for token, on in zip(ids[width:], mask[width:], strict=True) if on] + [action]
+            ended = action == lm.tokenizer.eos_token_id or len(response) == task.max_new_tokens
+            if dense or ended:
+                rewards[t, i], owed = owed, 0.0
+            if ended:
+                prompt = lm.decode([int(token) for token, on in zip(ids[:width], mask[:width], strict=True) if on])
+                rewards[t, i] += table_reward([prompt], [""], [response])[0]
+            total += rewards[t, i]
+            if ended:
+                returns.append(total)
+                total = 0.0
+    return rewards, log_probs, returns
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("algorithm", ["PPO", "A2C", pytest.param("MaskablePPO", marks=needs_contrib)])
+def test_the_buffer_gets_both_halves_of_the_kl(algorithm: str, dense: bool) -> None:
+    agent = moved(make(algorithm, tiny_envs(4, dense_kl=dense), learning_rate=0.0, n_steps=16))
+    (metrics,) = learn(agent, 64)
+    rewards, log_probs, returns = by_hand(agent, dense)
+    buffer = agent.model.rollout_buffer
+    np.testing.assert_allclose(stored(buffer, buffer.log_probs)[..., 0], log_probs, atol=1e-4)
+    np.testing.assert_allclose(buffer.rewards, rewards, atol=1e-4)
+    assert metrics["rollout/return"] == pytest.approx(np.mean(returns), abs=1e-4)
+    kl = (metrics["rollout/score"] - metrics["rollout/return"]) / 0.3
+    assert metrics["rollout/kl"] == pytest.approx(kl, abs=1e-3)
+    assert metrics["rollout/kl"] > 0.05
+
+
+def test_the_return_is_discounted() -> None:
+    agent = make(envs=tiny_envs(gamma=0.5, kl_coef=0.0), learning_rate=0.0)
+    (metrics,) = learn(agent, 128)
+    buffer, returns = agent.model.rollout_buffer, []
+    assert agent.model.gamma == 0.5
+    for i in range(8):
+        start = 0
+        for t in range(16):
+            if t == 15 or buffer.episode_starts[t + 1, i]:
+                if t < 15 or buffer.rewards[t, i] != 0:
+                    returns.append(sum(0.5 ** (s - start) * buffer.rewards[s, i] for s in range(start, t + 1)))
+                start = t + 1
+    assert metrics["rollout/return"] == pytest.approx(np.mean(returns), abs=1e-5)
+    assert "rollout/kl" not in metrics
+
+
+@pytest.mark.parametrize("algorithm", ["DQN", pytest.param("QRDQN", marks=needs_contrib)])
+def test_an_action_without_a_log_prob_is_a_point_mass(algorithm: str) -> None:
+    agent = make(algorithm)
+    metrics = learn(agent, 256)[-1]
+    paid = metrics["rollout/score"] - 0.3 * metrics["rollout/kl"]  # with log pi = 0 the env's reward is all there is
+    assert metrics["rollout/return"] == pytest.approx(paid, abs=1e-4)
+    state = agent.policy.begin(torch.tensor([[3], [4]]), torch.ones(2, 1, dtype=torch.bool), 3)
+    assert (state.logits.log_softmax(-1).amax(1) == 0).all()
+    assert state.logits.isfinite().all()
+    observation, _ = agent.envs.reset(seed=1)
+    greedy, _ = agent.model.policy.predict(observation, deterministic=True)
+    for deterministic in (True, False):
+        assert (agent.predict(observation, deterministic)[0] == greedy).all()
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("envs", [tiny_envs, keyword_envs])
+def test_every_algorithm_learns_from_what_it_does(algorithm: str, envs: Any, tmp_path: Path) -> None:
+    """Some 500 steps, graded, saved, and loaded into an agent that then does the same."""
+    agent = make(algorithm, envs(), seed=1, lr_schedule="constant")
+    before, reference = weights(agent), [p.clone() for p in agent.envs.engine.lm.model.parameters()]
+    history = learn(agent, 512)
+    assert agent.num_timesteps == history[-1]["step"] == 512
+    assert (weights(agent) - before).abs().max() > 1e-4
+    assert all(torch.equal(p, q) for p, q in zip(reference, agent.envs.engine.lm.model.parameters(), strict=True))
+    for metrics in history:
+        assert {"rollout/return", "rollout/score", "rollout/kl", "rollout/length"} <= metrics.keys()
+        assert all(math.isfinite(x) for name, x in metrics.items() if name.startswith("rollout/"))
+        assert metrics["time/tokens_per_second"] > 0
+    other = make(algorithm, envs(), seed=2)
+    agent.save(tmp_path / "checkpoint")
+    other.load(tmp_path / "checkpoint")
+    assert torch.equal(weights(agent), weights(other))
+    assert other.num_timesteps == 512
+    graded = [evaluate(a.policy, a.envs, samples=2, generator=torch.Generator().manual_seed(0)) for a in (agent, other)]
+    assert torch.equal(graded[0].episodes.response_ids, graded[1].episodes.response_ids)
+    assert math.isfinite(graded[0].metrics["return"].mean)
+    observation, _ = agent.envs.reset(seed=3)
+    assert (agent.predict(observation)[0] == other.predict(observation)[0]).all()
+    learn(other, 513)
+    assert other.num_timesteps > 512
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "policy"),
+    [("PPO", "auto"), ("PPO", "gru"), ("A2C", "mlp"), pytest.param("TRPO", "mlp", marks=needs_contrib)],
+)
+def test_the_cache_says_what_a_forward_over_the_prefix_says(
+    algorithm: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With rows that restart at different times, across updates, and a 1-row look at a truncated end."""
+    whole = {} if algorithm == "A2C" else {"batch_size": 45}
+    agent = moved(make(algorithm, tiny_envs(5, truncate=True), policy=policy, n_steps=9, learning_rate=0.01, **whole))
+    decode, calls, rows = Trunk._decode, [], set()
+
+    def checked(self: Trunk, ids: Tensor, mask: Tensor) -> Tensor:
+        cached, self._caches = decode(self, ids, mask), False
+        torch.testing.assert_close(cached, self.forward({"input_ids": ids, "attention_mask": mask}), atol=1e-4, rtol=0)
+        self._caches = True
+        calls.append(len(ids))
+        rows.add(tuple(mask.sum(1).tolist()))
+        return cached
+
+    monkeypatch.setattr(Trunk, "_decode", checked)
+    learn(agent, 90)
+    assert set(calls) == {5}
+    assert len(calls) >= 18
+    assert len(rows) > 5
+
+
+def test_ppo_learns_an_easy_task() -> None:
+    def count_b(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [float(completion.split().count("b")) for completion in completions]
+
+    envs = tiny_envs(32, reward=count_b, kl_coef=0.1)
+    agent = make(envs=envs, n_steps=8, learning_rate=0.01, batch_size=64, n_epochs=4)
+    grades = []
+    for total in (0, 2048):
+        learn(agent, total)
+        grades.append(evaluate(agent.policy, envs, samples=64, generator=torch.Generator().manual_seed(0)).metrics)
+    assert grades[1]["return"].low > grades[0]["return"].high + 0.3
+
+
+@needs_contrib
+def test_the_critic_of_trpo_does_not_move_the_policy() -> None:
+    agent = make("TRPO", kwargs={"n_critic_updates": 3, "cg_max_steps": 1, "target_kl": 1e-12})
+    before = {name: p.clone() for name, p in agent.model.policy.named_parameters()}
+    learn(agent, 128)
+    change = {name: (p - before[name]).abs().max().item() for name, p in agent.model.policy.named_parameters()}
+    assert max(x for name, x in change.items() if "value" not in name) < 1e-4
+    assert min(x for name, x in change.items() if "value" in name) > 1e-4
+
+
+@needs_contrib
+def test_maskable_ppo_takes_what_a_wrapper_allows() -> None:
+    envs = tiny_envs(4)
+    agent = SB3Agent(Masked(envs), SB3Config("MaskablePPO", n_envs=4, n_steps=16, batch_size=64))  # type: ignore[arg-type]
+    learn(agent, 64)
+    taken = agent.model.rollout_buffer
+    assert set(np.unique(taken.actions)) <= {1, 3, 4, 5, 6}
+
+
+def test_the_networks_of_dqn_are_two() -> None:
+    networks = make("DQN").model.policy
+    online, target = (
+        {p.data_ptr() for p in network.parameters()} for network in (networks.q_net, networks.q_net_target)
+    )
+    assert not online & target
+
+
+def test_a_run_is_its_seed_and_leaves_the_generators_of_the_process_alone() -> None:
+    runs = []
+    for seed in (0, 0, 1):
+        outside = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()  # noqa: NPY002
+        agent = make(seed=seed)
+        learn(agent, 256)
+        assert random.getstate() == outside[0]
+        assert data_equivalence(np.random.get_state(legacy=False), outside[1])  # noqa: NPY002
+        assert torch.equal(torch.get_rng_state(), outside[2])
+        torch.rand(1)
+        runs.append(weights(agent))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+# -- stopping, saving, loading -----------------------------------------------------------------------------------------
+
+
+def test_a_callback_stops_a_run_that_can_go_on() -> None:
+    agent, steps = make(), []
+    agent.learn(10_000, lambda step, metrics: steps.append(step) or len(steps) < 2)  # type: ignore[func-returns-value]
+    assert steps == [128, 256]
+    assert agent.num_timesteps == 256
+    assert [row["step"] for row in learn(agent, 512)] == [384, 512]
+    assert learn(agent, 512) == []
+
+
+def test_a_checkpoint_holds_no_pickle_and_its_actor_is_a_model(tmp_path: Path) -> None:
+    agent = make()
+    agent.learn(256, lambda step, metrics: agent.save(tmp_path / "checkpoint"))
+    files = {file.name for file in (tmp_path / "checkpoint").iterdir()}
+    assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".jinja"}
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
+    actor = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(actor(input_ids=ids).logits, agent.policy.lm.model(input_ids=ids).logits)
+    other = make()
+    other.load(tmp_path / "checkpoint")
+    moments = [a.model.policy.optimizer.state_dict()["state"] for a in (agent, other)]
+    assert moments[0].keys() == moments[1].keys() != set()
+    for i, row in moments[0].items():
+        for name, value in row.items():
+            assert torch.equal(torch.as_tensor(value), moments[1][i][name])
+    # Where they were in the streams of prompts and of random numbers, they are again.
+    assert other.envs.prompt_state() == agent.envs.prompt_state()
+    for trained in (agent, other):
+        trained.model._last_obs = None
+        trained._report.restart()
+        learn(trained, 384)
+    assert torch.equal(weights(agent), weights(other))
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
+    make("A2C").save(tmp_path / "a2c")
+    ppo = make("PPO")
+    with pytest.raises(InvalidArgumentError, match="must hold a checkpoint with algorithm='PPO', got 'A2C'"):
+        ppo.load(tmp_path / "a2c")
+
+
+def test_a_single_observation_gets_a_single_action() -> None:
+    agent = moved(make())
+    observation, _ = agent.envs.reset(seed=0)
+    several = agent.predict(observation, deterministic=True)[0]
+    for row in range(8):
+        one = {name: values[row] for name, values in observation.items()}
+        action, state = agent.predict(one, deterministic=True)
+        assert (action, state) == (several[row], None)
+        assert action == law_behind(agent.policy.lm, one["input_ids"], one["attention_mask"]).argmax()
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"algorithm": "SAC"}, "`algorithm` must be one of"),
+        ({"algorithm": "A2C", "n_epochs": 2}, "`n_epochs` must be None, for A2C has no such, got 2."),
+        ({"algorithm": "DQN", "n_epochs": 2}, "`n_epochs` must be None"),
+        ({"n_envs": 0}, "`n_envs` must be an int >= 1"),
+        ({"learning_rate": -1.0}, "`learning_rate` must be a finite number >= 0"),
+        ({"policy": "copy"}, "`policy` must be one of"),
+        ({"kwargs": 3}, "`kwargs` must be a mapping"),
+        ({"kwargs": {"gae_lamda": 1}}, "`kwargs` must be one of .* Did you mean 'gae_lambda'?"),
+        ({"kwargs": {"gamma": 0.9}}, "`kwargs` must be one of"),
+        ({"kwargs": {"batch_size": 3}}, "`kwargs` must be one of"),
+        ({"kwargs": {"policy_kwargs": {"ortho_init": True}}}, "`kwargs.policy_kwargs` must be one of"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises((InvalidArgumentError, UnknownNameError), match=message):
+        SB3Config(**config)
+
+
+def test_what_cannot_be_put_together_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="`sampler` must be the policy's own law"):
+        SB3Agent(tiny_envs(4), SB3Config(n_envs=4), sampler=Sampler(temperature=0.5))
+    with pytest.raises(InvalidArgumentError, match="`envs` must have n_envs=4 rows, got 3"):
+        SB3Agent(tiny_envs(3), SB3Config(n_envs=4))
+    with pytest.raises(InvalidArgumentError, match="`obs_format` must be 'dict', got 'flat'"):
+        SB3Agent(tiny_envs(3, obs_format="flat"), SB3Config(n_envs=3))
+    with pytest.raises(InvalidArgumentError, match="`policy` must be 'auto' or one of .*, got 'finetune'"):
+        make(envs=keyword_envs(), policy="finetune")
+    lm = TinyProblem().lm
+    lm.holes = [4]
+    with pytest.raises(InvalidArgumentError, match="`algorithm` must be one that learns a policy, got 'DQN'"):
+        make("DQN", tiny_envs(model=lm, prompts={"train": ["x"]}))
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(agents.sb3.importlib, "import_module", missing)
+    config = SB3Config("TRPO", n_envs=2)  # can be read all the same
+    with pytest.raises(InvalidArgumentError, match=r"needs the package sb3-contrib \(pip install sb3-contrib\)"):
+        SB3Agent(tiny_envs(2), config)
