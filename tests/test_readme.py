@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import hydra
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 import lmgym
 from agents import train
-from agents.ppo import PPO, PPOConfig
+from agents.base import OnPolicyConfig
 from lmgym.envs.settings import Settings
 from lmgym.envs.token import RESET_OPTIONS
 from lmgym.envs.vector import RLHFVectorEnv
@@ -33,7 +34,8 @@ from lmgym.tasks import base
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-README, CONTRIBUTING, PPO_PAGE = ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "agents" / "ppo.md"
+README, CONTRIBUTING, AGENTS = ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "agents"
+ON_TEMPLATE = ("a2c", "grpo", "klq", "ppo", "reinforce", "rloo")  # agents with a page that adds to the common one
 CONTINUES = "<!-- continues -->"
 
 
@@ -222,20 +224,47 @@ def test_the_reset_options_are_those_the_envs_take() -> None:
     assert set(table(README, "reset option")) == {*RESET_OPTIONS, "reset_mask"}
 
 
-def test_the_fields_of_ppo_are_those_of_its_config_and_its_yaml() -> None:
-    shipped = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "agent" / "ppo.yaml"))
-    assert isinstance(shipped, dict)
-    fields = {f.name: [str(f.default), str(shipped[f.name])] for f in dataclasses.fields(PPOConfig)}
-    assert {name: cells[:2] for name, cells in table(PPO_PAGE, "field").items()} == fields
-    assert set(shipped) == {"_target_", *fields}
+def shipped(agent: str) -> tuple[Any, dict[str, Any]]:
+    """An agent's class and its numbers, by its file in conf/agent."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "agent" / f"{agent}.yaml"))
+    return hydra.utils.get_class(values.pop("_target_")), values
 
 
-def test_the_metrics_of_ppo_are_those_it_logs() -> None:
-    envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=1, device="cpu")
+COMMON_FIELDS = {field.name: str(field.default) for field in dataclasses.fields(OnPolicyConfig)}
+
+
+def test_the_agents_listed_are_those_that_can_be_chosen() -> None:
+    cells = (re.sub(r"\(.*?\)", "", cell) for cell in table(AGENTS / "README.md", "`agent=`"))
+    listed = {name for cell in cells for name in re.findall(r"\w+", cell)}
+    assert listed == {path.stem for path in (ROOT / "conf" / "agent").glob("*.yaml")}
+
+
+def test_the_fields_that_agents_have_in_common() -> None:
+    assert {name: cells[0] for name, cells in table(AGENTS / "README.md", "field").items()} == COMMON_FIELDS
+
+
+@pytest.mark.parametrize("agent", ON_TEMPLATE)
+def test_the_fields_of_an_agent_are_those_of_its_config_and_its_yaml(agent: str) -> None:
+    """Those that are its own, or have another default than is common."""
+    kind, values = shipped(agent)
+    fields = {field.name: str(field.default) for field in dataclasses.fields(kind.Config)}
+    written = {name: cells[0] for name, cells in table(AGENTS / f"{agent}.md", "field").items()}
+    assert written == {name: default for name, default in fields.items() if COMMON_FIELDS.get(name) != default}
+    assert {name: str(value) for name, value in values.items()} == fields
+
+
+@pytest.mark.parametrize("agent", ON_TEMPLATE)
+def test_the_metrics_of_an_agent_are_those_it_logs(agent: str) -> None:
+    kind, _ = shipped(agent)
+    config = kind.Config(batch_size=2 * kind.Config().responses * kind.Config().minibatches)
+    envs: Any = gym.make_vec(
+        "lmgym/RLHF-v0", num_envs=config.num_envs, group_size=config.responses, device="cpu", max_new_tokens=2
+    )
     logged: set[str] = set()
-    agent = PPO(envs, PPOConfig(batch_size=4))
-    agent.learn(1, callback=lambda _, metrics: logged.update(metrics) is None)
-    assert set(table(PPO_PAGE, "metric")) == logged
+    kind(envs, config).learn(1, callback=lambda _, metrics: logged.update(metrics) is None)
+    own, common = (set(table(AGENTS / page, "metric")) for page in (f"{agent}.md", "README.md"))
+    assert logged == own | common
+    assert not own & common
 
 
 # --- links, files, commands ---------------------------------------------------------------------------------------

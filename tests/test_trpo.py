@@ -1,0 +1,398 @@
+"""TRPO: its linear algebra against dense matrices, and its step against enumeration of a small problem."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyProblem
+from torch import Tensor
+
+import agents.trpo
+from agents.policy import TrainablePolicy
+from agents.trpo import TRPO, TRPOConfig, conjugate_gradient, fisher_product, flat
+from lmgym.envs.vector import RLHFVectorEnv
+from lmgym.episodes import Episodes
+from lmgym.errors import InvalidArgumentError
+from lmgym.kl import exact
+from lmgym.models.sampling import Sampler
+from lmgym.optimum.tree import Tree, law_of
+
+KINDS = ["finetune", "transformer", "gru", "mlp"]
+
+
+def tiny_envs(reward: Any = None, **task: Any) -> RLHFVectorEnv:
+    changes = task if reward is None else {"reward": reward} | task
+    made = TinyProblem(**changes).task
+    return RLHFVectorEnv(1, autoreset_mode="SameStep", task=made, device="cpu", prompt_order="sequential")
+
+
+def tiny_trpo(
+    envs: RLHFVectorEnv | None = None, *, seed: int = 0, sampler: Sampler | None = None, **config: Any
+) -> TRPO:
+    config = {"batch_size": 48, "minibatches": 2, "epochs": 2, "width": 4, "layers": 1, "max_kl": 0.01} | config
+    return TRPO(envs or tiny_envs(), TRPOConfig(**config), seed=seed, sampler=sampler)
+
+
+def moved(agent: TRPO, scale: float = 0.2) -> TRPO:
+    """The agent with every parameter of its policy moved, as in the midst of training."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in agent.policy.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    agent.num_timesteps = 1
+    return agent
+
+
+def learn(agent: TRPO, batches: int, total: int = 10**6) -> list[dict[str, float]]:
+    """The metrics of a number of batches, those that a clock makes left out."""
+    history: list[dict[str, float]] = []
+
+    def keep(step: int, metrics: dict[str, float]) -> bool:
+        history.append({name: x for name, x in metrics.items() if not name.startswith("time/")} | {"step": step})
+        return len(history) < batches
+
+    agent.learn(total, keep)
+    return history
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).item()
+
+
+def log_law(policy: TrainablePolicy, episodes: Episodes) -> Tensor:
+    return policy.read(episodes).logits.log_softmax(-1)
+
+
+def dense_fisher(log_laws: Tensor, weights: Tensor, parameters: list[Tensor]) -> Tensor:
+    """(P, P): the sum over states and tokens of w pi grad log pi grad log pi^T, one gradient at a time."""
+    size = sum(p.numel() for p in parameters)
+    matrix = torch.zeros((size, size), dtype=torch.float64)
+    for weight, row in zip(weights, log_laws, strict=True):
+        for log_prob in row:
+            if log_prob > -torch.inf:
+                found = torch.autograd.grad(log_prob, parameters, retain_graph=True, materialize_grads=True)
+                score = flat(found).double()
+                matrix += weight.double() * log_prob.detach().double().exp() * torch.outer(score, score)
+    return matrix
+
+
+# -- conjugate gradients ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def system() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn((8, 8), generator=generator, dtype=torch.float64)
+    return root @ root.T + 0.1 * torch.eye(8, dtype=torch.float64), torch.randn(8, generator=generator).double()
+
+
+def test_conjugate_gradients_are_a_dense_solve(system: tuple[Tensor, Tensor]) -> None:
+    matrix, b = system
+    x, residual = conjugate_gradient(lambda v: matrix @ v, b, 40, tolerance=1e-12)
+    torch.testing.assert_close(x, torch.linalg.solve(matrix, b), rtol=1e-8, atol=1e-8)
+    assert residual.norm() < 1e-10
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 5])
+def test_a_few_iterations_leave_the_residual_that_is_told(system: tuple[Tensor, Tensor], iterations: int) -> None:
+    matrix, b = system
+    calls: list[Tensor] = []
+    x, residual = conjugate_gradient(lambda v: calls.append(v) or matrix @ v, b, iterations)
+    assert len(calls) == iterations
+    torch.testing.assert_close(residual, b - matrix @ x)
+    # The best of its Krylov space in the norm of the matrix.
+    krylov = torch.linalg.qr(torch.stack([torch.linalg.matrix_power(matrix, k) @ b for k in range(iterations)], 1))[0]
+    best = krylov @ torch.linalg.solve(krylov.T @ matrix @ krylov, krylov.T @ b)
+    torch.testing.assert_close(x, best, rtol=1e-6, atol=1e-8)
+
+
+def test_conjugate_gradients_end_at_the_tolerance_and_of_nothing_make_nothing(system: tuple[Tensor, Tensor]) -> None:
+    matrix, b = system
+    calls: list[Tensor] = []
+    _, residual = conjugate_gradient(lambda v: calls.append(v) or matrix @ v, b, 40, tolerance=0.2)
+    assert len(calls) < 8
+    assert residual.norm() <= 0.2 * b.norm()
+    for x in conjugate_gradient(lambda v: matrix @ v, torch.zeros_like(b), 10):
+        assert torch.equal(x, torch.zeros_like(b))
+
+
+# -- the Fisher matrix -----------------------------------------------------------------------------------------------
+
+
+def test_fisher_product_is_the_dense_matrix_of_a_table() -> None:
+    """Softmax of a row for each state: blocks sum_i w_i (diag p - p p^T) for the states i of that row."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn((3, 5), generator=generator, dtype=torch.float64).requires_grad_()
+    idle = torch.zeros(2, dtype=torch.float64, requires_grad=True)  # the law does not depend on it
+    states, weights = torch.tensor([0, 2, 2, 0, 0]), torch.tensor([0.1, 0.3, 0.2, 0.3, 0.1]).double()
+    logits = table[states].masked_fill(torch.tensor([False, True, False, False, False]), -torch.inf)
+    laws = logits.log_softmax(-1)
+    expected = torch.zeros((15, 15), dtype=torch.float64)
+    for state, weight, law in zip(states.tolist(), weights, laws.detach().exp(), strict=True):
+        block = slice(5 * state, 5 * state + 5)
+        expected[block, block] += weight * (law.diag() - torch.outer(law, law))
+    torch.testing.assert_close(dense_fisher(laws, weights, [table]), expected)
+    for _ in range(3):
+        vector = torch.randn(17, generator=generator, dtype=torch.float64)
+        got = fisher_product(laws, weights, [table, idle], vector)
+        torch.testing.assert_close(got[:15], expected @ vector[:15])
+        assert torch.equal(got[15:], torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fisher_product_is_the_hessian_of_the_kl(kind: Any) -> None:
+    """Against central differences of the gradient of KL(pi_old || pi), in float64, for every kind of policy."""
+    agent = moved(tiny_trpo(policy=kind))
+    episodes, parameters = agent._collect(), agent.law_parameters
+    agent.policy.double()
+    if kind == "finetune":
+        agent.policy.value_head.float()
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.rand(episodes.num_tokens, generator=generator, dtype=torch.float64)
+    vector = torch.randn(sum(p.numel() for p in parameters), generator=generator, dtype=torch.float64)
+    vector /= vector.norm()
+    with agents.trpo._twice_differentiable():
+        old = log_law(agent.policy, episodes)
+    assert old.dtype == torch.float64
+    got = fisher_product(old, weights, parameters, vector)
+    start, gradients = flat(parameters), []
+    for sign in (1, -1):
+        agents.trpo._assign(parameters, start + sign * 1e-4 * vector)
+        kl = (weights * exact(old.detach(), log_law(agent.policy, episodes))).sum()
+        gradients.append(flat(torch.autograd.grad(kl, parameters, materialize_grads=True)))
+    torch.testing.assert_close(got, (gradients[0] - gradients[1]) / 2e-4, rtol=1e-4, atol=1e-4 * got.abs().max().item())
+    assert vector @ got > 0
+
+
+# -- the step --------------------------------------------------------------------------------------------------------
+
+
+def stepped(agent: TRPO) -> tuple[Episodes, Tensor, Tensor, Tensor, dict[str, float]]:
+    """A batch, its advantages (B, T), the parameters of the law before and after its update, and the metrics."""
+    episodes = agent._collect()
+    advantages, _ = agent.advantages(episodes, agent.rewards(episodes))
+    before = flat(agent.law_parameters).detach()
+    metrics = agent._update(episodes)
+    return episodes, advantages, before, flat(agent.law_parameters).detach(), metrics
+
+
+def test_the_step_is_the_natural_gradient() -> None:
+    """(F + damping)^-1 g of dense matrices, at the length the quadratic model of the KL allows."""
+    agent = moved(tiny_trpo(policy="gru", width=3, cg_iterations=400, cg_damping=0.01, max_kl=1e-4, micro_batch_size=7))
+    episodes, advantages, before, after, metrics = stepped(agent)
+    agents.trpo._assign(agent.law_parameters, before)
+    mask, parameters = episodes.response_mask, agent.law_parameters
+    laws = log_law(agent.policy, episodes)
+    weights = torch.full((episodes.num_tokens,), 1 / episodes.num_tokens)
+    matrix = dense_fisher(laws, weights, parameters) + 0.01 * torch.eye(len(before), dtype=torch.float64)
+    chosen = laws.gather(1, episodes.response_ids[mask].unsqueeze(1)).squeeze(1)
+    gradient = flat(torch.autograd.grad((weights * chosen * advantages[mask]).sum(), parameters)).double()
+    direction = torch.linalg.solve(matrix, gradient)
+    full = direction * (2 * 1e-4 / (direction @ gradient)).sqrt()
+    assert cosine(after - before, full) > 0.999
+    assert cosine(gradient, full) < 0.9  # or it would tell little
+    assert ((after - before).norm() / full.norm()).item() == pytest.approx(metrics["train/step_fraction"], rel=0.01)
+    assert metrics["train/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-3)
+    assert metrics["train/cg_residual"] < 1e-3
+
+
+@pytest.mark.parametrize(("kind", "max_kl"), [*((kind, 0.1) for kind in KINDS), ("gru", 0.001)])
+def test_a_step_improves_the_surrogate_within_the_kl(kind: Any, max_kl: float) -> None:
+    agent = moved(tiny_trpo(policy=kind, max_kl=max_kl, cg_damping=0.01, micro_batch_size=20))
+    episodes, advantages, before, after, metrics = stepped(agent)
+    laws = []
+    for weights in (before, after):
+        agents.trpo._assign(agent.law_parameters, weights)
+        laws.append(log_law(agent.policy, episodes).detach())
+    old, new = laws
+    kl = (old.exp() * (old - new)).sum(-1).mean().item()
+    chosen = episodes.response_ids[episodes.response_mask].unsqueeze(1)
+    ratio = (new - old).gather(1, chosen).squeeze(1).exp()
+    gain = ((ratio - 1) * advantages[episodes.response_mask]).mean().item()
+    assert 0.1 * max_kl < kl <= max_kl
+    assert gain > 0
+    assert metrics["train/kl"] == pytest.approx(kl, rel=1e-2)
+    assert metrics["train/surrogate_gain"] == pytest.approx(gain, rel=1e-2)
+    assert 0 < metrics["train/step_fraction"] <= 1
+
+
+def test_the_line_search_takes_the_first_step_that_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = moved(tiny_trpo(max_kl=0.01, backtrack=0.5))
+    prices = iter([math.inf, 0.02, 0.0100001, 0.01, 0.0])
+    monkeypatch.setattr(agents.trpo, "exact", lambda old, new: torch.full((len(old),), next(prices)))
+    *_, metrics = stepped(agent)
+    assert metrics["train/step_fraction"] == 0.125
+    assert metrics["train/kl"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("kl", [math.inf, math.nan, 0.02])
+def test_where_no_step_will_do_the_policy_stays(kl: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, calls = moved(tiny_trpo(line_search_steps=4)), []
+    monkeypatch.setattr(agents.trpo, "exact", lambda old, new: calls.append(0) or torch.full((len(old),), kl))
+    head = agent.policy.value_head.weight.clone()
+    _, _, before, after, metrics = stepped(agent)
+    assert len(calls) == 4
+    assert torch.equal(before, after)
+    assert not torch.equal(head, agent.policy.value_head.weight)  # the critic learns all the same
+    assert [metrics[f"train/{name}"] for name in ("kl", "step_fraction", "surrogate_gain")] == [0.0, 0.0, 0.0]
+
+
+def test_a_step_that_does_not_gain_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = moved(tiny_trpo())
+    solve = agents.trpo.conjugate_gradient
+
+    def downhill(product: Any, b: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+        x, residual = solve(product, b, iterations)
+        return -x, 2 * b - residual  # b - A (-x)
+
+    monkeypatch.setattr(agents.trpo, "conjugate_gradient", downhill)
+    tried: list[float] = []
+    monkeypatch.setattr(agents.trpo, "exact", lambda old, new: tried.append(0) or exact(old, new))
+    _, _, before, after, metrics = stepped(agent)
+    assert len(tried) == 10
+    assert torch.equal(before, after)
+    assert metrics["train/step_fraction"] == 0
+
+
+def test_without_advantages_nothing_moves() -> None:
+    agent = tiny_trpo(tiny_envs(lambda prompts, completions, **_: [0.0] * len(prompts), kl_coef=0.0))
+    _, _, before, after, metrics = stepped(agent)
+    assert torch.equal(before, after)
+    finite = {name: x for name, x in metrics.items() if name != "train/explained_variance"}  # of nothing, nan
+    assert all(math.isfinite(x) for x in finite.values())
+
+
+@pytest.mark.parametrize("micro_batch_size", [5, 11])
+def test_accumulating_does_not_change_the_step(micro_batch_size: int) -> None:
+    ends = []
+    for size in (48, micro_batch_size):
+        agent = moved(tiny_trpo(policy="gru", micro_batch_size=size, cg_damping=0.1, cg_iterations=5, max_kl=1e-3))
+        *_, before, after, _ = stepped(agent)
+        ends.append(after - before)
+    torch.testing.assert_close(*ends, rtol=0, atol=0.01 * ends[0].abs().max().item())
+
+
+def test_the_gradient_is_that_of_the_objective() -> None:
+    """So much damping that the step is along the plain gradient, which Tree knows exactly."""
+    envs = tiny_envs()
+    big = {"batch_size": 9_000, "micro_batch_size": 9_000, "epochs": 1, "minibatches": 1, "cg_iterations": 1}
+    agent = moved(tiny_trpo(envs, policy="gru", gae_lambda=1.0, cg_damping=1e3, lr=0.0, **big), scale=0.4)
+    torch.nn.init.zeros_(agent.policy.value_head.weight)
+    torch.nn.init.zeros_(agent.policy.value_head.bias)
+    tree, parameters = Tree.of(envs.task, "train"), agent.law_parameters
+
+    def law(episodes: Episodes) -> Tensor:
+        return agent.policy.read(episodes).logits
+
+    value, right = tree.gradient(law, parameters)
+    assert tree.evaluate(law).kl.mean() > 0.02
+    *_, before, after, _ = stepped(agent)
+    assert cosine(after - before, flat(right)) > 0.99
+    assert tree.evaluate(law).value > value
+
+
+# -- the loop --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_first_the_kl_is_zero_and_the_ratio_one(kind: Any) -> None:
+    agent = tiny_trpo(policy=kind)
+    first, second = learn(agent, 2)
+    assert abs(first["rollout/kl"]) < 1e-4
+    assert abs(first["rollout/exact_kl"]) < 1e-4
+    for metrics in (first, second):
+        assert metrics["train/ratio_error"] < 1e-5
+        assert 0 < metrics["train/kl"] <= 0.01
+        assert metrics["train/surrogate_gain"] > 0
+        assert metrics["train/updates"] == 4
+    assert second["rollout/exact_kl"] > 0
+
+
+def test_the_critic_learns_and_the_law_does_not_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    envs = tiny_envs(lambda prompts, completions, **_: [3.0] * len(prompts), kl_coef=0.0)
+    for critic in ("shared", "reference"):
+        agent = tiny_trpo(envs, critic=critic, lr=5e-2, lr_schedule="constant", batch_size=24)
+        monkeypatch.setattr(agent, "_natural_step", lambda *xs: {})
+        before = flat(agent.law_parameters)
+        rest = flat([p for p in agent.policy.parameters() if all(p is not q for q in agent.law_parameters)])
+        history = learn(agent, 10)
+        assert torch.equal(before, flat(agent.law_parameters))
+        after = flat([p for p in agent.policy.parameters() if all(p is not q for q in agent.law_parameters)])
+        assert (after != rest).float().mean() > 0.8
+        assert history[-1]["train/value_loss"] < 0.05 * history[0]["train/value_loss"]
+        assert all(p.requires_grad for p in agent.law_parameters)
+
+
+@pytest.mark.parametrize("sampler", [Sampler(temperature=0.7), Sampler(top_k=3), Sampler(top_p=0.8)])
+def test_the_step_is_of_the_law_that_sampled(sampler: Sampler) -> None:
+    agent = tiny_trpo(sampler=sampler, cg_damping=0.01)
+    for metrics in learn(agent, 3):
+        assert metrics["train/ratio_error"] < 1e-5
+        assert all(math.isfinite(x) for x in metrics.values())
+        assert metrics["train/kl"] <= 0.01
+    assert flat(agent.law_parameters).isfinite().all()
+
+
+@pytest.mark.parametrize("variant", [{"truncate": True, "gamma": 0.9}, {"dense_kl": False}, {"kl_coef": 0.0}], ids=str)
+def test_every_variant_of_the_problem_trains(variant: dict[str, Any]) -> None:
+    agent = tiny_trpo(tiny_envs(**variant), critic="reference")
+    before = flat(agent.law_parameters)
+    assert all(math.isfinite(x) for metrics in learn(agent, 2) for x in metrics.values())
+    assert not torch.equal(flat(agent.law_parameters), before)
+
+
+def test_trpo_learns_and_never_passes_the_optimum() -> None:
+    envs = tiny_envs()
+    agent = tiny_trpo(envs, batch_size=96, max_kl=0.05, cg_iterations=5)
+    tree, law, curve = Tree.of(envs.task, "train"), law_of(agent.policy.lm), []
+    reference, best = tree.evaluate(law).value, tree.solve().value
+    agent.learn(10**6, lambda step, metrics: curve.append(tree.evaluate(law).value) or len(curve) < 15)
+    assert best > reference + 0.1
+    assert max(curve) <= best + 1e-5
+    share = (curve[-1] - reference) / (best - reference)
+    assert share > 0.8, f"{share:.2f} of the gain from {reference:.2f} to {best:.2f}"
+
+
+def test_an_interrupted_run_goes_on_to_the_same_curve(tmp_path: Any) -> None:
+    def agent() -> TRPO:
+        return tiny_trpo(policy="gru", kl_controller="adaptive", kl_horizon=100.0)
+
+    whole = learn(agent(), 4, total=600)
+    first, second = agent(), agent()
+    curve = learn(first, 2, total=600)
+    first.save(tmp_path / "checkpoint")
+    learn(second, 1, total=600)  # a loaded agent forgets what it was
+    second.load(tmp_path / "checkpoint")
+    assert curve + learn(second, 2, total=600) == whole
+    observation, _ = second.envs.reset(seed=1)
+    ids, mask = (torch.as_tensor(observation[name]) for name in ("input_ids", "attention_mask"))
+    row, place = ids[:, mask[0].bool()], torch.tensor([int(mask.sum()) - 1])
+    expected = second.policy.read_at(row, torch.zeros(1, dtype=torch.int64), place).logits.argmax(-1)
+    assert second.predict(observation, deterministic=True)[0] == expected.numpy()
+
+
+def test_the_global_generator_is_not_touched() -> None:
+    state = torch.get_rng_state()
+    runs = [learn(tiny_trpo(policy="mlp"), 2) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_kl", 0.0),
+        ("cg_iterations", 0),
+        ("cg_damping", -1.0),
+        ("line_search_steps", 0),
+        ("backtrack", 0.0),
+        ("backtrack", 1.5),
+        ("gae_lambda", 1.1),
+    ],
+)
+def test_bad_numbers_are_told(name: str, value: float) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"`{name}`"):
+        TRPOConfig(**{name: value})  # type: ignore[arg-type]
