@@ -167,7 +167,7 @@ def the_update_reads_the_log_probs_that_were_sampled() -> None:
         agent = ppo_at_work(sampler=Sampler(temperature=temperature))
         episodes = sampled(agent)
         rows, zeros = torch.arange(len(episodes)), torch.zeros_like(episodes.log_probs)
-        batch = agent._read(episodes, zeros, zeros, rows, episodes.lengths.sum())
+        batch = agent._read(episodes, zeros, zeros, rows, episodes.lengths.sum(), len(episodes))
         assert_near(batch.log_probs.detach(), batch.old_log_probs)
         assert_near(batch.values.detach(), batch.old_values)
 
@@ -355,12 +355,12 @@ MUTANTS = [
     ),
     Mutant(
         "truncation handled as termination",
-        rewrite(PPO.advantages, "not bool(episodes.terminated.all())", "False"),
+        rewrite(agents.base.OnPolicyAgent.gae, "not bool(episodes.terminated.all())", "False"),
         a_truncated_episode_has_a_future,
     ),
     Mutant(
         "termination handled as truncation",
-        rewrite(PPO.advantages, "torch.where(episodes.terminated, 0.0, self", "(self"),
+        rewrite(agents.base.OnPolicyAgent.gae, "torch.where(episodes.terminated, 0.0, self", "(self"),
         a_truncated_episode_has_a_future,
     ),
     Mutant(
