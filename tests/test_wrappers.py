@@ -104,8 +104,8 @@ def actions_of(space: gym.Space[Any], rng: np.random.Generator) -> Any:
 
 def walk(env: Any, rng: np.random.Generator, episodes: int) -> Iterator[tuple[Any, dict[str, Any], bool]]:
     """Observation, info and whether it is the end, at every state of some episodes."""
-    for _ in range(episodes):
-        observation, info = env.reset()
+    for episode in range(episodes):
+        observation, info = env.reset(seed=None if episode else 0)
         yield observation, info, False
         ended = False
         while not ended:
