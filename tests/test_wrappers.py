@@ -422,7 +422,7 @@ def test_an_embedding_is_the_hidden_state_of_a_plain_forward(
     width = D if reference == "parts" else len(WORDS) + 1
     assert env.observation_space == gym.spaces.Box(-LARGEST, LARGEST, (width,), np.float32)
     seen = set()
-    for observation, info, ended in walk(env, np.random.default_rng(4), 8):
+    for observation, info, ended in walk(env, np.random.default_rng(4), 40):
         assert env.observation_space.contains(observation)
         truncated = truncate and ended and info["finish_reason"] == "length"
         seen.add((ended, truncated))
