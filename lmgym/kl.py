@@ -6,6 +6,7 @@ Schulman's ("Approximating KL divergence", 2020).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, LogProbError, check_number
 
-_ENOUGH = 30  # episodes below which a mean and its standard error say too little
+_IMPOSSIBLE = math.log(1e-9)  # nats
 
 
 def k1(log_ratio: Tensor) -> Tensor:
@@ -90,17 +91,19 @@ def discounted_return(rewards: Tensor, gamma: float) -> Tensor:
 def check_sampled_law(kl: Tensor) -> None:
     """Raises where a batch's mean KL is impossible for log-probs of the law that sampled.
 
-    A KL is never negative, so a k1 mean that lies more than three standard errors below 0 (and more than round-off)
-    means that the log-probs are not those the tokens were drawn with (a forgotten temperature, a stale policy). Of
-    fewer than 30 episodes nothing is said: a standard error means little there.
+    A KL is never negative, so a k1 mean that lies far below 0 means that the log-probs are not those the tokens were
+    drawn with (a forgotten temperature, a stale policy). Far is more than three standard errors (and more than
+    round-off), and a sum of log-ratios that has a probability below 1e-9: where log-probs are right, E prod_i
+    pi_ref(y_i|x_i) / pi(y_i|x_i) <= 1, so that sum_i log pi/pi_ref < -c has probability e^-c at most (Markov). Three
+    standard errors alone are no rare event where few responses hold most of the KL, and none of them was drawn.
 
     Args:
-        kl: (B,) nats, the k1 estimate of each episode.
+        kl: (B,) nats, the k1 estimate of each episode, independent given their prompts.
 
     Raises:
         LogProbError: saying the mean and its standard error.
     """
-    if kl.numel() < _ENOUGH:
+    if kl.numel() < 2 or kl.sum().item() >= _IMPOSSIBLE:
         return
     mean, error = kl.mean().item(), kl.std().item() / kl.numel() ** 0.5
     if mean < -3 * error - 1e-3:

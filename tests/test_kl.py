@@ -173,10 +173,20 @@ def test_a_kl_that_cannot_be_is_an_error() -> None:
     kl.check_sampled_law(noise - 2.9 / 20)  # noise can do that
     with pytest.raises(LogProbError, match=r"-0\.155 nats .* `log_probs` are not those of the law that sampled"):
         kl.check_sampled_law(noise - 3.1 / 20)
-    kl.check_sampled_law(torch.full((64,), -1e-6))  # round-off at initialisation
+    kl.check_sampled_law(torch.full((400,), -1e-6))  # round-off at initialisation
     with pytest.raises(LogProbError):
-        kl.check_sampled_law(torch.full((64,), -0.01))
-    kl.check_sampled_law(torch.tensor([-5.0]))  # one number has no error
+        kl.check_sampled_law(torch.full((400,), -0.06))
+    kl.check_sampled_law(torch.full((40,), -0.06))  # three errors below 0, and not rare enough
+    kl.check_sampled_law(torch.tensor([-50.0]))  # one number has no error
+
+
+def test_a_rare_response_that_was_not_drawn_is_no_error() -> None:
+    """3 % of the policy's mass went to something new: where no sample has it, every log-ratio is log 0.97."""
+    kl.check_sampled_law(torch.full((32,), math.log(0.97)))
+    generator = torch.Generator().manual_seed(0)
+    ratios = torch.tensor([math.log(0.97), math.log(0.03 / 1e-4)])
+    for _ in range(500):
+        kl.check_sampled_law(ratios[(torch.rand(32, generator=generator) < 0.03).long()])
 
 
 def test_a_forgotten_temperature_is_found() -> None:
