@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 
 import gymnasium as gym
@@ -179,6 +180,18 @@ def test_optimum_and_reference_are_those_of_all_responses(seed: int) -> None:
     torch.testing.assert_close(optimum.values, enumerated.values, rtol=0, atol=1e-5)
     torch.testing.assert_close(optimum.references, enumerated.references, rtol=0, atol=1e-5)
     assert (optimum.values > optimum.references).all()
+
+
+def test_a_reference_at_a_temperature_is_the_tables_power() -> None:
+    """Solved by dynamic programming and by enumeration, it is the problem of the table raised to 1 / T."""
+    task = random_task(1)
+    lm = task.reference()
+    rows = np.array(table_of(task)) ** 2
+    powered = CausalLM(freeze(MarkovLM.from_probs(rows / rows.sum(1, keepdims=True), order=1)), lm.tokenizer)
+    warm, cold = replace(task, temperature=0.5), replace(task, model=powered)
+    for solver in (solve_automaton, lambda x: Tree.of(x).solve()):
+        assert solver(warm).value == pytest.approx(solver(cold).value, abs=1e-5)
+        assert abs(solver(warm).value - solver(task).value) > 1e-3
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -10,6 +10,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import WORDS, byte_tokenizer, gpt2, tiny_lm, word_tokenizer
@@ -19,7 +20,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 from transformers.utils import logging as hf_logging
 
 from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
-from lmgym.models.causal import CausalLM, freeze, load_causal_lm, pack, resolve_device, token_log_probs
+from lmgym.models.causal import CausalLM, freeze, load_causal_lm, pack, resolve_device, tempered, token_log_probs
+from lmgym.models.decoding import make_decoder
+from lmgym.models.markov import dirichlet_rows, markov_lm
 
 V = len(WORDS) + 3
 PADDED = V + 4  # embeddings without a token
@@ -116,6 +119,49 @@ def test_log_probs_do_not_feel_batch_mates_padding_or_order(lm: CausalLM) -> Non
     found = lm.response_log_probs(*wider)
     torch.testing.assert_close(found[:, :T], together, rtol=0, atol=1e-5)
     assert (found[:, T:] == 0).all()
+
+
+def test_a_temperature_divides_the_logits_wherever_they_are_read(lm: CausalLM) -> None:
+    """Teacher-forced, at chosen places, and while decoding; the weights are shared, and the model itself stays."""
+    warm, data = tempered(lm, 0.5), tuple(x[[0, 20, 36]] for x in batch())
+    assert (warm.model, warm.tokenizer) == (lm.model, lm.tokenizer)
+    assert tempered(lm, 0.5) is warm is not lm
+    assert tempered(lm, 1.0) is lm
+    assert tempered(warm, 2.0).temperature == 1.0
+    ids, rows, columns, targets = pack(*data)
+    with torch.inference_mode():
+        cold = lm.response_hidden(ids, rows, columns)[1]
+        expected = (cold.double() / 0.5).log_softmax(-1).float()
+        found = warm.response_hidden(ids, rows, columns)[1].log_softmax(-1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    chosen = expected.gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(warm.response_log_probs(*data)[data[3]], chosen, rtol=0, atol=1e-5)
+    decoders = [make_decoder(model, 3, P + 4) for model in (warm, lm)]
+    for t in range(3):
+        for decoder in decoders:
+            decoder.begin(torch.arange(3), *data[:2]) if t == 0 else decoder.step(data[2][:, t])
+        torch.testing.assert_close(decoders[0].logits, decoders[1].logits / 0.5, rtol=0, atol=1e-5)
+
+
+def test_whoever_holds_a_tempered_model_shares_the_weights_with_the_next(own_dir: Path) -> None:
+    first = tempered(load_causal_lm(str(own_dir)), 0.5)
+    assert tempered(load_causal_lm(str(own_dir)), 0.5) is first
+    weights = weakref.ref(first.model)
+    del first
+    gc.collect()
+    assert weights() is None
+
+
+def test_a_table_at_a_temperature_is_a_table() -> None:
+    rows = dirichlet_rows(np.random.default_rng(0), 5, 5, 1.0)
+    rows[2] = [0.0, 0.5, 0.5, 0.0, 0.0]  # what is impossible stays so
+    warm = tempered(markov_lm(rows, ["a", "b", "c", "d"], order=1), 0.5)
+    expected = rows**2 / (rows**2).sum(1, keepdims=True)
+    np.testing.assert_allclose(warm.model.rows.detach().numpy(), expected, atol=1e-6)
+    assert warm.temperature == 1.0
+    mixed = markov_lm(rows[:2], ["a", "b", "c", "d"], order=1, mixture=np.full((5, 2), 0.5))
+    with pytest.raises(InvalidArgumentError, match="`temperature` must be 1"):
+        tempered(mixed, 0.5)
 
 
 def test_a_row_without_a_response_costs_nothing(gpt2_lm: CausalLM) -> None:

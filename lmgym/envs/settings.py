@@ -17,7 +17,7 @@ RENDER_MODES = ("ansi", "human", "rgb_array")
 PROMPT_ORDERS = ("shuffle", "sequential")
 DTYPES = ("float32", "bfloat16", "float16")
 _OF_THE_TASK = (
-    *("model", "reward", "prompts", "kl_coef", "gamma", "max_new_tokens", "min_new_tokens"),
+    *("model", "reward", "prompts", "kl_coef", "gamma", "temperature", "max_new_tokens", "min_new_tokens"),
     *("missing_eos_penalty", "dense_kl", "truncate"),
 )
 
@@ -35,6 +35,7 @@ class Settings:
         prompts: replaces its prompts: a list, or a text or JSON-lines file.
         kl_coef: replaces its price of a nat. 0 never runs the reference.
         gamma: replaces its discount.
+        temperature: replaces what the reference's logits are divided by, and with them those of a policy made from it.
         max_new_tokens: replaces its horizon T.
         min_new_tokens: an EOS among the first `min_new_tokens` tokens does not end the episode.
         missing_eos_penalty: taken off the score of a response without an EOS.
@@ -54,6 +55,7 @@ class Settings:
     prompts: str | Sequence[str] | None = None
     kl_coef: float | None = None
     gamma: float | None = None
+    temperature: float | None = None
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
     missing_eos_penalty: float | None = None

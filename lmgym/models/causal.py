@@ -20,7 +20,7 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging as hf_logging
 
 from lmgym.errors import InvalidArgumentError, LmGymError, check_choice
-from lmgym.models import markov  # noqa: F401 - registers its model with the Auto classes
+from lmgym.models import markov
 from lmgym.models.names import check_model_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,11 +42,14 @@ class CausalLM:
         holes: ids below V that the tokenizer does not have.
         eos_token_ids: ids that end a response.
         pad_token_id: the id that fills columns holding no token.
+        temperature: what logits are divided by, wherever they are read.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, temperature: float = 1.0) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.temperature = temperature
+        self.origin: CausalLM | None = None  # held, so that whoever asks for it again gets this one
         known = set(tokenizer.get_vocab().values())
         embedded, _ = _head_shape(model)
         self.vocab_size = max(known) + 1
@@ -143,8 +146,8 @@ class CausalLM:
         return list(backend.decode_batch(rows, skip_special_tokens=True))
 
     def legal_logits(self, logits: Tensor) -> Tensor:
-        """(..., model vocabulary) logits cut to (..., V), with -inf on ids the tokenizer lacks."""
-        return legal_logits(logits, self.vocab_size, self.holes)
+        """(..., model vocabulary) logits cut to (..., V) at the temperature, with -inf on ids the tokenizer lacks."""
+        return legal_logits(logits, self.vocab_size, self.holes, self.temperature)
 
     def response_hidden(self, ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states and logits at chosen places of right-padded sequences; differentiable.
@@ -220,9 +223,11 @@ class CausalLM:
         return torch.cat([token_log_probs(self.legal_logits(head(h)), t) for h, t in blocks])
 
 
-def legal_logits(logits: Tensor, vocab_size: int, holes: Sequence[int]) -> Tensor:
-    """(..., model vocabulary) logits cut to (..., V), with -inf on the ids in `holes`."""
+def legal_logits(logits: Tensor, vocab_size: int, holes: Sequence[int], temperature: float = 1.0) -> Tensor:
+    """(..., model vocabulary) logits cut to (..., V) and divided by `temperature`, with -inf on the ids in `holes`."""
     logits = logits[..., :vocab_size]
+    if temperature != 1:
+        logits = logits / temperature
     if holes:
         logits = logits.clone()
         logits[..., list(holes)] = -torch.inf
@@ -357,6 +362,41 @@ def load_causal_lm(name: str, device: str = "auto", dtype: str = "float32") -> C
         LmGymError: if Hugging Face cannot load it; the cause is chained.
     """
     return _causal_lms.load(name, device, dtype)
+
+
+_tempered: weakref.WeakKeyDictionary[CausalLM, weakref.WeakValueDictionary[float, CausalLM]]
+_tempered = weakref.WeakKeyDictionary()
+
+
+def tempered(lm: CausalLM, temperature: float) -> CausalLM:
+    """The model whose law is softmax(logits / temperature), on the same weights; one for as long as it is held.
+
+    A table of transition probabilities becomes another table, so that whoever reads it sees the law.
+
+    Raises:
+        InvalidArgumentError: for a table of low rank, which no temperature but 1 leaves of low rank.
+    """
+    if temperature == 1:
+        return lm
+    made = _tempered.setdefault(lm, weakref.WeakValueDictionary())
+    found = made.get(temperature)
+    if found is None:
+        model = lm.model
+        if not isinstance(model, markov.MarkovLM):
+            found = CausalLM(model, lm.tokenizer, lm.temperature * temperature)
+        elif model.mixture is not None:
+            raise InvalidArgumentError(
+                f"`temperature` must be 1 where the reference is a table of low rank, got {temperature}."
+            )
+        else:
+            rows = (model.rows.double().log() / temperature).softmax(-1)
+            table = markov.MarkovLM.from_probs(
+                rows.cpu().numpy(), order=model.config.order, eos_token_id=model.config.eos_token_id
+            )
+            found = CausalLM(freeze(table.to(lm.device, lm.dtype)), lm.tokenizer)
+        found.origin = lm
+        made[temperature] = found
+    return found
 
 
 _placed: weakref.WeakKeyDictionary[CausalLM, dict[tuple[str, str], CausalLM]] = weakref.WeakKeyDictionary()

@@ -86,7 +86,7 @@ class _RingStep(nn.Module):
         super().__init__()
         self.model = lm.model
         # Not a method of `lm`: a step that is kept for a model must not keep it alive.
-        self._legal_logits = partial(legal_logits, vocab_size=lm.vocab_size, holes=lm.holes)
+        self._legal_logits = partial(legal_logits, vocab_size=lm.vocab_size, holes=lm.holes, temperature=lm.temperature)
         self._keep_hidden, self._dtype = keep_hidden, lm.dtype
         # Only sdpa takes a bool mask; the others add theirs to the attention scores.
         self._bool_mask = lm.model.config.get_text_config()._attn_implementation == "sdpa"

@@ -72,6 +72,7 @@ class Task:
         max_new_tokens: T, the horizon, in tokens.
         gold: the truth that `reward` stands for, reported on the side and never paid; or None.
         gamma: discount a token.
+        temperature: what the reference's logits are divided by: pi_ref is its law at that temperature.
         min_new_tokens: an EOS among the first `min_new_tokens` tokens is a token like the rest: it does not end.
         missing_eos_penalty: taken off the score of a response without an EOS.
         dense_kl: pay the reference's log-prob at every step; else the sum over the episode with the last reward.
@@ -88,6 +89,7 @@ class Task:
     max_new_tokens: int
     gold: RewardFunction | None = None
     gamma: float = 1.0
+    temperature: float = 1.0
     min_new_tokens: int = 0
     missing_eos_penalty: float = 0.0
     dense_kl: bool = True
@@ -98,6 +100,7 @@ class Task:
     def __post_init__(self) -> None:
         check_number("kl_coef", self.kl_coef, 0)
         check_number("gamma", self.gamma, 0, 1)
+        check_number("temperature", self.temperature, 0, open_low=True)
         check_int("max_new_tokens", self.max_new_tokens, 1)
         check_int("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens - 1)
         check_number("missing_eos_penalty", self.missing_eos_penalty, 0)
@@ -115,11 +118,14 @@ class Task:
 
     def reference(self, device: str = "auto", dtype: str = "float32") -> CausalLM:
         """The frozen supervised model, loaded once however many ask for it."""
-        from lmgym.models.causal import CausalLM, load_causal_lm, place
+        from lmgym.models.causal import CausalLM, load_causal_lm, place, tempered
 
         if isinstance(self.model, CausalLM):
-            return self.model
-        return place(self.model(), device, dtype) if callable(self.model) else load_causal_lm(self.model, device, dtype)
+            lm = self.model
+        else:
+            model = self.model
+            lm = place(model(), device, dtype) if callable(model) else load_causal_lm(model, device, dtype)
+        return tempered(lm, self.temperature)
 
     def reward_function(self, device: str = "auto") -> RewardFunction:
         """What is paid at the end; a reward model is loaded once however many ask for it, always in float32."""
@@ -168,31 +174,40 @@ def read_prompts(prompts: Sequence[str] | str) -> tuple[str, ...]:
     Raises:
         InvalidArgumentError: for a file that is not there, a line that is no prompt, or an empty prompt.
     """
-    if not isinstance(prompts, (str, os.PathLike)):
-        check_prompts("prompts", prompts)
-        return tuple(prompts)
-    path = os.fspath(prompts)
+    return read_texts("prompts", prompts, "prompt")
+
+
+def read_texts(argument: str, texts: Sequence[str] | str, key: str) -> tuple[str, ...]:
+    """Texts from a list, a text file (one a line), or a JSON-lines file (strings, or objects with `key`).
+
+    Raises:
+        InvalidArgumentError: naming the argument, for a file that is not there, or a line that is no text or empty.
+    """
+    if not isinstance(texts, (str, os.PathLike)):
+        check_prompts(argument, texts)
+        return tuple(texts)
+    path = os.fspath(texts)
     if not os.path.isfile(path):
         raise InvalidArgumentError(
-            f"`prompts` must be a list of texts or a text or JSON-lines file, and there is no file {path!r}."
+            f"`{argument}` must be a list of texts or a text or JSON-lines file, and there is no file {path!r}."
         )
     with open(path, encoding="utf-8") as file:
         lines = [(number, line.rstrip("\n")) for number, line in enumerate(file, start=1) if line.strip()]
     is_json = path.endswith((".jsonl", ".json"))
-    texts = [_json_prompt(path, number, line) if is_json else line for number, line in lines]
-    check_prompts("prompts", texts)
-    return tuple(texts)
+    read = [_json_text(argument, path, number, line, key) if is_json else line for number, line in lines]
+    check_prompts(argument, read)
+    return tuple(read)
 
 
-def _json_prompt(path: str, number: int, line: str) -> str:
+def _json_text(argument: str, path: str, number: int, line: str, key: str) -> str:
     try:
         item = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InvalidArgumentError(f"`prompts` file {path!r}, line {number}, is not JSON: {error}.") from error
-    text = item.get("prompt") if isinstance(item, dict) else item
+        raise InvalidArgumentError(f"`{argument}` file {path!r}, line {number}, is not JSON: {error}.") from error
+    text = item.get(key) if isinstance(item, dict) else item
     if not isinstance(text, str):
         raise InvalidArgumentError(
-            f'`prompts` file {path!r}, line {number}, must be a string or have a "prompt", got {line!r}.'
+            f'`{argument}` file {path!r}, line {number}, must be a string or have a "{key}", got {line!r}.'
         )
     return text
 
