@@ -1,21 +1,85 @@
-"""Every file in `examples/` runs, with tiny numbers, and is short."""
+"""Every file in `examples/` runs with tiny numbers, is short, and says of the optimum what is true."""
 
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from lmgym.optimum import solve
+from lmgym.tasks import make_task
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-TINY = {"dqn_mlp": ["--steps", "40", "--episodes", "2"]}
+TINY = {
+    "custom_agent": ["--steps", "4000"],
+    "custom_reward": ["--samples", "2", "--prompts", "4"],
+    "custom_task": ["--samples", "500"],
+    "dqn_mlp": ["--steps", "40", "--episodes", "2"],
+    "mcts": ["--simulations", "20", "--prompts", "1"],
+    "ppo_single_file": ["--steps", "1024"],
+}
 
 
 def test_every_example_has_tiny_numbers() -> None:
     assert set(TINY) == {example.stem for example in EXAMPLES}
+
+
+def numbers(line: str) -> list[float]:
+    return [float(x) for x in re.findall(r"-?\d+\.\d+", line)]
+
+
+def check_custom_agent(lines: list[str]) -> None:
+    """The table's value and every return end at V*."""
+    (optimum,), (value, returned) = numbers(lines[0]), numbers(lines[-1])
+    assert optimum == round(make_task("echo-2").optima["test"].value, 4)
+    assert value == pytest.approx(optimum, abs=1e-3)
+    assert returned == pytest.approx(optimum, abs=0.05)
+    values = [numbers(line)[0] for line in lines[1:]]
+    assert values == sorted(values, reverse=True)
+
+
+def check_custom_reward(lines: list[str]) -> None:
+    """The function by hand, and what is said of its optimum is no more than its largest value."""
+    module = runpy.run_path(str(ROOT / "examples" / "custom_reward.py"))
+    ids = [[0] * 8, [0] * 10]
+    assert module["variety"](["x", "x"], ["a b b", "a"], completion_ids=ids) == pytest.approx([1 / 3, 1 - 0.04])
+    score, low, high = numbers(lines[3])
+    assert low <= score <= high
+    assert numbers(lines[4])[0] <= 1  # no score is above
+
+
+def check_custom_task(lines: list[str]) -> None:
+    """J of the reference as it was played, and V* as every episode of pi* returned it."""
+    (reference, optimum), (mean, low, high), best = (numbers(line) for line in lines)
+    assert abs(mean - reference) < high - low < 0.1  # four standard errors
+    assert best == pytest.approx([optimum] * 3, abs=1e-3)
+
+
+def check_mcts(lines: list[str]) -> None:
+    """A response that was found is no better than V* and, with these simulations, better than greedy decoding."""
+    greedy, _, found, optimum = numbers(lines[0])
+    assert greedy < found <= optimum == round(float(solve("keyword-8", kl_coef=0.02).values[0]), 4)
+
+
+def check_ppo_single_file(lines: list[str]) -> None:
+    """Before the first update it is the reference, up to the noise of 256 episodes."""
+    assert abs(numbers(lines[0])[0]) < 0.1
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "custom_agent": check_custom_agent,
+    "custom_reward": check_custom_reward,
+    "custom_task": check_custom_task,
+    "mcts": check_mcts,
+    "ppo_single_file": check_ppo_single_file,
+}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
@@ -25,6 +89,8 @@ def test_an_example_runs(example: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+    if example.stem in CHECKS:
+        CHECKS[example.stem](done.stdout.splitlines())
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)

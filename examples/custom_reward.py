@@ -1,0 +1,55 @@
+"""A reward of one's own: any function with the signature of TRL's reward functions, in the place of the reward model.
+
+    python examples/custom_reward.py --samples 16
+
+To train PPO on it, in the checkout, where `examples` can be imported:
+
+    python -m agents.train task.reward=examples.custom_reward:variety task.kl_coef=0.1
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+import lmgym  # noqa: F401 - registers the environments
+from lmgym.evaluation import evaluate
+from lmgym.models.policy import CausalPolicy
+
+
+def variety(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """The share of the words of a response that it has once only, less 0.02 a token beyond 8: one float an episode.
+
+    `columns` has `prompt_ids` and `completion_ids`, token ids with the EOS.
+    """
+    words = [completion.split() for completion in completions]
+    shares = [sum(text.count(word) == 1 for word in text) / max(len(text), 1) for text in words]
+    return [x - 0.02 * max(len(ids) - 8, 0) for x, ids in zip(shares, columns["completion_ids"], strict=True)]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A reward of one's own on the prompts and the reference of reviews")
+    parser.add_argument("--samples", type=int, default=16, help="episodes a prompt")
+    parser.add_argument("--prompts", type=int, default=32)
+    args = parser.parse_args()
+    env: Any = gym.make("lmgym/RLHF-v0", reward=variety, kl_coef=0.1, split="test", device="cpu")
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        env.reset(options={"prompt_index": i})
+        info: dict[str, Any] = {}
+        while "score" not in info:  # comes with the end
+            law = env.unwrapped.engine.reference_logits()[0].double().softmax(-1).numpy()
+            info = env.step(int(rng.choice(len(law), p=law)))[-1]
+        print(f"{info['score']:+.2f}  {info['prompt']}{info['response']}")
+    envs: Any = gym.make_vec("lmgym/RLHF-v0", reward=variety, kl_coef=0.1, split="test", device="cpu")
+    reference, generator = CausalPolicy(envs.engine.lm), torch.Generator().manual_seed(0)
+    found = evaluate(reference, envs, samples=args.samples, prompts=args.prompts, generator=generator)
+    score = found.metrics["score"]
+    print(f"mean score of the reference: {score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]")
+    if found.bound is not None:  # more than one sample a prompt
+        print(f"the best return that a policy can have is at least {found.bound.low:.3f}")
