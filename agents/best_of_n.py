@@ -1,4 +1,4 @@
-"""Best-of-n sampling (Stiennon et al. 2020, section 4.1): of n responses of the reference, the one that scores best.
+"""Best-of-n sampling (Stiennon et al. 2020, appendix G.3): of n responses of the reference, the one that scores best.
 
 What it costs in KL is known as a function of the score's distribution alone (Beirami et al. 2024, "Theoretical
 guarantees on the best-of-n alignment policy").
@@ -46,7 +46,7 @@ class BestOfN(FixedAgent):
     """Draws n responses of the reference and answers with the one of the highest score, the first of equal ones.
 
     It sees every score, as no policy does. The law of its next token is not known, so it has no `policy` and grades
-    itself. `num_timesteps` counts the tokens of all candidates.
+    itself. `num_timesteps` and `tokens` count all candidates.
     """
 
     Config = BestOfNConfig
@@ -168,6 +168,7 @@ class BestOfN(FixedAgent):
             repeated = [prompt for prompt in prompts[start : start + size] for _ in range(n)]
             candidates = collect(envs, reference, repeated, sampler, generator)
             self.num_timesteps += candidates.num_tokens
+            self.tokens.read(candidates)
             scores.append(candidates.scores.view(-1, n))
             first = torch.arange(len(scores[-1])) * n
             parts.append(candidates[first + scores[-1].argmax(1)])  # of equal ones the first

@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> None:
     agent.load(directory / "checkpoint")
     seconds = float((directory / "train_seconds.txt").read_text())
     before, after = grade(plan, CausalPolicy(agent.envs.engine.lm)), grade(plan, agent)
-    summary = summarise(plan, before, after, seconds, agent.num_timesteps)
+    summary = summarise(plan, before, after, seconds, agent)
     write_json(directory / "evaluation.json", summary)
     print(table(summary))
     recorded = directory / "summary.json"

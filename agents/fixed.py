@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from agents.base import Callback
+from agents.checkpoint import TokenCount
 from agents.recorder import write_atomically
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.models.policy import Policy
@@ -41,6 +42,7 @@ class FixedAgent(ABC):
 
     Attributes:
         num_timesteps: tokens that were sampled to learn, or to choose from: none where a policy is merely followed.
+        tokens: what was read for that.
     """
 
     Config: ClassVar[type[FixedConfig]] = FixedConfig
@@ -50,7 +52,7 @@ class FixedAgent(ABC):
     ) -> None:
         self.envs, self.config, self.sampler = envs, config or self.Config(), sampler or Sampler()
         self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
-        self.num_timesteps = 0
+        self.num_timesteps, self.tokens = 0, TokenCount()
 
     def learn(self, total_timesteps: int, callback: Callback | None = None) -> None:  # noqa: B027 - all there is to do
         """There is nothing to learn, and no step is taken."""
@@ -63,14 +65,15 @@ class FixedAgent(ABC):
         """Writes what the sampling goes on from; what the agent does is derived again."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        state = {"generator": self.generator.get_state().tolist(), "num_timesteps": self.num_timesteps}
+        state = {"num_timesteps": self.num_timesteps, "tokens": asdict(self.tokens)}
+        state["generator"] = self.generator.get_state().tolist()
         write_atomically(directory / "state.json", json.dumps(state))
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Reads back what `save` wrote."""
         state = json.loads((Path(directory) / "state.json").read_text())
         self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
-        self.num_timesteps = state["num_timesteps"]
+        self.num_timesteps, self.tokens = state["num_timesteps"], TokenCount(**state["tokens"])
 
 
 class FixedPolicyAgent(FixedAgent):

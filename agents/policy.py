@@ -102,13 +102,21 @@ class ActorCritic(TrainablePolicy):
         critic: "shared" puts the value head on the policy's trunk; "reference" and "reward_model" give it a copy of
             that model as a trunk of its own.
         reward_model: the Hugging Face classifier that "reward_model" copies.
+
+    Raises:
+        InvalidArgumentError: for a reference that is an adapter on another model, or a critic that cannot be.
     """
 
     def __init__(self, reference: CausalLM, critic: Critic = "shared", reward_model: nn.Module | None = None) -> None:
         super().__init__()
+        if hasattr(reference.model, "peft_config"):  # it would be saved as an adapter, without what it learned
+            raise InvalidArgumentError(
+                "`model` must be a whole model, got one with an adapter in it: merge that with "
+                "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)."
+            )
         self.critic_kind = critic
-        self.actor: Any = _trainable(reference.model)
-        self.lm = CausalLM(self.actor, reference.tokenizer)
+        self._start(reference.model)
+        self.lm = CausalLM(self.actor, reference.tokenizer, reference.temperature)
         self.critic: nn.Module | None = None
         if critic == "reference":
             self.critic = _trainable(reference.model.base_model)
@@ -121,6 +129,10 @@ class ActorCritic(TrainablePolicy):
         trunk = self.actor if self.critic is None else self.critic
         width = trunk.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
         self.value_head = new_value_head(width, reference.device)
+
+    def _start(self, model: Any) -> None:
+        """Makes the actor of the reference's model."""
+        self.actor: Any = _trainable(model)
 
     @property
     def device(self) -> torch.device:
@@ -142,25 +154,38 @@ class ActorCritic(TrainablePolicy):
         return Read(logits, self.value_head(hidden.float()).squeeze(-1))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the actor as a Hugging Face model with its tokenizer, and the critic beside it as safetensors."""
+        """Writes the actor and its tokenizer as Hugging Face's, and the critic beside them as `critic.safetensors`."""
         directory = Path(directory)
-        with quiet_loading():
-            self.actor.save_pretrained(directory)
+        self._save_actor(directory)
         self.lm.tokenizer.save_pretrained(directory)
-        rest = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("actor.")}
-        save_file(rest, directory / "critic.safetensors")
+        save_file({name: x.contiguous() for name, x in self._critic_state().items()}, directory / "critic.safetensors")
 
     def load(self, directory: str | os.PathLike[str]) -> None:
-        """Reads back what `save` wrote, into this policy."""
+        """Reads back what `save` wrote, into this policy.
+
+        Raises:
+            InvalidArgumentError: for a checkpoint of another kind.
+        """
         directory = Path(directory)
+        self._load_actor(directory)
+        saved = load_file(directory / "critic.safetensors", device=str(self.device))
+        if set(saved) != set(self._critic_state()):
+            raise InvalidArgumentError(f"`critic` in {str(directory)!r} is of another kind than this one.")
+        self.load_state_dict(saved, strict=False)
+
+    def _save_actor(self, directory: Path) -> None:
+        with quiet_loading():
+            self.actor.save_pretrained(directory)
+
+    def _load_actor(self, directory: Path) -> None:
+        if (directory / "adapter_config.json").is_file():
+            raise InvalidArgumentError("`directory` must hold a whole model, got an adapter (policy=lora).")
         with quiet_loading():  # not `load_causal_lm`: it would hand out an older copy that somebody holds
             saved = AutoModelForCausalLM.from_pretrained(directory, dtype=self.lm.dtype)
         self.actor.load_state_dict(saved.state_dict())
-        rest = load_file(directory / "critic.safetensors", device=str(self.device))
-        expected = {name for name in self.state_dict() if not name.startswith("actor.")}
-        if set(rest) != expected:
-            raise InvalidArgumentError(f"`critic` in {str(directory)!r} is of another kind than this one.")
-        self.load_state_dict(rest, strict=False)
+
+    def _critic_state(self) -> dict[str, Tensor]:
+        return {name: x for name, x in self.state_dict().items() if name.split(".")[0] in ("critic", "value_head")}
 
 
 def read_logits(lm: CausalLM, episodes: Episodes) -> Tensor:

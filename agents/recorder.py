@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-GROUPS = ("rollout/", "train/", "time/", "eval/")
+GROUPS = ("rollout/", "train/", "cost/", "time/", "eval/")
 METRICS_FILE = "metrics.jsonl"
 _SHOWN = {"rollout/return": "return", "rollout/score": "score", "rollout/kl": "kl"}
 _BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"

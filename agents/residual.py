@@ -2,7 +2,7 @@
 
 f is a fresh network over the tokens of prompt and response whose last layer is zero at first, so that KL to the
 reference is exactly 0 at the start. The optimum has this form too: log pi* = log pi_ref + Q / kl_coef up to a constant
-a state (design, section 1), so what f learns is a Q function.
+a state (docs/optimum.md, (2)), so what f learns is a Q function.
 
 Shapes: N slots, B sequences, L columns, n places read, V vocabulary, W width of f.
 """

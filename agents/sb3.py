@@ -15,7 +15,6 @@ import inspect
 import json
 import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -36,8 +35,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agents.base import Callback
+from agents.checkpoint import TokenCount, replacing
+from agents.policies import PolicyConfig, make_policy
 from agents.policy import ActorCritic, TrainablePolicy
-from agents.residual import Network, ResidualPolicy
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number, unknown_name
 from lmgym.models.policy import Policy, PolicyState
@@ -174,16 +174,22 @@ class Trunk(BaseFeaturesExtractor):
 
     Args:
         space: of the observations. make: builds the policy; a factory, since every network needs one of its own.
+        tokens: counts what is read.
     """
 
     def __init__(
-        self, space: spaces.Space[Any], make: Callable[[], TrainablePolicy], heads: bool, hidden: bool
+        self,
+        space: spaces.Space[Any],
+        make: Callable[[], TrainablePolicy],
+        heads: bool,
+        hidden: bool,
+        tokens: TokenCount,
     ) -> None:
         policy = make()
         self.vocab_size = int(cast(Any, space)["input_ids"].high.max()) + 1
         self.width: int = cast(Any, policy.value_head).in_features
         super().__init__(space, heads * (self.vocab_size + 1) + hidden * self.width)
-        self.policy, self._heads, self._hidden = policy, heads, hidden
+        self.policy, self._heads, self._hidden, self._tokens = policy, heads, hidden, tokens
         self._caches = False
         self._state: PolicyState | None = None
         self._seen: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
@@ -209,12 +215,20 @@ class Trunk(BaseFeaturesExtractor):
             network: Any = self.policy
             read = network.lm.response_hidden if isinstance(network, ActorCritic) else network.network.hidden_at
             parts.append(read(right, rows, columns)[0].float())
-        return torch.cat(parts, dim=1)
+        features, size = torch.cat(parts, dim=1), (self._heads + self._hidden) * int(mask.sum())
+        self._tokens.forward += size
+        if features.requires_grad:
+            features.register_hook(partial(self._count_backward, size))
+        return features
+
+    def _count_backward(self, size: int, _: Tensor) -> None:
+        self._tokens.backward += size
 
     def _decode(self, ids: Tensor, mask: Tensor) -> Tensor:
         if self._state is None:
             prompts, prompt_mask = _left_padded(ids, mask)
             self._state = self.policy.begin(prompts, prompt_mask, ids.shape[1] - prompts.shape[1])
+            self._tokens.forward += int(mask.sum())
         else:
             old_ids, old_mask = self._seen
             added = mask & ~old_mask
@@ -223,6 +237,7 @@ class Trunk(BaseFeaturesExtractor):
             fresh = (~goes_on).nonzero().squeeze(1)
             if len(fresh):
                 self._state.begin(fresh, *_left_padded(ids[fresh], mask[fresh]))
+            self._tokens.forward += int(goes_on.sum() + mask[fresh].sum())
         self._seen = ids, mask
         assert self._state.values is not None
         return torch.cat(_side_by_side(self._state.logits, self._state.values), dim=1)
@@ -325,9 +340,9 @@ class _Stop(Exception):
 class _Report(BaseCallback):
     """Hands over metrics of the episodes that ended, and of the update on them, every `every` env steps."""
 
-    def __init__(self, gamma: float, every: int) -> None:
+    def __init__(self, gamma: float, every: int, tokens: TokenCount) -> None:
         super().__init__()
-        self.gamma, self.every = gamma, every
+        self.gamma, self.every, self.tokens = gamma, every, tokens
         self.receiver: Callback | None = None
         self.restart()
 
@@ -373,6 +388,7 @@ class _Report(BaseCallback):
         if not self.training_env.get_attr("kl_coef")[0]:
             metrics.pop("rollout/kl", None)  # without a price the reference is never asked
         metrics["time/tokens_per_second"] = self._steps / seconds
+        metrics |= self.tokens.metrics()
         self._ended, self._steps, self._started = [], 0, time.perf_counter()
         if self.receiver is not None and self.receiver(self.num_timesteps, metrics) is False:
             raise _Stop
@@ -386,7 +402,7 @@ def _nothing() -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class SB3Config:
+class SB3Config(PolicyConfig):
     """What an algorithm of Stable-Baselines3 runs with; null leaves its own default."""
 
     algorithm: Algorithm = "PPO"
@@ -396,16 +412,13 @@ class SB3Config:
     lr_schedule: Literal["constant", "linear"] = "linear"  # linear ends at 0
     batch_size: int | None = None  # tokens a minibatch
     n_epochs: int | None = None  # passes over a rollout
-    policy: Literal["auto", "finetune", Network] = "auto"  # a copy of the reference, or a residual on its logits
-    width: int = 64  # of a residual network's hidden states
-    layers: int = 2  # of a residual network
     kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the algorithm, by SB3's names
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("algorithm", self.algorithm, get_args(Algorithm))
-        check_choice("policy", self.policy, ("auto", "finetune", *get_args(Network)))
         check_choice("lr_schedule", self.lr_schedule, ("constant", "linear"))
-        for name in ("n_envs", "n_steps", "width", "layers"):
+        for name in ("n_envs", "n_steps"):
             check_int(name, getattr(self, name), 1)
         check_number("learning_rate", self.learning_rate, 0)
         for name in ("batch_size", "n_epochs"):
@@ -469,6 +482,7 @@ class SB3Agent:
 
     Attributes:
         model: SB3's object.
+        tokens: what its networks have read to learn. The products of TRPO with the Fisher matrix are not counted.
         policy: the policy, as `lmgym.evaluation.evaluate` takes it; of DQN and QRDQN the greedy one.
 
     Raises:
@@ -485,12 +499,14 @@ class SB3Agent:
         algorithm = algorithm_class(config.algorithm)
         self._value_based, self._recurrent = config.algorithm in _VALUE_BASED, config.algorithm == "RecurrentPPO"
         self._check(sampler)
+        self.tokens = TokenCount()
         trunk = {
             "features_extractor_class": Trunk,
             "features_extractor_kwargs": {
-                "make": partial(_make_policy, self._inner, config, seed),
+                "make": partial(make_policy, self._inner, config, seed),
                 "heads": not self._value_based,
                 "hidden": self._value_based or self._recurrent,
+                "tokens": self.tokens,
             },
             "net_arch": [],
         }
@@ -516,11 +532,11 @@ class SB3Agent:
             networks.optimizer = networks.optimizer_class(critic, lr=rate, **networks.optimizer_kwargs)
         networks.set_training_mode(False)
         prefix = self._value_based or self._recurrent
-        self.policy: Policy = PrefixPolicy(self.model) if prefix else networks.features_extractor.policy
+        self.policy: Policy = PrefixPolicy(self.model, self.tokens) if prefix else networks.features_extractor.policy
         self.generator = torch.Generator().manual_seed(seed)
         task = self._inner.task
         self._kl = PolicyKLCallback(task.kl_coef, task.dense_kl)
-        self._report = _Report(task.gamma, config.n_steps * config.n_envs)
+        self._report = _Report(task.gamma, config.n_steps * config.n_envs, self.tokens)
 
     def _check(self, sampler: Sampler | None) -> None:
         envs, config = self._inner, self.config
@@ -591,32 +607,22 @@ class SB3Agent:
 
         `AutoModelForCausalLM` loads a fine-tuned actor. A replay buffer is not written, nor are the episodes in hand.
         """
-        directory = Path(directory)
-        scratch = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        if isinstance(self.policy, TrainablePolicy):
-            self.policy.save(scratch)
-        else:
-            save_model(self.model.policy, str(scratch / "policy.safetensors"))
-        save_file(_flat(self.model.policy.optimizer.state_dict()["state"]), scratch / "optimizer.safetensors")
-        state = {
-            "num_timesteps": self.num_timesteps,
-            "config": asdict(self.config),
-            "prompts": self._inner.prompt_state(),
-            "randomness": (self._randomness or _Randomness.now()).as_json(),
-            "actions": self.model.action_space.np_random.bit_generator.state,
-            "generator": self.generator.get_state().tolist(),
-        }
-        reward = self._inner.engine.reward
-        if hasattr(reward, "get_state"):  # one that draws its own noise
-            state["reward"] = reward.get_state()
-        (scratch / "state.json").write_text(json.dumps(state))
-        old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-        if directory.exists():
-            os.replace(directory, old)
-        os.replace(scratch, directory)
-        shutil.rmtree(old, ignore_errors=True)
+        with replacing(directory) as scratch:
+            if isinstance(self.policy, TrainablePolicy):
+                self.policy.save(scratch)
+            else:
+                save_model(self.model.policy, str(scratch / "policy.safetensors"))
+            save_file(_flat(self.model.policy.optimizer.state_dict()["state"]), scratch / "optimizer.safetensors")
+            state = {
+                "num_timesteps": self.num_timesteps,
+                "tokens": asdict(self.tokens),
+                "config": asdict(self.config),
+                "env": self._inner.get_state(),
+                "randomness": (self._randomness or _Randomness.now()).as_json(),
+                "actions": self.model.action_space.np_random.bit_generator.state,
+                "generator": self.generator.get_state().tolist(),
+            }
+            (scratch / "state.json").write_text(json.dumps(state))
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Reads back what `save` wrote; episodes begin anew, and a replay buffer is empty.
@@ -645,11 +651,10 @@ class SB3Agent:
         self.model.action_space.np_random.bit_generator.state = state["actions"]
         self._randomness = _Randomness.of_json(state["randomness"])
         self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
-        self._inner.restore_prompt_state(state["prompts"])
+        self.tokens.forward, self.tokens.backward = state["tokens"]["forward"], state["tokens"]["backward"]
+        self._inner.set_state(state["env"])
         self._report.restart()
         self._kl.restart()
-        if "reward" in state:
-            cast(Any, self._inner.engine.reward).set_state(state["reward"])
 
     @contextlib.contextmanager
     def _own_randomness(self) -> Iterator[None]:
@@ -711,23 +716,6 @@ def _nested(flat: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     return state
 
 
-def _make_policy(envs: RLHFVectorEnv, config: SB3Config, seed: int) -> TrainablePolicy:
-    """A copy of the reference, or a residual where a copy cannot learn or one is asked for."""
-    lm, kind = envs.engine.lm, config.policy
-    is_table = lm.model.config.model_type == "lmgym_markov"
-    if kind == "finetune" and is_table:
-        raise InvalidArgumentError(
-            f"`policy` must be 'auto' or one of {list(get_args(Network))}, got 'finetune': the reference is a table of "
-            "transition probabilities, and a copy of it cannot learn."
-        )
-    if kind == "auto":
-        kind = "transformer" if is_table else "finetune"
-    if kind == "finetune":
-        return ActorCritic(lm)
-    positions = envs.engine.width + envs.engine.horizon
-    return ResidualPolicy(lm, kind, width=config.width, layers=config.layers, positions=positions, seed=seed)
-
-
 # -- acting without SB3 ------------------------------------------------------------------------------------------------
 
 
@@ -738,10 +726,11 @@ class PrefixPolicy:
 
     Args:
         model: SB3's object.
+        tokens: what the networks count when they read; acting is no cost of training, and is taken off again.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._networks = model.policy
+    def __init__(self, model: Any, tokens: TokenCount) -> None:
+        self._networks, self._tokens = model.policy, tokens
 
     @property
     def device(self) -> torch.device:
@@ -758,6 +747,13 @@ class PrefixPolicy:
     @torch.no_grad()
     def _read(self, ids: Tensor, mask: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(n, V) logits behind sequences (n, W), and an LSTM's memory (n, layers, 2H) behind that before them."""
+        spent = self._tokens.forward
+        try:
+            return self._logits(ids, mask, memory)
+        finally:
+            self._tokens.forward = spent
+
+    def _logits(self, ids: Tensor, mask: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
         observation = {"input_ids": ids, "attention_mask": mask}
         if hasattr(self._networks, "lstm_actor"):
             layers, _, h = self._networks.lstm_hidden_state_shape

@@ -1,23 +1,168 @@
-"""Supervised fine-tuning: teach a causal LM to continue text as a corpus does.
+"""Supervised fine-tuning: behaviour cloning of demonstrated responses, as an agent, and training on whole texts.
 
-Shapes: B sequences a batch, L columns, V vocabulary.
+Shapes: B sequences a batch, L columns, V vocabulary, n response tokens of a batch.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from lmgym.errors import InvalidArgumentError, check_int, check_number
+from agents.best_of_n import BestOfN, BestOfNConfig
+from agents.optimal import Optimal
+from agents.supervised import SupervisedAgent, SupervisedConfig, descend, response_ids, unscored
+from lmgym.envs.engine import Engine
+from lmgym.envs.vector import RLHFVectorEnv
+from lmgym.episodes import Episodes
+from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number
+from lmgym.kl import discounted_return, episode_kl, token_rewards
+from lmgym.models.policy import Policy
+from lmgym.models.sampling import Sampler
 from lmgym.rewards.ranking import bucketed_batches, right_padded, warm_up_cosine
+from lmgym.rollout import collect
 
 IGNORED = -100  # the target of a padding column
+
+Demonstrations = Literal["best_of_n", "optimal", "file"]
+
+
+@dataclass(frozen=True)
+class SFTConfig(SupervisedConfig):
+    """Behaviour cloning's own numbers. An example is a demonstration."""
+
+    batch_size: int = 16
+    epochs: int = 4
+    lr: float = 1e-3
+    demonstrations: Demonstrations = "best_of_n"  # the best of n responses of the reference, pi*'s, or those of a file
+    n: int = 16  # best_of_n: candidates a demonstration
+    path: str | None = None  # file: JSON lines of {"prompt", "completion"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("demonstrations", self.demonstrations, get_args(Demonstrations))
+        check_int("n", self.n, 1)
+        if (self.path is None) != (self.demonstrations != "file"):
+            expected = "a file where" if self.demonstrations == "file" else "null unless"
+            raise InvalidArgumentError(f"`path` must be {expected} `demonstrations` is 'file', got {self.path!r}.")
+        if self.path is not None and not os.path.isfile(self.path):
+            raise InvalidArgumentError(f"`path` must be a file, and there is none at {self.path!r}.")
+
+
+class SFT(SupervisedAgent[Episodes]):
+    """Clones demonstrated responses (Pomerleau 1991; Ouyang et al. 2022, section 3.5): maximum likelihood, no returns.
+
+    `num_timesteps` counts candidates that are not cloned too; of a file no env step is taken, and the reward is never
+    asked. `sampler` is of the reference's candidates, and of `predict`; pi* is drawn from as it is.
+
+    Raises:
+        InvalidArgumentError: for a file that does not fit the task, and where pi* is asked for and no solver knows it.
+    """
+
+    Config = SFTConfig
+    config: SFTConfig
+
+    def __init__(
+        self, envs: RLHFVectorEnv, config: SFTConfig | None = None, *, seed: int = 0, sampler: Sampler | None = None
+    ) -> None:
+        super().__init__(envs, config, seed=seed, sampler=sampler)
+        self._expert: Policy | None = Optimal(envs).policy if self.config.demonstrations == "optimal" else None
+        self._file = None if self.config.path is None else read_demonstrations(self.config.path, envs.engine)
+        if self._file is not None:
+            self.tokens.read(self._file)  # by the reference
+
+    @property
+    def file_size(self) -> int | None:
+        """Demonstrations of the file."""
+        return None if self._file is None else len(self._file)
+
+    def sample(self) -> tuple[Episodes, int]:
+        """A response to each of the next `batch_size` prompts, and how many tokens were sampled for them."""
+        prompts = self.envs.next_prompts(self.config.batch_size)
+        if self._expert is None:
+            chooser = BestOfN(self.envs, BestOfNConfig(self.config.n), sampler=self.sampler)
+            chooser.generator, chooser.tokens = self.generator, self.tokens
+            return chooser.respond(prompts), chooser.num_timesteps
+        episodes = collect(self.envs, self._expert, prompts, generator=self.generator)
+        self.tokens.read(episodes)
+        return episodes, episodes.num_tokens
+
+    def select(self, rows: Tensor) -> tuple[Episodes, int]:
+        """Demonstrations of the file."""
+        assert self._file is not None
+        return self._file[rows], self._file[rows].num_tokens
+
+    def loss(self, examples: Episodes) -> tuple[Tensor, dict[str, float]]:
+        """The mean of -log pi over response tokens; the prompt is read and not learned."""
+        self.tokens.read(examples, backward=1)
+        return -self.log_probs(examples).mean(), {}
+
+    def describe(self, examples: Episodes) -> dict[str, float]:
+        """What is known of demonstrations, whoever they are of."""
+        task, metrics = self.envs.task, {"train/demonstration_length": examples.lengths.float().mean().item()}
+        if self._file is not None or task.kl_coef > 0:
+            metrics["train/reference_loss"] = -examples.ref_log_probs[examples.response_mask].mean().item()
+        if self._file is not None:
+            return metrics
+        metrics["train/demonstration_score"] = examples.scores.mean().item()
+        if examples.gold_scores is not None:
+            metrics["train/demonstration_gold_score"] = examples.gold_scores.mean().item()
+        if self._expert is not None:  # the law of a best of n is not known, nor its KL
+            returns = discounted_return(token_rewards(examples, task.kl_coef, dense=task.dense_kl), task.gamma)
+            metrics["train/demonstration_return"] = returns.mean().item()
+            metrics["train/demonstration_kl"] = episode_kl(examples).mean().item()
+        return metrics
+
+
+def read_demonstrations(path: str | os.PathLike[str], engine: Engine) -> Episodes:
+    """Demonstrations of a file, as token ids, with the reference's log-probs; nobody has scored them.
+
+    A line is a JSON object {"prompt": ..., "completion": ...}. `prompt + completion` is the text, as in
+    `lmgym.feedback.preferences.Rankings`: a completion carries its own leading space, and the EOS token as text where
+    the response ends by itself.
+
+    Args:
+        path: the file.
+        engine: of the task.
+
+    Raises:
+        InvalidArgumentError: naming the first line that is no demonstration, and for a prompt or a completion that is
+            none of the task's.
+    """
+    with open(path, encoding="utf-8") as file:
+        pairs = [_parse(line, f"Line {i} of {os.fspath(path)!r}") for i, line in enumerate(file, 1) if line.strip()]
+    if not pairs:
+        raise InvalidArgumentError(f"`path` must hold at least one demonstration, and {os.fspath(path)!r} has none.")
+    prompts = [engine.prompts.of_text(prompt) for prompt, _ in pairs]
+    responses = [
+        response_ids(engine, text, prompt, completion)
+        for (text, completion), prompt in zip(pairs, prompts, strict=True)
+    ]
+    return unscored(engine, prompts, responses)
+
+
+def _parse(line: str, where: str) -> tuple[str, str]:
+    """Prompt and completion of a line."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InvalidArgumentError(f"{where} must be a JSON object: {error}.") from error
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("prompt", "completion")):
+        raise InvalidArgumentError(
+            f"{where} must be an object with texts under 'prompt' and 'completion', got {line.strip()[:80]!r}."
+        )
+    return record["prompt"], record["completion"]
+
+
+# -- whole texts -----------------------------------------------------------------------------------------------------
 
 
 def train_sft(
@@ -70,10 +215,7 @@ def train_sft(
                 loss = total / count
 
                 # 2. one step of AdamW
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-                optimizer.step()
+                descend(loss, optimizer, max_grad_norm)
                 schedule.step()
 
                 # 3. report

@@ -132,8 +132,8 @@ def grade(plan: Plan, graded: Any) -> Any:
     return grading(envs, samples=samples, prompts=config.prompts, sampler=plan.sampler, generator=generator)
 
 
-def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, total_timesteps: int) -> dict[str, Any]:
-    """`summary.json`: metrics before and after, what is known of the optimum, and the share of the gain."""
+def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, agent: Any) -> dict[str, Any]:
+    """`summary.json`: metrics before and after, what is known of the optimum, the share of the gain, and the cost."""
     from lmgym.evaluation import as_json
     from lmgym.scores import normalised
 
@@ -154,7 +154,9 @@ def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, total_t
             "method": None if optimum is None else optimum.method,
         },
         "train_seconds": train_seconds,
-        "total_timesteps": total_timesteps,
+        "total_timesteps": agent.num_timesteps,
+        "forward_tokens": agent.tokens.forward,
+        "backward_tokens": agent.tokens.backward,
         "agent": plan.agent_class.__name__,
         "task": plan.settings["task"],
         "seed": plan.seed,
@@ -242,7 +244,7 @@ def train(plan: Plan, directory: Path, resume: bool) -> int:
         print(f"Stopped after {agent.num_timesteps:,} tokens. Go on with: {command}")
         return 130
     after = grade(plan, agent)
-    summary = summarise(plan, before, after, train_seconds, agent.num_timesteps)
+    summary = summarise(plan, before, after, train_seconds, agent)
     rows = samples(agent.envs.engine.lm, before, after)
     write_json(directory / "summary.json", summary)
     write_json(directory / "samples.json", rows)

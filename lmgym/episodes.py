@@ -86,6 +86,11 @@ class Episodes:
         return int(self.response_mask.sum())
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts, each as often as it was answered."""
+        return int(self.prompt_mask.sum())
+
+    @property
     def input_ids(self) -> Tensor:
         """(B, P + T) int64: prompt and response side by side, as a model reads them."""
         return torch.cat([self.prompt_ids, self.response_ids], dim=1)

@@ -137,7 +137,7 @@ def test_log_ratios_are_those_of_enumeration() -> None:
 
 def test_pairs_share_a_prompt_and_labels_follow_the_scores() -> None:
     agent = tiny_dpo(batch_size=600)
-    pairs = agent._sample()
+    pairs, _ = agent.sample()
     ids, scores = pairs.episodes.prompt_index, pairs.episodes.scores.double()
     assert torch.equal(ids[pairs.chosen], ids[pairs.rejected])
     assert sorted(torch.cat([pairs.chosen, pairs.rejected]).tolist()) == list(range(1200))
@@ -147,7 +147,7 @@ def test_pairs_share_a_prompt_and_labels_follow_the_scores() -> None:
     for rows in (expected > 0.6, expected < 0.4, (expected - 0.5).abs() < 0.1):
         assert abs(hits[rows].mean().item()) < 4 * math.sqrt(0.25 / int(rows.sum()))
     assert hits.abs().max() < 0.9  # nothing is certain
-    always = tiny_dpo(batch_size=600, labels="argmax")._sample()
+    always = tiny_dpo(batch_size=600, labels="argmax").sample()[0]
     scores = always.episodes.scores
     assert (scores[always.chosen] >= scores[always.rejected]).all()
     tied = scores[always.chosen] == scores[always.rejected]

@@ -406,7 +406,7 @@ def test_the_critic_of_trpo_does_not_move_the_policy() -> None:
 @needs_contrib
 def test_maskable_ppo_takes_what_a_wrapper_allows() -> None:
     envs = tiny_envs(4)
-    agent = SB3Agent(Masked(envs), SB3Config("MaskablePPO", n_envs=4, n_steps=16, batch_size=64))  # type: ignore[arg-type]
+    agent = SB3Agent(Masked(envs), SB3Config(algorithm="MaskablePPO", n_envs=4, n_steps=16, batch_size=64))  # type: ignore[arg-type]
     learn(agent, 64)
     taken = agent.model.rollout_buffer
     assert set(np.unique(taken.actions)) <= {1, 3, 4, 5, 6}
@@ -464,7 +464,7 @@ def test_a_checkpoint_holds_no_pickle_and_its_actor_is_a_model(tmp_path: Path) -
         for name, value in row.items():
             assert torch.equal(torch.as_tensor(value), moments[1][i][name])
     # Where they were in the streams of prompts and of random numbers, they are again.
-    assert other.envs.prompt_state() == agent.envs.prompt_state()
+    assert other.envs.get_state() == agent.envs.get_state()
     for trained in (agent, other):
         trained.model._last_obs = None
         trained._report.restart()
@@ -535,6 +535,6 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(agents.sb3.importlib, "import_module", missing)
-    config = SB3Config("TRPO", n_envs=2)  # can be read all the same
+    config = SB3Config(algorithm="TRPO", n_envs=2)  # can be read all the same
     with pytest.raises(InvalidArgumentError, match=r"needs the package sb3-contrib \(pip install sb3-contrib\)"):
         SB3Agent(tiny_envs(2), config)

@@ -213,16 +213,16 @@ def test_the_stream_of_prompts_can_be_put_back(parts: Parts, order: str) -> None
     envs = native(parts, prompt_order=order)
     envs.reset(seed=3)
     envs.next_prompts(3)  # rows stand at different places
-    state = json.loads(json.dumps(envs.prompt_state()))
+    state = json.loads(json.dumps(envs.get_state()))
     expected = [prompt.index for prompt in envs.next_prompts(40)]
     other = native(parts, prompt_order=order)
     other.reset(seed=77)
     for target in (envs, other):
-        target.restore_prompt_state(state)
+        target.set_state(state)
         assert [prompt.index for prompt in target.next_prompts(40)] == expected
     assert json.loads(json.dumps(state)) == state
     with pytest.raises(InvalidArgumentError, match="`state` must be that of 4 rows, got 3."):
-        envs.restore_prompt_state(state[:3])
+        envs.set_state({"prompts": state["prompts"][:3]})
 
 
 # --- the skin ----------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -244,22 +244,34 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         check_int("episodes", episodes, 1)
         return [self._orders[i % self.num_envs].take() for i in range(episodes)]
 
-    def prompt_state(self) -> list[dict[str, Any]]:
-        """Where each row's stream of prompts stands, as JSON values: what a resumed run needs to draw the same ones."""
-        state = []
+    def get_state(self) -> dict[str, Any]:
+        """Where the streams of randomness stand, as JSON values: what a resumed run needs to draw the same again.
+
+        They are each row's stream of prompts, and the reward's noise where it has any. Running episodes are no part.
+        """
+        prompts = []
         for order, rng in zip(self._orders, self._rngs, strict=True):
             epoch, place = order.position
             drawn = None if epoch is None else epoch.tolist()
-            state.append({"epoch": drawn, "place": place, "rng": rng.bit_generator.state})
+            prompts.append({"epoch": drawn, "place": place, "rng": rng.bit_generator.state})
+        state: dict[str, Any] = {"prompts": prompts}
+        if hasattr(self.engine.reward, "get_state"):
+            state["reward"] = self.engine.reward.get_state()
         return state
 
-    def restore_prompt_state(self, state: Sequence[dict[str, Any]]) -> None:
-        """Puts the streams of prompts back where `prompt_state` found them."""
-        if len(state) != self.num_envs:
-            raise InvalidArgumentError(f"`state` must be that of {self.num_envs} rows, got {len(state)}.")
-        for order, rng, row in zip(self._orders, self._rngs, state, strict=True):
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Puts the streams back where `get_state` found them.
+
+        Raises:
+            InvalidArgumentError: for the state of another number of rows.
+        """
+        if len(state["prompts"]) != self.num_envs:
+            raise InvalidArgumentError(f"`state` must be that of {self.num_envs} rows, got {len(state['prompts'])}.")
+        for order, rng, row in zip(self._orders, self._rngs, state["prompts"], strict=True):
             rng.bit_generator.state = row["rng"]
             order.position = (None if row["epoch"] is None else np.array(row["epoch"]), row["place"])
+        if "reward" in state:
+            cast(Any, self.engine.reward).set_state(state["reward"])
 
     def render(self) -> tuple[Any, ...] | None:
         """One string ("ansi") or picture ("rgb_array") a row."""
