@@ -10,12 +10,14 @@ import torch
 from conftest import TinyProblem
 from torch import Tensor
 
+import agents.base
 import agents.trpo
+from agents.checkpoint import TokenCount
 from agents.policy import TrainablePolicy
-from agents.trpo import TRPO, TRPOConfig, conjugate_gradient, fisher_product, flat
+from agents.trpo import TRPO, Fisher, TRPOConfig, conjugate_gradient, flat
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
-from lmgym.errors import InvalidArgumentError
+from lmgym.errors import InvalidArgumentError, UnknownNameError
 from lmgym.kl import exact
 from lmgym.models.sampling import Sampler
 from lmgym.optimum.tree import Tree, law_of
@@ -122,7 +124,7 @@ def test_conjugate_gradients_end_at_the_tolerance_and_of_nothing_make_nothing(sy
 # -- the Fisher matrix -----------------------------------------------------------------------------------------------
 
 
-def test_fisher_product_is_the_dense_matrix_of_a_table() -> None:
+def test_fisher_products_are_those_of_the_dense_matrix_of_a_table() -> None:
     """Softmax of a row for each state: blocks sum_i w_i (diag p - p p^T) for the states i of that row."""
     generator = torch.Generator().manual_seed(0)
     table = torch.randn((3, 5), generator=generator, dtype=torch.float64).requires_grad_()
@@ -135,15 +137,33 @@ def test_fisher_product_is_the_dense_matrix_of_a_table() -> None:
         block = slice(5 * state, 5 * state + 5)
         expected[block, block] += weight * (law.diag() - torch.outer(law, law))
     torch.testing.assert_close(dense_fisher(laws, weights, [table]), expected)
+    fisher = Fisher(laws, weights, [table, idle])
     for _ in range(3):
         vector = torch.randn(17, generator=generator, dtype=torch.float64)
-        got = fisher_product(laws, weights, [table, idle], vector)
+        got = fisher.times(vector)
         torch.testing.assert_close(got[:15], expected @ vector[:15])
         assert torch.equal(got[15:], torch.zeros(2, dtype=torch.float64))
+        torch.testing.assert_close(fisher.along(vector), vector[:15] @ expected @ vector[:15])
+
+
+def test_conjugate_gradients_with_the_products_of_one_graph_solve_the_dense_system() -> None:
+    agent = moved(tiny_trpo(policy="gru", width=3))
+    episodes, parameters = agent._collect()[:8], agent.law_parameters
+    agent.policy.double()
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(episodes.num_tokens, generator=generator, dtype=torch.float64)
+    with agents.trpo._twice_differentiable():
+        laws = log_law(agent.policy, episodes)
+    matrix, fisher = dense_fisher(laws, weights, parameters), Fisher(laws, weights, parameters)
+    b = torch.randn(len(matrix), generator=generator, dtype=torch.float64)
+    x, residual = conjugate_gradient(lambda v: fisher.times(v) + 0.1 * v, b, 400, tolerance=1e-10)
+    damped = matrix + 0.1 * torch.eye(len(matrix), dtype=torch.float64)
+    torch.testing.assert_close(x, torch.linalg.solve(damped, b), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(fisher.along(x) + 0.1 * (x @ x), x @ (b - residual))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fisher_product_is_the_hessian_of_the_kl(kind: Any) -> None:
+def test_fisher_products_are_those_of_the_hessian_of_the_kl(kind: Any) -> None:
     """Against central differences of the gradient of KL(pi_old || pi), in float64, for every kind of policy."""
     agent = moved(tiny_trpo(policy=kind))
     episodes, parameters = agent._collect(), agent.law_parameters
@@ -157,7 +177,9 @@ def test_fisher_product_is_the_hessian_of_the_kl(kind: Any) -> None:
     with agents.trpo._twice_differentiable():
         old = log_law(agent.policy, episodes)
     assert old.dtype == torch.float64
-    got = fisher_product(old, weights, parameters, vector)
+    fisher = Fisher(old, weights, parameters)
+    got = fisher.times(vector)
+    torch.testing.assert_close(fisher.along(vector), vector @ got)
     start, gradients = flat(parameters), []
     for sign in (1, -1):
         agents.trpo._assign(parameters, start + sign * 1e-4 * vector)
@@ -179,24 +201,69 @@ def stepped(agent: TRPO) -> tuple[Episodes, Tensor, Tensor, Tensor, dict[str, fl
     return episodes, advantages, before, flat(agent.law_parameters).detach(), metrics
 
 
-def test_the_step_is_the_natural_gradient() -> None:
-    """(F + damping)^-1 g of dense matrices, at the length the quadratic model of the KL allows."""
-    agent = moved(tiny_trpo(policy="gru", width=3, cg_iterations=400, cg_damping=0.01, max_kl=1e-4, micro_batch_size=7))
-    episodes, advantages, before, after, metrics = stepped(agent)
+@pytest.mark.parametrize("fraction", [1.0, 0.04])
+def test_the_step_is_the_natural_gradient(fraction: float) -> None:
+    """(F + damping)^-1 g of dense matrices, F of the episodes drawn, at the length F of the whole batch allows."""
+    numbers: dict[str, Any] = {"cg_iterations": 400, "cg_damping": 0.01, "max_kl": 1e-4, "fisher_fraction": fraction}
+    agent = moved(tiny_trpo(policy="gru", width=3, micro_batch_size=7, **numbers))
+    episodes, generator = agent._collect(), torch.Generator()
+    generator.set_state(agent.generator.get_state())
+    few = episodes[torch.randperm(48, generator=generator)[: 2 if fraction < 1 else 48]]
+    advantages, _ = agent.advantages(episodes, agent.rewards(episodes))
+    before = flat(agent.law_parameters).detach()
+    metrics = agent._update(episodes)
+    after = flat(agent.law_parameters).detach()
     agents.trpo._assign(agent.law_parameters, before)
     mask, parameters = episodes.response_mask, agent.law_parameters
-    laws = log_law(agent.policy, episodes)
-    weights = torch.full((episodes.num_tokens,), 1 / episodes.num_tokens)
-    matrix = dense_fisher(laws, weights, parameters) + 0.01 * torch.eye(len(before), dtype=torch.float64)
-    chosen = laws.gather(1, episodes.response_ids[mask].unsqueeze(1)).squeeze(1)
-    gradient = flat(torch.autograd.grad((weights * chosen * advantages[mask]).sum(), parameters)).double()
-    direction = torch.linalg.solve(matrix, gradient)
-    full = direction * (2 * 1e-4 / (direction @ gradient)).sqrt()
+
+    def damped(some: Episodes) -> Tensor:
+        weights = torch.full((some.num_tokens,), 1 / some.num_tokens)
+        matrix = dense_fisher(log_law(agent.policy, some), weights, parameters)
+        return matrix + 0.01 * torch.eye(len(before), dtype=torch.float64)
+
+    chosen = log_law(agent.policy, episodes).gather(1, episodes.response_ids[mask].unsqueeze(1)).squeeze(1)
+    gradient = flat(torch.autograd.grad((chosen * advantages[mask]).mean(), parameters)).double()
+    direction = torch.linalg.solve(damped(few), gradient)
+    full = direction * (2 * 1e-4 / (direction @ damped(episodes) @ direction)).sqrt()
     assert cosine(after - before, full) > 0.999
-    assert cosine(gradient, full) < 0.9  # or it would tell little
+    assert cosine(gradient, full) < 0.95  # or it would tell little
+    if fraction < 1:  # nor is it the direction or the length that the other F gives
+        assert cosine(torch.linalg.solve(damped(episodes), gradient), full) < 0.99
+        assert abs((direction @ gradient) / (direction @ damped(episodes) @ direction) - 1) > 0.05
     assert ((after - before).norm() / full.norm()).item() == pytest.approx(metrics["train/step_fraction"], rel=0.01)
     assert metrics["train/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-3)
     assert metrics["train/cg_residual"] < 1e-3
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+def test_what_an_update_reads(fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs that conjugate gradients need are made once, of the fraction; a trial is a forward of the batch."""
+    agent = moved(tiny_trpo(max_kl=0.01, backtrack=0.5, cg_iterations=3, cg_damping=0.01, fisher_fraction=fraction))
+    prices, solve, solves = iter([0.02, 0.02, 0.0]), torch.autograd.grad, []
+    monkeypatch.setattr(agents.trpo, "exact", lambda old, new: torch.full((len(old),), next(prices)))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *xs, **kinds: solves.append(0) or solve(*xs, **kinds))
+    episodes, generator = agent._collect(), torch.Generator()
+    generator.set_state(agent.generator.get_state())
+    few = episodes[torch.randperm(48, generator=generator)[: math.ceil(48 * fraction)]]
+    whole, part = (x.num_prompt_tokens + x.num_tokens for x in (episodes, few))
+    agent.tokens = TokenCount()
+    monkeypatch.setattr(agents.base.OnPolicyAgent, "_optimise", lambda *xs: {})
+    agent._optimise(episodes, *agent.advantages(episodes, agent.rewards(episodes)))
+    scale = fraction < 1  # otherwise the graphs are there
+    assert agent.tokens.forward == (1 + scale + 3) * whole + part
+    assert agent.tokens.backward == (1 + scale + 1) * whole + (1 + 3 * 2) * part
+    assert len(solves) == 1 + scale + 1 + 1 + 3 * 2
+
+
+def test_the_trust_region_shrinks_to_nothing() -> None:
+    agent = tiny_trpo(max_kl=0.02, max_kl_schedule="linear", cg_damping=0.01)
+    history = learn(agent, 100, total=600)
+    assert len(history) > 3
+    for step, metrics in zip([0, *(row["step"] for row in history)], history, strict=False):
+        assert metrics["train/max_kl"] == pytest.approx(0.02 * (1 - step / 600))
+        assert 0 < metrics["train/kl"] <= metrics["train/max_kl"]
+    steady = tiny_trpo(max_kl=0.02, max_kl_schedule="constant")
+    assert {row["train/max_kl"] for row in learn(steady, 2, total=600)} == {0.02}
 
 
 @pytest.mark.parametrize(("kind", "max_kl"), [*((kind, 0.1) for kind in KINDS), ("gru", 0.001)])
@@ -346,10 +413,10 @@ def test_every_variant_of_the_problem_trains(variant: dict[str, Any]) -> None:
 
 def test_trpo_learns_and_never_passes_the_optimum() -> None:
     envs = tiny_envs()
-    agent = tiny_trpo(envs, batch_size=96, max_kl=0.05, cg_iterations=5)
+    agent = tiny_trpo(envs, batch_size=96, max_kl=0.05, cg_iterations=5, fisher_fraction=0.5, max_kl_schedule="linear")
     tree, law, curve = Tree.of(envs.task, "train"), law_of(agent.policy.lm), []
     reference, best = tree.evaluate(law).value, tree.solve().value
-    agent.learn(10**6, lambda step, metrics: curve.append(tree.evaluate(law).value) or len(curve) < 15)
+    agent.learn(5000, lambda step, metrics: curve.append(tree.evaluate(law).value))
     assert best > reference + 0.1
     assert max(curve) <= best + 1e-5
     share = (curve[-1] - reference) / (best - reference)
@@ -385,6 +452,9 @@ def test_the_global_generator_is_not_touched() -> None:
     ("name", "value"),
     [
         ("max_kl", 0.0),
+        ("max_kl_schedule", "cubic"),
+        ("fisher_fraction", 0.0),
+        ("fisher_fraction", 1.5),
         ("cg_iterations", 0),
         ("cg_damping", -1.0),
         ("line_search_steps", 0),
@@ -393,6 +463,6 @@ def test_the_global_generator_is_not_touched() -> None:
         ("gae_lambda", 1.1),
     ],
 )
-def test_bad_numbers_are_told(name: str, value: float) -> None:
-    with pytest.raises(InvalidArgumentError, match=f"`{name}`"):
-        TRPOConfig(**{name: value})  # type: ignore[arg-type]
+def test_bad_numbers_are_told(name: str, value: Any) -> None:
+    with pytest.raises((InvalidArgumentError, UnknownNameError), match=f"`{name}`"):
+        TRPOConfig(**{name: value})
