@@ -8,25 +8,25 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents.advantages import gae
+from agents.checkpoint import TokenCount, replacing
 from agents.losses import explained_variance
-from agents.policy import ActorCritic, Critic, TrainablePolicy, read_logits
-from agents.residual import Network, ResidualPolicy
+from agents.policies import PolicyConfig, make_policy
+from agents.policy import Critic, TrainablePolicy, read_logits
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
-from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number
+from lmgym.errors import InvalidArgumentError, check_int, check_number
 from lmgym.kl import (
     AdaptiveKL,
     FixedKL,
@@ -39,7 +39,6 @@ from lmgym.kl import (
     token_rewards,
 )
 from lmgym.models.sampling import Sampler
-from lmgym.rewards.classifier import ClassifierReward
 from lmgym.rollout import collect, collect_steps
 
 Callback = Callable[[int, dict[str, float]], bool | None]
@@ -47,7 +46,7 @@ _EXACT_KL_EPISODES = 16  # the exact KL needs the reference's whole law: a metri
 
 
 @dataclass(frozen=True)
-class OnPolicyConfig:
+class OnPolicyConfig(PolicyConfig):
     """What every on-policy agent has."""
 
     batch_size: int = 256  # episodes a batch
@@ -55,27 +54,36 @@ class OnPolicyConfig:
     minibatches: int = 4  # optimiser steps a pass
     micro_batch_size: int = 128  # episodes a forward; gradients of a minibatch accumulate over them
     lr: float = 5e-4  # Adam's, at first
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # over the whole run; linear and cosine end at 0
+    critic_lr: float | None = None  # of the value head and a critic's own trunk; null is lr
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # over the whole run
+    lr_warmup: float = 0.0  # share of the run over which it rises to lr from 0, before the schedule begins
+    lr_end: float = 0.0  # share of lr that linear and cosine end at
+    adam: Literal["pytorch", "tensorflow"] = "pytorch"  # tensorflow corrects adam_eps for bias like the second moment
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
     adam_eps: float = 1e-5
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 does not clip
-    policy: Literal["auto", "finetune", Network] = "auto"  # a copy of the reference, or a residual on its logits
-    width: int = 64  # of a residual network's hidden states
-    layers: int = 2  # of a residual network
     critic: Critic = "shared"  # where the value head sits
     kl_controller: Literal["fixed", "adaptive"] = "fixed"  # adaptive: Ziegler et al. 2019, from the task's kl_coef
     kl_target: float = 6.0  # nats an episode, for the adaptive coefficient
     kl_horizon: float = 10_000.0  # episodes, for the adaptive coefficient
+    score_clip: float | None = None  # scores are kept within +- this before they are learned from; null does not clip
+    recompute_log_probs: bool = False  # those that an update starts from: of one more forward, or of the sampling
     collect: Literal["episodes", "steps"] = "episodes"  # whole episodes at once, or one env step at a time
 
     def __post_init__(self) -> None:
-        check_choice("policy", self.policy, ("auto", "finetune", *get_args(Network)))
-        for name in ("batch_size", "epochs", "minibatches", "micro_batch_size", "width", "layers"):
+        super().__post_init__()
+        for name in ("batch_size", "epochs", "minibatches", "micro_batch_size"):
             check_int(name, getattr(self, name), 1)
         check_int("minibatches", self.minibatches, 1, self.batch_size)
-        for name in ("lr", "adam_eps", "max_grad_norm"):
-            check_number(name, getattr(self, name), 0)
-        for name in ("kl_target", "kl_horizon"):
-            check_number(name, getattr(self, name), 0, open_low=True)
+        for name in ("lr", "critic_lr", "adam_eps", "max_grad_norm"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0)
+        for name in ("lr_warmup", "lr_end", "adam_beta1", "adam_beta2"):
+            check_number(name, getattr(self, name), 0, 1)
+        for name in ("kl_target", "kl_horizon", "score_clip"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, open_low=True)
 
     @property
     def responses(self) -> int:
@@ -118,6 +126,10 @@ class OnPolicyAgent(ABC):
         config: the algorithm's numbers.
         seed: of the tokens sampled, of the order of minibatches, and of the weights of a residual.
         sampler: the law that tokens are drawn from, given the policy's logits; the update is of that same law.
+
+    Attributes:
+        num_timesteps: env steps so far.
+        tokens: what the policy has read for them.
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = OnPolicyConfig
@@ -141,10 +153,15 @@ class OnPolicyAgent(ABC):
             )
         self.envs, self.config, self.sampler = envs, config, sampler or Sampler()
         self.policy = self.new_policy(seed)
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(parameters, lr=config.lr, eps=config.adam_eps)
+        law, critic = self._parameters()
+        rates = (config.lr, config.lr if config.critic_lr is None else config.critic_lr)
+        groups = [{"params": p, "lr": rate, "first_lr": rate} for p, rate in zip((law, critic), rates, strict=True)]
+        betas = (config.adam_beta1, config.adam_beta2)
+        self.optimizer = torch.optim.Adam(
+            [group for group in groups if group["params"]], betas=betas, eps=config.adam_eps
+        )
         self.generator = torch.Generator().manual_seed(seed)
-        self.num_timesteps = 0
+        self.num_timesteps, self.tokens = 0, TokenCount()
         self.kl: KLCoefficient = FixedKL(envs.kl_coef)
         if config.kl_controller == "adaptive":
             self.kl = AdaptiveKL(envs.kl_coef, config.kl_target, config.kl_horizon)
@@ -154,7 +171,7 @@ class OnPolicyAgent(ABC):
 
     def new_policy(self, seed: int) -> TrainablePolicy:
         """The policy at the start; `seed` is of the weights of a residual."""
-        return make_policy(self.envs, self.config, seed)
+        return make_policy(self.envs, self.config, seed, self.config.critic)
 
     def rewards(self, episodes: Episodes) -> Tensor:
         """(B, T) what the agent is paid for each token: both halves of the KL, and the score at the end."""
@@ -175,6 +192,14 @@ class OnPolicyAgent(ABC):
         """Whether a minibatch's metrics say that the batch has been used enough."""
         return False
 
+    def minibatch_advantages(self, advantages: Tensor, mask: Tensor) -> Tensor:
+        """(b, T) advantages that a minibatch learns from, given its own (b, T)."""
+        return advantages
+
+    def auxiliary_loss(self) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """A loss that is of no episode, added once an optimiser step, and metrics; None where there is none."""
+        return None
+
     def own_state(self) -> dict[str, Any]:
         """What an algorithm carries from batch to batch besides weights, as JSON values."""
         return {}
@@ -189,6 +214,7 @@ class OnPolicyAgent(ABC):
         bootstrap = None
         if not bool(episodes.terminated.all()):
             bootstrap = torch.where(episodes.terminated, 0.0, self.policy.values_behind(episodes))
+            self.tokens.read(episodes)
         return gae(rewards, episodes.values, episodes.response_mask, self.envs.gamma, gae_lambda, bootstrap)
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -212,12 +238,14 @@ class OnPolicyAgent(ABC):
             ended = time.perf_counter()
             metrics["time/tokens_per_second"] = episodes.num_tokens / (ended - started)
             metrics["time/collect_seconds"], metrics["time/update_seconds"] = collected - started, ended - collected
+            metrics |= self.tokens.metrics()
             if callback is not None and callback(self.num_timesteps, metrics) is False:
                 return
 
     def _collect(self) -> Episodes:
         gather = collect if self.config.collect == "episodes" else collect_steps
         episodes = gather(self.envs, self.policy, self.config.batch_size, self.sampler, self.generator)
+        self.tokens.read(episodes)
         if self.envs.kl_coef > 0:
             check_sampled_law(episode_kl(episodes))
             if self.num_timesteps == 0 and self.sampler == Sampler():
@@ -246,14 +274,18 @@ class OnPolicyAgent(ABC):
     def _exact_kl(self, episodes: Episodes) -> float:
         """Nats an episode: KL over the whole vocabulary at every state visited, of a few episodes."""
         few = episodes[:_EXACT_KL_EPISODES].trimmed()
+        self.tokens.read(few, forward=2)
         t = few.response_mask.nonzero()[:, 1]
         law = self.sampler.log_law(self.policy.read(few).logits, t)
         reference = read_logits(self.envs.engine.lm, few).float().log_softmax(-1)
         return exact(law, reference).sum().item() / len(few)
 
     def _update(self, episodes: Episodes) -> dict[str, float]:
-        if episodes.values is None:
-            episodes = self._with_values(episodes)
+        config = self.config
+        if episodes.values is None or config.recompute_log_probs:
+            episodes = self._read_again(episodes)
+        if config.score_clip is not None:
+            episodes = replace(episodes, scores=episodes.scores.clamp(-config.score_clip, config.score_clip))
         assert episodes.values is not None
         advantages, returns = self.advantages(episodes, self.rewards(episodes))
         metrics = self._optimise(episodes, advantages, returns)
@@ -281,37 +313,65 @@ class OnPolicyAgent(ABC):
         metrics["train/updates"] = len(history)
         return metrics
 
-    def _with_values(self, episodes: Episodes) -> Episodes:
-        """Episodes collected without values (a critic with its own trunk) get them from one forward."""
-        parts = [self.policy.values(part) for part in _split(episodes, self.config.micro_batch_size)]
-        return replace(episodes, values=torch.cat(parts))
+    @torch.no_grad()
+    def _read_again(self, episodes: Episodes) -> Episodes:
+        """Episodes with the values, and on demand the log-probs, of one forward instead of those of the sampling."""
+        values, log_probs = torch.zeros_like(episodes.log_probs), torch.zeros_like(episodes.log_probs)
+        for rows in torch.arange(len(episodes), device=self.policy.device).split(self.config.micro_batch_size):
+            few = episodes[rows]
+            read, mask, part = self.policy.read(few), few.response_mask, torch.zeros_like(values[rows])
+            part[mask] = read.values
+            values[rows] = part
+            law = self.sampler.log_law(read.logits, mask.nonzero()[:, 1])
+            part = torch.zeros_like(part)
+            part[mask] = law.gather(1, few.response_ids[mask].unsqueeze(1)).squeeze(1)
+            log_probs[rows] = part
+        self.tokens.read(episodes)
+        episodes = replace(episodes, values=values)
+        return replace(episodes, log_probs=log_probs) if self.config.recompute_log_probs else episodes
 
     def _step(self, episodes: Episodes, advantages: Tensor, returns: Tensor, rows: Tensor) -> dict[str, float]:
         """One optimiser step on a minibatch, its gradient accumulated over micro-batches of like length."""
         total, count = episodes.lengths[rows].sum(), len(rows)
         rows = rows[episodes.lengths[rows].argsort()]
+        chosen = self.minibatch_advantages(advantages[rows], episodes.response_mask[rows])
+        advantages = advantages.index_copy(0, rows, chosen)
         self.optimizer.zero_grad(set_to_none=True)
         metrics: dict[str, float] = {}
         for part in rows.split(self.config.micro_batch_size):
             batch = self._read(episodes, advantages, returns, part, total, count)
             loss, parts = self.loss(batch)
             loss.backward()
+            self.tokens.read(episodes[part], forward=0, backward=1)
             with torch.no_grad():
                 parts["train/entropy"] = (batch.weights * entropy(batch.log_law.detach())).sum()
                 gaps = (batch.log_probs - batch.old_log_probs).abs()
                 parts["train/ratio_error"] = (batch.weights * gaps).sum()
             for name, value in parts.items():
                 metrics[name] = metrics.get(name, 0.0) + value.item()
+        auxiliary = self.auxiliary_loss()
+        if auxiliary is not None:
+            auxiliary[0].backward()
+            metrics |= {name: value.item() for name, value in auxiliary[1].items()}
         limit = self.config.max_grad_norm or math.inf
         metrics["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit).item()
+        if self.config.adam == "tensorflow":
+            self._correct_epsilon()
         self.optimizer.step()
         return metrics
+
+    def _correct_epsilon(self) -> None:
+        """TensorFlow adds epsilon to the second moment's root before the correction for bias, PyTorch behind it."""
+        steps = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+        for group in self.optimizer.param_groups:
+            group["eps"] = self.config.adam_eps / math.sqrt(1 - self.config.adam_beta2 ** (steps + 1))
 
     def _read(
         self, episodes: Episodes, advantages: Tensor, returns: Tensor, rows: Tensor, total: Tensor, count: int
     ) -> Minibatch:
         few = episodes[rows]
         assert few.values is not None
+        self.tokens.read(few)
         mask = few.response_mask
         read = self.policy.read(few)
         law = self.sampler.log_law(read.logits, mask.nonzero()[:, 1])
@@ -333,6 +393,7 @@ class OnPolicyAgent(ABC):
 
     @torch.no_grad()
     def _reference_law(self, episodes: Episodes) -> Tensor:
+        self.tokens.read(episodes)
         return read_logits(self.envs.engine.lm, episodes).float().log_softmax(-1)
 
     def _check_start(self, episodes: Episodes) -> None:
@@ -358,10 +419,16 @@ class OnPolicyAgent(ABC):
             )
 
     def _set_lr(self, progress: float) -> None:
-        schedule = self.config.lr_schedule
-        factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[schedule]
+        config = self.config
+        factor = lr_factor(config.lr_schedule, progress, config.lr_warmup, config.lr_end)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * factor
+            group["lr"] = group["first_lr"] * factor
+
+    def _parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """What learns: of the law, a shared trunk included, and of the critic alone."""
+        named = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
+        critic = [p for name, p in named if {"critic", "value_head"} & set(name.split("."))]
+        return [p for _, p in named if all(p is not other for other in critic)], critic
 
     # -- acting, saving, loading ---------------------------------------------------------------------------------
 
@@ -391,30 +458,19 @@ class OnPolicyAgent(ABC):
 
         `AutoModelForCausalLM` loads a fine-tuned policy; a residual is no model of its own.
         """
-        directory = Path(directory)
-        scratch = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        self.policy.save(scratch)
-        torch.save(
-            {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}, scratch / "training.pt"
-        )
-        state = {
-            "num_timesteps": self.num_timesteps,
-            "kl_coef": self.kl.value,
-            "config": asdict(self.config),
-            "prompts": self.envs.prompt_state(),
-            "own": self.own_state(),
-        }
-        reward = self.envs.engine.reward
-        if hasattr(reward, "get_state"):  # one that draws its own noise
-            state["reward"] = reward.get_state()
-        (scratch / "state.json").write_text(json.dumps(state))
-        old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-        if directory.exists():
-            os.replace(directory, old)
-        os.replace(scratch, directory)
-        shutil.rmtree(old, ignore_errors=True)
+        with replacing(directory) as scratch:
+            self.policy.save(scratch)
+            training = {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
+            torch.save(training, scratch / "training.pt")
+            state = {
+                "num_timesteps": self.num_timesteps,
+                "tokens": asdict(self.tokens),
+                "kl_coef": self.kl.value,
+                "config": asdict(self.config),
+                "env": self.envs.get_state(),
+                "own": self.own_state(),
+            }
+            (scratch / "state.json").write_text(json.dumps(state))
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Goes on from what `save` wrote: the same curve as if there had been no break."""
@@ -425,10 +481,9 @@ class OnPolicyAgent(ABC):
         self.generator.set_state(training["generator"].cpu())
         state = json.loads((directory / "state.json").read_text())
         self.num_timesteps, self.kl.value = state["num_timesteps"], state["kl_coef"]
-        self.envs.restore_prompt_state(state["prompts"])
+        self.tokens = TokenCount(**state["tokens"])
+        self.envs.set_state(state["env"])
         self.restore_own_state(state["own"])
-        if "reward" in state:
-            self.envs.engine.reward.set_state(state["reward"])  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -456,40 +511,17 @@ class Minibatch:
     ref_log_law: Tensor | None
 
 
-def make_policy(envs: RLHFVectorEnv, config: OnPolicyConfig, seed: int) -> TrainablePolicy:
-    """The policy that a config asks for, which starts as the reference.
+def lr_factor(schedule: str, progress: float, warmup: float = 0.0, end: float = 0.0) -> float:
+    """What the learning rate is multiplied by.
 
-    Raises:
-        InvalidArgumentError: for a table to fine-tune, or a critic that a residual does not have.
+    Args:
+        schedule: "constant", "linear" or "cosine", the latter two from 1 to `end`.
+        progress: share of the run that is over, in [0, 1].
+        warmup: share of the run over which the factor rises from 0 to 1; the schedule takes up the rest.
+        end: factor at the end.
     """
-    lm, kind = envs.engine.lm, config.policy
-    is_table = lm.model.config.model_type == "lmgym_markov"
-    if kind == "finetune" and is_table:
-        raise InvalidArgumentError(
-            f"`policy` must be 'auto' or one of {list(get_args(Network))}, got 'finetune': the reference is a table of "
-            "transition probabilities, in which a state is no more than the last tokens, so that a copy of it cannot "
-            "learn."
-        )
-    if kind == "auto":
-        kind = "transformer" if is_table else "finetune"
-    if kind == "finetune":
-        return ActorCritic(lm, config.critic, _reward_model(envs))
-    if config.critic != "shared":
-        raise InvalidArgumentError(
-            f"`critic` must be 'shared' where the policy is a residual ({kind!r}), got {config.critic!r}."
-        )
-    positions = envs.engine.width + envs.engine.horizon
-    return ResidualPolicy(lm, kind, width=config.width, layers=config.layers, positions=positions, seed=seed)
-
-
-def _reward_model(envs: RLHFVectorEnv) -> torch.nn.Module | None:
-    """The model behind the reward, where it reads the policy's own tokens; None where there is none to copy."""
-    reward = envs.engine.reward
-    if isinstance(reward, ClassifierReward) and reward.tokenizer.get_vocab() == envs.tokenizer.get_vocab():
-        return reward.model
-    return None
-
-
-def _split(episodes: Episodes, size: int) -> Iterator[Episodes]:
-    for start in range(0, len(episodes), size):
-        yield episodes[start : start + size]
+    if progress < warmup:
+        return progress / warmup
+    left = (progress - warmup) / (1 - warmup) if warmup < 1 else 0.0
+    falling = {"constant": 1.0, "linear": 1 - left, "cosine": 0.5 * (1 + math.cos(math.pi * left))}[schedule]
+    return falling if schedule == "constant" else end + (1 - end) * falling

@@ -59,7 +59,7 @@ class GRPO(OnPolicyAgent):
         return torch.where(episodes.response_mask, advantages, 0.0), torch.zeros_like(rewards)
 
     def loss(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_clip + kl_coef * KL(pi || pi_ref), means over episodes (Shao et al. 2024, eq. 3)."""
+        """L_clip + kl_coef * KL(pi || pi_ref), means over episodes (Shao et al. 2024, eq. 3, negated)."""
         config = self.config
         ratio = batch.log_probs, batch.old_log_probs, batch.advantages
         weights = batch.episode_weights / (batch.lengths if config.length_mean else self.envs.engine.horizon)

@@ -24,21 +24,33 @@ class PolicyLoss(NamedTuple):
 
 
 def clipped_policy_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor, clip_range: float
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    clip_range: float,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> PolicyLoss:
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated.
 
     Args:
         log_probs: (n,) nats under the policy being updated. old_log_probs: (n,) under the one that sampled.
         advantages: (n,). weights: (n,). clip_range: epsilon.
+        clip_range_high: epsilon of the upper side (Yu et al. 2025, DAPO); None is the same on both.
+        dual_clip: c > 1; where the advantage is negative its term is held above c times it, whatever the ratio (Ye et
+            al. 2020); None leaves it free.
     """
     log_ratio = log_probs - old_log_probs
     ratio = log_ratio.exp()
+    high = clip_range if clip_range_high is None else clip_range_high
     plain = ratio * advantages
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-    loss = -(weights * torch.minimum(plain, clipped)).sum()
+    kept = torch.minimum(plain, ratio.clamp(1 - clip_range, 1 + high) * advantages)
+    if dual_clip is not None:
+        kept = torch.where(advantages < 0, torch.maximum(kept, dual_clip * advantages), kept)
+    loss = -(weights * kept).sum()
     with torch.no_grad():
-        clip_fraction = (weights * (clipped < plain)).sum()
+        clip_fraction = (weights * (kept != plain)).sum()
         # A token that left the support of a truncated law has ratio 0, and a log-ratio that would drown the rest.
         approx_kl = (weights * (ratio - 1 - log_ratio.clamp(min=-20.0))).sum()
     return PolicyLoss(loss, clip_fraction, approx_kl)
@@ -96,5 +108,5 @@ def clipped_value_loss(
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
     """1 - Var[returns - values] / Var[returns] of (n,) tensors: 1 is a perfect critic, 0 no better than a constant."""
-    variance = returns.var()
-    return float("nan") if variance == 0 else (1 - (returns - values).var() / variance).item()
+    variance = returns.var(correction=0)
+    return float("nan") if variance == 0 else (1 - (returns - values).var(correction=0) / variance).item()

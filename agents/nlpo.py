@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agents.base import make_policy
+from agents.policies import make_policy
 from agents.policy import Read, TrainablePolicy, read_logits
 from agents.ppo import PPO, PPOConfig
 from lmgym.episodes import Episodes
@@ -42,8 +42,13 @@ class NLPO(PPO):
 
     def new_policy(self, seed: int) -> MaskedPolicy:
         """The policy and its mask policy, both the reference at first."""
-        mask = make_policy(self.envs, replace(self.config, critic="shared"), seed)
-        return MaskedPolicy(make_policy(self.envs, self.config, seed), mask, self.config.mask_top_p)
+        mask = make_policy(self.envs, self.config, seed)
+        return MaskedPolicy(super().new_policy(seed), mask, self.config.mask_top_p)
+
+    @property
+    def unmasked(self) -> TrainablePolicy:
+        """The policy among all tokens."""
+        return self.policy.policy
 
     def _update(self, episodes: Episodes) -> dict[str, float]:
         metrics = super()._update(episodes)

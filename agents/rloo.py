@@ -18,10 +18,10 @@ from lmgym.kl import discounted_return
 class RLOOConfig(GroupConfig):
     """RLOO's own numbers. More than one step a batch is no longer on-policy."""
 
-    batch_size: int = 64
+    batch_size: int = 32
     epochs: int = 1
     minibatches: int = 1
-    lr: float = 2e-3
+    lr: float = 1e-3
 
 
 class RLOO(OnPolicyAgent):
@@ -36,7 +36,7 @@ class RLOO(OnPolicyAgent):
         return False
 
     def advantages(self, episodes: Episodes, rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """R_i - mean of the others' R_j, the same at every token (Ahmadian et al. 2024, section 3.2)."""
+        """R_i - mean of the others' R_j, the same at every token (Ahmadian et al. 2024, section 2.3)."""
         returns = discounted_return(rewards, self.envs.gamma)
         advantages = group_leave_one_out(returns, self.config.group_size).unsqueeze(1)
         return torch.where(episodes.response_mask, advantages, 0.0), torch.zeros_like(rewards)

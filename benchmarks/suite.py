@@ -1,7 +1,8 @@
 """What an agent reaches on the suite: `python -m benchmarks.suite [--tasks echo-4 keyword ...] [--agents ppo ...]`.
 
 Every cell is `python -m agents.train` itself, once a seed, a number of runs at a time. Printed are the normalised
-returns, (J - J_ref) / (V* - J_ref), as means with 95 % t-intervals over seeds: 0 is the reference, 1 the optimum.
+returns, (J - J_ref) / (V* - J_ref), as means with 95 % t-intervals over seeds: 0 is the reference, 1 the optimum. The
+first table has a line an agent and task, the second a line an agent, with what it cost on average over the tasks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from agents.optimum import chosen
@@ -31,17 +33,27 @@ def run(directory: Path, task: str, agent: str, seed: int, overrides: list[str])
     return dict(json.loads((directory / "summary.json").read_text()))
 
 
+def over_seeds(summaries: list[dict[str, Any]], when: str, name: str) -> str:
+    """A metric before or after training."""
+    return interval([summary[when][name]["mean"] for summary in summaries])
+
+
 def row(agent: str, task: str, summaries: list[dict[str, Any]]) -> str:
-    """A line of the table."""
-
-    def over_seeds(when: str, name: str) -> str:
-        return interval([summary[when][name]["mean"] for summary in summaries])
-
+    """A line of the first table."""
     optimum, reference = summaries[0]["optimum"]["lower"]["mean"], summaries[0]["before"]["return"]["mean"]
-    cells = [agent, f"`{task}`", f"{reference:.3f}", f"{optimum:.3f}", over_seeds("after", "return")]
-    cells += [over_seeds("after", "kl"), f"**{over_seeds('after', 'normalised')}**"]
-    steps = sum(summary["total_timesteps"] for summary in summaries) / len(summaries)
-    cells += [f"{steps:,.0f}", interval([summary["train_seconds"] for summary in summaries])]
+    cells = [agent, f"`{task}`", f"{reference:.3f}", f"{optimum:.3f}", over_seeds(summaries, "after", "return")]
+    cells += [over_seeds(summaries, "after", "kl"), f"**{over_seeds(summaries, 'after', 'normalised')}**"]
+    cells += [f"{mean(summary['total_timesteps'] for summary in summaries):,.0f}"]
+    cells += [interval([summary["train_seconds"] for summary in summaries])]
+    return f"| {' | '.join(cells)} |"
+
+
+def line(agent: str, by_task: list[list[dict[str, Any]]]) -> str:
+    """A line of the second table: normalised returns, millions of tokens read forward and backward, and seconds."""
+    cells = [f"`{agent}`", *(over_seeds(summaries, "after", "normalised") for summaries in by_task)]
+    every = [summary for summaries in by_task for summary in summaries]
+    cells += [f"{mean(summary[key] for summary in every) / 1e6:.2f}" for key in ("forward_tokens", "backward_tokens")]
+    cells.append(f"{mean(summary['train_seconds'] for summary in every):.0f}")
     return f"| {' | '.join(cells)} |"
 
 
@@ -63,10 +75,15 @@ def main() -> None:
             cell: pool.submit(run, args.out / "-".join(map(str, cell)), cell[1], cell[0], cell[2], args.overrides)
             for cell in cells
         }
+    tasks = chosen(args.tasks)
     print("| agent | task | J_ref | V* | J | KL (nats) | normalised | env steps | seconds |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for agent, task in itertools.product(args.agents, chosen(args.tasks)):
+    for agent, task in itertools.product(args.agents, tasks):
         print(row(agent, task, [runs[agent, task, seed].result() for seed in args.seeds]))
+    print(f"\n| agent | {' | '.join(f'`{task}`' for task in tasks)} | forward (M) | backward (M) | seconds |")
+    print("|---" * (len(tasks) + 4) + "|")
+    for agent in args.agents:
+        print(line(agent, [[runs[agent, task, seed].result() for seed in args.seeds] for task in tasks]))
 
 
 if __name__ == "__main__":

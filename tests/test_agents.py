@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hydra
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from agents.a2c import A2C
-from agents.base import OnPolicyAgent
+from agents.base import OnPolicyAgent, OnPolicyConfig
 from agents.config import validated
 from agents.grpo import GRPO
 from agents.klq import KLQ
@@ -113,9 +114,11 @@ def weights(agent: OnPolicyAgent) -> Tensor:
 # -- the first steps -------------------------------------------------------------------------------------------------
 
 ROLLOUT = ("return", "score", "kl", "exact_kl", "length", "eos_fraction")
-ALWAYS = {f"rollout/{name}" for name in ROLLOUT} | {
-    f"train/{name}" for name in ("kl_coef", "lr", "entropy", "ratio_error", "grad_norm", "updates")
-}
+ALWAYS = (
+    {f"rollout/{name}" for name in ROLLOUT}
+    | {f"train/{name}" for name in ("kl_coef", "lr", "entropy", "ratio_error", "grad_norm", "updates")}
+    | {"cost/forward_tokens", "cost/backward_tokens"}
+)
 CRITIC = {"train/explained_variance"}
 RATIO = {"train/clip_fraction", "train/approx_kl"}
 OWN = {
@@ -224,7 +227,7 @@ def test_variants_of_the_problem_train(case: Case, variant: dict[str, Any]) -> N
 def test_truncated_episodes_are_bootstrapped(name: str) -> None:
     """With lambda = 1 and a critic that says 5 everywhere, the first target is the return plus gamma^n * 5."""
     case = CASES[name]
-    free = {"whiten_advantages": False} if case.kind is PPO else {}
+    free = {"whiten_advantages": "none"} if case.kind is PPO else {}
     decay = {"td_lambda": 1.0} if case.kind is KLQ else {"gae_lambda": 1.0}
     agent = agent_of(case, task=tiny(horizon=3, truncate=True, gamma=0.9), **free, **decay)
     with torch.no_grad():
@@ -386,27 +389,20 @@ def test_klq_needs_a_kl_that_is_part_of_a_states_value() -> None:
     assert learn(late, 2)[1]["train/q_loss"] == learn(dense, 2)[1]["train/q_loss"]
 
 
-def yaml_of(kind: type[OnPolicyAgent]) -> Path:
-    return ROOT / "conf" / "agent" / f"{kind.__name__.lower()}.yaml"
-
-
 @every_kind
 def test_the_yaml_is_what_the_agent_does_by_default(kind: type[OnPolicyAgent]) -> None:
-    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(yaml_of(kind)))  # type: ignore[assignment]
+    with hydra.initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        agent = hydra.compose("train", overrides=[f"agent={kind.__name__.lower()}"]).agent
+    values: dict[str, Any] = OmegaConf.to_container(agent)  # type: ignore[assignment]
     assert values.pop("_target_") == f"{kind.__module__}.{kind.__name__}"
     assert validated(kind.Config, values, "agent") == kind.Config()
-    assert list(values) == list(kind.Config.__dataclass_fields__)
+    assert set(values) == set(kind.Config.__dataclass_fields__)
 
 
-@every_kind
-def test_a_field_that_agents_share_is_explained_alike_in_their_yamls(kind: type[OnPolicyAgent]) -> None:
-    def comments(path: Path) -> dict[str, str]:
-        lines = [line.partition(" # ") for line in path.read_text().splitlines()]
-        return {setting.partition(":")[0]: comment for setting, _, comment in lines}
-
-    common, own = comments(yaml_of(PPO)), comments(yaml_of(kind))
-    shared = set(OnPolicyAgent.Config.__dataclass_fields__)
-    assert {name: own[name] for name in shared} == {name: common[name] for name in shared}
+def test_the_shared_yaml_is_the_shared_config() -> None:
+    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/agent/common/on_policy.yaml"))  # type: ignore[assignment]
+    assert validated(OnPolicyConfig, values, "agent") == OnPolicyConfig()
+    assert list(values) == list(OnPolicyConfig.__dataclass_fields__)
 
 
 # -- learning --------------------------------------------------------------------------------------------------------

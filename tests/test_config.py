@@ -139,13 +139,26 @@ def test_every_file_makes_a_valid_plan(choice: str) -> None:
     assert (plan.seed, plan.settings["device"]) == (0, "auto")
 
 
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_every_preset_is_of_ppo_and_takes_a_step(name: str) -> None:
+    """Its numbers are those of the file, its first batch is that of the law it samples."""
+    cfg = composed(f"experiment={name}", "task.max_new_tokens=4", "agent.batch_size=40", "device=cpu")
+    written = OmegaConf.load(CONF / "experiment" / f"{name}.yaml").agent
+    assert cfg.agent == OmegaConf.merge(composed("agent=ppo").agent, written, {"batch_size": 40})
+    agent = agents.train.build(agents.train.check(cfg))
+    logged: dict[str, float] = {}
+    agent.learn(1, callback=lambda step, metrics: logged.update(metrics) is None)
+    assert logged["train/updates"] == cfg.agent.epochs * cfg.agent.minibatches
+    assert logged["rollout/kl"] == pytest.approx(0, abs=1e-4)
+
+
 def names(kind: Any) -> set[str]:
     return {f.name for f in fields(kind)}
 
 
 @pytest.mark.parametrize("agent", choices("agent"))
 def test_an_agents_yaml_has_every_field_of_its_config_and_no_other(agent: str) -> None:
-    values = dict(OmegaConf.load(CONF / "agent" / f"{agent}.yaml"))  # type: ignore[call-overload]
+    values = dict(composed(f"agent={agent}").agent)
     kind = hydra.utils.get_class(values.pop("_target_")).Config  # type: ignore[attr-defined]
     assert values.keys() == names(kind)
 

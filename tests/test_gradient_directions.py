@@ -167,7 +167,7 @@ UNBIASED = [
     (REINFORCE, {"baseline": "moving_average"}),
     (REINFORCE, {"baseline": "value", "vf_coef": 0.0}),
     (A2C, {"gae_lambda": 1.0, "vf_coef": 0.0}),
-    (PPO, {"gae_lambda": 1.0, "vf_coef": 0.0, "whiten_advantages": False}),
+    (PPO, {"gae_lambda": 1.0, "vf_coef": 0.0, "whiten_advantages": "none"}),
     (RLOO, {"group_size": 2}),
 ]
 
@@ -208,7 +208,7 @@ def test_a_lambda_below_one_trusts_the_critic_and_is_biased_by_it(task: Task, tr
 
 @pytest.mark.parametrize("kind", [REINFORCE, A2C, PPO])
 def test_a_small_step_raises_j(task: Task, tree: Tree, kind: type[OnPolicyAgent]) -> None:
-    agent = agent_of(kind, task, **({"whiten_advantages": False} if kind is PPO else {}))
+    agent = agent_of(kind, task, **({"whiten_advantages": "none"} if kind is PPO else {}))
     step = 1e-2 * direction(agent, tree, alone(agent, tree))
     before = tree.evaluate(lambda episodes: law(agent, episodes)).value
     with torch.no_grad():

@@ -56,6 +56,33 @@ def test_the_clipped_surrogate_in_each_quadrant(
         assert got_slope == 0.0  # not small: nothing
 
 
+def objective(ratio: float, advantage: float, low: float, high: float, dual: float | None) -> float:
+    """The clipped surrogate of one token, case by case."""
+    if advantage >= 0:
+        return min(ratio, 1 + high) * advantage
+    held = max(ratio, 1 - low)
+    return (held if dual is None else min(held, dual)) * advantage
+
+
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+@pytest.mark.parametrize("ratio", [0.5, 0.9, 1.1, 1.25, 1.5, 2.9, 3.1])
+@pytest.mark.parametrize(("high", "dual"), [(None, None), (0.28, None), (None, 3.0), (0.28, 3.0)])
+def test_the_upper_clip_and_the_dual_clip(
+    ratio: float, advantage: float, high: float | None, dual: float | None
+) -> None:
+    old = torch.tensor([-4.0], dtype=torch.float64)
+    log_prob = (old + math.log(ratio)).requires_grad_()
+    one = torch.ones(1, dtype=torch.float64)
+    result = clipped_policy_loss(log_prob, old, advantage * one, one, EPS, high, dual)
+    expected = objective(ratio, advantage, EPS, EPS if high is None else high, dual)
+    assert result.loss.item() == pytest.approx(-expected, abs=1e-12)
+    result.loss.backward()
+    assert log_prob.grad is not None
+    free = expected == pytest.approx(ratio * advantage)
+    assert log_prob.grad.item() == pytest.approx(-ratio * advantage if free else 0.0, abs=1e-12)
+    assert result.clip_fraction.item() == (not free)
+
+
 @pytest.mark.parametrize(("ratio", "advantage"), [(1.5, 2.0), (0.5, -2.0)])
 def test_a_clipped_token_gives_every_parameter_behind_it_exactly_no_gradient(ratio: float, advantage: float) -> None:
     logits = torch.zeros(4, dtype=torch.float64, requires_grad=True)

@@ -15,6 +15,7 @@ from conftest import gpt2, word_tokenizer
 from torch import Tensor
 
 import agents.base
+from agents.base import lr_factor
 from agents.policy import Critic
 from agents.ppo import PPO, PPOConfig
 from lmgym.envs.vector import RLHFVectorEnv
@@ -398,7 +399,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def test_the_update_follows_the_exact_gradient_of_the_objective() -> None:
     envs = tiny_envs(kl_coef=0.5)
     config = one_update(batch_size=12_000, micro_batch_size=12_000, gae_lambda=1.0, vf_coef=0.0)
-    agent = moved(tiny_ppo(envs, whiten_advantages=False, **config), scale=0.3)
+    agent = moved(tiny_ppo(envs, whiten_advantages="none", **config), scale=0.3)
     torch.nn.init.zeros_(agent.policy.value_head.weight)
     torch.nn.init.zeros_(agent.policy.value_head.bias)
     truth, actor = Truth(envs), agent.policy.actor
@@ -423,7 +424,7 @@ def test_the_update_follows_the_exact_gradient_of_the_objective() -> None:
 def test_whitening_keeps_the_direction_of_the_gradient() -> None:
     envs = tiny_envs(kl_coef=0.0)
     config = one_update(batch_size=12_000, micro_batch_size=12_000, gae_lambda=1.0, vf_coef=0.0)
-    agent = moved(tiny_ppo(envs, whiten_advantages=True, **config), scale=0.3)
+    agent = moved(tiny_ppo(envs, whiten_advantages="batch", **config), scale=0.3)
     actor = agent.policy.actor
     found = torch.autograd.grad(Truth(envs).objective(actor), list(actor.parameters()))
     right = torch.cat([g.flatten() for g in found])
@@ -518,6 +519,164 @@ def test_learning_rate_schedules(schedule: str, factor: Any) -> None:
     assert history[-1]["step"] >= 300 > starts[-1]
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_rate_rises_then_follows_its_schedule_over_what_is_left(schedule: str) -> None:
+    assert [lr_factor(schedule, x, 0.2, 0.1) for x in (0.0, 0.05, 0.1)] == pytest.approx([0.0, 0.25, 0.5])
+    for left in (0.0, 0.3, 1.0):
+        falling = lr_factor(schedule, left)
+        expected = falling if schedule == "constant" else 0.1 + 0.9 * falling
+        assert lr_factor(schedule, 0.2 + 0.8 * left, 0.2, 0.1) == pytest.approx(expected)
+    assert lr_factor(schedule, 0.7, 1.0) == pytest.approx(0.7)
+
+
+def test_the_critic_has_a_rate_of_its_own(ragged_batch: Episodes) -> None:
+    for config in ({}, {"critic": "reference"}):
+        agent = moved(tiny_ppo(longer(), lr=1e-3, critic_lr=0.0, lr_schedule="constant", **config))
+        before = {name: p.clone() for name, p in agent.policy.named_parameters()}
+        agent._set_lr(0.0)
+        agent._update(ragged_batch)
+        still = {name for name, p in agent.policy.named_parameters() if torch.equal(p, before[name])}
+        assert still == {name for name in before if name.startswith(("value_head.", "critic."))}
+
+
+@pytest.mark.parametrize("style", ["pytorch", "tensorflow"])
+def test_adam_is_that_of_the_library_it_is_named_after(ragged_batch: Episodes, style: str) -> None:
+    """Written out from the documentation of each: they differ in where epsilon stands."""
+    beta1, beta2, eps, lr = 0.8, 0.95, 1e-3, 1e-2
+    shape = {"adam": style, "adam_beta1": beta1, "adam_beta2": beta2, "adam_eps": eps, "lr": lr}
+    agent = moved(tiny_ppo(longer(), **one_update(lr_schedule="constant", **shape)))
+    expected, m, v = weights(agent).double(), 0.0, 0.0
+    for t in (1, 2, 3):
+        agent._update(ragged_batch)
+        g = gradients(agent).double()
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        root = (1 - beta2**t) ** 0.5
+        if style == "tensorflow":
+            expected = expected - lr * root / (1 - beta1**t) * m / (v**0.5 + eps)
+        else:
+            expected = expected - lr / (1 - beta1**t) * m / (v**0.5 / root + eps)
+        torch.testing.assert_close(weights(agent).double(), expected, rtol=0, atol=1e-6)
+        agent.config = replace(agent.config, recompute_log_probs=True)  # the batch is one of an older policy now
+
+
+def test_scores_are_clipped_before_they_are_learned_from_and_reported_whole(ragged_batch: Episodes) -> None:
+    clipped = replace(ragged_batch, scores=ragged_batch.scores.clamp(-0.1, 0.1))
+    assert not torch.equal(clipped.scores, ragged_batch.scores)
+    whole, by_hand = updated(ragged_batch), updated(clipped)
+    assert torch.equal(updated(ragged_batch, score_clip=0.1)[0], by_hand[0])
+    assert not torch.allclose(whole[0], by_hand[0], atol=1e-4)
+    assert learn(tiny_ppo(score_clip=1e-3), 1)[0]["rollout/score"] == learn(tiny_ppo(), 1)[0]["rollout/score"]
+
+
+def test_rewards_are_whitened_around_their_mean(ragged_batch: Episodes) -> None:
+    agent, mask = tiny_ppo(longer(), whiten_rewards=True), ragged_batch.response_mask
+    plain, scaled = tiny_ppo(longer()).rewards(ragged_batch)[mask], agent.rewards(ragged_batch)[mask]
+    torch.testing.assert_close(scaled, (plain - plain.mean()) / plain.std(correction=0) + plain.mean())
+
+
+def test_advantages_are_whitened_over_what_is_said(ragged_batch: Episodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(choice: str) -> list[Tensor]:
+        """Advantages of each of two minibatches, whose tokens come in micro-batches of five episodes."""
+        agent = moved(tiny_ppo(longer(), epochs=1, minibatches=2, micro_batch_size=5, whiten_advantages=choice))
+        parts: list[Tensor] = []
+        loss = agent.loss
+        monkeypatch.setattr(agent, "loss", lambda batch: (parts.append(batch.advantages), loss(batch))[1])
+        agent._update(ragged_batch)
+        return [torch.cat(parts[i : i + 3]) for i in (0, 3)]
+
+    for x in seen("minibatch"):
+        assert (x.mean().item(), x.std(correction=0).item()) == pytest.approx((0, 1), abs=1e-4)
+    batch = seen("batch")
+    assert torch.cat(batch).std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert batch[0].std(correction=0).item() != pytest.approx(1, abs=1e-2)
+    plain = torch.cat(seen("none"))
+    torch.testing.assert_close(torch.cat(batch), (plain - plain.mean()) / plain.std(correction=0), rtol=0, atol=1e-4)
+
+
+def test_a_mean_over_episodes_weighs_them_alike(ragged_batch: Episodes) -> None:
+    """The gradient of the mean over episodes is the mean of the gradients of each alone."""
+    config = {"whiten_advantages": "none", "vf_coef": 0.7}
+    whole = updated(ragged_batch, loss_mean="episode", **config)[0]
+    alone = [updated(ragged_batch[i : i + 1], **config)[0] for i in range(len(ragged_batch))]
+    torch.testing.assert_close(whole, torch.stack(alone).mean(0), rtol=0, atol=1e-5)
+    assert not torch.allclose(whole, updated(ragged_batch, **config)[0], atol=1e-3)
+
+
+def test_log_probs_can_be_those_of_the_training_forward(ragged_batch: Episodes) -> None:
+    shifted = replace(ragged_batch, log_probs=ragged_batch.log_probs - 0.5 * ragged_batch.response_mask)
+    with pytest.raises(RuntimeError, match="ratio 1"):
+        updated(shifted)
+    for a, b in zip(updated(shifted, recompute_log_probs=True), updated(ragged_batch), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_texts_are_mixed_in(tmp_path: Any) -> None:
+    """The loss is -log p of every token but the first, the end included; a long text is cut into pieces."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "a b"}\n{"text": "a b c d a b c d"}\n')
+    config = {"ptx_coef": 0.5, "ptx_texts": str(path), "ptx_batch_size": 64}
+    agent = moved(tiny_ppo(**config))
+    lm, room = agent.envs.engine.lm, agent.envs.engine.width + agent.envs.engine.horizon
+    end = lm.tokenizer.eos_token_id
+    long = [*lm.encode("a b c d a b c d"), end]
+    assert agent._texts == [
+        [*lm.encode("a b"), end],
+        *(p for i in range(0, 9, room) if len(p := long[i : i + room]) > 1),
+    ]
+    spent = agent.tokens.backward
+    state = agent.generator.get_state()
+    loss, metrics = agent.auxiliary_loss() or (torch.zeros(()), {})
+    drawn = torch.randint(len(agent._texts), (64,), generator=torch.Generator().set_state(state))
+    terms = []
+    for i in drawn.tolist():
+        ids = torch.tensor([agent._texts[i]])
+        law = agent.policy.actor(input_ids=ids).logits.log_softmax(-1)
+        terms += [-law[0, t, ids[0, t + 1]].item() for t in range(ids.shape[1] - 1)]
+    assert metrics["train/ptx_loss"].item() == pytest.approx(float(np.mean(terms)), abs=1e-5)
+    assert loss.item() == pytest.approx(0.5 * float(np.mean(terms)), abs=1e-5)
+    assert agent.tokens.backward - spent == sum(len(agent._texts[i]) for i in drawn)
+
+
+def test_mixed_in_texts_stay_likely(tmp_path: Any) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_text("a b c\n")
+    mixed, plain = (
+        learn(tiny_ppo(lr=1e-2, **config), 12) for config in ({"ptx_coef": 1.0, "ptx_texts": str(path)}, {})
+    )
+    assert mixed[-1]["train/ptx_loss"] < mixed[0]["train/ptx_loss"] - 0.3
+    assert "train/ptx_loss" not in plain[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"ptx_coef": 1.0}, "`ptx_texts` must be a file where `ptx_coef` is above 0, got None"),
+        ({"ptx_texts": "x.txt"}, "`ptx_texts` must be null where `ptx_coef` is 0, got 'x.txt'"),
+        ({"ptx_coef": 1.0, "ptx_texts": "/no/such.txt"}, "there is no file '/no/such.txt'"),
+        ({"dual_clip": 1.0}, "`dual_clip` must be"),
+        ({"loss_mean": "tokens"}, "`loss_mean` must be"),
+        ({"whiten_advantages": True}, "`whiten_advantages` must be"),
+        ({"lr_end": 1.5}, "`lr_end` must be"),
+        ({"score_clip": 0.0}, "`score_clip` must be"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(LmGymError, match=message):
+        PPOConfig(**config)
+
+
+def test_tokens_are_counted(ragged_batch: Episodes) -> None:
+    """Two epochs are two forwards and two backwards over the batch; recomputed log-probs are one forward more."""
+    size = ragged_batch.num_prompt_tokens + ragged_batch.num_tokens
+    assert size == int(ragged_batch.prompt_mask.sum() + ragged_batch.lengths.sum())
+    for config, forward in (({}, 2), ({"recompute_log_probs": True}, 3)):
+        agent = moved(tiny_ppo(longer(), epochs=2, minibatches=3, micro_batch_size=3, **config))
+        agent._update(ragged_batch)
+        assert (agent.tokens.forward, agent.tokens.backward) == (forward * size, 2 * size)
+    metrics = learn(tiny_ppo(), 2)[-1]
+    assert metrics["cost/forward_tokens"] > metrics["cost/backward_tokens"] > metrics["step"]
+
+
 def test_gradients_are_clipped_to_their_norm(ragged_batch: Episodes) -> None:
     free, _ = updated(ragged_batch)
     held, _ = updated(ragged_batch, max_grad_norm=0.01)
@@ -586,7 +745,7 @@ def test_paying_the_kl_at_the_end_gives_the_same_return() -> None:
 
 
 def test_truncated_episodes_are_bootstrapped_with_the_value_behind_them_and_terminated_ones_are_not() -> None:
-    config = {"gae_lambda": 1.0, "whiten_advantages": False, "batch_size": 64}
+    config = {"gae_lambda": 1.0, "whiten_advantages": "none", "batch_size": 64}
     agent = moved(tiny_ppo(tiny_envs(max_new_tokens=4, gamma=0.9, truncate=True), **config))
     with torch.no_grad():
         agent.policy.value_head.bias.fill_(5.0)  # far from zero, so that it cannot be overlooked

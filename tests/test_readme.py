@@ -226,7 +226,8 @@ def test_the_reset_options_are_those_the_envs_take() -> None:
 
 def shipped(agent: str) -> tuple[Any, dict[str, Any]]:
     """An agent's class and its numbers, by its file in conf/agent."""
-    values: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "agent" / f"{agent}.yaml"))
+    with hydra.initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        values: Any = OmegaConf.to_container(hydra.compose("train", overrides=[f"agent={agent}"]).agent)
     return hydra.utils.get_class(values.pop("_target_")), values
 
 

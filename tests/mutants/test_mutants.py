@@ -173,7 +173,7 @@ def the_update_reads_the_log_probs_that_were_sampled() -> None:
 
 
 def a_truncated_episode_has_a_future() -> None:
-    agent = ppo_at_work(tiny_envs(truncate=True, gamma=0.9), gae_lambda=1.0, whiten_advantages=False)
+    agent = ppo_at_work(tiny_envs(truncate=True, gamma=0.9), gae_lambda=1.0, whiten_advantages="none")
     nn.init.constant_(agent.policy.value_head.bias, 5.0)
     episodes = sampled(agent)
     rewards = kl.token_rewards(episodes, KL_COEF)
@@ -412,7 +412,7 @@ MUTANTS = [
     ),
     Mutant(
         "policy gradient upside down",
-        rewrite(agents.losses.clipped_policy_loss, "-(weights * torch.minimum", "(weights * torch.minimum"),
+        rewrite(agents.losses.clipped_policy_loss, "loss = -(weights", "loss = (weights"),
         a_better_action_becomes_likelier_and_no_further_than_the_clip,
     ),
     Mutant(
