@@ -79,8 +79,10 @@ class OnPolicyConfig(PolicyConfig):
         for name in ("lr", "critic_lr", "adam_eps", "max_grad_norm"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0)
-        for name in ("lr_warmup", "lr_end", "adam_beta1", "adam_beta2"):
+        for name in ("lr_warmup", "lr_end"):
             check_number(name, getattr(self, name), 0, 1)
+        for name in ("adam_beta1", "adam_beta2"):
+            check_number(name, getattr(self, name), 0, 1, open_high=True)
         for name in ("kl_target", "kl_horizon", "score_clip"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0, open_low=True)
@@ -152,14 +154,15 @@ class OnPolicyAgent(ABC):
                 f"`envs` must have group_size={config.responses}, got {envs.group_size}: rows of a group share prompts."
             )
         self.envs, self.config, self.sampler = envs, config, sampler or Sampler()
+        if not self.uses_critic and (config.critic != "shared" or config.critic_lr is not None):
+            raise InvalidArgumentError(
+                "`critic` must be 'shared' and `critic_lr` null where no values are learned, got "
+                f"{config.critic!r} and {config.critic_lr!r}."
+            )
         self.policy = self.new_policy(seed)
-        law, critic = self._parameters()
-        rates = (config.lr, config.lr if config.critic_lr is None else config.critic_lr)
-        groups = [{"params": p, "lr": rate, "first_lr": rate} for p, rate in zip((law, critic), rates, strict=True)]
-        betas = (config.adam_beta1, config.adam_beta2)
-        self.optimizer = torch.optim.Adam(
-            [group for group in groups if group["params"]], betas=betas, eps=config.adam_eps
-        )
+        self._rates = (config.lr, config.lr if config.critic_lr is None else config.critic_lr)
+        groups = [{"params": x, "lr": rate} for x, rate in zip(self._parameters(), self._rates, strict=True)]
+        self.optimizer = torch.optim.Adam(groups, **self._adam())
         self.generator = torch.Generator().manual_seed(seed)
         self.num_timesteps, self.tokens = 0, TokenCount()
         self.kl: KLCoefficient = FixedKL(envs.kl_coef)
@@ -191,6 +194,11 @@ class OnPolicyAgent(ABC):
     def stop_early(self, metrics: dict[str, float]) -> bool:
         """Whether a minibatch's metrics say that the batch has been used enough."""
         return False
+
+    def estimates(self, episodes: Episodes) -> Tensor:
+        """(B, T) what the critic said of each token before the update: what its targets are compared with."""
+        assert episodes.values is not None
+        return episodes.values
 
     def minibatch_advantages(self, advantages: Tensor, mask: Tensor) -> Tensor:
         """(b, T) advantages that a minibatch learns from, given its own (b, T)."""
@@ -230,7 +238,8 @@ class OnPolicyAgent(ABC):
             started = time.perf_counter()
             episodes = self._collect()
             collected = time.perf_counter()
-            self._set_lr(self.num_timesteps / total_timesteps)
+            behind = self.num_timesteps + episodes.num_tokens
+            self._set_lr(self.num_timesteps / total_timesteps, behind / total_timesteps)
             metrics = self._describe(episodes)
             metrics |= self._update(episodes)
             self.num_timesteps += episodes.num_tokens
@@ -282,17 +291,21 @@ class OnPolicyAgent(ABC):
 
     def _update(self, episodes: Episodes) -> dict[str, float]:
         config = self.config
-        if episodes.values is None or config.recompute_log_probs:
-            episodes = self._read_again(episodes)
+        if config.recompute_log_probs:
+            episodes = self._recomputed(episodes)
+        elif episodes.values is None:  # a critic with its own trunk gives none while decoding
+            parts = [self.policy.values(episodes[rows]) for rows in self._chunks(episodes)]
+            self.tokens.read(episodes)
+            episodes = replace(episodes, values=torch.cat(parts))
         if config.score_clip is not None:
             episodes = replace(episodes, scores=episodes.scores.clamp(-config.score_clip, config.score_clip))
         assert episodes.values is not None
         advantages, returns = self.advantages(episodes, self.rewards(episodes))
         metrics = self._optimise(episodes, advantages, returns)
-        self._check_first_update(metrics)
+        self._check_law(metrics["train/ratio_error"])
         if self.uses_critic:
             mask = episodes.response_mask
-            metrics["train/explained_variance"] = explained_variance(episodes.values[mask], returns[mask])
+            metrics["train/explained_variance"] = explained_variance(self.estimates(episodes)[mask], returns[mask])
         return metrics
 
     def _optimise(self, episodes: Episodes, advantages: Tensor, returns: Tensor) -> dict[str, float]:
@@ -314,21 +327,30 @@ class OnPolicyAgent(ABC):
         return metrics
 
     @torch.no_grad()
-    def _read_again(self, episodes: Episodes) -> Episodes:
-        """Episodes with the values, and on demand the log-probs, of one forward instead of those of the sampling."""
-        values, log_probs = torch.zeros_like(episodes.log_probs), torch.zeros_like(episodes.log_probs)
-        for rows in torch.arange(len(episodes), device=self.policy.device).split(self.config.micro_batch_size):
+    def _recomputed(self, episodes: Episodes) -> Episodes:
+        """Episodes with the log-probs and values of one forward instead of those of the sampling.
+
+        A token that rounding puts off the support of a truncated law keeps the log-prob that it was drawn with.
+        """
+        values, log_probs = torch.zeros_like(episodes.log_probs), episodes.log_probs.clone()
+        for rows in self._chunks(episodes):
             few = episodes[rows]
-            read, mask, part = self.policy.read(few), few.response_mask, torch.zeros_like(values[rows])
+            read, mask = self.policy.read(few), few.response_mask
+            law = self.sampler.log_law(read.logits, mask.nonzero()[:, 1])
+            found = law.gather(1, few.response_ids[mask].unsqueeze(1)).squeeze(1)
+            part = few.log_probs.clone()
+            part[mask] = torch.where(found == -torch.inf, part[mask], found)
+            log_probs[rows] = part
+            part = torch.zeros_like(part)
             part[mask] = read.values
             values[rows] = part
-            law = self.sampler.log_law(read.logits, mask.nonzero()[:, 1])
-            part = torch.zeros_like(part)
-            part[mask] = law.gather(1, few.response_ids[mask].unsqueeze(1)).squeeze(1)
-            log_probs[rows] = part
         self.tokens.read(episodes)
-        episodes = replace(episodes, values=values)
-        return replace(episodes, log_probs=log_probs) if self.config.recompute_log_probs else episodes
+        self._check_law((log_probs - episodes.log_probs).abs().sum().item() / episodes.num_tokens)
+        return replace(episodes, values=values, log_probs=log_probs)
+
+    def _chunks(self, episodes: Episodes) -> tuple[Tensor, ...]:
+        """Rows of episodes, as many at a time as a forward takes."""
+        return torch.arange(len(episodes), device=self.policy.device).split(self.config.micro_batch_size)
 
     def _step(self, episodes: Episodes, advantages: Tensor, returns: Tensor, rows: Tensor) -> dict[str, float]:
         """One optimiser step on a minibatch, its gradient accumulated over micro-batches of like length."""
@@ -339,10 +361,9 @@ class OnPolicyAgent(ABC):
         self.optimizer.zero_grad(set_to_none=True)
         metrics: dict[str, float] = {}
         for part in rows.split(self.config.micro_batch_size):
-            batch = self._read(episodes, advantages, returns, part, total, count)
+            batch = self._read(episodes, advantages, returns, part, total, count, backward=1)
             loss, parts = self.loss(batch)
             loss.backward()
-            self.tokens.read(episodes[part], forward=0, backward=1)
             with torch.no_grad():
                 parts["train/entropy"] = (batch.weights * entropy(batch.log_law.detach())).sum()
                 gaps = (batch.log_probs - batch.old_log_probs).abs()
@@ -367,11 +388,20 @@ class OnPolicyAgent(ABC):
             group["eps"] = self.config.adam_eps / math.sqrt(1 - self.config.adam_beta2 ** (steps + 1))
 
     def _read(
-        self, episodes: Episodes, advantages: Tensor, returns: Tensor, rows: Tensor, total: Tensor, count: int
+        self,
+        episodes: Episodes,
+        advantages: Tensor,
+        returns: Tensor,
+        rows: Tensor,
+        total: Tensor,
+        count: int,
+        *,
+        backward: int = 0,
     ) -> Minibatch:
+        """A micro-batch, read by the policy; `backward` is how many gradients will be taken through that."""
         few = episodes[rows]
         assert few.values is not None
-        self.tokens.read(few)
+        self.tokens.read(few, backward=backward)
         mask = few.response_mask
         read = self.policy.read(few)
         law = self.sampler.log_law(read.logits, mask.nonzero()[:, 1])
@@ -410,19 +440,28 @@ class OnPolicyAgent(ABC):
         """Nats a token by which two computations of one log-prob may differ on average."""
         return 1e-3 if self.policy.dtype == torch.float32 else 0.1
 
-    def _check_first_update(self, metrics: dict[str, float]) -> None:
-        """Before anything has changed the ratio is 1: log-probs recomputed equal those that sampled."""
-        if not metrics["train/ratio_error"] < self._round_off:
+    def _check_law(self, gap: float) -> None:
+        """Before anything has changed the ratio is 1: log-probs recomputed equal those that sampled.
+
+        Args:
+            gap: mean absolute difference of the two, nats a token.
+        """
+        if not gap < self._round_off:
             raise RuntimeError(
                 "A batch's first update must have ratio 1, and log-probs recomputed differ from those that sampled by "
-                f"{metrics['train/ratio_error']:.2g} nats a token: the update is not of the law that sampled."
+                f"{gap:.2g} nats a token: the update is not of the law that sampled."
             )
 
-    def _set_lr(self, progress: float) -> None:
+    def _set_lr(self, progress: float, end: float) -> None:
+        """Sets the rates of a batch, which begins and ends at those shares of the run; one that rises is its end's."""
         config = self.config
-        factor = lr_factor(config.lr_schedule, progress, config.lr_warmup, config.lr_end)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["first_lr"] * factor
+        place = min(end, config.lr_warmup) if progress < config.lr_warmup else progress
+        factor = lr_factor(config.lr_schedule, place, config.lr_warmup, config.lr_end)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+
+    def _adam(self) -> dict[str, Any]:
+        return {"betas": (self.config.adam_beta1, self.config.adam_beta2), "eps": self.config.adam_eps}
 
     def _parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """What learns: of the law, a shared trunk included, and of the critic alone."""
@@ -478,6 +517,8 @@ class OnPolicyAgent(ABC):
         self.policy.load(directory)
         training = torch.load(directory / "training.pt", weights_only=True, map_location=self.policy.device)
         self.optimizer.load_state_dict(training["optimizer"])
+        for group in self.optimizer.param_groups:
+            group |= self._adam()
         self.generator.set_state(training["generator"].cpu())
         state = json.loads((directory / "state.json").read_text())
         self.num_timesteps, self.kl.value = state["num_timesteps"], state["kl_coef"]

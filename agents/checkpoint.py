@@ -36,9 +36,10 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
 class TokenCount:
     """Tokens that an agent's policy has read, prompts included: what a run costs on any machine.
 
-    A token counts each time a pass goes over it; columns of padding do not count. A critic with a trunk of its own, and
-    the frozen reference inside a residual, go along with their policy and are not counted again. Nor is what the env
-    reads to pay the agent (reference and reward model), which is the same for every agent at equal env steps.
+    A token counts each time a pass goes over it; columns of padding do not count. A critic with a trunk of its own, the
+    frozen reference inside a residual, and the mask policy of NLPO go along with their policy and are not counted
+    again. Nor is what the env reads to pay the agent (reference and reward model), which is the same for every agent at
+    equal env steps.
 
     Attributes:
         forward: in decoding, in updates, and where an update reads the reference itself.

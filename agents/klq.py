@@ -66,6 +66,10 @@ class KLQ(OnPolicyAgent):
         bonus = self.kl.value * (episodes.log_probs - episodes.ref_log_probs)
         return advantages, torch.where(episodes.response_mask, returns + bonus, 0.0)
 
+    def estimates(self, episodes: Episodes) -> Tensor:
+        """Q(s_t, a_t), whose targets the lambda-returns are."""
+        return super().estimates(episodes) + self.kl.value * (episodes.log_probs - episodes.ref_log_probs)
+
     def loss(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Half the mean squared error of Q over tokens, whose gradient reaches V and pi alike.
 

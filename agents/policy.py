@@ -117,6 +117,8 @@ class ActorCritic(TrainablePolicy):
         self.critic_kind = critic
         self._start(reference.model)
         self.lm = CausalLM(self.actor, reference.tokenizer, reference.temperature)
+        if reference.temperature != 1 and self.actor.generation_config is not None:  # saved along with the weights
+            self.actor.generation_config.update(temperature=reference.temperature, do_sample=True)
         self.critic: nn.Module | None = None
         if critic == "reference":
             self.critic = _trainable(reference.model.base_model)

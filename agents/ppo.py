@@ -134,6 +134,12 @@ class PPO(OnPolicyAgent):
         """Token ids of the texts of a file, an end token behind each, cut to what an episode has room for."""
         lm, room = self.envs.engine.lm, self.envs.engine.width + self.envs.engine.horizon
         end = [] if lm.tokenizer.eos_token_id is None else [lm.tokenizer.eos_token_id]
-        whole = [[*lm.encode(text), *end] for text in read_texts("ptx_texts", path, "text")]
+        try:
+            whole = [[*lm.encode(text), *end] for text in read_texts("ptx_texts", path, "text")]
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"`ptx_texts` must hold texts of the task's tokenizer: {error}") from error
         pieces = [ids[start : start + room] for ids in whole for start in range(0, len(ids), room)]
-        return [ids for ids in pieces if len(ids) > 1]
+        pieces = [ids for ids in pieces if len(ids) > 1]
+        if not pieces:
+            raise InvalidArgumentError(f"`ptx_texts` must hold a text of two tokens or more, and {path!r} has none.")
+        return pieces

@@ -41,11 +41,12 @@ def table(summary: Mapping[str, Any]) -> str:
     Args:
         summary: The content of `summary.json`: `before` and `after` (each a mapping from `return`, `score`,
             `gold_score`, `kl`, `length`, `normalised` to an interval or None), `optimum` (`lower` and `upper`, each
-            an interval or None), `train_seconds`, `total_timesteps`, `agent`, `task`, `seed`.
+            an interval or None), `train_seconds`, `forward_tokens`, `backward_tokens`, `total_timesteps`, `agent`,
+            `task`, `seed`.
 
     Returns:
         A heading, one row a quantity as `mean ± half-width` of its 95 % interval ("-" where there is none), the
-        optimum, the training time, and one sentence that grades the result.
+        optimum, what training cost, and one sentence that grades the result.
     """
     label = max(map(len, _ROWS.values()))
     lines = [_heading(summary), "", f"{'':{label}}{'before':>{_COLUMN}}{'after':>{_COLUMN}}"]
@@ -57,6 +58,8 @@ def table(summary: Mapping[str, Any]) -> str:
         value = f"V* {sign} {bound['mean']:.2f} [{bound['low']:.2f}, {bound['high']:.2f}]"
         lines.append(f"{'optimum':{label}}   {value}")
     lines.append(f"{'train_seconds':{label}}   {summary['train_seconds']:.1f}")
+    read = f"{summary['forward_tokens']:,} forward, {summary['backward_tokens']:,} backward"
+    lines.append(f"{'tokens read':{label}}   {read}")
     sentence = _grade(summary)
     return "\n".join([*lines, "", sentence] if sentence else lines)
 

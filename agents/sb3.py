@@ -217,12 +217,8 @@ class Trunk(BaseFeaturesExtractor):
             parts.append(read(right, rows, columns)[0].float())
         features, size = torch.cat(parts, dim=1), (self._heads + self._hidden) * int(mask.sum())
         self._tokens.forward += size
-        if features.requires_grad:
-            features.register_hook(partial(self._count_backward, size))
+        self._tokens.backward += size * features.requires_grad
         return features
-
-    def _count_backward(self, size: int, _: Tensor) -> None:
-        self._tokens.backward += size
 
     def _decode(self, ids: Tensor, mask: Tensor) -> Tensor:
         if self._state is None:
@@ -632,7 +628,7 @@ class SB3Agent:
         """
         directory = Path(directory)
         state = json.loads((directory / "state.json").read_text())
-        for name in ("algorithm", "policy", "width", "layers"):
+        for name in ("algorithm", *PolicyConfig.__dataclass_fields__):
             if state["config"][name] != getattr(self.config, name):
                 raise InvalidArgumentError(
                     f"`directory` must hold a checkpoint with {name}={getattr(self.config, name)!r}, got "

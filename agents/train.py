@@ -74,6 +74,8 @@ def check(cfg: DictConfig) -> Plan:
     """
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     agent = dict(values["agent"])
+    if "_target_" not in agent:
+        raise InvalidArgumentError("`agent` must be one of the files in conf/agent, got one without a `_target_`.")
     agent_class: Any = hydra.utils.get_class(agent.pop("_target_"))
     agent_config = validated(agent_class.Config, agent, "agent")
     from lmgym.models.causal import resolve_device

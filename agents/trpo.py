@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from agents.base import Minibatch, OnPolicyAgent, OnPolicyConfig
 from agents.losses import value_loss
 from lmgym.episodes import Episodes
-from lmgym.errors import check_choice, check_int, check_number
+from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number
 from lmgym.kl import exact
 
 
@@ -37,6 +37,8 @@ class TRPOConfig(OnPolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.critic_lr is not None:
+            raise InvalidArgumentError(f"`critic_lr` must be null, for `lr` is the critic's, got {self.critic_lr!r}.")
         check_number("max_kl", self.max_kl, 0, open_low=True)
         check_choice("max_kl_schedule", self.max_kl_schedule, ("constant", "linear"))
         check_number("fisher_fraction", self.fisher_fraction, 0, 1, open_low=True)
@@ -75,8 +77,8 @@ class TRPO(OnPolicyAgent):
         with _frozen(self.law_parameters):
             return super()._optimise(episodes, advantages, returns) | metrics
 
-    def _set_lr(self, progress: float) -> None:
-        super()._set_lr(progress)
+    def _set_lr(self, progress: float, end: float) -> None:
+        super()._set_lr(progress, end)
         self._progress = progress
 
     @property

@@ -43,7 +43,7 @@ if __name__ == "__main__":
         env.reset(options={"prompt_index": i})
         info: dict[str, Any] = {}
         while "score" not in info:  # comes with the end
-            law = env.unwrapped.engine.reference_logits()[0].double().softmax(-1).numpy()
+            law = np.exp(env.unwrapped.reference_log_probs())
             info = env.step(int(rng.choice(len(law), p=law)))[-1]
         print(f"{info['score']:+.2f}  {info['prompt']}{info['response']}")
     envs: Any = gym.make_vec("lmgym/RLHF-v0", reward=variety, kl_coef=0.1, split="test", device="cpu")

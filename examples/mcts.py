@@ -20,7 +20,7 @@ from lmgym.optimum import solve
 class Node:
     def __init__(self, env: Any, outcome: float | None = None) -> None:
         self.state, self.outcome = env.unwrapped.clone_state(), outcome  # its return, where the response has ended
-        self.prior = env.unwrapped.engine.reference_logits()[0].double().softmax(-1).numpy()
+        self.prior = np.exp(env.unwrapped.reference_log_probs())
         self.visits, self.means, self.best = np.full((3, len(self.prior)), [[0.0], [0.0], [-np.inf]])
         self.children: dict[int, Node] = {}
 

@@ -32,7 +32,7 @@ if __name__ == "__main__":
     for update in range(updates + 1):
         (obs, _), alive, steps = envs.reset(), torch.ones(256, dtype=torch.bool), []
         for _ in range(4):  # a row that has ended plays on; `alive` leaves that out
-            state, reference = torch.from_numpy(obs) + 1, envs.unwrapped.engine.reference_logits().clone()
+            state, reference = torch.from_numpy(obs) + 1, torch.from_numpy(envs.unwrapped.reference_log_probs())
             out = network(state).detach()
             law = Categorical(logits=reference + out[:, 1:])
             log_prob = law.log_prob(action := law.sample())

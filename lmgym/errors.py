@@ -49,12 +49,14 @@ def check_choice(argument: str, got: object, choices: Iterable[str]) -> None:
         raise unknown_name(argument, got, known)
 
 
-def check_number(argument: str, got: Any, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    """Raises `InvalidArgumentError` unless `got` is a finite number (not a bool) in [low, high], or (low, high]."""
+def check_number(
+    argument: str, got: Any, low: float, high: float = float("inf"), *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Raises `InvalidArgumentError` unless `got` is a finite number (not a bool) in [low, high], an end left out."""
     number = isinstance(got, (int, float)) and not isinstance(got, bool) and got == got and abs(got) != float("inf")
-    if not number or not (low < got if open_low else low <= got) or got > high:
+    if not number or not (low < got if open_low else low <= got) or not (got < high if open_high else got <= high):
         left = f"> {low:g}" if open_low else f">= {low:g}"
-        right = f" and <= {high:g}" if high != float("inf") else ""
+        right = f" and {'<' if open_high else '<='} {high:g}" if high != float("inf") else ""
         raise InvalidArgumentError(f"`{argument}` must be a finite number {left}{right}, got {got!r}.")
 
 

@@ -405,6 +405,24 @@ def test_the_shared_yaml_is_the_shared_config() -> None:
     assert list(values) == list(OnPolicyConfig.__dataclass_fields__)
 
 
+@pytest.mark.parametrize("config", [{"critic_lr": 1e-3}, {"critic": "reference"}], ids=str)
+def test_an_agent_without_a_critic_takes_no_numbers_for_one(config: dict[str, Any]) -> None:
+    for name in ("rloo", "grpo", "reinforce mean"):
+        with pytest.raises(InvalidArgumentError, match="`critic_lr` null where no values are learned"):
+            agent_of(CASES[name], **config)
+
+
+def test_the_error_of_klqs_q_is_the_advantage() -> None:
+    agent = agent_of(CASES["klq"])
+    learn(agent, 2)
+    episodes = agent._collect()
+    advantages, returns = agent.advantages(episodes, agent.rewards(episodes))
+    mask = episodes.response_mask
+    torch.testing.assert_close((returns - agent.estimates(episodes))[mask], advantages[mask], rtol=0, atol=1e-5)
+    assert episodes.values is not None
+    assert (agent.estimates(episodes) - episodes.values)[mask].abs().max() > 1e-4
+
+
 # -- learning --------------------------------------------------------------------------------------------------------
 
 

@@ -501,8 +501,9 @@ def test_planning_from_a_cloned_state_is_exact(parts: Parts, changes: Parts) -> 
     state = env.unwrapped.clone_state()
     plans = ([7, 8, EOS], [9] * 6, [EOS], [7, 8, EOS])
     found = []
+    there = env.unwrapped.restore_state(state)
     for plan in plans:
-        env.unwrapped.restore_state(state)
+        assert data_equivalence(env.unwrapped.restore_state(state), there)
         found.append(play(env, plan))
     assert_like(found[3], found[0])
     for plan, steps in zip(plans, found, strict=True):  # against an env that was never interrupted
@@ -512,6 +513,18 @@ def test_planning_from_a_cloned_state_is_exact(parts: Parts, changes: Parts) -> 
     play(other, [3, 3, 3])
     other.unwrapped.restore_state(state)
     assert_like(play(other, plans[0]), found[0])
+
+
+def test_the_references_law_is_what_the_next_step_is_paid_by(parts: Parts) -> None:
+    env = make(parts, kl_coef=0.5)
+    with pytest.raises(ResetNeeded):
+        env.unwrapped.reference_log_probs()
+    env.reset(seed=6)
+    for token in (5, 7, 3):
+        law = env.unwrapped.reference_log_probs()
+        assert law.shape == (env.action_space.n,)
+        assert np.exp(law).sum() == pytest.approx(1, abs=1e-5)
+        assert env.step(token)[4]["ref_log_prob"] == pytest.approx(law[token], abs=1e-5)
 
 
 def test_the_end_of_an_episode_is_a_state_too(parts: Parts) -> None:

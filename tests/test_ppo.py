@@ -529,25 +529,41 @@ def test_the_rate_rises_then_follows_its_schedule_over_what_is_left(schedule: st
     assert lr_factor(schedule, 0.7, 1.0) == pytest.approx(0.7)
 
 
+def test_a_batch_that_begins_in_the_warm_up_has_the_rate_of_its_end() -> None:
+    history = learn(tiny_ppo(lr=3e-3, lr_schedule="constant", lr_warmup=0.5), 100, total=300)
+    for metrics in history:
+        assert metrics["train/lr"] == pytest.approx(3e-3 * min(1.0, metrics["step"] / 150))
+    assert history[0]["train/lr"] > 0
+
+
+def test_a_checkpoint_does_not_bring_its_rates_along(tmp_path: Any) -> None:
+    old, new = tiny_ppo(lr=1e-3, adam_eps=1e-3), tiny_ppo(lr=1e-4, critic_lr=3e-4, adam_eps=1e-6)
+    learn(old, 1)
+    old.save(tmp_path / "checkpoint")
+    new.load(tmp_path / "checkpoint")
+    new._set_lr(0.0, 0.1)
+    assert [(g["lr"], g["eps"]) for g in new.optimizer.param_groups] == [(1e-4, 1e-6), (3e-4, 1e-6)]
+
+
 def test_the_critic_has_a_rate_of_its_own(ragged_batch: Episodes) -> None:
     for config in ({}, {"critic": "reference"}):
         agent = moved(tiny_ppo(longer(), lr=1e-3, critic_lr=0.0, lr_schedule="constant", **config))
         before = {name: p.clone() for name, p in agent.policy.named_parameters()}
-        agent._set_lr(0.0)
+        agent._set_lr(0.0, 0.1)
         agent._update(ragged_batch)
         still = {name for name, p in agent.policy.named_parameters() if torch.equal(p, before[name])}
         assert still == {name for name in before if name.startswith(("value_head.", "critic."))}
 
 
 @pytest.mark.parametrize("style", ["pytorch", "tensorflow"])
-def test_adam_is_that_of_the_library_it_is_named_after(ragged_batch: Episodes, style: str) -> None:
+def test_adam_is_that_of_the_library_it_is_named_after(style: str) -> None:
     """Written out from the documentation of each: they differ in where epsilon stands."""
     beta1, beta2, eps, lr = 0.8, 0.95, 1e-3, 1e-2
     shape = {"adam": style, "adam_beta1": beta1, "adam_beta2": beta2, "adam_eps": eps, "lr": lr}
     agent = moved(tiny_ppo(longer(), **one_update(lr_schedule="constant", **shape)))
     expected, m, v = weights(agent).double(), 0.0, 0.0
     for t in (1, 2, 3):
-        agent._update(ragged_batch)
+        agent._update(batch_of(agent, seed=t))
         g = gradients(agent).double()
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
         root = (1 - beta2**t) ** 0.5
@@ -556,7 +572,6 @@ def test_adam_is_that_of_the_library_it_is_named_after(ragged_batch: Episodes, s
         else:
             expected = expected - lr / (1 - beta1**t) * m / (v**0.5 / root + eps)
         torch.testing.assert_close(weights(agent).double(), expected, rtol=0, atol=1e-6)
-        agent.config = replace(agent.config, recompute_log_probs=True)  # the batch is one of an older policy now
 
 
 def test_scores_are_clipped_before_they_are_learned_from_and_reported_whole(ragged_batch: Episodes) -> None:
@@ -603,11 +618,29 @@ def test_a_mean_over_episodes_weighs_them_alike(ragged_batch: Episodes) -> None:
 
 
 def test_log_probs_can_be_those_of_the_training_forward(ragged_batch: Episodes) -> None:
-    shifted = replace(ragged_batch, log_probs=ragged_batch.log_probs - 0.5 * ragged_batch.response_mask)
-    with pytest.raises(RuntimeError, match="ratio 1"):
-        updated(shifted)
-    for a, b in zip(updated(shifted, recompute_log_probs=True), updated(ragged_batch), strict=True):
+    """Rounding of the sampling is taken off; a law that is another one is loud all the same."""
+    mask = ragged_batch.response_mask
+    rounded = replace(ragged_batch, log_probs=ragged_batch.log_probs + 5e-4 * mask)
+    for a, b in zip(updated(rounded, recompute_log_probs=True), updated(ragged_batch), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert not torch.allclose(
+        updated(rounded, whiten_advantages="none")[0], updated(ragged_batch, whiten_advantages="none")[0], atol=1e-4
+    )
+    with pytest.raises(RuntimeError, match="ratio 1"):
+        updated(replace(ragged_batch, log_probs=ragged_batch.log_probs - 0.5 * mask), recompute_log_probs=True)
+
+
+def test_a_token_on_the_edge_of_a_truncated_law_keeps_the_log_prob_it_was_drawn_with() -> None:
+    agent = moved(tiny_ppo(longer(), sampler=Sampler(top_k=2), recompute_log_probs=True))
+    episodes = agent._collect()
+    last = episodes.lengths[0] - 1
+    place = int(episodes.response_mask[0].sum()) - 1
+    off = agent.policy.read(episodes).logits[place].argmin()  # never among the two likeliest
+    ids = episodes.response_ids.clone()
+    ids[0, last] = off
+    found = agent._recomputed(replace(episodes, response_ids=ids))
+    assert found.log_probs[0, last] == episodes.log_probs[0, last]
+    torch.testing.assert_close(found.log_probs, episodes.log_probs, rtol=0, atol=1e-5)
 
 
 def test_texts_are_mixed_in(tmp_path: Any) -> None:
@@ -647,6 +680,15 @@ def test_mixed_in_texts_stay_likely(tmp_path: Any) -> None:
     assert "train/ptx_loss" not in plain[0]
 
 
+def test_texts_that_teach_nothing_are_refused(tmp_path: Any) -> None:
+    (tmp_path / "texts.txt").write_text("a\n")
+    envs = tiny_envs()
+    envs.engine.lm.tokenizer = word_tokenizer(WORDS)
+    envs.engine.lm.tokenizer.eos_token = None
+    with pytest.raises(LmGymError, match=r"`ptx_texts` must hold a text of two tokens or more, and .* has none"):
+        tiny_ppo(envs, ptx_coef=1.0, ptx_texts=str(tmp_path / "texts.txt"))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -657,6 +699,7 @@ def test_mixed_in_texts_stay_likely(tmp_path: Any) -> None:
         ({"loss_mean": "tokens"}, "`loss_mean` must be"),
         ({"whiten_advantages": True}, "`whiten_advantages` must be"),
         ({"lr_end": 1.5}, "`lr_end` must be"),
+        ({"adam_beta2": 1.0}, "`adam_beta2` must be a finite number >= 0 and < 1, got 1.0"),
         ({"score_clip": 0.0}, "`score_clip` must be"),
     ],
 )

@@ -37,6 +37,8 @@ SUMMARY: dict[str, Any] = {
     },
     "optimum": {"lower": {"mean": 1.25, "low": 1.21, "high": 1.29}, "upper": None},
     "train_seconds": 61.34,
+    "forward_tokens": 1234567,
+    "backward_tokens": 890123,
     "total_timesteps": 102_400,
     "agent": "ppo",
     "task": "reviews",
@@ -71,6 +73,7 @@ def test_the_table_as_a_whole() -> None:
             "",
             "optimum           V* >= 1.25 [1.21, 1.29]",
             "train_seconds     61.3",
+            "tokens read       1,234,567 forward, 890,123 backward",
             "",
             "J = 1.10 of V* >= 1.25: 0.88 of the gain",
         ]

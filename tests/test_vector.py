@@ -501,6 +501,7 @@ def test_the_references_logits_can_be_looked_at(parts: Parts) -> None:
     for _ in range(12):
         logits = [envs.engine.reference_logits().clone() for _ in range(2)]
         assert torch.equal(logits[0], logits[1])
+        torch.testing.assert_close(torch.from_numpy(envs.reference_log_probs()), logits[0].log_softmax(-1))
         for row in range(N):
             history = observation["input_ids"][row][observation["attention_mask"][row] == 1]
             with torch.inference_mode():

@@ -265,6 +265,14 @@ class Engine:
         """
         return self._stepping_reader().logits()
 
+    def reference_log_probs(self) -> npt.NDArray[np.float32]:
+        """(N, V) nats: log pi_ref(.|s) at each row's state, from the forward of `reference_logits`.
+
+        Raises:
+            InvalidArgumentError: where stepping never runs the reference (`kl_coef=0`, or `dense_kl=False`).
+        """
+        return self.reference_logits().float().log_softmax(-1).cpu().numpy()
+
     def reference_hidden(self) -> Tensor:
         """(N, D) input of the reference's LM head at each row's state, from the forward of `reference_logits`.
 

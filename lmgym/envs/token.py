@@ -149,14 +149,29 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
         start, running = int(engine.starts[0]), bool(engine.running[0])
         return EnvState(prompt, tokens, engine.ref_log_probs[0].copy(), returns, start, running, self._outcomes)
 
-    def restore_state(self, state: EnvState) -> None:
-        """Goes back (or forth) to a cloned state; costs one forward over its tokens when the next step is taken."""
+    def restore_state(self, state: EnvState) -> Any:
+        """Goes back (or forth) to a cloned state; costs one forward over its tokens when the next step is taken.
+
+        Returns:
+            The observation there.
+        """
         if not isinstance(state, EnvState):
             raise InvalidArgumentError(f"`state` must come from `clone_state`, got {state!r}.")
         self._engine.begin(_ROW, [state.prompt])
         self._engine.resume(0, state.response_ids, state.returns, state.ref_log_probs)
         self._engine.starts[0], self._engine.running[0] = state.start, state.running
         self._outcomes = state.outcomes
+        return self._observation()
+
+    def reference_log_probs(self) -> npt.NDArray[np.float32]:
+        """(V,) nats: log pi_ref(.|s) at the state, from the forward that the next step will use.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first reset.
+            InvalidArgumentError: where stepping never runs the reference (`kl_coef=0`, or `dense_kl=False`).
+        """
+        check_running(self._engine.current[0] is not None)
+        return self._engine.reference_log_probs()[0]
 
     def render(self) -> Any:
         """The episode so far: a string ("ansi"), a picture ("rgb_array"), or on the terminal at each step ("human")."""

@@ -244,6 +244,16 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         check_int("episodes", episodes, 1)
         return [self._orders[i % self.num_envs].take() for i in range(episodes)]
 
+    def reference_log_probs(self) -> npt.NDArray[np.float32]:
+        """(N, V) nats: log pi_ref(.|s) at each row's state, from the forward that the next step will use.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first reset.
+            InvalidArgumentError: where stepping never runs the reference (`kl_coef=0`, or `dense_kl=False`).
+        """
+        check_running(self._ready)
+        return self.engine.reference_log_probs()
+
     def get_state(self) -> dict[str, Any]:
         """Where the streams of randomness stand, as JSON values: what a resumed run needs to draw the same again.
 

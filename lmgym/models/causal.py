@@ -411,7 +411,7 @@ def place(lm: CausalLM, device: str, dtype: str) -> CausalLM:
     copies = _placed.setdefault(lm, {})
     key = (str(where), dtype)
     if key not in copies:
-        copies[key] = CausalLM(copy.deepcopy(lm.model).to(where, DTYPES[dtype]), lm.tokenizer)
+        copies[key] = CausalLM(copy.deepcopy(lm.model).to(where, DTYPES[dtype]), lm.tokenizer, lm.temperature)
     return copies[key]
 
 
