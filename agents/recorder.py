@@ -13,7 +13,7 @@ from typing import Any, Self
 
 GROUPS = ("rollout/", "train/", "cost/", "time/", "eval/")
 METRICS_FILE = "metrics.jsonl"
-_SHOWN = {"rollout/return": "return", "rollout/score": "score", "rollout/kl": "kl"}
+_SHOWN = {"rollout/return": "return", "rollout/score": "score", "rollout/kl": "kl", "train/loss": "loss"}
 _BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
@@ -98,7 +98,8 @@ class Recorder:
         self.close()
 
     def _advance(self, step: int, values: Mapping[str, float]) -> None:
-        self._shown.update((label, f"{values[name]:.3g}") for name, label in _SHOWN.items() if name in values)
+        shown = {label: round(values[name], 3) + 0.0 for name, label in _SHOWN.items() if name in values}
+        self._shown.update((label, f"{x:.3g}") for label, x in shown.items())
         self._bar.set_postfix(self._shown, refresh=False)
         # The last batch may overshoot the budget; a bar past its total forgets the total.
         self._bar.update(max(0, min(step, self._bar.total) - self._bar.n))
@@ -126,8 +127,16 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file under a temporary name, then renames it: a reader sees the old text or the new, never half."""
+def write_atomically(path: str | os.PathLike[str], text: str, *, new: bool = False) -> None:
+    """Writes a text file under a temporary name, then renames it: a reader sees the old text or the new, never half.
+
+    Args:
+        path: of the file. text: what it will hold.
+        new: whether there must be none yet; of several processes that write it at once, one succeeds.
+
+    Raises:
+        FileExistsError: if there is one and `new` is True.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -135,7 +144,10 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if new:
+            os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

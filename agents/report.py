@@ -51,6 +51,8 @@ def table(summary: Mapping[str, Any]) -> str:
     label = max(map(len, _ROWS.values()))
     lines = [_heading(summary), "", f"{'':{label}}{'before':>{_COLUMN}}{'after':>{_COLUMN}}"]
     for key, name in _ROWS.items():
+        if key == "gold_score" and key not in summary["after"]:  # the task has none
+            continue
         cells = "".join(f"{_cell(summary[when].get(key)):>{_COLUMN}}" for when in ("before", "after"))
         lines.append(f"{name:{label}}{cells}".rstrip())
     lines.append("")
@@ -120,7 +122,7 @@ def _cell(interval: Interval | None) -> str:
         return f"{'-':7}"  # under the ± of the other cells
     mean, half_width = interval["mean"], (interval["high"] - interval["low"]) / 2
     decimals = 3 if abs(mean) < 10 else 2 if abs(mean) < 100 else 1
-    return f"{mean:.{decimals}f} ± {f'{half_width:.{decimals}f}':5}"
+    return f"{round(mean, decimals) + 0.0:.{decimals}f} ± {f'{half_width:.{decimals}f}':5}"  # no -0.000
 
 
 def _known(interval: Interval | None) -> TypeGuard[Interval]:

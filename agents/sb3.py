@@ -549,6 +549,11 @@ class SB3Agent:
             )
 
     @property
+    def name(self) -> str:
+        """What a report calls it."""
+        return f"SB3 {self.config.algorithm}"
+
+    @property
     def num_timesteps(self) -> int:
         """Env steps (tokens) so far."""
         return int(self.model.num_timesteps)

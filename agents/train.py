@@ -1,4 +1,4 @@
-"""Trains an agent on a task: `python -m agents.train task=reviews agent=ppo seed=1`.
+"""Trains an agent on a task: `python -m agents.train task=keyword-8 agent=ppo seed=1`.
 
 A run directory holds `config.yaml`, `versions.json`, `metrics.jsonl`, TensorBoard files, `checkpoint/` (the actor loads
 with `AutoModelForCausalLM`), `summary.json`, `samples.json` and `curves.png`. Ctrl-C leaves a checkpoint, and
@@ -7,6 +7,7 @@ with `AutoModelForCausalLM`), `summary.json`, `samples.json` and `curves.png`. C
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import math
@@ -15,11 +16,12 @@ import platform
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 OmegaConf.register_new_resolver("first", lambda *xs: next((x for x in xs if x is not None), None), replace=True)
 EVALUATION_SEED = 20_000_003  # of the evaluations, so that before and after share their uniforms across runs
 EVALUATION_EPISODES = 4096
+RESUMABLE = ("total_timesteps", "checkpoint_every")  # and evaluation.*
 PACKAGES = ("lmgym", "torch", "transformers", "gymnasium", "numpy", "hydra-core", "tokenizers")
 
 
@@ -159,7 +162,7 @@ def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, agent: 
         "total_timesteps": agent.num_timesteps,
         "forward_tokens": agent.tokens.forward,
         "backward_tokens": agent.tokens.backward,
-        "agent": plan.agent_class.__name__,
+        "agent": getattr(agent, "name", plan.agent_class.__name__),
         "task": plan.settings["task"],
         "seed": plan.seed,
     }
@@ -176,10 +179,11 @@ def _optimum(plan: Plan, before: Any, after: Any) -> tuple[Any, Any, Any]:
     from lmgym.optimum.bounds import Interval
     from lmgym.tasks import StoredOptimum
 
-    split = plan.evaluation.split
+    split, count = plan.evaluation.split, plan.evaluation.prompts
     task = Settings.of({**plan.settings, "split": split}).resolve()
-    whole = plan.evaluation.prompts is None or plan.evaluation.prompts >= len(task.prompts[split])
-    stored = known(task, split) if whole else None
+    if count is not None and count < len(task.prompts[split]):  # V* is of the prompts graded
+        task = replace(task, prompts={split: task.prompts[split][:count]}, optima={})
+    stored = known(task, split)
     if stored is not None:
         lower, upper = (None if v is None else Interval(v, v, v) for v in (stored.lower, stored.upper))
         return (stored if stored.value > stored.reference else None), lower, upper
@@ -307,21 +311,89 @@ def check_checkpoint(directory: Path) -> None:
         )
 
 
+def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
+    """The config of a run that goes on, with what may change then.
+
+    Args:
+        directory: of the run. overrides: `key=value` each, as on the command line.
+
+    Raises:
+        InvalidArgumentError: if it is no run directory, has no checkpoint, or another key is to change.
+    """
+    cfg = saved_config(directory)
+    check_checkpoint(directory)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "resume":
+            continue
+        if key not in RESUMABLE and not key.startswith("evaluation."):
+            raise InvalidArgumentError(
+                f"`{key}` must be as it was when the run began: with `resume`, only {', '.join(RESUMABLE)} and "
+                "evaluation.* may change."
+            )
+        OmegaConf.update(cfg, key, yaml.safe_load(value), force_add=False)
+    return cfg
+
+
+def spelled_out(arguments: list[str]) -> list[str]:
+    """Command-line arguments in which a task of the suite may stand by its name: `task=keyword-8`.
+
+    What Hydra chooses is a file, one a family: `task=keyword task.task=keyword-8`.
+    """
+    tasks, result = Path(__file__).parents[1] / "conf" / "task", []
+    for argument in arguments:
+        key, _, name = argument.partition("=")
+        family = name.partition("-")[0]
+        setting = key == "task" and family != name and (tasks / f"{family}.yaml").is_file() and "," not in name
+        result += [f"task={family}", f"task.task={name}"] if setting else [argument]
+    return result
+
+
+def begin(cfg: DictConfig, directory: Path) -> Plan:
+    """Checks a config and claims a run directory for it.
+
+    Raises:
+        LmGymError: for a config that cannot be, or a directory that holds a run; nothing is left behind.
+    """
+    try:
+        plan = check(cfg)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True), new=True)
+    except FileExistsError as error:
+        raise InvalidArgumentError(
+            f"`hydra.run.dir` must be a directory without a run, and {directory} holds one: go on with that by "
+            f"resume={directory}, or choose another."
+        ) from error
+    except LmGymError:
+        abandon(directory)
+        raise
+    write_json(directory / "versions.json", versions())
+    return plan
+
+
+def abandon(directory: Path) -> None:
+    """Removes what a run has left that did not begin: Hydra makes the directory before anything is checked."""
+    if not (directory / "metrics.jsonl").exists():
+        for name in ("config.yaml", "versions.json"):
+            (directory / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty, or not there
+        directory.rmdir()
+
+
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry: checks, then trains."""
     wait_politely()
+    resume = cfg.resume is not None
+    directory = Path(cfg.resume if resume else HydraConfig.get().runtime.output_dir)
     try:
-        resume = cfg.resume is not None
-        directory = Path(cfg.resume if resume else HydraConfig.get().runtime.output_dir)
         if resume:
-            cfg = saved_config(directory)
-            check_checkpoint(directory)
-        plan = check(cfg)
-        if not resume:
-            directory.mkdir(parents=True, exist_ok=True)
+            overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+            cfg = resumed_config(directory, overrides)
+            plan = check(cfg)
             write_atomically(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-            write_json(directory / "versions.json", versions())
+        else:
+            plan = begin(cfg, directory)
     except LmGymError as error:
         sys.exit(f"{error}")
     try:
@@ -329,10 +401,12 @@ def main(cfg: DictConfig) -> None:
     except KeyboardInterrupt:
         code = 130
     except LmGymError as error:
+        abandon(directory)
         sys.exit(f"{error}")
     if code:
         sys.exit(code)
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = spelled_out(sys.argv[1:])
     main()

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +26,10 @@ from benchmarks.learning import interval
 def run(directory: Path, task: str, agent: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     """The summary of one run, trained unless it is there."""
     if not (directory / "summary.json").is_file():
-        names = [f"task={task.partition('-')[0]}", f"task.task={task}", f"agent={agent}", f"seed={seed}"]
+        names = [f"task={task}", f"agent={agent}", f"seed={seed}"]
         command = [sys.executable, "-m", "agents.train", *names, f"hydra.run.dir={directory}", *overrides]
-        directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(directory, ignore_errors=True)  # of a run that was interrupted
+        directory.mkdir(parents=True)
         with (directory / "log.txt").open("w") as log:
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
     return dict(json.loads((directory / "summary.json").read_text()))

@@ -54,6 +54,6 @@ if __name__ == "__main__":
             returns.append(total)
             state, total, discount = env.reset()[0].tobytes(), 0.0, 1.0
             starts.add(state)
-        if step % (args.steps // 6) == 0:
+        if step % (max(args.steps // 6, 1)) == 0:
             value = np.mean([soft_value(table[start], kl_coef) for start in starts])
             print(f"{step:>7}  {value:.4f}  {np.mean(returns[-100:]):.4f}")

@@ -158,3 +158,10 @@ def test_importing_the_recorder_loads_nothing_heavy() -> None:
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "set()"
+
+
+def test_of_two_that_write_a_new_file_one_succeeds(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "claim", "mine", new=True)
+    with pytest.raises(FileExistsError):
+        write_atomically(tmp_path / "claim", "yours", new=True)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("claim", "mine")]

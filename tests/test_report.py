@@ -58,6 +58,14 @@ def changed(**parts: Any) -> dict[str, Any]:
     return summary
 
 
+def test_there_is_no_negative_zero_and_no_row_for_a_score_that_the_task_lacks() -> None:
+    summary = changed(before__kl=interval(-0.0004, 0.0001))
+    assert "-0.000" not in report.table(summary)
+    assert "-0.001" in report.table(changed(before__kl=interval(-0.0006, 0.0001)))
+    del summary["after"]["gold_score"], summary["before"]["gold_score"]
+    assert "gold_score" not in report.table(summary)
+
+
 def test_the_table_as_a_whole() -> None:
     assert report.table(SUMMARY) == "\n".join(
         [

@@ -24,6 +24,8 @@ import agents.evaluate
 import agents.train
 from agents.recorder import Recorder, read_rows
 from agents.report import table
+from lmgym.errors import InvalidArgumentError, LmGymError
+from lmgym.optimum import solve
 
 pytestmark = pytest.mark.slow
 
@@ -293,3 +295,66 @@ def test_variants_train_and_report(overrides: list[str], tmp_path: Path, capsys:
     assert ("kl" in summary["after"]) == ("task.kl_coef=0" not in overrides)
     assert bool(re.search(r"V\* >= ", text)) == plain
     assert len(summary_of(tmp_path, "samples.json")) == 4
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def composed(*overrides: str) -> Any:
+    with hydra.initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        return hydra.compose("train", overrides=list(overrides))
+
+
+def test_no_run_writes_into_anothers_directory(tmp_path: Path) -> None:
+    agents.train.begin(composed("seed=1"), tmp_path / "run")
+    with pytest.raises(InvalidArgumentError, match=r"holds one: go on with that by resume="):
+        agents.train.begin(composed("seed=2"), tmp_path / "run")
+    assert agents.train.saved_config(tmp_path / "run").seed == 1
+
+
+def test_a_config_that_cannot_be_leaves_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()  # by Hydra
+    with pytest.raises(LmGymError, match="`temperature` must be"):
+        agents.train.begin(composed("task.temperature=0"), tmp_path / "run")
+    agents.train.begin(composed(), tmp_path / "other")
+    agents.train.abandon(tmp_path / "other")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_takes_a_new_total_and_no_other_numbers(tmp_path: Path) -> None:
+    agents.train.begin(composed("agent.lr=1e-4"), tmp_path)
+    with pytest.raises(InvalidArgumentError, match="must hold a checkpoint"):
+        agents.train.resumed_config(tmp_path, [])
+    (tmp_path / "checkpoint").mkdir()
+    overrides = [f"resume={tmp_path}", "total_timesteps=300000", "evaluation.samples=2"]
+    cfg = agents.train.resumed_config(tmp_path, overrides)
+    assert (cfg.total_timesteps, cfg.evaluation.samples, cfg.agent.lr) == (300000, 2, 1e-4)
+    agents.train.check(cfg)
+    with pytest.raises(InvalidArgumentError, match="`agent.lr` must be as it was when the run began"):
+        agents.train.resumed_config(tmp_path, ["agent.lr=1e-3"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("task=keyword-8", ["task=keyword", "task.task=keyword-8"]),
+        ("task=anchor-0.1", ["task=anchor", "task.task=anchor-0.1"]),
+        ("task=keyword", ["task=keyword"]),
+        ("task=keyword-8,echo-4", ["task=keyword-8,echo-4"]),
+        ("task=keywrod-8", ["task=keywrod-8"]),
+        ("task.task=keyword-8", ["task.task=keyword-8"]),
+        ("agent=ppo", ["agent=ppo"]),
+    ],
+)
+def test_a_task_of_the_suite_stands_by_its_name(argument: str, expected: list[str]) -> None:
+    assert agents.train.spelled_out(["-m", argument, "seed=1"]) == ["-m", *expected, "seed=1"]
+
+
+def test_the_optimum_is_of_the_prompts_graded() -> None:
+    task = ["task=keyword", "task.task=keyword-8", "task.kl_coef=0.2"]
+    plan = agents.train.check(composed(*task, "evaluation.prompts=3"))
+    values = solve("keyword-8", kl_coef=0.2).values
+    optimum, lower, upper = agents.train._optimum(plan, None, None)
+    assert lower.mean == upper.mean == pytest.approx(values[:3].mean().item(), abs=1e-6)
+    assert abs(lower.mean - values.mean().item()) > 1e-3
+    assert optimum.exact
