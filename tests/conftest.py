@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -208,3 +210,20 @@ class TinyProblem:
         """J(pi) of a policy with (R,) log-probs of whole responses."""
         ratio = log_probs - self.token_log_probs(self.lm, prompt).sum(1)
         return float((log_probs.exp() * (self.scores(prompt) - self.kl_coef * ratio)).sum())
+
+
+def learn(agent: Any, batches: int, total: int = 10**6) -> list[dict[str, float]]:
+    """The metrics of a number of batches, those that a clock makes left out."""
+    history: list[dict[str, float]] = []
+
+    def keep(step: int, metrics: dict[str, float]) -> bool:
+        history.append({name: x for name, x in metrics.items() if not name.startswith("time/")} | {"step": step})
+        return len(history) < batches
+
+    agent.learn(total, keep)
+    return history
+
+
+def weights(agent: Any) -> Tensor:
+    """Every parameter of an agent's policy, in one long vector."""
+    return torch.cat([p.detach().flatten() for p in agent.policy.parameters()])

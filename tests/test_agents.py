@@ -16,7 +16,7 @@ import hydra
 import numpy as np
 import pytest
 import torch
-from conftest import table_reward
+from conftest import learn, table_reward, weights
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -93,22 +93,6 @@ def agent_of(case: Case, *, task: Task | None = None, seed: int = 0, **config: A
     small = {"batch_size": 24, "policy": "mlp", "width": 16}
     made = case.kind.Config(**{**small, **case.config, **config})
     return case.kind(envs_of(made, task or tiny()), made, seed=seed)
-
-
-def learn(agent: OnPolicyAgent, batches: int, total: int = 10**6) -> list[dict[str, float]]:
-    """The metrics of a number of batches, those that a clock makes left out."""
-    history: list[dict[str, float]] = []
-
-    def keep(step: int, metrics: dict[str, float]) -> bool:
-        history.append({name: x for name, x in metrics.items() if not name.startswith("time/")} | {"step": step})
-        return len(history) < batches
-
-    agent.learn(total, keep)
-    return history
-
-
-def weights(agent: OnPolicyAgent) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in agent.policy.parameters()])
 
 
 # -- the first steps -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TinyProblem
+from conftest import TinyProblem, learn, weights
 from torch import Tensor
 
 import agents.dpo
@@ -31,22 +31,6 @@ def tiny(task: Task = PROBLEM.task, num_envs: int = 1) -> RLHFVectorEnv:
 
 def tiny_dpo(envs: RLHFVectorEnv | None = None, *, seed: int = 0, **config: Any) -> DPO:
     return DPO(envs or tiny(), DPOConfig(**{"batch_size": 16, "lr": 2e-3} | config), seed=seed)
-
-
-def learn(agent: Any, batches: int, total: int = 10**6) -> list[dict[str, float]]:
-    """The metrics of a number of batches, those that a clock makes left out."""
-    history: list[dict[str, float]] = []
-
-    def keep(step: int, metrics: dict[str, float]) -> bool:
-        history.append({name: x for name, x in metrics.items() if not name.startswith("time/")} | {"step": step})
-        return len(history) < batches
-
-    agent.learn(total, keep)
-    return history
-
-
-def weights(agent: DPO) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in agent.policy.parameters()])
 
 
 # -- the loss and its optimum ----------------------------------------------------------------------------------------

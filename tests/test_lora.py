@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, tiny_lm
+from conftest import WORDS, learn, tiny_lm
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
@@ -118,18 +118,6 @@ LORA: dict[str, Any] = {"policy": "lora", "lora_rank": 3, "lora_alpha": 6.0}
 
 def ppo(envs: RLHFVectorEnv, *, seed: int = 0, **config: Any) -> PPO:
     return PPO(envs, PPOConfig(**(CONFIG | LORA | config)), seed=seed)
-
-
-def learn(agent: Any, batches: int, total: int = 10**6) -> list[dict[str, float]]:
-    """The metrics of a number of batches, those that a clock makes left out."""
-    history: list[dict[str, float]] = []
-
-    def keep(step: int, metrics: dict[str, float]) -> bool:
-        history.append({name: x for name, x in metrics.items() if not name.startswith("time/")} | {"step": step})
-        return len(history) < batches
-
-    agent.learn(total, keep)
-    return history
 
 
 # -- the weights -----------------------------------------------------------------------------------------------------

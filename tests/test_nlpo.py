@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyProblem
+from conftest import TinyProblem, learn
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -35,18 +35,6 @@ CONFIG = {"batch_size": 24, "micro_batch_size": 24, "epochs": 2, "minibatches": 
 
 def tiny_nlpo(envs: RLHFVectorEnv | None = None, *, seed: int = 0, sampler: Any = None, **config: Any) -> NLPO:
     return NLPO(envs or tiny_envs(), NLPOConfig(**(CONFIG | {"mask_top_p": 0.6} | config)), seed=seed, sampler=sampler)
-
-
-def learn(agent: PPO, batches: int, total: int = 10**6) -> list[dict[str, float]]:
-    """The metrics of a number of batches, those that a clock makes left out."""
-    history: list[dict[str, float]] = []
-
-    def keep(step: int, metrics: dict[str, float]) -> bool:
-        history.append({name: x for name, x in metrics.items() if not name.startswith("time/")} | {"step": step})
-        return len(history) < batches
-
-    agent.learn(total, keep)
-    return history
 
 
 def moved(module: torch.nn.Module, scale: float = 0.3, seed: int = 3) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import gpt2, word_tokenizer
+from conftest import gpt2, learn, weights, word_tokenizer
 from torch import Tensor
 
 import agents.base
@@ -77,25 +77,9 @@ def moved(agent: PPO, scale: float = 0.1, seed: int = 3) -> PPO:
     return agent
 
 
-def learn(agent: PPO, batches: int, total: int = 10**6) -> list[dict[str, float]]:
-    """The metrics of a number of batches, those that a clock makes left out."""
-    history: list[dict[str, float]] = []
-
-    def keep(step: int, metrics: dict[str, float]) -> bool:
-        history.append({name: x for name, x in metrics.items() if not name.startswith("time/")} | {"step": step})
-        return len(history) < batches
-
-    agent.learn(total, keep)
-    return history
-
-
 def gradients(agent: PPO) -> Tensor:
     """What the last backward pass left, in one long vector."""
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in agent.policy.parameters()])
-
-
-def weights(agent: PPO) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in agent.policy.parameters()])
 
 
 # -- every response there is -----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from conftest import gpt2, word_tokenizer
+from conftest import gpt2, learn, word_tokenizer
 from torch import Tensor
 
 from agents.policy import ActorCritic, read_logits
@@ -82,18 +82,6 @@ def sampled(envs: RLHFVectorEnv, policy: Any) -> Episodes:
     batch = collect(envs, policy, 24, generator=torch.Generator().manual_seed(1))
     assert len(set(batch.lengths.tolist())) > 2  # ragged, or it would test little
     return batch
-
-
-def learn(agent: PPO, batches: int, total: int = 10**6) -> list[dict[str, float]]:
-    """The metrics of a number of batches, those that a clock makes left out."""
-    history: list[dict[str, float]] = []
-
-    def keep(step: int, metrics: dict[str, float]) -> bool:
-        history.append({name: x for name, x in metrics.items() if not name.startswith("time/")} | {"step": step})
-        return len(history) < batches
-
-    agent.learn(total, keep)
-    return history
 
 
 @pytest.fixture(params=NETWORKS)

@@ -14,7 +14,7 @@ import hydra
 import numpy as np
 import pytest
 import torch
-from conftest import TinyProblem
+from conftest import TinyProblem, learn, weights
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -55,22 +55,6 @@ def file(tmp_path: Path) -> str:
 def source(request: pytest.FixtureRequest, file: str) -> dict[str, Any]:
     """Each kind of demonstrations."""
     return {"demonstrations": request.param} | ({"path": file} if request.param == "file" else {})
-
-
-def learn(agent: Any, batches: int, total: int = 10**6) -> list[dict[str, float]]:
-    """The metrics of a number of batches, those that a clock makes left out."""
-    history: list[dict[str, float]] = []
-
-    def keep(step: int, metrics: dict[str, float]) -> bool:
-        history.append({name: x for name, x in metrics.items() if not name.startswith("time/")} | {"step": step})
-        return len(history) < batches
-
-    agent.learn(total, keep)
-    return history
-
-
-def weights(agent: SFT) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in agent.policy.parameters()])
 
 
 def gradient(agent: SFT, loss: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyProblem
+from conftest import TinyProblem, learn
 from torch import Tensor
 
 import agents.base
@@ -46,18 +46,6 @@ def moved(agent: TRPO, scale: float = 0.2) -> TRPO:
             parameter += scale * torch.randn(parameter.shape, generator=generator)
     agent.num_timesteps = 1
     return agent
-
-
-def learn(agent: TRPO, batches: int, total: int = 10**6) -> list[dict[str, float]]:
-    """The metrics of a number of batches, those that a clock makes left out."""
-    history: list[dict[str, float]] = []
-
-    def keep(step: int, metrics: dict[str, float]) -> bool:
-        history.append({name: x for name, x in metrics.items() if not name.startswith("time/")} | {"step": step})
-        return len(history) < batches
-
-    agent.learn(total, keep)
-    return history
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
