@@ -465,9 +465,12 @@ class OnPolicyAgent(ABC):
 
     def _parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """What learns: of the law, a shared trunk included, and of the critic alone."""
-        named = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
-        critic = [p for name, p in named if {"critic", "value_head"} & set(name.split("."))]
-        return [p for _, p in named if all(p is not other for other in critic)], critic
+        law: list[nn.Parameter] = []
+        critic: list[nn.Parameter] = []
+        for name, parameter in self.policy.named_parameters():
+            if parameter.requires_grad:
+                (critic if {"critic", "value_head"} & set(name.split(".")) else law).append(parameter)
+        return law, critic
 
     # -- acting, saving, loading ---------------------------------------------------------------------------------
 

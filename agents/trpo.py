@@ -68,8 +68,7 @@ class TRPO(OnPolicyAgent):
     @property
     def law_parameters(self) -> list[nn.Parameter]:
         """What the law depends on: the weights of the policy but for the critic's head and the critic's own trunk."""
-        named = self.policy.named_parameters()
-        return [p for name, p in named if p.requires_grad and name.split(".")[0] not in ("critic", "value_head")]
+        return self._parameters()[0]
 
     def _optimise(self, episodes: Episodes, advantages: Tensor, returns: Tensor) -> dict[str, float]:
         metrics = self._natural_step(episodes, advantages, returns)
