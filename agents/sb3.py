@@ -516,7 +516,7 @@ class SB3Agent:
             self.model: Any = algorithm(
                 "MultiInputPolicy" if self._value_based else _policy_class(algorithm),
                 VecEnvBridge(envs),
-                learning_rate=(lambda remaining: rate * remaining) if falling else rate,
+                learning_rate=(lambda remaining: rate * max(0.0, remaining)) if falling else rate,
                 gamma=self._inner.gamma,
                 seed=seed,
                 device=self._inner.engine.lm.device,

@@ -393,9 +393,17 @@ def test_ppo_learns_an_easy_task() -> None:
     assert grades[1]["return"].low > grades[0]["return"].high + 0.3
 
 
+def test_a_falling_learning_rate_ends_at_0_where_the_last_rollout_goes_too_far() -> None:
+    """SB3's remaining progress is below 0 there, and a negative rate would climb the loss."""
+    agent, rates = make(learning_rate=0.5), []
+    agent.learn(200, lambda step, metrics: rates.append((step, metrics["train/learning_rate"])))
+    assert rates == [(128, pytest.approx(0.5 * (1 - 128 / 200))), (256, 0.0)]
+
+
 @needs_contrib
 def test_the_critic_of_trpo_does_not_move_the_policy() -> None:
-    agent = make("TRPO", kwargs={"n_critic_updates": 3, "cg_max_steps": 1, "target_kl": 1e-12})
+    numbers = {"n_critic_updates": 3, "cg_max_steps": 1, "target_kl": 1e-12}
+    agent = make("TRPO", kwargs=numbers, lr_schedule="constant")
     before = {name: p.clone() for name, p in agent.model.policy.named_parameters()}
     learn(agent, 128)
     change = {name: (p - before[name]).abs().max().item() for name, p in agent.model.policy.named_parameters()}
