@@ -132,7 +132,7 @@ class MaskedPolicy(TrainablePolicy):
         return self._masked(self.policy.read(episodes), mask, chosen)
 
     def _masked(self, own: Read, mask: Read, chosen: Tensor | None = None) -> Read:
-        return Read(among(own.logits, mask.logits, self.top_p, chosen), own.values)
+        return Read(among(own.logits, mask.logits, self.top_p, chosen), own.values, own.hidden)
 
     def refresh(self) -> None:
         """Copies the policy into the mask policy, but for its critic."""

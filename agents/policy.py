@@ -25,10 +25,15 @@ Critic = Literal["shared", "reference", "reward_model"]
 
 
 class Read(NamedTuple):
-    """A policy's reading of chosen tokens, row by row of the episodes' mask: logits (n, V) and values (n,)."""
+    """A policy's reading of chosen tokens, row by row of the episodes' mask.
+
+    Attributes:
+        logits: (n, V). values: (n,). hidden: (n, D), the hidden states that the value head read.
+    """
 
     logits: Tensor
     values: Tensor
+    hidden: Tensor
 
 
 class TrainablePolicy(nn.Module, ABC):
@@ -50,7 +55,7 @@ class TrainablePolicy(nn.Module, ABC):
 
     @abstractmethod
     def read_at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Read:
-        """Logits and values at chosen places of sequences, from one forward; differentiable.
+        """What it says at chosen places of sequences, from one forward; differentiable.
 
         Args:
             ids: (B, L) int64, sequences from column 0, right-padded.
@@ -70,7 +75,7 @@ class TrainablePolicy(nn.Module, ABC):
         """
 
     def read(self, episodes: Episodes) -> Read:
-        """Logits and values at every chosen token, from one forward; differentiable."""
+        """What it says at every chosen token, from one forward; differentiable."""
         return self.read_at(*_packed(episodes))
 
     @torch.no_grad()
@@ -153,7 +158,8 @@ class ActorCritic(TrainablePolicy):
         hidden, logits = self.lm.response_hidden(ids, rows, columns)
         if self.critic is not None:
             hidden = self.critic(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0][rows, columns]
-        return Read(logits, self.value_head(hidden.float()).squeeze(-1))
+        hidden = hidden.float()
+        return Read(logits, self.value_head(hidden).squeeze(-1), hidden)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the actor and its tokenizer as Hugging Face's, and the critic beside them as `critic.safetensors`."""

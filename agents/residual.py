@@ -287,7 +287,7 @@ class ResidualPolicy(TrainablePolicy):
         with torch.no_grad():
             reference = self.reference.response_hidden(ids, rows, columns)[1]
         hidden, residual = self.network.hidden_at(ids, rows, columns)
-        return Read(reference.float() + residual, self.value_head(hidden).squeeze(-1))
+        return Read(reference.float() + residual, self.value_head(hidden).squeeze(-1), hidden)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes f and the value head as `residual.safetensors`, and their shape as `residual.json`."""

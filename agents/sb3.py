@@ -16,7 +16,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,16 +28,18 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from safetensors.torch import load_file, load_model, save_file, save_model
+from stable_baselines3.common.buffers import DictReplayBuffer, DictRolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agents.base import Callback
 from agents.checkpoint import TokenCount, replacing
 from agents.policies import PolicyConfig, make_policy
-from agents.policy import ActorCritic, TrainablePolicy
+from agents.policy import TrainablePolicy
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number, unknown_name
 from lmgym.models.policy import Policy, PolicyState
@@ -46,6 +48,7 @@ from lmgym.models.sampling import Sampler, inverse_cdf
 Algorithm = Literal["PPO", "A2C", "DQN", "TRPO", "QRDQN", "MaskablePPO", "RecurrentPPO"]
 _CONTRIB = ("TRPO", "QRDQN", "MaskablePPO", "RecurrentPPO")
 _VALUE_BASED = ("DQN", "QRDQN")
+_UNCUT = ("A2C", "RecurrentPPO")  # the one has no minibatches, the other's are whole sequences
 _OURS = ("policy", "env", "learning_rate", "gamma", "seed", "device", "verbose", "tensorboard_log", "_init_setup_model")
 _SHAPES = ("n_quantiles", "lstm_hidden_size", "n_lstm_layers")  # entries of `policy_kwargs` that may be chosen
 _IMPOSSIBLE = -1e4  # nats: a probability of 0 in float32, without the NaN that -inf leaves in a KL
@@ -204,18 +207,12 @@ class Trunk(BaseFeaturesExtractor):
         ids, mask = observations["input_ids"].long(), observations["attention_mask"].bool()
         if self._caches and not torch.is_grad_enabled() and (self._state is None or len(ids) == len(self._seen[0])):
             return self._decode(ids, mask)
-        right = ids.gather(1, (~mask).to(torch.uint8).argsort(dim=1, stable=True))
-        right = right[:, : int(mask.sum(1).max())]
-        rows, columns = torch.arange(len(ids), device=ids.device), mask.sum(1) - 1
-        parts: list[Tensor] = []
-        if self._heads:
-            parts += _side_by_side(*self.policy.read_at(right, rows, columns))
+        sequences, rows, columns, which = _shared(ids, mask)
+        read = self.policy.read_at(sequences.clamp(min=0), rows, columns)
+        parts = _side_by_side(read.logits, read.values) if self._heads else []
         if self._hidden:
-            # ActorCritic and ResidualPolicy call it differently; only the second half of the pair is the head's.
-            network: Any = self.policy
-            read = network.lm.response_hidden if isinstance(network, ActorCritic) else network.network.hidden_at
-            parts.append(read(right, rows, columns)[0].float())
-        features, size = torch.cat(parts, dim=1), (self._heads + self._hidden) * int(mask.sum())
+            parts.append(read.hidden)
+        features, size = torch.cat(parts, dim=1)[which], int((sequences >= 0).sum())
         self._tokens.forward += size
         self._tokens.backward += size * features.requires_grad
         return features
@@ -247,6 +244,22 @@ def _left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Sequences (n, L) with gaps, moved to the right and cut to the longest."""
     order = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]
     return ids.gather(1, order), mask.gather(1, order)
+
+
+def _shared(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sequences (N, L) with gaps, in as few as will do: one that begins another is read on the way through that.
+
+    Returns:
+        ids (B, W) from column 0, -1 behind the end; the row and column (n,) of the last token of each that differs; and
+        which of those (N,) each sequence is.
+    """
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(1, int(mask.sum(1).max()))]
+    marked = torch.where(mask, ids, -1).gather(1, order)
+    unique, which = torch.unique(marked, dim=0, return_inverse=True)  # sorted: what begins with a row comes behind it
+    begins = torch.zeros(len(unique), dtype=torch.bool, device=ids.device)
+    begins[:-1] = ((unique[:-1] == unique[1:]) | (unique[:-1] < 0)).all(1)
+    columns = ((unique >= 0).sum(1) - 1).clamp(min=0)  # RecurrentPPO pads with sequences of no token
+    return unique[~begins], (~begins).cumsum(0) - (~begins).long(), columns, which
 
 
 class _Head(nn.Module):
@@ -292,6 +305,76 @@ def _policy_class(algorithm: Any) -> type:
 
         members["_process_sequence"] = staticmethod(process)
     return type(f"Token{base.__name__}", (_OnTrunk, base), members)
+
+
+# -- the buffers -------------------------------------------------------------------------------------------------------
+
+
+class StretchReplayBuffer(DictReplayBuffer):
+    """A replay buffer that draws stretches of successive steps of a row; any step is as likely as another.
+
+    Args:
+        stretch: steps each; 1 is SB3's own way.
+    """
+
+    def __init__(self, *args: Any, stretch: int = 1, **kwargs: Any) -> None:
+        self._stretch = stretch
+        super().__init__(*args, **kwargs)
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> DictReplayBufferSamples:  # type: ignore[override]
+        """Draws `batch_size` steps."""
+        stretches = -(-batch_size // self._stretch)
+        starts = np.random.randint(0, self.size(), size=(stretches, 1))  # noqa: NPY002 - what SB3 draws from
+        rows = np.random.randint(0, self.n_envs, size=(stretches, 1))  # noqa: NPY002
+        steps = (starts + np.arange(self._stretch)) % self.size()
+        return self._at(steps.ravel()[:batch_size], np.repeat(rows, self._stretch)[:batch_size], env)
+
+    def _at(self, steps: Any, rows: Any, env: VecNormalize | None) -> DictReplayBufferSamples:
+        def tensors(observations: dict[str, Any]) -> Any:
+            chosen = self._normalize_obs({name: x[steps, rows] for name, x in observations.items()}, env)
+            return {name: self.to_torch(x) for name, x in cast(Any, chosen).items()}
+
+        return DictReplayBufferSamples(
+            observations=tensors(self.observations),
+            actions=self.to_torch(self.actions[steps, rows]),
+            next_observations=tensors(self.next_observations),
+            dones=self.to_torch((self.dones[steps, rows] * (1 - self.timeouts[steps, rows]))[:, None]),
+            rewards=self.to_torch(self._normalize_reward(self.rewards[steps, rows, None], env)),
+        )
+
+
+class _Stretches:
+    """Mixed into a rollout buffer of SB3: its minibatches are stretches of `stretch` successive steps of a row."""
+
+    def __init__(self, *args: Any, stretch: int = 1, **kwargs: Any) -> None:
+        self._stretch = stretch
+        super().__init__(*args, **kwargs)
+
+    def get(self: Any, batch_size: int | None = None) -> Generator[Any, None, None]:
+        whole = next(super().get())  # type: ignore[misc]
+        if batch_size is None:
+            yield whole
+            return
+        steps = np.arange(self.buffer_size * self.n_envs).reshape(-1, self._stretch)  # row after row
+        order = np.random.permutation(steps).ravel()  # noqa: NPY002 - what SB3 draws from
+        for start in range(0, len(order), batch_size):
+            yield self._get_samples(order[start : start + batch_size])
+
+
+class StretchRolloutBuffer(_Stretches, DictRolloutBuffer):
+    """The rollout buffer of PPO and TRPO, in stretches."""
+
+
+def _in_stretches(algorithm: Algorithm, stretch: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that give an algorithm its buffer in stretches, with what was `given` for it."""
+    buffer: Any = StretchReplayBuffer if algorithm in _VALUE_BASED else StretchRolloutBuffer
+    if algorithm == "MaskablePPO":
+        from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer
+
+        buffer = type("StretchMaskableRolloutBuffer", (_Stretches, MaskableDictRolloutBuffer), {})
+    kind = "replay" if algorithm in _VALUE_BASED else "rollout"
+    more = {**given.get(f"{kind}_buffer_kwargs", {}), "stretch": stretch}
+    return {f"{kind}_buffer_class": buffer, f"{kind}_buffer_kwargs": more}
 
 
 # -- the callbacks -----------------------------------------------------------------------------------------------------
@@ -408,6 +491,7 @@ class SB3Config(PolicyConfig):
     lr_schedule: Literal["constant", "linear"] = "linear"  # linear ends at 0
     batch_size: int | None = None  # tokens a minibatch
     n_epochs: int | None = None  # passes over a rollout
+    stretch: int | None = None  # successive steps of a row that stay together in a minibatch; null, as SB3: 1
     kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the algorithm, by SB3's names
 
     def __post_init__(self) -> None:
@@ -417,9 +501,13 @@ class SB3Config(PolicyConfig):
         for name in ("n_envs", "n_steps"):
             check_int(name, getattr(self, name), 1)
         check_number("learning_rate", self.learning_rate, 0)
-        for name in ("batch_size", "n_epochs"):
+        for name in ("batch_size", "n_epochs", "stretch"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
+        if self.stretch is not None and self.algorithm in _UNCUT:
+            raise InvalidArgumentError(f"`stretch` must be None for {self.algorithm}, got {self.stretch}.")
+        if self.stretch is not None and self.algorithm not in _VALUE_BASED and self.n_steps % self.stretch:
+            raise InvalidArgumentError(f"`stretch` must divide n_steps={self.n_steps}, got {self.stretch}.")
         if not isinstance(self.kwargs, Mapping):
             raise InvalidArgumentError(f"`kwargs` must be a mapping of names to plain values, got {self.kwargs!r}.")
         for name in self.kwargs.get("policy_kwargs", {}):
@@ -459,12 +547,32 @@ def algorithm_class(name: Algorithm) -> Any:
     """
     package, distribution = ("sb3_contrib", "sb3-contrib") if name in _CONTRIB else ("stable_baselines3",) * 2
     try:
-        return getattr(importlib.import_module(package), name)
+        found = getattr(importlib.import_module(package), name)
     except ModuleNotFoundError as error:
         raise InvalidArgumentError(
             f"`algorithm` must be one that is installed, got {name!r}: it needs the package {distribution} "
             f"(pip install {distribution})."
         ) from error
+    return _one_backward(found) if name == "TRPO" else found
+
+
+def _one_backward(trpo: Any) -> Any:
+    """TRPO that differentiates the KL by all parameters in one backward pass, where sb3-contrib takes one for each.
+
+    The numbers are the same; every product with the Fisher matrix then runs through one graph.
+    """
+
+    class TRPO(trpo):
+        def _compute_actor_grad(self, kl: Tensor, objective: Tensor) -> tuple[list[Any], Tensor, Tensor, list[Any]]:
+            named = [parameter for name, parameter in self.policy.named_parameters() if "value" not in name]
+            of_kl = torch.autograd.grad(kl, named, create_graph=True, allow_unused=True)
+            found = [(parameter, grad) for parameter, grad in zip(named, of_kl, strict=True) if grad is not None]
+            actor = [parameter for parameter, _ in found]
+            of_objective = torch.autograd.grad(objective, actor, retain_graph=True)
+            flat = [torch.cat([grad.flatten() for grad in grads]) for grads in (of_objective, [g for _, g in found])]
+            return actor, flat[0], flat[1], [parameter.shape for parameter in actor]
+
+    return TRPO
 
 
 class SB3Agent:
@@ -506,9 +614,11 @@ class SB3Agent:
             },
             "net_arch": [],
         }
+        arguments = config.arguments(algorithm)
+        if config.stretch is not None:
+            arguments |= _in_stretches(config.algorithm, config.stretch, arguments)
         if not self._value_based:
             trunk["ortho_init"] = False  # it would draw the language model anew
-        arguments = config.arguments(algorithm)
         arguments["policy_kwargs"] = {**arguments.get("policy_kwargs", {}), **trunk}
         rate, falling = config.learning_rate, config.lr_schedule == "linear"
         self._randomness: _Randomness | None = None  # None: that of the process is the agent's, now

@@ -381,7 +381,7 @@ class Table(torch.nn.Module):
     def read(self, episodes: Episodes) -> Read:
         """Of the tree's own episodes, in their order."""
         states = self.states()
-        return Read(self.logits[states], self.values[states])
+        return Read(self.logits[states], self.values[states], self.values[states, None])
 
 
 def tabular(tree: Tree, *, moved: float = 0.0, **config: Any) -> OnPolicyAgent:

@@ -210,7 +210,7 @@ def check_decoded(policy: ResidualPolicy, state: Any, rows: list[list[int]]) -> 
     with torch.no_grad():
         for i, row in enumerate(rows):
             ids, place = torch.tensor([row]), torch.tensor([len(row) - 1])
-            logits, values = policy.read_at(ids, torch.zeros(1, dtype=torch.int64), place)
+            logits, values, _ = policy.read_at(ids, torch.zeros(1, dtype=torch.int64), place)
             torch.testing.assert_close(state.logits[i], logits[0], rtol=0, atol=1e-5)
             torch.testing.assert_close(state.values[i], values[0], rtol=0, atol=1e-5)
 

@@ -19,10 +19,13 @@ from gymnasium.vector import VectorWrapper
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 
 import agents.sb3
-from agents.sb3 import SB3Agent, SB3Config, Trunk, VecEnvBridge
+from agents.checkpoint import TokenCount
+from agents.policy import ActorCritic
+from agents.sb3 import SB3Agent, SB3Config, StretchReplayBuffer, Trunk, VecEnvBridge
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, UnknownNameError
 from lmgym.evaluation import evaluate
@@ -238,6 +241,133 @@ def test_dropout_stays_off() -> None:
     assert abs(metrics["train/approx_kl"]) < 1e-6
     agent.model.policy.set_training_mode(True)
     assert not any(m.training for m in agent.model.policy.features_extractor.modules())
+
+
+# -- how it reads ------------------------------------------------------------------------------------------------------
+
+
+def observed(rows: list[list[int]], generator: torch.Generator, columns: int = 9) -> dict[str, Tensor]:
+    """Sequences as observations with gaps at random."""
+    ids, mask = torch.zeros(len(rows), columns, dtype=torch.int64), torch.zeros(len(rows), columns, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        places = torch.randperm(columns, generator=generator)[: len(row)].sort().values
+        ids[i, places], mask[i, places] = torch.tensor(row, dtype=torch.int64), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize(("heads", "hidden"), [(True, False), (False, True), (True, True)])
+def test_sequences_that_begin_one_another_are_read_together_as_if_alone(heads: bool, hidden: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(3, 7, (int(n),), generator=generator).tolist() for n in torch.arange(1, 7).repeat(4)]
+    rows = [[3], [3, 4], [3, 4, 5], [4], [3, 4, 5, 6], [3, 5], [3, 4], *drawn, *(row[:-1] or row for row in drawn)]
+    space, tokens = tiny_envs().single_observation_space, TokenCount()
+    trunk = Trunk(space, lambda: ActorCritic(tiny_lm()), heads, hidden, tokens)
+    torch.nn.init.normal_(trunk.policy.value_head.weight, generator=generator)
+    trunk.train()
+    weight = torch.randn(len(rows), trunk.features_dim, generator=generator)
+    together = trunk(observed(rows, generator))
+    gradient = torch.autograd.grad((together * weight).sum(), trunk.policy.actor.transformer.wte.weight)[0]
+    distinct = {tuple(row) for row in rows}
+    read = [row for row in distinct if not any(len(o) > len(row) and o[: len(row)] == row for o in distinct)]
+    assert tokens == TokenCount(*[sum(map(len, read))] * 2)
+    alone = torch.cat([trunk(observed([row], generator)) for row in rows])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    expected = torch.autograd.grad((alone * weight).sum(), trunk.policy.actor.transformer.wte.weight)[0]
+    torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=0)
+
+
+def test_a_padded_batch_of_no_tokens_can_be_read() -> None:
+    """RecurrentPPO fills its sequences up with observations of zeros."""
+    trunk = Trunk(tiny_envs().single_observation_space, lambda: ActorCritic(tiny_lm()), True, True, TokenCount())
+    trunk.train()
+    generator = torch.Generator().manual_seed(0)
+    with_empty, without = (trunk(observed(rows, generator)) for rows in ([[], [3, 4], []], [[3, 4]]))
+    torch.testing.assert_close(with_empty[1], without[0], atol=1e-5, rtol=0)
+    assert trunk(observed([[], []], generator)).isfinite().all()
+
+
+@pytest.mark.parametrize("filled", [5, 12, 17])
+@pytest.mark.parametrize("stretch", [1, 4])
+def test_the_replay_buffer_draws_stretches_of_a_row(stretch: int, filled: int) -> None:
+    """Each number says its step and row: step * 10 + row."""
+    n, size = 3, 12
+    spaces = tiny_envs(n).single_observation_space, tiny_envs(n).single_action_space
+    buffer = StretchReplayBuffer(n * size, *spaces, device="cpu", n_envs=n, stretch=stretch)
+    columns = spaces[0]["input_ids"].shape[0]  # type: ignore[index]
+    for step in range(filled):
+        number = step * 10 + np.arange(n)
+        before, behind = (
+            {"input_ids": np.tile(x[:, None], columns), "attention_mask": np.ones((n, columns))}
+            for x in (number, number + 10)
+        )
+        late = [{"TimeLimit.truncated": step % 3 == 2} for _ in range(n)]
+        buffer.add(before, behind, number, number / 2, np.full(n, step % 3 != 0), late)  # type: ignore[arg-type]
+    np.random.seed(0)  # noqa: NPY002 - what SB3 draws from
+    counts = np.zeros((filled, n))
+    for _ in range(3000):
+        drawn = buffer.sample(10)
+        numbers = drawn.actions[:, 0].long()
+        assert drawn.observations["input_ids"][:, 0].tolist() == numbers.tolist()
+        assert drawn.next_observations["input_ids"][:, 0].tolist() == (numbers + 10).tolist()
+        assert drawn.rewards[:, 0].tolist() == (numbers / 2).tolist()
+        steps, rows = numbers // 10, numbers % 10
+        assert drawn.dones[:, 0].tolist() == (steps % 3 == 1).float().tolist()  # % 3 == 2 ran out of time
+        assert len(numbers) == 10
+        assert (steps >= filled - size).all()
+        for start in range(0, 10, stretch):
+            some, on = steps[start : start + stretch].numpy(), rows[start : start + stretch]
+            assert (on == on[0]).all()
+            assert ((some - some[0]) % min(filled, size) == np.arange(len(some))).all()
+        np.add.at(counts, (steps.numpy(), rows.numpy()), 1)
+    expected = 30_000 / (min(filled, size) * n)
+    assert np.abs(counts[max(0, filled - size) :] / expected - 1).max() < 0.2
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", pytest.param("MaskablePPO", marks=needs_contrib)])
+def test_minibatches_of_a_rollout_are_stretches_of_a_row(algorithm: str) -> None:
+    agent = make(algorithm, tiny_envs(4), n_steps=16, stretch=8, batch_size=32, learning_rate=0.0)
+    learn(agent, 64)
+    buffer = agent.model.rollout_buffer
+    buffer.advantages[:, 0] = np.arange(64)  # row after row
+    passes = []
+    for _ in range(2):
+        parts = list(buffer.get(32))
+        assert [len(part.actions) for part in parts] == [32, 32]
+        numbers = torch.cat([part.advantages for part in parts]).flatten().reshape(-1, 8).long()
+        assert (numbers - numbers[:, :1] == torch.arange(8)).all()
+        assert (numbers[:, 0] % 8 == 0).all()
+        assert sorted(numbers.flatten().tolist()) == list(range(64))
+        taken = torch.from_numpy(buffer.actions[:, 0])[numbers.flatten()]
+        assert torch.equal(torch.cat([part.actions for part in parts]).flatten(), taken)
+        passes.append(numbers[:, 0].tolist())
+    assert passes[0] != passes[1]
+    assert sorted(passes[0]) != passes[0]
+    (whole,) = buffer.get(None)
+    assert sorted(whole.advantages.flatten().tolist()) == list(range(64))
+
+
+@needs_contrib
+@pytest.mark.parametrize("policy", ["finetune", "gru"])
+def test_one_backward_pass_gives_trpo_the_gradients_that_one_a_parameter_gives(policy: str) -> None:
+    agent = moved(make("TRPO", policy=policy))
+    model = agent.model
+    model.policy.set_training_mode(True)
+    generator = torch.Generator().manual_seed(0)
+    observations = observed([[3, 4], [3, 4, 5], [6], [5, 5, 5]], generator)
+    with torch.no_grad():
+        old = model.policy.get_distribution(observations).distribution.logits.roll(1, 0)
+    found = []
+    for compute in (model._compute_actor_grad, super(type(model), model)._compute_actor_grad):
+        with sdpa_kernel(SDPBackend.MATH):
+            law = model.policy.get_distribution(observations).distribution
+            kl = torch.distributions.kl_divergence(law, torch.distributions.Categorical(logits=old)).mean()
+            params, objective, of_kl, shapes = compute(kl, law.logits[:, 3].mean())
+            vector = torch.randn(objective.shape, generator=torch.Generator().manual_seed(1))
+            found.append([objective, of_kl, model.hessian_vector_product(params, of_kl, vector)])
+        assert [p.shape for p in params] == list(shapes)
+    assert found[0][1].abs().max() > 1e-3
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 # -- the reward --------------------------------------------------------------------------------------------------------
@@ -509,6 +639,9 @@ def test_a_single_observation_gets_a_single_action() -> None:
         ({"algorithm": "DQN", "n_epochs": 2}, "`n_epochs` must be None"),
         ({"n_envs": 0}, "`n_envs` must be an int >= 1"),
         ({"learning_rate": -1.0}, "`learning_rate` must be a finite number >= 0"),
+        ({"algorithm": "A2C", "stretch": 4}, "`stretch` must be None for A2C, got 4."),
+        ({"n_steps": 9, "stretch": 4}, "`stretch` must divide n_steps=9, got 4."),
+        ({"stretch": 0}, "`stretch` must be an int >= 1"),
         ({"policy": "copy"}, "`policy` must be one of"),
         ({"kwargs": 3}, "`kwargs` must be a mapping"),
         ({"kwargs": {"gae_lamda": 1}}, "`kwargs` must be one of .* Did you mean 'gae_lambda'?"),
