@@ -27,7 +27,7 @@ _ALL = ("sb3_ppo", "sb3_a2c", "sb3_maskable_ppo", "sb3_recurrent_ppo", "sb3_dqn"
 
 
 def alone(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `agents.sb3._shared` returns, with a sequence for every state."""
+    """What `agents.sb3_network._shared` returns, with a sequence for every state."""
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
     every = torch.arange(len(ids), device=ids.device)
     return torch.where(mask, ids, -1).gather(1, order), every, (mask.sum(1) - 1).clamp(min=0), every
@@ -35,11 +35,11 @@ def alone(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @contextmanager
 def each_alone(shared: bool) -> Iterator[None]:
-    """Takes away what `agents/sb3.py` does for speed, unless `shared`."""
+    """Takes away what is done for speed, unless `shared`."""
     if shared:
         yield
         return
-    with patch("agents.sb3._shared", alone), patch("agents.sb3._one_backward", lambda trpo: trpo):
+    with patch("agents.sb3_network._shared", alone), patch("agents.sb3._one_backward", lambda trpo: trpo):
         yield
 
 

@@ -25,7 +25,10 @@ from transformers import AutoModelForCausalLM
 import agents.sb3
 from agents.checkpoint import TokenCount
 from agents.policy import ActorCritic
-from agents.sb3 import SB3Agent, SB3Config, StretchReplayBuffer, Trunk, VecEnvBridge
+from agents.sb3 import SB3Agent, SB3Config
+from agents.sb3_buffers import StretchReplayBuffer
+from agents.sb3_env import VecEnvBridge
+from agents.sb3_network import Trunk
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, UnknownNameError
 from lmgym.evaluation import evaluate

@@ -1,0 +1,157 @@
+"""The token MDP as Stable-Baselines3 steps it, for any algorithm of its kind: `VecEnvBridge` and `PolicyKLCallback`.
+
+Shapes: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
+
+from lmgym.errors import InvalidArgumentError
+
+
+class VecEnvBridge(VecEnv):
+    """A vector env of the token MDP as Stable-Baselines3's `VecEnv`: what `DummyVecEnv` makes of single envs.
+
+    Args:
+        envs: `RLHFVectorEnv` in "SameStep" autoreset, or a wrapper around one.
+
+    Raises:
+        InvalidArgumentError: for another autoreset mode.
+    """
+
+    def __init__(self, envs: VectorEnv[Any, Any, Any]) -> None:
+        mode = envs.metadata["autoreset_mode"]
+        if mode != AutoresetMode.SAME_STEP:
+            raise InvalidArgumentError(
+                f"`autoreset_mode` must be 'SameStep', which is what Stable-Baselines3 expects, got {mode.value!r}."
+            )
+        self.envs = envs
+        super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
+
+    def reset(self) -> Any:
+        """Starts an episode in every row, with the seeds and options that `seed` and `set_options` left."""
+        options = self._options[0]
+        if any(other != options for other in self._options):
+            raise InvalidArgumentError(f"`options` must be the same for every row, got {self._options!r}.")
+        observation, infos = self.envs.reset(seed=cast(Any, list(self._seeds)), options=options)
+        self.reset_infos = _by_row(infos, self.num_envs)
+        self._reset_seeds()
+        self._reset_options()
+        return observation
+
+    def step_async(self, actions: npt.NDArray[np.int64]) -> None:
+        self._actions = actions
+
+    def step_wait(self) -> tuple[Any, npt.NDArray[np.float32], npt.NDArray[np.bool_], list[dict[str, Any]]]:
+        observation, rewards, terminated, truncated, infos = self.envs.step(self._actions)
+        rows = _by_row(infos, self.num_envs)
+        for i, row in enumerate(rows):
+            if "final_obs" in row:
+                row |= {**row.pop("final_info"), "terminal_observation": row.pop("final_obs")}
+            row["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
+        return observation, rewards.astype(np.float32), terminated | truncated, rows
+
+    def action_masks(self) -> npt.NDArray[np.bool_]:
+        """(N, V) tokens that may be chosen: those of a wrapper that says so, else all that the tokenizer has."""
+        for layer in self._layers():
+            if hasattr(layer, "action_masks"):
+                return np.asarray(layer.action_masks())
+        lm = cast(Any, self.envs.unwrapped).engine.lm
+        legal = np.ones((self.num_envs, lm.vocab_size), dtype=np.bool_)
+        legal[:, lm.holes] = False
+        return legal
+
+    def _layers(self) -> Iterator[Any]:
+        layer: Any = self.envs
+        while layer is not None:
+            yield layer
+            layer = getattr(layer, "env", None)
+
+    def _find(self, name: str) -> Any:
+        for layer in (*self._layers(), self):
+            if hasattr(layer, name):
+                return getattr(layer, name)
+        raise AttributeError(f"{type(self.envs).__name__} has no attribute {name!r}.")
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """An attribute of the env, or of a wrapper, once a row: rows share it."""
+        return [self._find(attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Sets an attribute of the env, for all rows: they share it."""
+        if len(list(self._get_indices(indices))) != self.num_envs:
+            raise InvalidArgumentError(f"`indices` must be all rows, which share {attr_name!r}, got {indices!r}.")
+        setattr(self.envs.unwrapped, attr_name, value)
+
+    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        """Calls a method once; an array of N entries is one a row, anything else is the same for every row."""
+        result = self.action_masks() if method_name == "action_masks" else None
+        if result is None:
+            result = self._find(method_name)(*method_args, **method_kwargs)
+        each = isinstance(result, (np.ndarray, list, tuple)) and len(result) == self.num_envs
+        return [result[i] if each else result for i in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        """Whether a wrapper of that class lies around the env."""
+        return [any(isinstance(layer, wrapper_class) for layer in self._layers())] * len(
+            list(self._get_indices(indices))
+        )
+
+    def get_images(self) -> Any:
+        """A picture a row, with `render_mode="rgb_array"`."""
+        return self.envs.render()
+
+    def close(self) -> None:
+        self.envs.close()
+
+
+def _by_row(infos: Mapping[str, Any], rows: int) -> list[dict[str, Any]]:
+    """Infos of a vector env (arrays, with a mask beside each) as one dict of plain values a row."""
+    result: list[dict[str, Any]] = [{} for _ in range(rows)]
+    for name, values in infos.items():
+        if name.startswith("_"):
+            continue
+        column = _by_row(values, rows) if isinstance(values, dict) else values.tolist()
+        for i in np.flatnonzero(infos[f"_{name}"]):
+            result[i][name] = column[i]
+    return result
+
+
+class PolicyKLCallback(BaseCallback):
+    """Subtracts `kl_coef * log pi(a|s)` from the rewards of an on-policy algorithm, before the buffer stores them.
+
+    The env's reward already holds the other half, `kl_coef * log pi_ref(a|s)`. An algorithm without log-probs (DQN)
+    takes an action for certain: log pi is 0, and there is nothing to subtract.
+
+    Args:
+        kl_coef: beta, in units of the score a nat.
+        dense: whether it is paid with every token, as by default, or with the last one for the whole episode.
+    """
+
+    def __init__(self, kl_coef: float, dense: bool = True) -> None:
+        super().__init__()
+        self.kl_coef, self.dense = kl_coef, dense
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the episodes in hand."""
+        self._owed: npt.NDArray[np.float64] = np.zeros(0)
+
+    def _on_step(self) -> bool:
+        if "log_probs" in self.locals and self.kl_coef:
+            log_probs, dones = self.locals["log_probs"].cpu().numpy().astype(np.float64), self.locals["dones"]
+            if len(self._owed) != len(log_probs):
+                self._owed = np.zeros(len(log_probs))
+            self._owed += log_probs
+            paying = np.ones_like(dones) if self.dense else dones
+            self.locals["rewards"] -= self.kl_coef * self._owed * paying  # in place: the buffer stores this very array
+            self._owed[paying] = 0.0
+        return True
