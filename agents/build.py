@@ -24,6 +24,7 @@ import hydra
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from agents.config import short_errors
 from lmgym.errors import InvalidArgumentError, LmGymError, check_bool, check_choice, check_int, check_number
 from lmgym.tasks import arithmetic, base, reviews
 
@@ -584,4 +585,5 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], Built]] = {
 }
 
 if __name__ == "__main__":
-    main()
+    with short_errors():
+        main()

@@ -1,11 +1,20 @@
-"""Checks a composed Hydra config against the dataclass it is for, all of it at once, before anything is built."""
+"""Checks a composed Hydra config against the dataclass it is for, all of it at once, before anything is built.
+
+And says in a line what Hydra says in a page: `short_errors`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from hydra.errors import CompactHydraException, MissingConfigException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from lmgym.errors import InvalidArgumentError, unknown_name
 
@@ -55,3 +64,30 @@ def _convert(hint: Any, value: Any) -> Any:
     if hint in (float, int, bool, str) and type(value) is not hint:
         raise ValueError({float: "a number", int: "an int", bool: "true or false", str: "a text"}[hint])
     return value
+
+
+def explained(error: CompactHydraException) -> str:
+    """What Hydra found wrong with an override, with the nearest name where it found none of that name."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return str(unknown_name(group, name, error.options))
+    cause = error.__cause__
+    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and isinstance(cause.parent_node, Mapping):
+        name = str(cause.full_key)
+        known = [str(key) for key in cause.parent_node if key not in ("hydra", "_target_")]
+        more = f" To add it, write +{name}=..." if name.count(".") > 1 else ""
+        return f"{unknown_name(name, str(cause.key), known)}{more}"
+    return str(error)
+
+
+@contextlib.contextmanager
+def short_errors() -> Iterator[None]:
+    """Ends the process with a line for an override that Hydra refuses, unless HYDRA_FULL_ERROR asks for more."""
+    if "HYDRA_FULL_ERROR" in os.environ:
+        yield
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print
+    try:
+        yield
+    except CompactHydraException as error:
+        sys.exit(explained(error))

@@ -9,6 +9,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from agents.config import short_errors
 from agents.report import table, write_json
 from agents.train import build, check, check_checkpoint, grade, saved_config, summarise, wait_politely
 from lmgym.errors import InvalidArgumentError, LmGymError
@@ -44,4 +45,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with short_errors():
+        main()

@@ -25,7 +25,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from agents.config import validated
+from agents.config import short_errors, validated
 from agents.recorder import Recorder, write_atomically
 from agents.report import curves, samples_table, table, write_json
 from lmgym.envs.settings import Settings
@@ -409,4 +409,5 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = spelled_out(sys.argv[1:])
-    main()
+    with short_errors():
+        main()
