@@ -84,7 +84,8 @@ class Recorder:
         self._advance(step, values)
 
     def close(self) -> None:
-        """Closes the files and the bar; a second call does nothing."""
+        """Closes the files and the bar; a second call does nothing. Of an agent that learns nothing no bar is left."""
+        self._bar.leave = bool(self._bar.n)
         self._bar.close()
         self._writer.close()
         self._file.close()

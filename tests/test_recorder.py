@@ -126,6 +126,17 @@ def test_the_bar_shows_return_score_kl_speed_and_time_left(tmp_path: Path, capsy
     assert "return=0.5, score=1.25, kl=3.75" in shown
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_an_agent_that_learns_nothing_leaves_no_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], progress: bool
+) -> None:
+    with Recorder(tmp_path, total=8, progress=progress):
+        pass
+    shown = capsys.readouterr().err
+    assert shown.rpartition("\r")[2] == ""  # what a terminal still shows
+    assert ("0%" in shown) == progress
+
+
 def test_the_bar_of_a_resumed_run_starts_where_the_run_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
