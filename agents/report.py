@@ -41,8 +41,8 @@ def table(summary: Mapping[str, Any]) -> str:
     Args:
         summary: The content of `summary.json`: `before` and `after` (each a mapping from `return`, `score`,
             `gold_score`, `kl`, `length`, `normalised` to an interval or None), `optimum` (`lower` and `upper`, each
-            an interval or None), `train_seconds`, `forward_tokens`, `backward_tokens`, `total_timesteps`, `agent`,
-            `task`, `seed`.
+            an interval or None; `best_response`, a number or None), `train_seconds`, `forward_tokens`,
+            `backward_tokens`, `total_timesteps`, `agent`, `task`, `seed`.
 
     Returns:
         A heading, one row a quantity as `mean ± half-width` of its 95 % interval ("-" where there is none), the
@@ -59,6 +59,9 @@ def table(summary: Mapping[str, Any]) -> str:
     for sign, bound in _optimum(summary):
         value = f"V* {sign} {bound['mean']:.2f} [{bound['low']:.2f}, {bound['high']:.2f}]"
         lines.append(f"{'optimum':{label}}   {value}")
+    best = (summary.get("optimum") or {}).get("best_response")
+    if best is not None:
+        lines.append(f"{'':{label}}   J <= {best:.2f} of a policy that is certain of every token")
     lines.append(f"{'train_seconds':{label}}   {summary['train_seconds']:.1f}")
     read = f"{summary['forward_tokens']:,} forward, {summary['backward_tokens']:,} backward"
     lines.append(f"{'tokens read':{label}}   {read}")

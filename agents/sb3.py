@@ -166,6 +166,7 @@ class SB3Agent:
     Attributes:
         model: SB3's object.
         tokens: what its networks have read to learn. The products of TRPO with the Fisher matrix are not counted.
+        deterministic: whether it is certain of every token (DQN, QRDQN).
         policy: the policy, as `lmgym.evaluation.evaluate` takes it; of DQN and QRDQN the greedy one.
 
     Raises:
@@ -180,15 +181,15 @@ class SB3Agent:
         self.config = config = config or SB3Config()
         self.envs, self._inner = envs, envs.unwrapped
         algorithm = algorithm_class(config.algorithm)
-        self._value_based, self._recurrent = config.algorithm in _VALUE_BASED, config.algorithm == "RecurrentPPO"
+        self.deterministic, self._recurrent = config.algorithm in _VALUE_BASED, config.algorithm == "RecurrentPPO"
         self._check(sampler)
         self.tokens = TokenCount()
         trunk = {
             "features_extractor_class": Trunk,
             "features_extractor_kwargs": {
                 "make": partial(make_policy, self._inner, config, seed),
-                "heads": not self._value_based,
-                "hidden": self._value_based or self._recurrent,
+                "heads": not self.deterministic,
+                "hidden": self.deterministic or self._recurrent,
                 "tokens": self.tokens,
             },
             "net_arch": [],
@@ -196,14 +197,14 @@ class SB3Agent:
         arguments = config.arguments(algorithm)
         if config.stretch is not None:
             arguments |= _in_stretches(config.algorithm, config.stretch, arguments)
-        if not self._value_based:
+        if not self.deterministic:
             trunk["ortho_init"] = False  # it would draw the language model anew
         arguments["policy_kwargs"] = {**arguments.get("policy_kwargs", {}), **trunk}
         rate, falling = config.learning_rate, config.lr_schedule == "linear"
         self._randomness: _Randomness | None = None  # None: that of the process is the agent's, now
         with self._own_randomness():
             self.model: Any = algorithm(
-                "MultiInputPolicy" if self._value_based else policy_class(algorithm),
+                "MultiInputPolicy" if self.deterministic else policy_class(algorithm),
                 VecEnvBridge(envs),
                 learning_rate=(lambda remaining: rate * max(0.0, remaining)) if falling else rate,
                 gamma=self._inner.gamma,
@@ -216,7 +217,7 @@ class SB3Agent:
             critic = [p for name, p in networks.named_parameters() if "value" in name]
             networks.optimizer = networks.optimizer_class(critic, lr=rate, **networks.optimizer_kwargs)
         networks.set_training_mode(False)
-        prefix = self._value_based or self._recurrent
+        prefix = self.deterministic or self._recurrent
         self.policy: Policy = PrefixPolicy(self.model, self.tokens) if prefix else networks.features_extractor.policy
         self.generator = torch.Generator().manual_seed(seed)
         task = self._inner.task
@@ -231,7 +232,7 @@ class SB3Agent:
             raise InvalidArgumentError(f"`envs` must have n_envs={config.n_envs} rows, got {envs.num_envs}.")
         if envs.settings.obs_format != "dict":
             raise InvalidArgumentError(f"`obs_format` must be 'dict', got {envs.settings.obs_format!r}.")
-        if self._value_based and envs.engine.lm.holes:
+        if self.deterministic and envs.engine.lm.holes:
             raise InvalidArgumentError(
                 f"`algorithm` must be one that learns a policy, got {config.algorithm!r}: it would explore ids that "
                 "the tokenizer lacks."

@@ -33,10 +33,12 @@ from lmgym.errors import InvalidArgumentError, LmGymError, check_int
 
 if TYPE_CHECKING:
     from agents.base import OnPolicyAgent
+    from lmgym.tasks import Task
 
 OmegaConf.register_new_resolver("first", lambda *xs: next((x for x in xs if x is not None), None), replace=True)
 EVALUATION_SEED = 20_000_003  # of the evaluations, so that before and after share their uniforms across runs
 EVALUATION_EPISODES = 4096
+_FEW_RESPONSES = 100_000  # that may be written down after a run
 RESUMABLE = ("total_timesteps", "checkpoint_every")  # and evaluation.*
 PACKAGES = ("lmgym", "torch", "transformers", "gymnasium", "numpy", "hydra-core", "tokenizers")
 
@@ -157,6 +159,7 @@ def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, agent: 
             "lower": None if lower is None else vars(lower),
             "upper": None if upper is None else vars(upper),
             "method": None if optimum is None else optimum.method,
+            "best_response": _best_response(plan, agent),
         },
         "train_seconds": train_seconds,
         "total_timesteps": agent.num_timesteps,
@@ -166,6 +169,27 @@ def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, agent: 
         "task": plan.settings["task"],
         "seed": plan.seed,
     }
+
+
+def _graded(plan: Plan) -> Task:
+    """The task, with the prompts alone that are graded: V* is of those."""
+    split, count = plan.evaluation.split, plan.evaluation.prompts
+    task = Settings.of({**plan.settings, "split": split}).resolve()
+    if count is not None and count < len(task.prompts[split]):
+        task = replace(task, prompts={split: task.prompts[split][:count]}, optima={})
+    return task
+
+
+def _best_response(plan: Plan, agent: Any) -> float | None:
+    """What the policy can earn at most, where it is certain of every token and that can be found out."""
+    from lmgym.optimum import best_response
+
+    if not (getattr(agent, "deterministic", False) or plan.sampler.temperature == 0):
+        return None
+    try:
+        return best_response(_graded(plan), split=plan.evaluation.split, limit=_FEW_RESPONSES).mean().item()
+    except InvalidArgumentError:
+        return None
 
 
 def _optimum(plan: Plan, before: Any, after: Any) -> tuple[Any, Any, Any]:
@@ -179,10 +203,7 @@ def _optimum(plan: Plan, before: Any, after: Any) -> tuple[Any, Any, Any]:
     from lmgym.optimum.bounds import Interval
     from lmgym.tasks import StoredOptimum
 
-    split, count = plan.evaluation.split, plan.evaluation.prompts
-    task = Settings.of({**plan.settings, "split": split}).resolve()
-    if count is not None and count < len(task.prompts[split]):  # V* is of the prompts graded
-        task = replace(task, prompts={split: task.prompts[split][:count]}, optima={})
+    task, split = _graded(plan), plan.evaluation.split
     stored = known(task, split)
     if stored is not None:
         lower, upper = (None if v is None else Interval(v, v, v) for v in (stored.lower, stored.upper))

@@ -30,6 +30,7 @@ from lmgym.optimum.automaton import (
     log_matmul,
     solve_automaton,
 )
+from lmgym.optimum.solve import best_response, solve
 from lmgym.optimum.tree import Tree, law_of
 from lmgym.rewards.automaton import Automaton, AutomatonReward
 from lmgym.rewards.noise import NoisyReward
@@ -180,6 +181,29 @@ def test_optimum_and_reference_are_those_of_all_responses(seed: int) -> None:
     torch.testing.assert_close(optimum.values, enumerated.values, rtol=0, atol=1e-5)
     torch.testing.assert_close(optimum.references, enumerated.references, rtol=0, atol=1e-5)
     assert (optimum.values > optimum.references).all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_best_response_is_the_best_of_all(seed: int) -> None:
+    task = random_task(seed)
+    lm, b, gamma, reward = task.reference(), task.kl_coef, task.gamma, task.reward_function()
+    table, size, order = table_of(task), lm.model.config.vocab_size, lm.model.config.order
+    found, values = best_response(task), solve(task).values
+    for i, prompt in enumerate(lm.encode_all(tuple(task.prompts["test"]))):
+        earned = []
+        for y in responses_of(task, size):
+            nats = [math.log(table[context_of([*prompt, *y[:t]], order, size)][a]) for t, a in enumerate(y)]
+            paid = reward([""], [""], completion_ids=[list(y)], prompt_ids=[prompt])[0]
+            paid -= 0 if y[-1] == 0 else task.missing_eos_penalty
+            last = gamma ** (len(y) - 1)
+            price = sum(gamma**t * x for t, x in enumerate(nats)) if task.dense_kl else last * sum(nats)
+            earned.append(last * paid + b * price)
+        assert found[i].item() == pytest.approx(max(earned), abs=1e-6)
+        assert 0 < values[i] - found[i] < b * math.log(len(earned)) + 1e-9
+        if gamma == 1:
+            soft = b * torch.tensor(earned, dtype=torch.float64).div(b).logsumexp(0)
+            assert values[i].item() == pytest.approx(soft.item(), abs=1e-6)
+    torch.testing.assert_close(found, Tree.of(task, "test").best_response(), atol=1e-6, rtol=0)
 
 
 def test_a_reference_at_a_temperature_is_the_tables_power() -> None:

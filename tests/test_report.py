@@ -102,6 +102,13 @@ def test_both_bounds_of_the_optimum() -> None:
     assert "V* <= 1.40 [1.35, 1.45]" in text
 
 
+def test_what_a_deterministic_policy_can_earn_is_said() -> None:
+    assert "certain" not in report.table(changed(optimum__best_response=None))
+    lines = report.table(changed(optimum__best_response=-0.537)).splitlines()
+    (line,) = [line for line in lines if "certain" in line]
+    assert line.strip() == "J <= -0.54 of a policy that is certain of every token"
+
+
 def test_a_solved_task_has_an_equals_sign() -> None:
     exact = interval(1.25, 0.0)
     text = report.table(changed(optimum={"lower": exact, "upper": exact}))

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -25,7 +26,7 @@ import agents.train
 from agents.recorder import Recorder, read_rows
 from agents.report import table
 from lmgym.errors import InvalidArgumentError, LmGymError
-from lmgym.optimum import solve
+from lmgym.optimum import best_response, solve
 
 pytestmark = pytest.mark.slow
 
@@ -358,3 +359,14 @@ def test_the_optimum_is_of_the_prompts_graded() -> None:
     assert lower.mean == upper.mean == pytest.approx(values[:3].mean().item(), abs=1e-6)
     assert abs(lower.mean - values.mean().item()) > 1e-3
     assert optimum.exact
+
+
+def test_a_deterministic_policy_is_told_what_it_can_earn() -> None:
+    task = ["task=keyword", "task.task=keyword-8", "evaluation.prompts=3"]
+    greedy, sampled = (agents.train.check(composed(*task, f"sampler={name}")) for name in ("greedy", "policy"))
+    learns, certain = SimpleNamespace(), SimpleNamespace(deterministic=True)
+    best = best_response("keyword-8")[:3].mean().item()
+    assert agents.train._best_response(sampled, learns) is None
+    for plan, agent in ((greedy, learns), (sampled, certain)):
+        assert agents.train._best_response(plan, agent) == pytest.approx(best, abs=1e-9)
+    assert agents.train._best_response(agents.train.check(composed("sampler=greedy")), learns) is None  # reviews

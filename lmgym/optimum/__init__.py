@@ -1,6 +1,6 @@
 """The known optimum of a task, and bounds on it (docs/optimum.md)."""
 
 from lmgym.optimum.answer import Optimum
-from lmgym.optimum.solve import known, solve
+from lmgym.optimum.solve import best_response, known, solve
 
-__all__ = ["Optimum", "known", "solve"]
+__all__ = ["Optimum", "best_response", "known", "solve"]

@@ -27,6 +27,7 @@ PolicyLogits = Callable[[int, Tensor, Tensor], Tensor]
 """(t, contexts (n,), automaton states (n,)) -> (n, V) logits: a policy that is a function of the state."""
 
 _ENTRIES = 1 << 22  # of (rows, V) tables at once, and of factors that may be multiplied out
+_MOST = 1 << 33  # of them in all, where they cannot be factored
 _LEAST = 1e-30  # a discount below this counts as this: it changes no return, and pi* stays unique at gamma = 0
 
 
@@ -234,6 +235,51 @@ class AutomatonMDP:
         group, place = self.law.place(contexts)
         returns, _, score, kl = tables[:, group, place, self.automaton.initial]
         return Performance(returns, kl, score)
+
+    def best_response(self, contexts: Tensor) -> Tensor:
+        """(n,) float64: max over y of J(y), what a policy earns that gives one response for certain; log pi is then 0.
+
+        By the recursion of V* with the largest of its terms in the place of their sum. Where a late KL is discounted,
+        the longest sum of each length is sought apart, T times the work.
+
+        Args:
+            contexts: (n,) in which responses start.
+
+        Raises:
+            InvalidArgumentError: for token payments at gamma < 1 with a dense KL, and for tables of more than some
+                billions of entries.
+        """
+        task, late = self.task, is_late(self.task)
+        entries = math.prod(self.law.shape) * self.law.vocab_size * self.num_states * self.horizon
+        if entries > _MOST:
+            raise InvalidArgumentError(f"`task` must have at most {_MOST:.0e} sums to compare, got {entries:.0e}.")
+        if task.dense_kl and task.gamma < 1 and self.pays_tokens:
+            raise InvalidArgumentError(f"`gamma` must be 1 where an automaton pays for tokens, got {task.gamma!r}.")
+        discount = task.gamma if task.dense_kl else 1.0
+        group, place = self.law.place(contexts)
+        found = []
+        for last in range(self.horizon) if late else (None,):
+            tables: Tensor | None = None
+            for t in reversed(range(self.horizon if last is None else last + 1)):
+                allowed = last is None or t == last
+                ending = torch.where(self.ends(t) & allowed, self.payments, -torch.inf)
+                tables = self._largest(self.follow(t, ending, None if tables is None else discount * tables))
+            assert tables is not None
+            sums = tables[group, place, self.automaton.initial]
+            found.append(sums if last is None else torch.where(sums.isinf(), sums, task.gamma**last * sums))
+        return torch.stack(found).amax(0)
+
+    def _largest(self, q: Tensor) -> Tensor:
+        """(G, K, S) max over actions of kl_coef log pi_ref + q, with q (G or 1, V, S) and the token payments."""
+        q = q + self.token_payments
+        groups, size = self.law.shape
+        tables = torch.empty((groups, size, self.num_states), dtype=torch.float64)
+        for group in range(groups):
+            for places in torch.arange(size).split(max(_ENTRIES // q[0].numel(), 1)):
+                log_ref = self.law.probs(self.law.context(group, places)).log()
+                priced = (self.task.kl_coef * log_ref).masked_fill(~self.law.legal, -torch.inf)
+                tables[group, places] = (priced.unsqueeze(-1) + q[min(group, len(q) - 1)]).amax(1)
+        return tables
 
     def _means(self, t: int, q: Tensor, priced: Tensor, policy_logits: PolicyLogits) -> Tensor:
         """(4, G, K, S) expectations of q (4, G or 1, V, S) under a policy, the KL of this step included."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
 from lmgym.models.markov import MarkovLM
 from lmgym.optimum.answer import Optimum, check_solvable, expected_reward
-from lmgym.optimum.automaton import solve_automaton
-from lmgym.optimum.tree import solve_tree
+from lmgym.optimum.automaton import AutomatonPolicy, solve_automaton
+from lmgym.optimum.tree import Tree, solve_tree
 from lmgym.optimum.verifiable import solve_verifiable
 from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks.base import StoredOptimum, Task, check_split, make_task
@@ -43,6 +46,33 @@ def solve(
     check_solvable(task)
     solver = _shortcut(task, split)
     return solve_tree(task, split, limit=limit) if solver is None else solver(task, split)
+
+
+def best_response(task: str | Task, *, split: str = "test", limit: int = 2_000_000) -> Tensor:
+    """(X,) float64: max over y of J(y|x) of each prompt, the most that a deterministic policy earns.
+
+    Such a policy has log pi = 0, and pays for all the surprise of what it says: at gamma = 1 J(y|x) is
+    score + kl_coef log pi_ref(y|x). As V*(x) = kl_coef log sum_y exp(J(y|x) / kl_coef), the best response is below it,
+    by kl_coef log n where n responses are equally good and no other counts.
+
+    Args:
+        task: a name, or a Task. split: which of its prompts. limit: how many responses may be written down.
+
+    Raises:
+        InvalidArgumentError: at `kl_coef=0`; and for a task with more responses than that, unless its reference is a
+            table and its reward an automaton.
+        UnknownNameError: for a name that is none.
+    """
+    task = make_task(task)
+    check_split(task, split)
+    check_solvable(task)
+    if _shortcut(task, split) is not solve_automaton:
+        return Tree.of(task, split, limit).best_response()
+    policy = AutomatonPolicy(task, task.reference("cpu").encode_all(tuple(task.prompts[split])))
+    values = torch.empty(len(task.prompts[split]), dtype=torch.float64)
+    for solution in policy.solutions:
+        values[solution.prompts] = solution.mdp.best_response(solution.contexts)
+    return values
 
 
 def known(task: Task, split: str) -> StoredOptimum | None:

@@ -340,6 +340,10 @@ class Tree:
         policy = TreePolicy(self, log_probs, values)
         return Optimum.solved("tree", values[0].squeeze(1), references, policy)
 
+    def best_response(self) -> Tensor:
+        """(X,) float64: max over y of J(y|x), what a policy earns that gives one response for certain; log pi is 0."""
+        return self._returns([-reference for reference in self.reference]).amax(1)
+
     def _solve_dense(self) -> tuple[list[Tensor], list[Tensor]]:
         """log pi* (X, N_t, A) and V* (X, N_t) of each level."""
         beta, gamma = self.task.kl_coef, self.task.gamma
