@@ -14,7 +14,7 @@ from dataclasses import fields
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hydra.errors import CompactHydraException, MissingConfigException
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lmgym.errors import InvalidArgumentError, unknown_name
 
@@ -31,6 +31,8 @@ def validated(kind: type[T], values: Mapping[str, Any], key: str) -> T:
         UnknownNameError: for a name that is no field.
         InvalidArgumentError: naming every value of a wrong type, what was expected and what came.
     """
+    if not isinstance(values, Mapping):
+        raise InvalidArgumentError(f"`{key}` must be names with values, got {values!r}.")
     hints = get_type_hints(kind)
     known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     for name in values:
@@ -76,8 +78,9 @@ def explained(error: CompactHydraException) -> str:
         name = str(cause.full_key)
         known = [str(key) for key in cause.parent_node if key not in ("hydra", "_target_")]
         more = f" To add it, write +{name}=..." if name.count(".") > 1 else ""
-        return f"{unknown_name(name, str(cause.key), known)}{more}"
-    return str(error)
+        if known:
+            return f"{unknown_name(name, str(cause.key), known)}{more}"
+    return str(error) if cause is None else f"{error}\n{cause}"
 
 
 @contextlib.contextmanager
@@ -91,3 +94,5 @@ def short_errors() -> Iterator[None]:
         yield
     except CompactHydraException as error:
         sys.exit(explained(error))
+    except OmegaConfBaseException as error:
+        sys.exit(str(error))

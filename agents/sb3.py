@@ -33,7 +33,7 @@ from agents.policies import PolicyConfig, make_policy
 from agents.policy import TrainablePolicy
 from agents.sb3_buffers import Stretches, StretchReplayBuffer, StretchRolloutBuffer
 from agents.sb3_env import PolicyKLCallback, VecEnvBridge
-from agents.sb3_network import PrefixPolicy, Trunk, policy_class
+from agents.sb3_network import PrefixPolicy, Trunk, critic_parameters, policy_class
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number, unknown_name
 from lmgym.models.policy import Policy
@@ -73,10 +73,13 @@ class SB3Config(PolicyConfig):
                 check_int(name, getattr(self, name), 1)
         if self.stretch is not None and self.algorithm in _UNCUT:
             raise InvalidArgumentError(f"`stretch` must be None for {self.algorithm}, got {self.stretch}.")
-        if self.stretch is not None and self.algorithm not in _VALUE_BASED and self.n_steps % self.stretch:
-            raise InvalidArgumentError(f"`stretch` must divide n_steps={self.n_steps}, got {self.stretch}.")
         if not isinstance(self.kwargs, Mapping):
             raise InvalidArgumentError(f"`kwargs` must be a mapping of names to plain values, got {self.kwargs!r}.")
+        if self.algorithm in _VALUE_BASED and self.kwargs.get("n_steps", 1) != 1:
+            raise InvalidArgumentError(
+                f"`kwargs.n_steps` must be 1, for SB3 has no n-step returns of dict observations, got "
+                f"{self.kwargs['n_steps']!r}."
+            )
         for name in self.kwargs.get("policy_kwargs", {}):
             check_choice("kwargs.policy_kwargs", name, _SHAPES)
         if self.algorithm not in _CONTRIB or importlib.util.find_spec("sb3_contrib"):
@@ -131,19 +134,21 @@ def _in_stretches(algorithm: Algorithm, stretch: int, given: Mapping[str, Any]) 
 
         buffer = type("StretchMaskableRolloutBuffer", (Stretches, MaskableDictRolloutBuffer), {})
     kind = "replay" if algorithm in _VALUE_BASED else "rollout"
-    more = {**given.get(f"{kind}_buffer_kwargs", {}), "stretch": stretch}
+    more = {**(given.get(f"{kind}_buffer_kwargs") or {}), "stretch": stretch}
     return {f"{kind}_buffer_class": buffer, f"{kind}_buffer_kwargs": more}
 
 
 def _one_backward(trpo: Any) -> Any:
     """TRPO that differentiates the KL by all parameters in one backward pass, where sb3-contrib takes one for each.
 
-    The numbers are the same; every product with the Fisher matrix then runs through one graph.
+    The numbers are the same; every product with the Fisher matrix then runs through one graph. And what is the critic's
+    is known by where it is: sb3-contrib leaves every parameter with "value" in its name to it, attention's too.
     """
 
     class TRPO(trpo):
         def _compute_actor_grad(self, kl: Tensor, objective: Tensor) -> tuple[list[Any], Tensor, Tensor, list[Any]]:
-            named = [parameter for name, parameter in self.policy.named_parameters() if "value" not in name]
+            critic = {id(parameter) for parameter in critic_parameters(self.policy)}
+            named = [parameter for parameter in self.policy.parameters() if id(parameter) not in critic]
             of_kl = torch.autograd.grad(kl, named, create_graph=True, allow_unused=True)
             found = [(parameter, grad) for parameter, grad in zip(named, of_kl, strict=True) if grad is not None]
             actor = [parameter for parameter, _ in found]
@@ -195,7 +200,7 @@ class SB3Agent:
             "net_arch": [],
         }
         arguments = config.arguments(algorithm)
-        if config.stretch is not None:
+        if config.stretch is not None and config.stretch > 1:
             arguments |= _in_stretches(config.algorithm, config.stretch, arguments)
         if not self.deterministic:
             trunk["ortho_init"] = False  # it would draw the language model anew
@@ -214,7 +219,7 @@ class SB3Agent:
             )
         networks = self.model.policy
         if config.algorithm == "TRPO":  # whose optimiser is the critic's: it must not move the policy
-            critic = [p for name, p in networks.named_parameters() if "value" in name]
+            critic = critic_parameters(networks)
             networks.optimizer = networks.optimizer_class(critic, lr=rate, **networks.optimizer_kwargs)
         networks.set_training_mode(False)
         prefix = self.deterministic or self._recurrent

@@ -17,6 +17,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 class StretchReplayBuffer(DictReplayBuffer):
     """A replay buffer that draws stretches of successive steps of a row; any step is as likely as another.
 
+    In a full buffer the oldest steps come behind the newest.
+
     Args:
         stretch: steps each; 1 is SB3's own way.
     """
@@ -48,19 +50,22 @@ class StretchReplayBuffer(DictReplayBuffer):
 
 
 class Stretches:
-    """Mixed into a rollout buffer of SB3: its minibatches are stretches of `stretch` successive steps of a row."""
+    """Mixed into a rollout buffer of SB3: its minibatches are stretches of a row, `stretch` steps or what is left."""
 
     def __init__(self, *args: Any, stretch: int = 1, **kwargs: Any) -> None:
         self._stretch = stretch
         super().__init__(*args, **kwargs)
 
     def get(self: Any, batch_size: int | None = None) -> Generator[Any, None, None]:
-        whole = next(super().get())  # type: ignore[misc]
         if batch_size is None:
-            yield whole
+            yield from super().get()  # type: ignore[misc]
             return
-        steps = np.arange(self.buffer_size * self.n_envs).reshape(-1, self._stretch)  # row after row
-        order = np.random.permutation(steps).ravel()  # noqa: NPY002 - what SB3 draws from
+        next(super().get(1))  # type: ignore[misc] # lays the steps out, row after row
+        n, pieces = self.buffer_size, []
+        for row in range(0, n * self.n_envs, n):
+            pieces += np.split(np.arange(row, row + n), range(self._stretch, n, self._stretch))
+        drawn = np.random.permutation(len(pieces))  # noqa: NPY002 - what SB3 draws from
+        order = np.concatenate([pieces[i] for i in drawn])
         for start in range(0, len(order), batch_size):
             yield self._get_samples(order[start : start + batch_size])
 

@@ -29,6 +29,7 @@ class Trunk(BaseFeaturesExtractor):
 
     The parts, in this order: `logits` (V) and `value` (1) with `heads`, and the hidden state (D) with `hidden`. With
     the heads alone, steps of a rollout decode from a cache, in which a row goes on if it is what it was plus a token.
+    Else a state that begins another of the batch is read on the way through that, and counts no tokens of its own.
 
     Args:
         space: of the observations. make: builds the policy; a factory, since every network needs one of its own.
@@ -160,6 +161,11 @@ def policy_class(algorithm: Any) -> type:
 
         members["_process_sequence"] = staticmethod(process)
     return type(f"Token{base.__name__}", (_OnTrunk, base), members)
+
+
+def critic_parameters(networks: Any) -> list[nn.Parameter]:
+    """Those of an actor-critic policy that only its values depend on."""
+    return [*networks.features_extractor.policy.value_head.parameters(), *networks.value_net.parameters()]
 
 
 # -- acting without SB3 ------------------------------------------------------------------------------------------------

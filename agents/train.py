@@ -81,7 +81,10 @@ def check(cfg: DictConfig) -> Plan:
     agent = dict(values["agent"])
     if "_target_" not in agent:
         raise InvalidArgumentError("`agent` must be one of the files in conf/agent, got one without a `_target_`.")
-    agent_class: Any = hydra.utils.get_class(agent.pop("_target_"))
+    try:
+        agent_class: Any = hydra.utils.get_class(agent.pop("_target_"))
+    except (ImportError, ValueError) as error:
+        raise InvalidArgumentError(f"`agent._target_` must be a class that can be imported: {error}") from error
     agent_config = validated(agent_class.Config, agent, "agent")
     from lmgym.models.causal import resolve_device
     from lmgym.models.sampling import Sampler
@@ -184,10 +187,11 @@ def _best_response(plan: Plan, agent: Any) -> float | None:
     """What the policy can earn at most, where it is certain of every token and that can be found out."""
     from lmgym.optimum import best_response
 
-    if not (getattr(agent, "deterministic", False) or plan.sampler.temperature == 0):
+    task = _graded(plan)
+    if not (getattr(agent, "deterministic", False) or plan.sampler.is_greedy(task.max_new_tokens - 1)):
         return None
     try:
-        return best_response(_graded(plan), split=plan.evaluation.split, limit=_FEW_RESPONSES).mean().item()
+        return best_response(task, split=plan.evaluation.split, limit=_FEW_RESPONSES).mean().item()
     except InvalidArgumentError:
         return None
 

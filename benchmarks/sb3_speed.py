@@ -1,7 +1,8 @@
 """What SB3's algorithms cost a token as `agents/sb3.py` runs them: `python -m benchmarks.sb3_speed`.
 
-Each agent at its yaml's numbers, against itself with every state read alone, single steps drawn from the replay buffer,
-and sb3-contrib's own gradients of TRPO. The two are interleaved; medians of CPU seconds of the process are reported.
+Each agent at its yaml's numbers (learning from 100 tokens on), against itself with every state read alone, minibatches
+of single steps and sb3-contrib's own gradients of TRPO. The two are interleaved; medians of CPU seconds of the process
+are reported.
 """
 
 from __future__ import annotations

@@ -221,6 +221,8 @@ def test_a_config_that_was_written_reads_back_to_the_same_plan(tmp_path: Path) -
         ("task.prompt_order=random", LmGymError, ["`prompt_order`", "'shuffle'", "'sequential'"]),
         ("task.model=./nowhere/at/all", LmGymError, ["`model`", "nowhere"]),
         ("+task.kl_coeff=1", LmGymError, ["`keyword argument`", "Did you mean 'kl_coef'"]),
+        ("evaluation=3", LmGymError, ["`evaluation`", "3"]),
+        ("agent._target_=agents.nothing.X", LmGymError, ["`agent._target_`", "agents.nothing"]),
         ("seed=-1", LmGymError, ["`seed`", ">= 0", "-1"]),
         ("seed=one", LmGymError, ["`seed`", "'one'"]),
         ("total_timesteps=0", LmGymError, ["`total_timesteps`", ">= 1", "0"]),
@@ -278,6 +280,8 @@ def test_a_bad_override_on_the_command_line(tmp_path: Path, module: str, overrid
             r"`agent.kwargs.ent_coeff` must .* Did you mean 'ent_coef'\? To add it, write \+agent.kwargs.ent_coeff=...",
         ),
         (["agent@x=ppo"], r"Could not override 'agent@x'(.|\n)*"),
+        (["seed.x=1"], r"Could not override 'seed.x'(.|\n)*"),
+        (["hydra.job.chdir=abc"], r"Error merging override hydra.job.chdir=abc\nValue 'abc' .*(.|\n)*"),
     ],
 )
 def test_an_override_that_names_nothing_is_answered_in_a_line(overrides: list[str], expected: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import math
 import random
 from pathlib import Path
@@ -20,7 +21,7 @@ from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import agents.sb3
 from agents.checkpoint import TokenCount
@@ -326,9 +327,10 @@ def test_the_replay_buffer_draws_stretches_of_a_row(stretch: int, filled: int) -
     assert np.abs(counts[max(0, filled - size) :] / expected - 1).max() < 0.2
 
 
+@pytest.mark.parametrize("stretch", [6, 8, 100])
 @pytest.mark.parametrize("algorithm", ["PPO", pytest.param("MaskablePPO", marks=needs_contrib)])
-def test_minibatches_of_a_rollout_are_stretches_of_a_row(algorithm: str) -> None:
-    agent = make(algorithm, tiny_envs(4), n_steps=16, stretch=8, batch_size=32, learning_rate=0.0)
+def test_minibatches_of_a_rollout_are_stretches_of_a_row(algorithm: str, stretch: int) -> None:
+    agent = make(algorithm, tiny_envs(4), n_steps=16, stretch=stretch, batch_size=32, learning_rate=0.0)
     learn(agent, 64)
     buffer = agent.model.rollout_buffer
     buffer.advantages[:, 0] = np.arange(64)  # row after row
@@ -336,13 +338,13 @@ def test_minibatches_of_a_rollout_are_stretches_of_a_row(algorithm: str) -> None
     for _ in range(2):
         parts = list(buffer.get(32))
         assert [len(part.actions) for part in parts] == [32, 32]
-        numbers = torch.cat([part.advantages for part in parts]).flatten().reshape(-1, 8).long()
-        assert (numbers - numbers[:, :1] == torch.arange(8)).all()
-        assert (numbers[:, 0] % 8 == 0).all()
-        assert sorted(numbers.flatten().tolist()) == list(range(64))
-        taken = torch.from_numpy(buffer.actions[:, 0])[numbers.flatten()]
+        numbers = torch.cat([part.advantages for part in parts]).flatten().long()
+        assert sorted(numbers.tolist()) == list(range(64))
+        jumps = {n for before, n in itertools.pairwise([-9, *numbers.tolist()]) if n != before + 1}
+        assert jumps <= {row * 16 + t for row in range(4) for t in range(0, 16, stretch)}
+        taken = torch.from_numpy(buffer.actions[:, 0])[numbers]
         assert torch.equal(torch.cat([part.actions for part in parts]).flatten(), taken)
-        passes.append(numbers[:, 0].tolist())
+        passes.append(numbers.tolist())
     assert passes[0] != passes[1]
     assert sorted(passes[0]) != passes[0]
     (whole,) = buffer.get(None)
@@ -545,6 +547,31 @@ def test_the_critic_of_trpo_does_not_move_the_policy() -> None:
 
 
 @needs_contrib
+def test_the_critic_of_trpo_is_known_by_its_place() -> None:
+    """Not by its name, as sb3-contrib does: GPT-NeoX has a `query_key_value`."""
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    tokenizer = word_tokenizer(["a", "b", "c", "d"])
+    torch.manual_seed(0)
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **shape))
+    numbers = {"n_critic_updates": 3, "cg_max_steps": 1, "target_kl": 1e-12}
+    agent = make(
+        "TRPO",
+        tiny_envs(model=CausalLM(freeze(model), tokenizer)),
+        policy="finetune",
+        kwargs=numbers,
+        lr_schedule="constant",
+    )
+    before = {name: p.clone() for name, p in agent.policy.named_parameters()}
+    learn(agent, 128)
+    change = {name: (p - before[name]).abs().max().item() for name, p in agent.policy.named_parameters()}
+    assert all((x > 1e-4) == name.startswith("value_head") for name, x in change.items()), change
+    agent.model.target_kl = 0.05
+    learn(agent, 1280)
+    moved = agent.policy.get_parameter("actor.gpt_neox.layers.0.attention.query_key_value.weight")
+    assert not torch.equal(moved, before["actor.gpt_neox.layers.0.attention.query_key_value.weight"])
+
+
+@needs_contrib
 def test_maskable_ppo_takes_what_a_wrapper_allows() -> None:
     envs = tiny_envs(4)
     agent = SB3Agent(Masked(envs), SB3Config(algorithm="MaskablePPO", n_envs=4, n_steps=16, batch_size=64))  # type: ignore[arg-type]
@@ -643,7 +670,7 @@ def test_a_single_observation_gets_a_single_action() -> None:
         ({"n_envs": 0}, "`n_envs` must be an int >= 1"),
         ({"learning_rate": -1.0}, "`learning_rate` must be a finite number >= 0"),
         ({"algorithm": "A2C", "stretch": 4}, "`stretch` must be None for A2C, got 4."),
-        ({"n_steps": 9, "stretch": 4}, "`stretch` must divide n_steps=9, got 4."),
+        ({"algorithm": "DQN", "kwargs": {"n_steps": 3}}, "`kwargs.n_steps` must be 1, .* got 3."),
         ({"stretch": 0}, "`stretch` must be an int >= 1"),
         ({"policy": "copy"}, "`policy` must be one of"),
         ({"kwargs": 3}, "`kwargs` must be a mapping"),

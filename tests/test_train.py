@@ -367,6 +367,7 @@ def test_a_deterministic_policy_is_told_what_it_can_earn() -> None:
     learns, certain = SimpleNamespace(), SimpleNamespace(deterministic=True)
     best = best_response("keyword-8")[:3].mean().item()
     assert agents.train._best_response(sampled, learns) is None
-    for plan, agent in ((greedy, learns), (sampled, certain)):
+    others = (agents.train.check(composed(*task, x)) for x in ("sampler.top_k=1", "sampler.greedy_tokens=8"))
+    for plan, agent in ((greedy, learns), (sampled, certain), *((plan, learns) for plan in others)):
         assert agents.train._best_response(plan, agent) == pytest.approx(best, abs=1e-9)
     assert agents.train._best_response(agents.train.check(composed("sampler=greedy")), learns) is None  # reviews

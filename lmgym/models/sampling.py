@@ -42,7 +42,7 @@ class Sampler:
 
     def is_greedy(self, t: int) -> bool:
         """Whether response token t is a point mass."""
-        return self.temperature == 0 or t < self.greedy_tokens
+        return self.temperature == 0 or self.top_k == 1 or t < self.greedy_tokens
 
     def law(self, logits: Tensor, t: int) -> Tensor:
         """Unnormalised log-law of response token t: logits in float32 with -inf outside the support.

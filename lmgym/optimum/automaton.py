@@ -27,7 +27,7 @@ PolicyLogits = Callable[[int, Tensor, Tensor], Tensor]
 """(t, contexts (n,), automaton states (n,)) -> (n, V) logits: a policy that is a function of the state."""
 
 _ENTRIES = 1 << 22  # of (rows, V) tables at once, and of factors that may be multiplied out
-_MOST = 1 << 33  # of them in all, where they cannot be factored
+_MOST = 1 << 28  # of them in all, where they cannot be factored: some 10 s
 _LEAST = 1e-30  # a discount below this counts as this: it changes no return, and pi* stays unique at gamma = 0
 
 
@@ -246,11 +246,12 @@ class AutomatonMDP:
             contexts: (n,) in which responses start.
 
         Raises:
-            InvalidArgumentError: for token payments at gamma < 1 with a dense KL, and for tables of more than some
-                billions of entries.
+            InvalidArgumentError: for token payments at gamma < 1 with a dense KL, and where more than some 10^8 sums
+                would have to be compared.
         """
         task, late = self.task, is_late(self.task)
-        entries = math.prod(self.law.shape) * self.law.vocab_size * self.num_states * self.horizon
+        sweeps = (self.horizon + 1) / 2 if late else 1
+        entries = math.prod(self.law.shape) * self.law.vocab_size * self.num_states * self.horizon * sweeps
         if entries > _MOST:
             raise InvalidArgumentError(f"`task` must have at most {_MOST:.0e} sums to compare, got {entries:.0e}.")
         if task.dense_kl and task.gamma < 1 and self.pays_tokens:
@@ -552,10 +553,25 @@ class AutomatonPolicy:
 
     def _solve(self, prompts: Sequence[Sequence[int]], places: list[int]) -> None:
         """Adds the solution of prompts with one key, which stand in these places of their split."""
-        contexts = torch.tensor([self.law.first_context(ids) for ids in prompts])
-        mdp = AutomatonMDP(self.law, self._reward.for_prompt(prompts[0]), self.task, self._eos)
+        contexts, mdp = self._mdp(prompts)
         self._numbers[self._key(prompts[0])] = len(self.solutions)
         self.solutions.append(AutomatonSolution(mdp, contexts, torch.tensor(places)))
+
+    def _mdp(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, AutomatonMDP]:
+        """The contexts (n,) in which prompts with one automaton start, and their MDP."""
+        contexts = torch.tensor([self.law.first_context(ids) for ids in prompts])
+        return contexts, AutomatonMDP(self.law, self._reward.for_prompt(prompts[0]), self.task, self._eos)
+
+    def best_responses(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """(X,) float64 max over y of J(y|x), by one recursion for each distinct automaton (`AutomatonMDP`)."""
+        groups: dict[int, list[int]] = {}
+        for i, ids in enumerate(prompts):
+            groups.setdefault(id(self._reward.for_prompt(ids)), []).append(i)
+        values = torch.empty(len(prompts), dtype=torch.float64)
+        for rows in groups.values():
+            contexts, mdp = self._mdp([prompts[i] for i in rows])
+            values[rows] = mdp.best_response(contexts)
+        return values
 
     def number(self, prompt_ids: Sequence[int]) -> int:
         """The place in `solutions` of the one that holds for a prompt."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from lmgym.models.markov import MarkovLM
@@ -60,7 +59,7 @@ def best_response(task: str | Task, *, split: str = "test", limit: int = 2_000_0
 
     Raises:
         InvalidArgumentError: at `kl_coef=0`; and for a task with more responses than that, unless its reference is a
-            table and its reward an automaton.
+            table, not of the largest, and its reward an automaton.
         UnknownNameError: for a name that is none.
     """
     task = make_task(task)
@@ -68,11 +67,7 @@ def best_response(task: str | Task, *, split: str = "test", limit: int = 2_000_0
     check_solvable(task)
     if _shortcut(task, split) is not solve_automaton:
         return Tree.of(task, split, limit).best_response()
-    policy = AutomatonPolicy(task, task.reference("cpu").encode_all(tuple(task.prompts[split])))
-    values = torch.empty(len(task.prompts[split]), dtype=torch.float64)
-    for solution in policy.solutions:
-        values[solution.prompts] = solution.mdp.best_response(solution.contexts)
-    return values
+    return AutomatonPolicy(task).best_responses(task.reference("cpu").encode_all(tuple(task.prompts[split])))
 
 
 def known(task: Task, split: str) -> StoredOptimum | None:
