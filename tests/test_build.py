@@ -264,12 +264,12 @@ def command(*overrides: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("task=revews", "Could not find 'task/revews'"),
+        ("task=revews", "got 'revews'. Did you mean 'reviews'?"),
         ("reward.ranked=1", "`reward.ranked` must be an int >= 2, got 1."),
         ("reference.learning_rate=abc", "`reference.learning_rate` must be a finite number > 0, got 'abc'."),
         ("reference.positions=16", "`reference.positions` must be an int >= 32, got 16."),
         ("reference.heads=5", "`reference.heads` must divide `reference.width` (96), got 5."),
-        ("reward.temprature=1", "temprature"),
+        ("reward.temprature=1", "Did you mean 'temperature'?"),
     ],
 )
 def test_a_wrong_setting_is_named_before_anything_is_built(override: str, message: str, tmp_path: Path) -> None:

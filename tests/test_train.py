@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -266,6 +266,15 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
     assert_same_run(tmp_path, whole)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own answer to Ctrl-C, which a shell takes away from what it runs in the background."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_the_second_ctrl_c_stops_at_once() -> None:
     previous = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), agents.train.Interrupt() as stop:
