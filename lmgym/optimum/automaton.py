@@ -240,7 +240,7 @@ class AutomatonMDP:
         """(n,) float64: max over y of J(y), what a policy earns that gives one response for certain; log pi is then 0.
 
         By the recursion of V* with the largest of its terms in the place of their sum. Where a late KL is discounted,
-        the longest sum of each length is sought apart, T times the work.
+        the largest sum of each length is sought apart, T times the work.
 
         Args:
             contexts: (n,) in which responses start.
