@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS, TinyProblem, gpt2, word_tokenizer
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
@@ -51,7 +52,7 @@ def test_the_whole_reward_is_that_of_the_episode_path(parts: Parts) -> None:
     for config in ({}, {"dense_kl": False}, {"missing_eos_penalty": 1.0}):
         envs = gym.make_vec(ID, num_envs=N, **parts, **config)
         episodes = collect(envs, policy, 12, Sampler(temperature=0.8), torch.Generator().manual_seed(0))
-        rewards = token_rewards(episodes, 0.2).numpy()
+        rewards = token_rewards(episodes, 0.2, dense=bool(config.get("dense_kl", True))).numpy()
         env = PolicyKL(gym.make(ID, **parts, **config))
         for i in range(len(episodes)):
             env.reset(options={"prompt_index": int(episodes.prompt_index[i])})
@@ -59,8 +60,7 @@ def test_the_whole_reward_is_that_of_the_episode_path(parts: Parts) -> None:
                 env.step({"token": int(episodes.response_ids[i, t]), "log_prob": float(episodes.log_probs[i, t])})[1]
                 for t in range(int(episodes.lengths[i]))
             ]
-            if config.get("dense_kl", True):
-                np.testing.assert_allclose(paid, rewards[i, : len(paid)], rtol=0, atol=1e-5)
+            np.testing.assert_allclose(paid, rewards[i, : len(paid)], rtol=0, atol=1e-5)
             assert sum(paid) == pytest.approx(rewards[i].sum(), abs=1e-5)
 
 
@@ -120,6 +120,23 @@ def test_a_row_that_is_being_reset_pays_nothing_also_beside_a_masked_reset(parts
     left, right = one.step(then), other.step(then)
     assert left[1][0] == 0
     assert data_equivalence(left, right)
+
+
+def test_a_spec_rebuilds_it(parts: Parts) -> None:
+    env = PolicyKL(gym.make(ID, **parts))
+    assert env.spec is not None
+    again = gym.make(EnvSpec.from_json(env.spec.to_json()))
+    assert data_equivalence(again.reset(seed=4), env.reset(seed=4))
+    action = {"token": 5, "log_prob": -0.5}
+    assert data_equivalence(again.step(action), env.step(action))
+
+
+def test_what_is_no_pair_is_refused(parts: Parts) -> None:
+    env = PolicyKL(gym.make(ID, **parts))
+    env.reset(seed=0)
+    for action in (5, {"token": 5}):
+        with pytest.raises(InvalidActionError, match="`action` must be a dict of token and log_prob, got"):
+            env.step(action)  # type: ignore[arg-type]
 
 
 def test_gymnasiums_own_vector_env_can_be_wrapped(parts: Parts) -> None:

@@ -416,6 +416,11 @@ class EngineBacked:
         return self._engine.task.kl_coef
 
     @property
+    def dense_kl(self) -> bool:
+        """Whether the KL is paid with every token, not with the last one for the whole episode."""
+        return self._engine.task.dense_kl
+
+    @property
     def gamma(self) -> float:
         """Discount a token, which agents read."""
         return self._engine.task.gamma
