@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ import torch
 from torch import Tensor
 
 from agents.policies import make_policy
-from agents.policy import Read, TrainablePolicy, read_logits
+from agents.policy import MaskedState, Read, TrainablePolicy, read_logits
 from agents.ppo import PPO, PPOConfig
 from lmgym.episodes import Episodes
 from lmgym.errors import check_int, check_number
-from lmgym.models.policy import PolicyState
 from lmgym.models.sampling import Sampler
 
 
@@ -119,7 +119,7 @@ class MaskedPolicy(TrainablePolicy):
 
     def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> MaskedState:
         prompts = prompt_ids, prompt_mask, max_new_tokens
-        return MaskedState(self.policy.begin(*prompts), self.mask.begin(*prompts), self.top_p)
+        return MaskedState(self.policy.begin(*prompts), self.mask.begin(*prompts), partial(among, top_p=self.top_p))
 
     def read_at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Read:
         return self._masked(self.policy.read_at(ids, rows, columns), self.mask.read_at(ids, rows, columns))
@@ -148,35 +148,3 @@ class MaskedPolicy(TrainablePolicy):
     def load(self, directory: str | os.PathLike[str]) -> None:
         self.policy.load(directory)
         self.mask.load(Path(directory) / "mask")
-
-
-class MaskedState:
-    """Running responses (`lmgym.models.policy.PolicyState`) of a policy and of its mask policy, side by side."""
-
-    def __init__(self, policy: PolicyState, mask: PolicyState, top_p: float) -> None:
-        self._policy, self._mask, self._top_p = policy, mask, top_p
-
-    @property
-    def logits(self) -> Tensor:
-        """(B, V) of each response's next token, -inf off the set."""
-        return among(self._policy.logits, self._mask.logits, self._top_p)
-
-    @property
-    def values(self) -> Tensor | None:
-        """(B,) the policy's estimate, if it gives one."""
-        return self._policy.values
-
-    def begin(self, rows: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
-        """Restarts rows (n,) from prompts (n, P), left-padded."""
-        for state in (self._policy, self._mask):
-            state.begin(rows, prompt_ids, prompt_mask)
-
-    def step(self, tokens: Tensor) -> None:
-        """Appends a token (B,) to every response."""
-        for state in (self._policy, self._mask):
-            state.step(tokens)
-
-    def keep(self, rows: Tensor) -> None:
-        """Keeps only these rows (n,), in this order."""
-        for state in (self._policy, self._mask):
-            state.keep(rows)

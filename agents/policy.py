@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -194,6 +195,43 @@ class ActorCritic(TrainablePolicy):
 
     def _critic_state(self) -> dict[str, Tensor]:
         return {name: x for name, x in self.state_dict().items() if name.split(".")[0] in ("critic", "value_head")}
+
+
+class MaskedState:
+    """Running responses (`lmgym.models.policy.PolicyState`) of a policy and of what masks its law, side by side.
+
+    Args:
+        policy: whose law it is. mask: what masks it.
+        among: the policy's logits (B, V), -inf where those of the mask (B, V) say so.
+    """
+
+    def __init__(self, policy: PolicyState, mask: PolicyState, among: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._policy, self._mask, self._among = policy, mask, among
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, V) of each response's next token, -inf off the mask."""
+        return self._among(self._policy.logits, self._mask.logits)
+
+    @property
+    def values(self) -> Tensor | None:
+        """(B,) the policy's estimate, if it gives one."""
+        return self._policy.values
+
+    def begin(self, rows: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+        """Restarts rows (n,) from prompts (n, P), left-padded."""
+        for state in (self._policy, self._mask):
+            state.begin(rows, prompt_ids, prompt_mask)
+
+    def step(self, tokens: Tensor) -> None:
+        """Appends a token (B,) to every response."""
+        for state in (self._policy, self._mask):
+            state.step(tokens)
+
+    def keep(self, rows: Tensor) -> None:
+        """Keeps only these rows (n,), in this order."""
+        for state in (self._policy, self._mask):
+            state.keep(rows)
 
 
 def read_logits(lm: CausalLM, episodes: Episodes) -> Tensor:

@@ -27,17 +27,18 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from agents.base import Callback
+from agents.base import Callback, check_dict_observations
 from agents.checkpoint import TokenCount, replacing
 from agents.policies import PolicyConfig, make_policy
 from agents.policy import TrainablePolicy
 from agents.sb3_buffers import Stretches, StretchReplayBuffer, StretchRolloutBuffer
 from agents.sb3_env import PolicyKLCallback, VecEnvBridge
-from agents.sb3_network import PrefixPolicy, Trunk, critic_parameters, policy_class
+from agents.sb3_network import MaskedPolicy, PrefixPolicy, Trunk, critic_parameters, policy_class
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number, unknown_name
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler, inverse_cdf
+from lmgym.wrappers import VectorActionMask
 
 Algorithm = Literal["PPO", "A2C", "DQN", "TRPO", "QRDQN", "MaskablePPO", "RecurrentPPO"]
 _CONTRIB = ("TRPO", "QRDQN", "MaskablePPO", "RecurrentPPO")
@@ -59,6 +60,8 @@ class SB3Config(PolicyConfig):
     batch_size: int | None = None  # tokens a minibatch
     n_epochs: int | None = None  # passes over a rollout
     stretch: int | None = None  # successive steps of a row that stay together in a minibatch; null, as SB3: 1
+    mask_top_k: int | None = None  # of MaskablePPO: only the reference's k likeliest tokens may be chosen, and EOS
+    mask_top_p: float | None = None  # the same, of the smallest set of likeliest tokens that has this mass
     kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the algorithm, by SB3's names
 
     def __post_init__(self) -> None:
@@ -73,6 +76,15 @@ class SB3Config(PolicyConfig):
                 check_int(name, getattr(self, name), 1)
         if self.stretch is not None and self.algorithm in _UNCUT:
             raise InvalidArgumentError(f"`stretch` must be None for {self.algorithm}, got {self.stretch}.")
+        for name in ("mask_top_k", "mask_top_p"):
+            if getattr(self, name) is not None and self.algorithm != "MaskablePPO":
+                raise InvalidArgumentError(f"`{name}` must be None for {self.algorithm}, got {getattr(self, name)!r}.")
+        if self.mask_top_k is not None:
+            check_int("mask_top_k", self.mask_top_k, 1)
+        if self.mask_top_p is not None:
+            check_number("mask_top_p", self.mask_top_p, 0, 1, open_low=True)
+            if self.mask_top_k is not None:
+                raise InvalidArgumentError(f"`mask_top_k` must be None beside `mask_top_p`, got {self.mask_top_k!r}.")
         if not isinstance(self.kwargs, Mapping):
             raise InvalidArgumentError(f"`kwargs` must be a mapping of names to plain values, got {self.kwargs!r}.")
         if self.algorithm in _VALUE_BASED and self.kwargs.get("n_steps", 1) != 1:
@@ -80,7 +92,10 @@ class SB3Config(PolicyConfig):
                 f"`kwargs.n_steps` must be 1, for SB3 has no n-step returns of dict observations, got "
                 f"{self.kwargs['n_steps']!r}."
             )
-        for name in self.kwargs.get("policy_kwargs", {}):
+        shapes = self.kwargs.get("policy_kwargs", {})
+        if not isinstance(shapes, Mapping):
+            raise InvalidArgumentError(f"`kwargs.policy_kwargs` must be a mapping of names to values, got {shapes!r}.")
+        for name in shapes:
             check_choice("kwargs.policy_kwargs", name, _SHAPES)
         if self.algorithm not in _CONTRIB or importlib.util.find_spec("sb3_contrib"):
             self.arguments(algorithm_class(self.algorithm))
@@ -159,6 +174,25 @@ def _one_backward(trpo: Any) -> Any:
     return TRPO
 
 
+def _masked(envs: Any, config: SB3Config) -> tuple[Any, Sampler | None]:
+    """The env with the mask that MaskablePPO asks for, and the law of the reference that the mask is the support of."""
+    if config.algorithm != "MaskablePPO":
+        return envs, None
+    layer = envs
+    while layer is not None and not hasattr(layer, "action_masks"):
+        layer = getattr(layer, "env", None)
+    if layer is not None and not isinstance(layer, VectorActionMask):
+        raise InvalidArgumentError(
+            f"`envs` must be masked by VectorActionMask, whose mask the policy knows wherever it acts, got "
+            f"{type(layer).__name__}: give that to MaskablePPO by VecEnvBridge."
+        )
+    if config.mask_top_k is not None or config.mask_top_p is not None:
+        if layer is not None:
+            raise InvalidArgumentError("`envs` must have no mask where mask_top_k or mask_top_p is given, and has one.")
+        envs = layer = VectorActionMask(envs, top_k=config.mask_top_k, top_p=config.mask_top_p)
+    return envs, None if layer is None else layer.sampler
+
+
 class SB3Agent:
     """An algorithm of Stable-Baselines3 that starts as the reference and pays both halves of the KL.
 
@@ -172,7 +206,8 @@ class SB3Agent:
         model: SB3's object.
         tokens: what its networks have read to learn. The products of TRPO with the Fisher matrix are not counted.
         deterministic: whether it is certain of every token (DQN, QRDQN).
-        policy: the policy, as `lmgym.evaluation.evaluate` takes it; of DQN and QRDQN the greedy one.
+        policy: the policy, as `lmgym.evaluation.evaluate` takes it; of DQN and QRDQN the greedy one, of MaskablePPO
+            that among the tokens of its mask.
 
     Raises:
         InvalidArgumentError: for a package that is not installed, or an env or sampler that cannot be.
@@ -185,6 +220,7 @@ class SB3Agent:
     ) -> None:
         self.config = config = config or SB3Config()
         self.envs, self._inner = envs, envs.unwrapped
+        masked, mask = _masked(envs, config)
         algorithm = algorithm_class(config.algorithm)
         self.deterministic, self._recurrent = config.algorithm in _VALUE_BASED, config.algorithm == "RecurrentPPO"
         self._check(sampler)
@@ -210,7 +246,7 @@ class SB3Agent:
         with self._own_randomness():
             self.model: Any = algorithm(
                 "MultiInputPolicy" if self.deterministic else policy_class(algorithm),
-                VecEnvBridge(envs),
+                VecEnvBridge(masked),
                 learning_rate=(lambda remaining: rate * max(0.0, remaining)) if falling else rate,
                 gamma=self._inner.gamma,
                 seed=seed,
@@ -222,8 +258,12 @@ class SB3Agent:
             critic = critic_parameters(networks)
             networks.optimizer = networks.optimizer_class(critic, lr=rate, **networks.optimizer_kwargs)
         networks.set_training_mode(False)
-        prefix = self.deterministic or self._recurrent
-        self.policy: Policy = PrefixPolicy(self.model, self.tokens) if prefix else networks.features_extractor.policy
+        self._actor: TrainablePolicy | None = None  # what has a checkpoint of its own
+        if self.deterministic or self._recurrent:
+            self.policy: Policy = PrefixPolicy(self.model, self.tokens)
+        else:
+            self._actor = actor = networks.features_extractor.policy
+            self.policy = actor if mask is None else MaskedPolicy(actor, self._inner.engine, mask)
         self.generator = torch.Generator().manual_seed(seed)
         task = self._inner.task
         self._kl = PolicyKLCallback(task.kl_coef, task.dense_kl)
@@ -235,8 +275,7 @@ class SB3Agent:
             raise InvalidArgumentError(f"`sampler` must be the policy's own law, which SB3 samples, got {sampler}.")
         if envs.num_envs != config.n_envs:
             raise InvalidArgumentError(f"`envs` must have n_envs={config.n_envs} rows, got {envs.num_envs}.")
-        if envs.settings.obs_format != "dict":
-            raise InvalidArgumentError(f"`obs_format` must be 'dict', got {envs.settings.obs_format!r}.")
+        check_dict_observations(envs)
         if self.deterministic and envs.engine.lm.holes:
             raise InvalidArgumentError(
                 f"`algorithm` must be one that learns a policy, got {config.algorithm!r}: it would explore ids that "
@@ -304,8 +343,8 @@ class SB3Agent:
         `AutoModelForCausalLM` loads a fine-tuned actor. A replay buffer is not written, nor are the episodes in hand.
         """
         with replacing(directory) as scratch:
-            if isinstance(self.policy, TrainablePolicy):
-                self.policy.save(scratch)
+            if self._actor is not None:
+                self._actor.save(scratch)
             else:
                 save_model(self.model.policy, str(scratch / "policy.safetensors"))
             save_file(_flat(self.model.policy.optimizer.state_dict()["state"]), scratch / "optimizer.safetensors")
@@ -328,14 +367,14 @@ class SB3Agent:
         """
         directory = Path(directory)
         state = json.loads((directory / "state.json").read_text())
-        for name in ("algorithm", *PolicyConfig.__dataclass_fields__):
+        for name in ("algorithm", "mask_top_k", "mask_top_p", *PolicyConfig.__dataclass_fields__):
             if state["config"][name] != getattr(self.config, name):
                 raise InvalidArgumentError(
                     f"`directory` must hold a checkpoint with {name}={getattr(self.config, name)!r}, got "
                     f"{state['config'][name]!r}."
                 )
-        if isinstance(self.policy, TrainablePolicy):
-            self.policy.load(directory)
+        if self._actor is not None:
+            self._actor.load(directory)
         else:
             load_model(self.model.policy, str(directory / "policy.safetensors"))
         optimizer = self.model.policy.optimizer

@@ -1,7 +1,7 @@
 """What an algorithm of Stable-Baselines3 learns on here, a language model, and how that acts without SB3.
 
-`Trunk` is the features extractor, `policy_class` an actor-critic whose heads are the trunk's, `PrefixPolicy` a trained
-network as `lmgym` takes policies.
+`Trunk` is the features extractor, `policy_class` an actor-critic whose heads are the trunk's, `PrefixPolicy` and
+`MaskedPolicy` a trained network as `lmgym` takes policies.
 
 Shapes: N rows, L columns, V vocabulary, D width of the hidden states, H width of an LSTM.
 """
@@ -17,8 +17,11 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from agents.checkpoint import TokenCount
-from agents.policy import TrainablePolicy
-from lmgym.models.policy import PolicyState
+from agents.policy import MaskedState, TrainablePolicy
+from lmgym.envs.engine import Engine
+from lmgym.models.policy import CausalPolicy, Policy, PolicyState
+from lmgym.models.sampling import Sampler
+from lmgym.wrappers.action_mask import kept
 
 _IMPOSSIBLE = -1e4  # nats: a probability of 0 in float32, without the NaN that -inf leaves in a KL
 _POINT_MASS = 1e4  # logit of an action that is taken for certain
@@ -169,6 +172,31 @@ def critic_parameters(networks: Any) -> list[nn.Parameter]:
 
 
 # -- acting without SB3 ------------------------------------------------------------------------------------------------
+
+
+class MaskedPolicy:
+    """What MaskablePPO does under a `VectorActionMask`: the policy's law among the tokens that the mask leaves.
+
+    Args:
+        policy: the network. engine: of the env, whose reference the mask is of. sampler: that of the mask.
+    """
+
+    def __init__(self, policy: Policy, engine: Engine, sampler: Sampler) -> None:
+        self._policy, self._reference = policy, CausalPolicy(engine.lm)
+        self._is_eos, self._sampler = engine.is_eos, sampler
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._policy.device
+
+    def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> MaskedState:
+        """Reads prompts (B, P), left-padded."""
+        prompts = prompt_ids, prompt_mask, max_new_tokens
+        return MaskedState(self._policy.begin(*prompts), self._reference.begin(*prompts), self._among)
+
+    def _among(self, logits: Tensor, reference: Tensor) -> Tensor:
+        return logits.masked_fill(~kept(reference, self._sampler, self._is_eos), -torch.inf)
 
 
 class PrefixPolicy:

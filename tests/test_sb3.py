@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ from lmgym.errors import InvalidArgumentError, UnknownNameError
 from lmgym.evaluation import evaluate
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.sampling import Sampler
+from lmgym.optimum.tree import Tree
 from lmgym.tasks.base import Task
+from lmgym.wrappers import VectorActionMask
 
 needs_contrib = pytest.mark.skipif(not importlib.util.find_spec("sb3_contrib"), reason="needs sb3-contrib")
 OFF_POLICY: dict[str, Any] = {"buffer_size": 1000, "learning_starts": 64}
@@ -214,14 +217,12 @@ def test_the_first_policy_is_the_reference_and_its_values_are_0(algorithm: str, 
     assert seen
     bare = {"kwargs": {**SMALL[algorithm].get("kwargs", {}), "normalize_advantage": False}}
     agent = make(algorithm, envs(), learning_rate=0.0, **bare, **({"policy": "auto"} if envs is tiny_envs else {}))
-    metrics = learn(agent, 16 * 8)[0] if algorithm != "TRPO" else {}
-    if algorithm != "TRPO":  # whose step has no learning rate
-        buffer = agent.model.rollout_buffer
-        assert not buffer.values.any()
-        assert abs(metrics["rollout/kl"]) < 1e-4
-        assert abs(metrics["rollout/return"] - metrics["rollout/score"]) < 1e-4
-        assert abs(metrics.get("train/approx_kl", 0.0)) < 1e-6  # the ratio is 1
-        assert metrics.get("train/clip_fraction", 0.0) == 0.0
+    metrics = learn(agent, 16 * 8)[0]
+    assert not agent.model.rollout_buffer.values.any()
+    assert abs(metrics["rollout/kl"]) < 1e-4
+    assert abs(metrics["rollout/return"] - metrics["rollout/score"]) < 1e-4
+    assert abs(metrics.get("train/approx_kl", 0.0)) < 1e-6  # the ratio is 1, as TRPO's is before its step
+    assert metrics.get("train/clip_fraction", 0.0) == 0.0
 
 
 def test_the_copy_of_the_model_is_left_as_it_is() -> None:
@@ -571,13 +572,98 @@ def test_the_critic_of_trpo_is_known_by_its_place() -> None:
     assert not torch.equal(moved, before["actor.gpt_neox.layers.0.attention.query_key_value.weight"])
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "dense_kl"),
+    [("PPO", True), ("PPO", False), ("A2C", True), pytest.param("MaskablePPO", True, marks=needs_contrib)],
+)
+def test_a_first_step_is_along_the_gradient_of_j(algorithm: str, dense_kl: bool) -> None:
+    """Sampled, at lambda = 1: both halves of the KL are in the rewards, and J is what is climbed."""
+    task = TinyProblem(horizon=2, kl_coef=0.3, dense_kl=dense_kl).task
+    envs = RLHFVectorEnv(256, autoreset_mode="SameStep", task=task, split="train", device="cpu")
+    numbers = {"gae_lambda": 1.0, "ent_coef": 0.0, "vf_coef": 0.0, "max_grad_norm": 1e9, "normalize_advantage": False}
+    batch = {} if algorithm == "A2C" else {"batch_size": 256 * 32, "n_epochs": 1}
+    config = {"n_steps": 32, "policy": "mlp", "learning_rate": 1e-4, "lr_schedule": "constant", **batch}
+    agent = moved(make(algorithm, envs, kwargs=numbers, **config), 0.2)
+    actor = agent._actor
+    assert actor is not None
+    with torch.no_grad():
+        actor.value_head.weight.zero_()
+        actor.value_head.bias.zero_()
+    parameters = [p for p in actor.parameters() if p.requires_grad]
+    tree = Tree.of(task, "train")
+    _, exact = tree.gradient(lambda episodes: actor.read(episodes).logits, parameters)
+    agent.model.policy.optimizer = torch.optim.SGD(agent.model.policy.parameters(), 1e-4)  # goes along the gradient
+    before = [p.detach().clone() for p in parameters]
+    learn(agent, 256 * 32)
+    step = torch.cat([(p.detach() - b).flatten() for p, b in zip(parameters, before, strict=True)]).double()
+    right = torch.cat([g.flatten() for g in exact]).double()
+    assert torch.nn.functional.cosine_similarity(step, right, dim=0) > 0.99
+
+
 @needs_contrib
-def test_maskable_ppo_takes_what_a_wrapper_allows() -> None:
-    envs = tiny_envs(4)
-    agent = SB3Agent(Masked(envs), SB3Config(algorithm="MaskablePPO", n_envs=4, n_steps=16, batch_size=64))  # type: ignore[arg-type]
-    learn(agent, 64)
-    taken = agent.model.rollout_buffer
-    assert set(np.unique(taken.actions)) <= {1, 3, 4, 5, 6}
+def test_maskable_ppo_takes_what_a_mask_of_its_own_allows() -> None:
+    bridge = VecEnvBridge(Masked(tiny_envs(4)))
+    model = importlib.import_module("sb3_contrib").MaskablePPO("MultiInputPolicy", bridge, n_steps=16, device="cpu")
+    model.learn(64)
+    assert set(np.unique(model.rollout_buffer.actions)) <= {1, 3, 4, 5, 6}
+    with pytest.raises(InvalidArgumentError, match="`envs` must be masked by VectorActionMask, .* got Masked"):
+        SB3Agent(Masked(tiny_envs(4)), SB3Config(algorithm="MaskablePPO", n_envs=4))  # type: ignore[arg-type]
+
+
+@needs_contrib
+@pytest.mark.parametrize("mask", [{"top_k": 2}, {"top_p": 0.5}])
+def test_what_maskable_ppo_does_under_a_mask_is_what_is_graded(mask: dict[str, Any], tmp_path: Path) -> None:
+    """It plays, predicts and is graded on one law: its own among what the mask leaves."""
+    fields = {f"mask_{name}": value for name, value in mask.items()}
+    agent = moved(make("MaskablePPO", learning_rate=0.0, **fields))
+    metrics = learn(agent, 4096)[-1]
+    lm, observation = agent.envs.engine.lm, agent.envs.reset(seed=0)[0]
+    logits = agent._logits(*(torch.from_numpy(observation[k]) for k in ("input_ids", "attention_mask")))
+    for row in range(8):
+        behind = observation["input_ids"][row], observation["attention_mask"][row]
+        kept = Sampler(**mask).law(law_behind(lm, *behind)[None], 0)[0].isfinite()
+        kept[1] = True  # EOS
+        free = law_behind(agent._actor.lm, *behind)  # type: ignore[union-attr]
+        expected = torch.where(kept, free, -torch.inf).log_softmax(-1)
+        torch.testing.assert_close(logits[row].log_softmax(-1), expected, atol=1e-5, rtol=0)
+        assert not kept.all()
+    for deterministic in (False, True):
+        actions = agent.predict(observation, deterministic)[0]
+        assert logits.gather(1, torch.as_tensor(actions)[:, None]).isfinite().all()
+    graded = evaluate(agent.policy, agent.envs, samples=1000, generator=torch.Generator().manual_seed(0))
+    rollouts = [metrics[f"rollout/{name}"] for name in ("kl", "return", "score")]
+    for name, found in zip(("kl", "return", "score"), rollouts, strict=True):
+        assert abs(graded.metrics[name].mean - found) < 0.1, name
+    agent.save(tmp_path / "checkpoint")
+    again = make("MaskablePPO", seed=5, **fields)
+    again.load(tmp_path / "checkpoint")
+    assert np.array_equal(again.predict(observation, True)[0], agent.predict(observation, True)[0])
+    with pytest.raises(InvalidArgumentError, match="mask_top_"):
+        make("MaskablePPO").load(tmp_path / "checkpoint")
+
+
+@needs_contrib
+def test_a_mask_can_come_with_the_env() -> None:
+    envs, config = tiny_envs(), SB3Config(algorithm="MaskablePPO", n_envs=8, n_steps=16, batch_size=64)
+    agent = SB3Agent(VectorActionMask(envs, top_k=2), config)  # type: ignore[arg-type]
+    logits = agent._logits(*(torch.from_numpy(envs.reset(seed=0)[0][k]) for k in ("input_ids", "attention_mask")))
+    assert set(logits.isfinite().sum(1).tolist()) <= {2, 3}
+    with pytest.raises(InvalidArgumentError, match="`envs` must have no mask where mask_top_k or mask_top_p is given"):
+        SB3Agent(VectorActionMask(envs, top_k=2), replace(config, mask_top_k=2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"algorithm": "PPO", "mask_top_k": 2}, "`mask_top_k` must be None for PPO, got 2"),
+        ({"algorithm": "MaskablePPO", "mask_top_k": 0}, "`mask_top_k` must be an int >= 1, got 0"),
+        ({"algorithm": "MaskablePPO", "mask_top_p": 1.5}, "`mask_top_p` must be"),
+        ({"algorithm": "MaskablePPO", "mask_top_k": 2, "mask_top_p": 0.5}, "`mask_top_k` must be None beside"),
+    ],
+)
+def test_a_mask_that_cannot_be_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        SB3Config(**config)
 
 
 def test_the_networks_of_dqn_are_two() -> None:

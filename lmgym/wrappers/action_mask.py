@@ -10,8 +10,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+import torch
 from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import VectorEnv, VectorWrapper
+from torch import Tensor
 
 from lmgym.envs.engine import Engine, stepping_engine_of
 from lmgym.errors import InvalidArgumentError, check_int
@@ -32,6 +34,9 @@ class ActionMask(gym.Wrapper[Any, int, Any, int], RecordConstructorArgs):
         top_p: keeps the smallest set of likeliest tokens whose mass reaches it, in (0, 1].
         top_k: keeps the k likeliest tokens. Exactly one of the two is given.
 
+    Attributes:
+        sampler: the law of the reference whose support the mask is.
+
     Raises:
         InvalidArgumentError: for another env or other values.
     """
@@ -39,12 +44,12 @@ class ActionMask(gym.Wrapper[Any, int, Any, int], RecordConstructorArgs):
     def __init__(self, env: gym.Env[Any, int], *, top_p: float | None = None, top_k: int | None = None) -> None:
         RecordConstructorArgs.__init__(self, top_p=top_p, top_k=top_k)
         super().__init__(env)
-        self._sampler = _sampler(top_p, top_k)
+        self.sampler = _sampler(top_p, top_k)
         check_token_actions(env.action_space, stepping_engine_of(env))
 
     def action_masks(self) -> Bools:
         """(V,) bool at the present state; behind an episode's end all tokens of the tokenizer."""
-        return action_masks(stepping_engine_of(self.env), self._sampler)[0]
+        return action_masks(stepping_engine_of(self.env), self.sampler)[0]
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Resets, and adds the mask."""
@@ -64,14 +69,14 @@ class VectorActionMask(VectorWrapper[Any, Any, Any, Any, Any]):
 
     def __init__(self, env: VectorEnv[Any, Any, Any], *, top_p: float | None = None, top_k: int | None = None) -> None:
         super().__init__(env)
-        self._sampler = _sampler(top_p, top_k)
+        self.sampler = _sampler(top_p, top_k)
         check_token_actions(env.single_action_space, stepping_engine_of(env))
         self._masks: Bools | None = None
 
     def action_masks(self) -> Bools:
         """(N, V) bool at the present states; behind an episode's end all tokens of the tokenizer."""
         if self._masks is None:
-            self._masks = action_masks(stepping_engine_of(self.env), self._sampler)
+            self._masks = action_masks(stepping_engine_of(self.env), self.sampler)
         return self._masks.copy()
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -99,9 +104,13 @@ def action_masks(engine: Engine, sampler: Sampler) -> Bools:
     legal[engine.lm.holes] = False
     masks = np.repeat(legal[None], engine.num_rows, axis=0)
     if engine.running.any():
-        kept = sampler.law(engine.reference_logits(), 0).isfinite().cpu().numpy() | engine.is_eos
-        masks[engine.running] &= kept[engine.running]
+        masks[engine.running] &= kept(engine.reference_logits(), sampler, engine.is_eos).cpu().numpy()[engine.running]
     return masks
+
+
+def kept(logits: Tensor, sampler: Sampler, is_eos: Bools) -> Tensor:
+    """(N, V) bool: what the law of the reference's logits (N, V) keeps, with every EOS."""
+    return sampler.law(logits, 0).isfinite() | torch.as_tensor(is_eos, device=logits.device)
 
 
 def _sampler(top_p: float | None, top_k: int | None) -> Sampler:
