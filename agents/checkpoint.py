@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from lmgym.episodes import Episodes
 def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """An empty directory to write into, which takes the place of `directory` when the block has ended, and not before.
 
-    A reader sees the old contents or the new. Where the block raises, the old ones stay.
+    A reader sees the old contents or the new, or, for the moment between two renames, none; a process that is killed in
+    that moment leaves both beside it, and `recover` puts the old back. Where anything fails, the old ones stay.
     """
     directory = Path(directory)
     scratch, old = (directory.with_name(f".{directory.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
@@ -28,8 +30,16 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(directory, old)
         os.replace(scratch, directory)
     finally:
+        recover(directory)
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(directory: Path) -> None:
+    """Puts back the old contents of a directory that `replacing` was about to replace when it was stopped."""
+    for old in sorted(directory.parent.glob(f".{glob.escape(directory.name)}.*.old")):
+        if not directory.exists():
+            os.replace(old, directory)
 
 
 @dataclass

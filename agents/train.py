@@ -346,6 +346,9 @@ def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
         InvalidArgumentError: if it is no run directory, has no checkpoint, or another key is to change.
     """
     cfg = saved_config(directory)
+    from agents.checkpoint import recover
+
+    recover(directory / "checkpoint")
     check_checkpoint(directory)
     for override in overrides:
         key, _, value = override.partition("=")
