@@ -28,7 +28,8 @@ class A2CConfig(OnPolicyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("gae_lambda", self.gae_lambda, 0, 1)
-        check_number("vf_coef", self.vf_coef, 0)
+        for name in ("vf_coef", "entropy_coef"):
+            check_number(name, getattr(self, name), 0)
 
 
 class A2C(OnPolicyAgent):

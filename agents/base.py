@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from agents.policies import PolicyConfig, make_policy
 from agents.policy import Critic, TrainablePolicy, read_logits
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
-from lmgym.errors import InvalidArgumentError, check_int, check_number
+from lmgym.errors import InvalidArgumentError, check_bool, check_choice, check_int, check_number
 from lmgym.kl import (
     AdaptiveKL,
     FixedKL,
@@ -39,7 +39,7 @@ from lmgym.kl import (
     token_rewards,
 )
 from lmgym.models.sampling import Sampler
-from lmgym.rollout import collect, collect_steps
+from lmgym.rollout import check_same_step, collect, collect_steps
 
 Callback = Callable[[int, dict[str, float]], bool | None]
 _EXACT_KL_EPISODES = 16  # the exact KL needs the reference's whole law: a metric, so a few episodes do
@@ -76,16 +76,24 @@ class OnPolicyConfig(PolicyConfig):
         for name in ("batch_size", "epochs", "minibatches", "micro_batch_size"):
             check_int(name, getattr(self, name), 1)
         check_int("minibatches", self.minibatches, 1, self.batch_size)
-        for name in ("lr", "critic_lr", "adam_eps", "max_grad_norm"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), 0)
+        for name in ("lr", "adam_eps", "max_grad_norm"):
+            check_number(name, getattr(self, name), 0)
+        if self.critic_lr is not None:
+            check_number("critic_lr", self.critic_lr, 0)
+        check_choice("lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
         for name in ("lr_warmup", "lr_end"):
             check_number(name, getattr(self, name), 0, 1)
+        check_choice("adam", self.adam, ("pytorch", "tensorflow"))
         for name in ("adam_beta1", "adam_beta2"):
             check_number(name, getattr(self, name), 0, 1, open_high=True)
-        for name in ("kl_target", "kl_horizon", "score_clip"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), 0, open_low=True)
+        check_choice("critic", self.critic, get_args(Critic))
+        check_choice("kl_controller", self.kl_controller, ("fixed", "adaptive"))
+        for name in ("kl_target", "kl_horizon"):
+            check_number(name, getattr(self, name), 0, open_low=True)
+        if self.score_clip is not None:
+            check_number("score_clip", self.score_clip, 0, open_low=True)
+        check_bool("recompute_log_probs", self.recompute_log_probs)
+        check_choice("collect", self.collect, ("episodes", "steps"))
 
     @property
     def responses(self) -> int:
@@ -124,7 +132,8 @@ class OnPolicyAgent(ABC):
     """Learns by policy gradients from episodes it has just sampled.
 
     Args:
-        envs: the token MDP. With `collect="steps"` it must hold `batch_size` rows in "SameStep" autoreset.
+        envs: the token MDP with dict observations. With `collect="steps"` it must hold `batch_size` rows in "SameStep"
+            autoreset.
         config: the algorithm's numbers.
         seed: of the tokens sampled, of the order of minibatches, and of the weights of a residual.
         sampler: the law that tokens are drawn from, given the policy's logits; the update is of that same law.
@@ -153,6 +162,9 @@ class OnPolicyAgent(ABC):
             raise InvalidArgumentError(
                 f"`envs` must have group_size={config.responses}, got {envs.group_size}: rows of a group share prompts."
             )
+        check_dict_observations(envs)
+        if config.collect == "steps":
+            check_same_step(envs)
         self.envs, self.config, self.sampler = envs, config, sampler or Sampler()
         if not self.uses_critic and (config.critic != "shared" or config.critic_lr is not None):
             raise InvalidArgumentError(
@@ -553,6 +565,12 @@ class Minibatch:
     places: Tensor
     ref_log_probs: Tensor
     ref_log_law: Tensor | None
+
+
+def check_dict_observations(envs: RLHFVectorEnv) -> None:
+    """Raises `InvalidArgumentError` for an env with flat observations, which `predict` does not read."""
+    if envs.settings.obs_format != "dict":
+        raise InvalidArgumentError(f"`obs_format` must be 'dict', got {envs.settings.obs_format!r}.")
 
 
 def lr_factor(schedule: str, progress: float, warmup: float = 0.0, end: float = 0.0) -> float:

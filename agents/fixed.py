@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.base import Callback
+from agents.base import Callback, check_dict_observations
 from agents.checkpoint import TokenCount
 from agents.recorder import write_atomically
 from lmgym.envs.vector import RLHFVectorEnv
@@ -50,6 +50,7 @@ class FixedAgent(ABC):
     def __init__(
         self, envs: RLHFVectorEnv, config: FixedConfig | None = None, *, seed: int = 0, sampler: Sampler | None = None
     ) -> None:
+        check_dict_observations(envs)
         self.envs, self.config, self.sampler = envs, config or self.Config(), sampler or Sampler()
         self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
         self.num_timesteps, self.tokens = 0, TokenCount()

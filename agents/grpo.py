@@ -12,7 +12,7 @@ from agents.advantages import group_standardised
 from agents.base import GroupConfig, Minibatch, OnPolicyAgent
 from agents.losses import KLEstimator, clipped_policy_loss, kl_estimate
 from lmgym.episodes import Episodes
-from lmgym.errors import check_choice, check_number
+from lmgym.errors import check_bool, check_choice, check_number
 from lmgym.kl import discounted_return, token_rewards
 
 
@@ -30,6 +30,8 @@ class GRPOConfig(GroupConfig):
         super().__post_init__()
         check_number("clip_range", self.clip_range, 0, open_low=True)
         check_choice("kl_estimator", self.kl_estimator, get_args(KLEstimator))
+        for name in ("scale_by_std", "length_mean"):
+            check_bool(name, getattr(self, name))
 
 
 class GRPO(OnPolicyAgent):

@@ -17,7 +17,7 @@ from agents.losses import clipped_policy_loss, clipped_value_loss
 from agents.policy import TrainablePolicy
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
-from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number
+from lmgym.errors import InvalidArgumentError, check_bool, check_choice, check_int, check_number
 from lmgym.kl import entropy
 from lmgym.models.causal import token_log_probs
 from lmgym.models.sampling import Sampler
@@ -48,10 +48,12 @@ class PPOConfig(OnPolicyConfig):
         super().__post_init__()
         check_number("gae_lambda", self.gae_lambda, 0, 1)
         check_choice("loss_mean", self.loss_mean, ("token", "episode"))
+        check_bool("whiten_rewards", self.whiten_rewards)
         check_choice("whiten_advantages", self.whiten_advantages, ("batch", "minibatch", "none"))
-        for name in ("vf_coef", "ptx_coef"):
+        for name in ("vf_coef", "entropy_coef", "ptx_coef"):
             check_number(name, getattr(self, name), 0)
-        for name in ("clip_range", "clip_range_high", "clip_range_value", "target_kl"):
+        check_number("clip_range", self.clip_range, 0, open_low=True)
+        for name in ("clip_range_high", "clip_range_value", "target_kl"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0, open_low=True)
         if self.dual_clip is not None:

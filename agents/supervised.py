@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from agents.base import Callback
+from agents.base import Callback, check_dict_observations
 from agents.checkpoint import TokenCount, replacing
 from agents.fixed import act
 from agents.policies import PolicyConfig, make_policy
@@ -59,7 +59,7 @@ class SupervisedAgent(ABC, Generic[Examples]):
     """Learns from examples, without returns and without a critic.
 
     Args:
-        envs: the token MDP.
+        envs: the token MDP with dict observations.
         config: the algorithm's numbers.
         seed: of everything that is drawn, and of the weights of a residual.
         sampler: the law that tokens are drawn from, given logits. The loss is of the policy itself.
@@ -74,6 +74,7 @@ class SupervisedAgent(ABC, Generic[Examples]):
     def __init__(
         self, envs: RLHFVectorEnv, config: Any = None, *, seed: int = 0, sampler: Sampler | None = None
     ) -> None:
+        check_dict_observations(envs)
         self.envs, self.config, self.sampler = envs, config or self.Config(), sampler or Sampler()
         self.policy = make_policy(envs, self.config, seed)
         parameters = [p for p in self.policy.parameters() if p.requires_grad]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from lmgym.envs.prompts import Prompt
@@ -111,7 +112,11 @@ def collect_steps(
 
     Returns:
         Episodes on the CPU; `prompt_index` is -1, for an observation does not tell it.
+
+    Raises:
+        InvalidArgumentError: for another autoreset mode, or a number of episodes that is no such multiple.
     """
+    check_same_step(envs)
     sampler, generator = sampler or Sampler(), generator or _fresh_generator()
     n = envs.num_envs
     check_int("episodes", episodes, 1)
@@ -120,6 +125,15 @@ def collect_steps(
     task = envs.get_attr("task")[0]
     rounds = [_round(envs, policy, task.max_new_tokens, sampler, generator) for _ in range(episodes // n)]
     return Episodes.concatenate(rounds)
+
+
+def check_same_step(envs: Any) -> None:
+    """Raises `InvalidArgumentError` for a vector env whose infos do not tell how an episode ended as it ends."""
+    mode = envs.metadata["autoreset_mode"]
+    if mode != AutoresetMode.SAME_STEP:
+        raise InvalidArgumentError(
+            f"`autoreset_mode` must be 'SameStep' for episodes to be collected step by step, got {mode.value!r}."
+        )
 
 
 def _fresh_generator() -> torch.Generator:

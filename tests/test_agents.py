@@ -6,11 +6,12 @@ import functools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import hydra
 import numpy as np
@@ -23,14 +24,19 @@ from torch import Tensor
 from agents.a2c import A2C
 from agents.base import OnPolicyAgent, OnPolicyConfig
 from agents.config import validated
+from agents.dpo import DPO
 from agents.grpo import GRPO
 from agents.klq import KLQ
+from agents.nlpo import NLPO
+from agents.policies import PolicyConfig
 from agents.ppo import PPO
 from agents.reinforce import REINFORCE
 from agents.rloo import RLOO
+from agents.sft import SFT
+from agents.trpo import TRPO
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
-from lmgym.errors import InvalidArgumentError, LmGymError
+from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
 from lmgym.kl import token_rewards
 from lmgym.models.causal import CausalLM
 from lmgym.models.markov import dirichlet_rows, markov_lm
@@ -359,6 +365,50 @@ def test_group_advantages_are_of_the_groups_of_a_batch() -> None:
 def test_a_bad_config_is_refused(kind: type[OnPolicyAgent], config: dict[str, Any], message: str) -> None:
     with pytest.raises(LmGymError, match=message):
         kind.Config(**config)
+
+
+EVERY_CONFIG: list[type[PolicyConfig]] = [
+    kind.Config for kind in (A2C, DPO, GRPO, KLQ, NLPO, PPO, REINFORCE, RLOO, SFT, TRPO)
+]
+
+
+@pytest.mark.parametrize("kind", EVERY_CONFIG)
+def test_every_misspelt_choice_is_refused_with_what_was_meant(kind: type[PolicyConfig]) -> None:
+    choices = {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
+    assert {"policy", "lr_schedule"} <= choices.keys()
+    for name, known in choices.items():
+        for choice in known:
+            with pytest.raises(UnknownNameError, match=f"`{name}` must be one of .* Did you mean '{choice[0]}"):
+                kind(**{name: choice[0] + choice[2:]})  # the second letter is left out
+
+
+@pytest.mark.parametrize("kind", EVERY_CONFIG)
+def test_every_field_refuses_what_is_no_number_or_no_switch(kind: type[PolicyConfig]) -> None:
+    numbers: tuple[Any, ...] = (math.nan, math.inf, -1.0, True, "1")
+    bad = {float: (None, *numbers), float | None: numbers, int: (None, -1, 1.5, True), bool: (None, 3, "no")}
+    hints = {name: hint for name, hint in get_type_hints(kind).items() if hint in bad}
+    assert {"lr", "max_grad_norm", "batch_size", "lora_alpha"} <= hints.keys()
+    for name, hint in hints.items():
+        for value in bad[hint]:
+            with pytest.raises(InvalidArgumentError, match=f"`{name}` must be .*got {re.escape(repr(value))}"):
+                kind(**{name: value})
+
+
+@pytest.mark.parametrize("kind", [A2C, DPO, GRPO, KLQ, NLPO, PPO, REINFORCE, RLOO, SFT, TRPO])
+def test_flat_observations_are_refused(kind: Any) -> None:
+    config = kind.Config(policy="mlp")
+    envs = RLHFVectorEnv(8, group_size=getattr(config, "responses", 1), task=tiny(), device="cpu", obs_format="flat")
+    with pytest.raises(InvalidArgumentError, match="`obs_format` must be 'dict', got 'flat'"):
+        kind(envs, config)
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "Disabled"])
+def test_another_autoreset_is_refused_where_batches_are_stepped(mode: str) -> None:
+    envs = RLHFVectorEnv(8, autoreset_mode=mode, task=tiny(), device="cpu")
+    small: dict[str, Any] = {"policy": "mlp", "width": 16, "batch_size": 8, "epochs": 1}
+    with pytest.raises(InvalidArgumentError, match=f"`autoreset_mode` must be 'SameStep' .* got '{mode}'"):
+        PPO(envs, PPO.Config(**small, collect="steps"))
+    assert learn(PPO(envs, PPO.Config(**small)), 1)  # whole episodes do not step the rows
 
 
 def test_klq_needs_a_price() -> None:

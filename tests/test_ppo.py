@@ -725,9 +725,9 @@ def test_terms_of_the_loss_are_weighted(ragged_batch: Episodes) -> None:
 def test_an_entropy_bonus_raises_entropy() -> None:
     low, high = (
         learn(tiny_ppo(batch_size=128, micro_batch_size=128, lr=5e-3, entropy_coef=x), 8)[-1]["train/entropy"]
-        for x in (-1.0, 1.0)
+        for x in (0.0, 1.0)
     )
-    assert high > low + 0.1
+    assert high > low + 0.3
 
 
 def test_the_critic_learns_what_is_paid() -> None:

@@ -157,6 +157,14 @@ def test_stepping_needs_a_multiple_of_the_rows(parts: Parts, policy: CausalPolic
         collect_steps(native(parts), policy, 7)
 
 
+@pytest.mark.parametrize("mode", ["NextStep", "Disabled"])
+def test_stepping_needs_same_step_autoreset(parts: Parts, policy: CausalPolicy, mode: str) -> None:
+    sync = SyncVectorEnv([lambda: gym.make(ID, **parts)] * 3, autoreset_mode=mode)
+    for envs in (native(parts, autoreset_mode=mode), sync):
+        with pytest.raises(InvalidArgumentError, match=f"`autoreset_mode` must be 'SameStep' .* got '{mode}'"):
+            collect_steps(envs, policy, envs.num_envs)
+
+
 def test_the_gold_score_comes_along(parts: Parts, policy: CausalPolicy) -> None:
     task = Task(
         name="tiny", model=parts["model"], reward=parts["reward"], gold=word_count, prompts={"train": ["a film", "it"]},
