@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -21,9 +22,16 @@ ROWS = ("return", "score", "gold_score", "kl", "length", "normalised")
 
 
 def interval(numbers: list[float]) -> str:
-    """Mean and half-width of the 95 % t-interval."""
+    """Mean and half-width of the 95 % t-interval; of one number, itself."""
+    if len(numbers) == 1:
+        return f"{numbers[0]:.3f}"
     half = student.ppf(0.975, len(numbers) - 1) * statistics.stdev(numbers) / math.sqrt(len(numbers))
     return f"{statistics.mean(numbers):.3f} ± {half:.3f}"
+
+
+def beside(out: Path, overrides: list[str]) -> Path:
+    """A folder of its own for each set of overrides, so that a finished run is never taken for another."""
+    return out / re.sub(r"[^\w.+-]", "_", "__".join(sorted(overrides)))
 
 
 def main() -> None:
@@ -36,7 +44,7 @@ def main() -> None:
     wait_politely()
     summaries = []
     for seed in args.seeds:
-        directory = args.out / f"seed{seed}"
+        directory = beside(args.out, args.overrides) / f"seed{seed}"
         with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
             cfg = compose("train", overrides=[*args.overrides, f"seed={seed}"])
         if not (directory / "summary.json").exists():

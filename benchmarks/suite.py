@@ -20,7 +20,7 @@ from statistics import mean
 from typing import Any
 
 from agents.optimum import chosen
-from benchmarks.learning import interval
+from benchmarks.learning import beside, interval
 
 
 def run(directory: Path, task: str, agent: str, seed: int, overrides: list[str]) -> dict[str, Any]:
@@ -72,9 +72,10 @@ def main() -> None:
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
     cells = list(itertools.product(args.agents, chosen(args.tasks), args.seeds))
+    out = beside(args.out, args.overrides)
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = {
-            cell: pool.submit(run, args.out / "-".join(map(str, cell)), cell[1], cell[0], cell[2], args.overrides)
+            cell: pool.submit(run, out / "-".join(map(str, cell)), cell[1], cell[0], cell[2], args.overrides)
             for cell in cells
         }
     tasks = chosen(args.tasks)
