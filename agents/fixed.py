@@ -66,7 +66,7 @@ class FixedAgent(ABC):
         """Writes what the sampling goes on from; what the agent does is derived again."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        state = {"num_timesteps": self.num_timesteps, "tokens": asdict(self.tokens)}
+        state = {"seed": self.seed, "num_timesteps": self.num_timesteps, "tokens": asdict(self.tokens)}
         state["generator"] = self.generator.get_state().tolist()
         write_atomically(directory / "state.json", json.dumps(state))
 
@@ -74,7 +74,8 @@ class FixedAgent(ABC):
         """Reads back what `save` wrote."""
         state = json.loads((Path(directory) / "state.json").read_text())
         self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
-        self.num_timesteps, self.tokens = state["num_timesteps"], TokenCount(**state["tokens"])
+        self.seed, self.num_timesteps = state["seed"], state["num_timesteps"]
+        self.tokens = TokenCount(**state["tokens"])
 
 
 class FixedPolicyAgent(FixedAgent):

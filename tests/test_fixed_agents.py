@@ -103,21 +103,6 @@ def test_chance_gives_ids_that_the_tokenizer_lacks_no_probability(parts: dict[st
     torch.testing.assert_close(legal, torch.full_like(legal, 1 / legal.shape[1]))
 
 
-@pytest.mark.parametrize("kind", [Reference, Uniform, BestOfN])
-def test_an_agent_samples_on_from_where_it_was_saved(kind: Any, tmp_path: Path) -> None:
-    envs = tiny(8)
-    first, second = kind(envs, seed=1), kind(envs, seed=2)
-    observation, _ = envs.reset(seed=0)
-    first.predict(observation)
-    first.learn(1000)
-    first.save(tmp_path / "agent")
-    second.load(tmp_path / "agent")
-    assert second.num_timesteps == first.num_timesteps
-    assert first.num_timesteps > 0 if kind is BestOfN else first.num_timesteps == 0
-    for _ in range(3):
-        assert (first.predict(observation)[0] == second.predict(observation)[0]).all()
-
-
 # -- the best of n: the exact law ------------------------------------------------------------------------------------
 
 
