@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyProblem, learn
+from test_gradient_directions import Ways, agent_of, cosine, direction, flat, parameters_of
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from agents.nlpo import NLPO, NLPOConfig, among
 from agents.policy import read_logits
@@ -21,6 +21,7 @@ from lmgym.errors import InvalidArgumentError
 from lmgym.evaluation import evaluate
 from lmgym.kl import episode_kl
 from lmgym.models.sampling import Sampler
+from lmgym.optimum.tree import Tree
 
 KINDS = ["finetune", "transformer", "gru", "mlp"]
 
@@ -214,9 +215,36 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(tmp_path: Any, kind: Any, 
     assert same(law_of_policy(second.policy.mask), law_of_policy(first.policy.mask))
     assert not same(law_of_policy(second.policy.mask), law_of_policy(second.policy.policy))
     assert curve + learn(second, 2, total=400) == whole
-    if kind == "finetune":
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
-        assert same(plain.state_dict(), first.policy.policy.actor.state_dict())
+
+
+# -- the expected direction ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_p", [0.6, 0.9])
+def test_the_expected_update_is_along_the_gradient_of_js_masked_law(top_p: float) -> None:
+    """With the mask held, by a sum over all responses; those off the mask's sets have probability 0."""
+    tree = Tree.of(TinyProblem().task, "train")
+    numbers = {"gae_lambda": 1.0, "vf_coef": 0.0, "whiten_advantages": "none", "mask_top_p": top_p}
+    agent: Any = agent_of(NLPO, tree.task, **numbers)
+
+    def unmasked(episodes: Episodes) -> Tensor:
+        return agent.unmasked.read(episodes).logits
+
+    def masked(episodes: Episodes) -> Tensor:  # `policy.read` would keep every response of the tree possible
+        with torch.no_grad():
+            mask = agent.policy.mask.read(episodes).logits
+        return among(unmasked(episodes), mask, top_p)
+
+    def gradient(law: Any) -> Tensor:
+        return flat(tree.gradient(law, parameters)[1], parameters)
+
+    parameters, probs = parameters_of(agent), tree.evaluate(masked).log_probs.exp() / len(tree.prompts)
+    assert 0 < (probs > 0).double().mean() < 0.2
+    found = direction(agent, tree, Ways(torch.arange(len(probs)), probs)) * (probs @ tree.episodes.lengths.double())
+    right = gradient(masked)
+    assert cosine(found, right) > 1 - 1e-5
+    assert found.norm().item() == pytest.approx(right.norm().item(), rel=1e-3)
+    assert cosine(gradient(unmasked), right) < 0.95
 
 
 # -- learning --------------------------------------------------------------------------------------------------------

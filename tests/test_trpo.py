@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from conftest import TinyProblem, learn
+from test_gradient_directions import DISCOUNT, agent_of, alone, as_collected, direction, gradient, parameters_of
+from test_reinforce import late_term
 from torch import Tensor
 
 import agents.base
 import agents.trpo
+from agents.a2c import A2C
+from agents.advantages import returns_to_go
+from agents.base import OnPolicyAgent
 from agents.checkpoint import TokenCount
 from agents.policy import TrainablePolicy
-from agents.trpo import TRPO, Fisher, TRPOConfig, conjugate_gradient, flat
+from agents.trpo import TRPO, Fisher, TRPOConfig, conjugate_gradient, flat, surrogate
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, UnknownNameError
@@ -347,6 +353,82 @@ def test_the_gradient_is_that_of_the_objective() -> None:
     *_, before, after, _ = stepped(agent)
     assert cosine(after - before, flat(right)) > 0.99
     assert tree.evaluate(law).value > value
+
+
+# -- the expected direction ------------------------------------------------------------------------------------------
+
+
+def states(episodes: Episodes) -> Tensor:
+    """(n,) number of the state of each chosen token."""
+    mask, t = episodes.response_mask, torch.arange(episodes.response_mask.shape[1])
+    before = torch.where(t < t.unsqueeze(1), episodes.response_ids.unsqueeze(1), -1)  # (B, T, T)
+    index = episodes.prompt_index.view(-1, 1, 1).expand(*mask.shape, 1)
+    return torch.cat([index, before], 2)[mask].unique(dim=0, return_inverse=True)[1]
+
+
+def summed(x: Tensor, groups: Tensor) -> Tensor:
+    """(n,) float64: for each entry the sum of x (n,) over its group."""
+    return torch.zeros(len(x), dtype=torch.float64).index_add(0, groups, x.double())[groups]
+
+
+def expected_gradient(
+    agent: OnPolicyAgent, tree: Tree, *, own_values: bool = False, discounted: bool = False
+) -> Tensor:
+    """(p,) float64 of E sum_t A_t grad log pi(a_t|s_t), from the surrogate, over all responses.
+
+    Args:
+        agent: TRPO. tree: of the same task.
+        own_values: takes V of the policy itself, E [G_t | s_t], for what the critic says.
+        discounted: weighs the place t with gamma^t.
+    """
+    episodes, mask, gamma = as_collected(agent, tree.episodes), tree.episodes.response_mask, tree.task.gamma
+    weights, rewards = alone(agent, tree).weights.unsqueeze(1).expand_as(mask)[mask], agent.rewards(episodes)
+    if own_values:
+        returns, state = returns_to_go(rewards, mask, gamma)[mask], states(episodes)
+        values = summed(weights * returns, state) / summed(weights, state)
+        episodes = replace(episodes, values=torch.zeros(mask.shape).masked_scatter(mask, values.float()))
+    every, count = torch.arange(len(episodes)), len(episodes)
+    batch = agent._read(episodes, *agent.advantages(episodes, rewards), every, torch.tensor(count), count)
+    weights = weights * gamma**batch.places if discounted else weights
+    gain = surrogate(replace(batch, weights=weights.float()))
+    return flat(torch.autograd.grad(gain, parameters_of(agent), materialize_grads=True)).double()
+
+
+@pytest.mark.parametrize("dense_kl", [True, False])
+@pytest.mark.parametrize("gamma", [1.0, DISCOUNT])
+@pytest.mark.parametrize("gae_lambda", [1.0, 0.5])
+def test_the_expected_gradient_is_a2cs_and_so_are_its_biases(gae_lambda: float, gamma: float, dense_kl: bool) -> None:
+    tree = Tree.of(TinyProblem(gamma=gamma, dense_kl=dense_kl).task, "train")
+    agent = agent_of(TRPO, tree.task, gae_lambda=gae_lambda)
+    other = agent_of(A2C, tree.task, gae_lambda=gae_lambda, vf_coef=0.0)
+    found, right = expected_gradient(agent, tree), gradient(agent, tree)
+    near = {"rtol": 0.0, "atol": 1e-5 * right.norm().item()}
+    ways = alone(other, tree)
+    tokens = ways.weights @ tree.episodes.lengths.double()
+    torch.testing.assert_close(found, tokens * direction(other, tree, ways), **near)
+    if gae_lambda < 1 or gamma < 1:
+        assert cosine(found, right) < 0.99
+    missing = 0.0 if dense_kl else late_term(agent, tree)
+    mended = expected_gradient(agent, tree, own_values=gae_lambda < 1, discounted=True) + missing
+    torch.testing.assert_close(mended, right, **near)
+
+
+def test_the_step_is_along_the_natural_gradient_of_the_objective() -> None:
+    """(F + damping)^-1 grad J, both by sums over all responses."""
+    envs = tiny_envs(horizon=2)
+    big = {"batch_size": 6_000, "micro_batch_size": 6_000, "epochs": 1, "minibatches": 1, "cg_iterations": 30}
+    agent = moved(tiny_trpo(envs, policy="gru", gae_lambda=1.0, cg_damping=0.02, max_kl=1e-4, **big), scale=0.4)
+    tree, parameters = Tree.of(envs.task, "train"), agent.law_parameters
+    episodes = tree.episodes
+    laws, state = log_law(agent.policy, episodes), states(episodes)
+    probs = alone(agent, tree).weights.unsqueeze(1).expand_as(episodes.response_mask)[episodes.response_mask]
+    once = list({s: i for i, s in enumerate(state.tolist())}.values())  # a token of each state
+    matrix = dense_fisher(laws[once], (summed(probs, state) / probs.sum())[once], parameters)
+    plain = flat(tree.gradient(lambda few: agent.policy.read(few).logits, parameters)[1]).double()
+    natural = torch.linalg.solve(matrix + 0.02 * torch.eye(len(plain)), plain)
+    *_, before, after, _ = stepped(agent)
+    assert cosine(after - before, natural) > 0.99
+    assert cosine(plain, natural) < 0.9
 
 
 # -- the loop --------------------------------------------------------------------------------------------------------
