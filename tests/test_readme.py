@@ -27,15 +27,23 @@ from omegaconf import DictConfig, OmegaConf
 import lmgym
 from agents import train
 from agents.base import OnPolicyConfig
+from agents.best_of_n import BestOfN, BestOfNConfig
+from agents.dpo import DPO, DPOConfig
+from agents.ppo import PPOConfig
+from agents.sft import SFT, SFTConfig
 from lmgym.envs.settings import Settings
 from lmgym.envs.token import RESET_OPTIONS
 from lmgym.envs.vector import RLHFVectorEnv
+from lmgym.feedback.preferences import Rankings
 from lmgym.tasks import base
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README, CONTRIBUTING, AGENTS = ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "agents"
-ON_TEMPLATE = ("a2c", "grpo", "klq", "ppo", "reinforce", "rloo")  # agents with a page that adds to the common one
+ON_TEMPLATE = ("a2c", "grpo", "klq", "nlpo", "ppo", "reinforce", "rloo", "trpo")  # pages that add to the common one
+WHOLE = ("best_of_n", "dpo", "sft")  # pages with all there is
+FIXED = ("optimal", "reference", "uniform")  # on one page, without fields and metrics
+SB3 = tuple(sorted(path.stem for path in (ROOT / "conf" / "agent").glob("sb3_*.yaml")))  # on one page
 CONTINUES = "<!-- continues -->"
 
 
@@ -231,7 +239,12 @@ def shipped(agent: str) -> tuple[Any, dict[str, Any]]:
     return hydra.utils.get_class(values.pop("_target_")), values
 
 
-COMMON_FIELDS = {field.name: str(field.default) for field in dataclasses.fields(OnPolicyConfig)}
+def defaults(config: Any) -> dict[str, str]:
+    """The fields of a config, as the tables write them."""
+    return {name: str(value) for name, value in vars(config()).items()}
+
+
+COMMON_FIELDS = defaults(OnPolicyConfig)
 
 
 def test_the_agents_listed_are_those_that_can_be_chosen() -> None:
@@ -240,32 +253,115 @@ def test_the_agents_listed_are_those_that_can_be_chosen() -> None:
     assert listed == {path.stem for path in (ROOT / "conf" / "agent").glob("*.yaml")}
 
 
+def test_every_agent_has_a_page() -> None:
+    assert {path.stem for path in AGENTS.glob("*.md")} == {"README", *ON_TEMPLATE, *WHOLE, "reference", "sb3"}
+    assert {path.stem for path in (ROOT / "conf" / "agent").glob("*.yaml")} == {*ON_TEMPLATE, *WHOLE, *FIXED, *SB3}
+
+
 def test_the_fields_that_agents_have_in_common() -> None:
     assert {name: cells[0] for name, cells in table(AGENTS / "README.md", "field").items()} == COMMON_FIELDS
 
 
-@pytest.mark.parametrize("agent", ON_TEMPLATE)
+@pytest.mark.parametrize("agent", [*ON_TEMPLATE, *WHOLE])
 def test_the_fields_of_an_agent_are_those_of_its_config_and_its_yaml(agent: str) -> None:
-    """Those that are its own, or have another default than is common."""
+    """On the template those that are its own, or have another default than is common (of NLPO, than PPO's)."""
     kind, values = shipped(agent)
-    fields = {field.name: str(field.default) for field in dataclasses.fields(kind.Config)}
-    written = {name: cells[0] for name, cells in table(AGENTS / f"{agent}.md", "field").items()}
-    assert written == {name: default for name, default in fields.items() if COMMON_FIELDS.get(name) != default}
+    fields, elsewhere = defaults(kind.Config), COMMON_FIELDS if agent in ON_TEMPLATE else {}
+    if agent == "nlpo":
+        elsewhere = defaults(PPOConfig)
+    written = {name: set(cells[:-1]) for name, cells in table(AGENTS / f"{agent}.md", "field").items()}
+    assert written == {name: {default} for name, default in fields.items() if elsewhere.get(name) != default}
     assert {name: str(value) for name, value in values.items()} == fields
 
 
+def test_the_fields_of_sb3_are_those_of_its_config_and_its_yamls() -> None:
+    pytest.importorskip("stable_baselines3")
+    fields = defaults(shipped("sb3_ppo")[0].Config)
+    assert {name: cells[0] for name, cells in table(AGENTS / "sb3.md", "field").items()} == fields
+    for agent in SB3:
+        assert set(shipped(agent)[1]) == set(fields)
+
+
+def logged(kind: Any, config: Any, total: int = 1, **settings: Any) -> set[str]:
+    """The metrics that an agent logs, on short responses of `reviews` (which has a gold score) by default."""
+    settings = {"device": "cpu", "max_new_tokens": 2, "group_size": getattr(config, "responses", 1), **settings}
+    envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=config.num_envs, autoreset_mode="SameStep", **settings)
+    names: set[str] = set()
+    kind(envs, config).learn(total, callback=lambda _, metrics: names.update(metrics) is None)
+    return names
+
+
+def metrics_on(page: str) -> set[str]:
+    return set(table(AGENTS / f"{page}.md", "metric"))
+
+
 @pytest.mark.parametrize("agent", ON_TEMPLATE)
-def test_the_metrics_of_an_agent_are_those_it_logs(agent: str) -> None:
+def test_the_metrics_of_an_agent_are_those_it_logs(agent: str, tmp_path: Path) -> None:
     kind, _ = shipped(agent)
-    config = kind.Config(batch_size=2 * kind.Config().responses * kind.Config().minibatches)
-    envs: Any = gym.make_vec(
-        "lmgym/RLHF-v0", num_envs=config.num_envs, group_size=config.responses, device="cpu", max_new_tokens=2
-    )
-    logged: set[str] = set()
-    kind(envs, config).learn(1, callback=lambda _, metrics: logged.update(metrics) is None)
-    own, common = (set(table(AGENTS / page, "metric")) for page in (f"{agent}.md", "README.md"))
-    assert logged == own | common
+    (tmp_path / "texts.txt").write_text("the film was good\n")
+    ptx = {"ptx_coef": 1.0, "ptx_texts": str(tmp_path / "texts.txt")} if issubclass(kind.Config, PPOConfig) else {}
+    config = kind.Config(batch_size=2 * kind.Config().responses * kind.Config().minibatches, **ptx)
+    own, common = metrics_on("ppo" if agent == "nlpo" else agent), metrics_on("README")
+    assert logged(kind, config) == own | common
     assert not own & common
+
+
+def test_the_metrics_of_dpo_are_those_it_logs(tmp_path: Path) -> None:
+    path = tmp_path / "rankings.jsonl"
+    Rankings(["the film"], [[" was", " is"]], [[0, 1]]).save(path)
+    assert logged(DPO, DPOConfig(batch_size=2)) == metrics_on("dpo")
+    rollout = {name for name in metrics_on("dpo") if name.startswith("rollout/")}
+    offline = logged(DPO, DPOConfig(mode="offline", rankings=str(path)), prompts=["the film"])
+    assert offline == metrics_on("dpo") - rollout
+
+
+def test_the_metrics_of_sft_are_those_it_logs(tmp_path: Path) -> None:
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text('{"prompt": "the film", "completion": " was"}\n')
+    best = logged(SFT, SFTConfig(n=2, batch_size=2))
+    optimal = logged(SFT, SFTConfig(demonstrations="optimal", batch_size=2), task="anchor-0.1")
+    file = logged(SFT, SFTConfig(demonstrations="file", path=str(path)), prompts=["the film"])
+    written = table(AGENTS / "sft.md", "metric")
+    assert best | optimal | file == set(written)
+    assert optimal - best == {name for name, cells in written.items() if "`optimal` alone" in cells[-1]}
+    assert (best | optimal) - file == {name for name in written if name.startswith("train/demonstration_")} - file
+
+
+def test_the_metrics_of_the_best_of_n_are_those_of_its_evaluation() -> None:
+    envs: Any = gym.make_vec("lmgym/RLHF-v0", device="cpu", max_new_tokens=2)
+    assert set(BestOfN(envs, BestOfNConfig(n=2)).evaluate(envs, samples=1, prompts=2).metrics) == metrics_on(
+        "best_of_n"
+    )
+    assert not logged(BestOfN, BestOfNConfig(n=2))
+
+
+@pytest.mark.parametrize("agent", FIXED)
+def test_agents_that_do_not_learn_have_no_fields_and_no_metrics(agent: str) -> None:
+    kind, values = shipped(agent)
+    assert not values
+    assert not defaults(kind.Config)
+    assert not logged(kind, kind.Config(), task="anchor-0.1")
+
+
+@pytest.mark.parametrize("agent", SB3)
+def test_the_metrics_of_an_algorithm_of_sb3_are_those_it_logs(agent: str) -> None:
+    pytest.importorskip("stable_baselines3")
+    kind, values = shipped(agent)
+    name = values["algorithm"]
+    if name not in ("PPO", "A2C", "DQN"):
+        pytest.importorskip("sb3_contrib")
+    small: dict[str, Any] = {"n_envs": 4, "n_steps": 4, "policy": "mlp", "width": 8, "layers": 1}
+    if name in ("DQN", "QRDQN"):
+        values["kwargs"] |= {"buffer_size": 64, "learning_starts": 4}
+    elif name == "TRPO":
+        values["kwargs"] |= {"cg_max_steps": 1}
+    if values["batch_size"] is not None:
+        small["batch_size"] = 8
+    if values["stretch"] is not None:
+        small["stretch"] = 2
+    written = table(AGENTS / "sb3.md", "metric")
+    of = {metric for metric, cells in written.items() if cells[1] == "all" or name in cells[1].split(", ")}
+    assert logged(kind, kind.Config(**{**values, **small}), 16) == of
 
 
 # --- links, files, commands ---------------------------------------------------------------------------------------

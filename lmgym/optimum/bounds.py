@@ -58,7 +58,7 @@ def log_weights(episodes: Episodes, kl_coef: float) -> Tensor:
 
 
 def multi_sample_bound(weights: Tensor, kl_coef: float, n: int | None = None) -> Tensor:
-    """Lower bound on V*(x) from n samples a prompt (Burda et al. 2016, eq. 8, for this problem).
+    """Lower bound on V*(x) from n samples a prompt (Burda et al. 2016, section 3, for this problem).
 
     `kl_coef * log mean_{i<=n} weight_i` is J(pi) at n = 1 in expectation, never falls with n, and never passes V*(x).
 
