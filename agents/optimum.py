@@ -23,7 +23,7 @@ from lmgym.tasks.base import ARTEFACTS
 SPLITS = ("train", "test")
 TOLERANCE = 1e-4  # between machines, in units of the score
 TIMESTEPS = 150_000  # env steps that a proposal is trained for
-SAMPLES, REPEATS = 16_384, 4  # responses a split, in independent runs
+SAMPLES, REPEATS = 131_072, 4  # responses a split, in independent runs
 SEED = 0
 
 
