@@ -183,7 +183,7 @@ class MaskedPolicy:
 
     def __init__(self, policy: Policy, engine: Engine, sampler: Sampler) -> None:
         self._policy, self._reference = policy, CausalPolicy(engine.lm)
-        self._is_eos, self._sampler = engine.is_eos, sampler
+        self._is_eos, self._sampler = torch.as_tensor(engine.is_eos, device=engine.lm.device), sampler
 
     @property
     def device(self) -> torch.device:

@@ -108,7 +108,7 @@ def action_masks(engine: Engine, sampler: Sampler) -> Bools:
     return masks
 
 
-def kept(logits: Tensor, sampler: Sampler, is_eos: Bools) -> Tensor:
+def kept(logits: Tensor, sampler: Sampler, is_eos: Bools | Tensor) -> Tensor:
     """(N, V) bool: what the law of the reference's logits (N, V) keeps, with every EOS."""
     return sampler.law(logits, 0).isfinite() | torch.as_tensor(is_eos, device=logits.device)
 
