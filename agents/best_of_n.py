@@ -23,10 +23,10 @@ from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_int
 from lmgym.evaluation import Evaluation
+from lmgym.intervals import Interval
 from lmgym.kl import episode_kl
 from lmgym.models.policy import CausalPolicy
 from lmgym.models.sampling import Sampler
-from lmgym.optimum.bounds import Interval
 from lmgym.rollout import collect
 
 _BATCH = 256  # candidates that are decoded together
@@ -153,8 +153,7 @@ class BestOfN(FixedAgent):
             over_samples = whole and name not in ("return", "kl")
             metrics[name] = Interval.over_repeats(x) if over_samples else Interval.of(x.mean(1))
         if task.kl_coef > 0:
-            bound = kl_bound(self.config.n)
-            metrics["kl_bound"] = Interval(bound, bound, bound)
+            metrics["kl_bound"] = Interval.point(kl_bound(self.config.n))
         return Evaluation(metrics, None, chosen)
 
     def _choose(

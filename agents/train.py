@@ -203,14 +203,14 @@ def _optimum(plan: Plan, before: Any, after: Any) -> tuple[Any, Any, Any]:
         A StoredOptimum, or None where V* is not known to be above the reference; its lower and upper bounds as
         intervals, or None.
     """
+    from lmgym.intervals import Interval
     from lmgym.optimum import known
-    from lmgym.optimum.bounds import Interval
     from lmgym.tasks import StoredOptimum
 
     task, split = _graded(plan), plan.evaluation.split
     stored = known(task, split)
     if stored is not None:
-        lower, upper = (None if v is None else Interval(v, v, v) for v in (stored.lower, stored.upper))
+        lower, upper = (None if v is None else Interval.point(v) for v in (stored.lower, stored.upper))
         return (stored if stored.value > stored.reference else None), lower, upper
     bounds = [e.bound for e in (before, after) if e.bound is not None]
     lower = max(bounds, key=lambda bound: bound.mean) if bounds else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +11,11 @@ from torch import Tensor
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import check_int
+from lmgym.intervals import Interval
 from lmgym.kl import check_sampled_law, discounted_return, episode_kl, token_rewards
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler
-from lmgym.optimum.bounds import Interval, log_weights, multi_sample_bound
+from lmgym.optimum.bounds import log_weights, multi_sample_bound
 from lmgym.rollout import collect
 
 _BATCH = 256
@@ -82,7 +82,7 @@ def evaluate(
     if task.kl_coef > 0:  # without a price the reference is never asked
         numbers["kl"] = episode_kl(episodes)
     numbers["length"] = episodes.lengths.float()
-    of = _over_samples if count == len(available) and samples > 1 else _over_prompts
+    of = Interval.over_repeats if count == len(available) and samples > 1 else _over_prompts
     metrics = {name: of(x.view(count, samples)) for name, x in numbers.items()}
     bound = None
     if task.kl_coef > 0 and task.gamma == 1 and samples > 1:
@@ -93,12 +93,6 @@ def evaluate(
 
 def _over_prompts(x: Tensor) -> Interval:
     return Interval.of(x.mean(1))
-
-
-def _over_samples(x: Tensor) -> Interval:
-    """Interval of the mean of (X, S) numbers, S samples each of X prompts that are all there are."""
-    mean, error = x.double().mean().item(), math.sqrt(x.double().var(1).mean().item() / x.numel())
-    return Interval(mean, mean - 1.96 * error, mean + 1.96 * error)
 
 
 def as_json(metrics: dict[str, Interval]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lmgym.errors import InvalidArgumentError
-from lmgym.optimum.bounds import Interval
+from lmgym.intervals import Interval
 from lmgym.tasks.base import StoredOptimum
 
 
@@ -24,7 +24,7 @@ def normalised(value: Interval, reference: Interval | float, optimum: StoredOpti
     Raises:
         InvalidArgumentError: if V* is not above J_ref: there is nothing to gain.
     """
-    reference = _point(reference) if isinstance(reference, float) else reference
+    reference = Interval.point(reference) if isinstance(reference, float) else reference
     known = StoredOptimum("", optimum, optimum, optimum, reference.mean) if isinstance(optimum, float) else optimum
     if not known.value > reference.mean:
         raise InvalidArgumentError(
@@ -42,7 +42,3 @@ def _share(value: Interval, reference: Interval, optimum: float) -> tuple[float,
     share = (value.mean - reference.mean) / gain
     half = math.hypot(value.high - value.mean, (1 - share) * (reference.high - reference.mean)) / gain
     return share, half
-
-
-def _point(value: float) -> Interval:
-    return Interval(value, value, value)

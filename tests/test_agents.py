@@ -37,11 +37,11 @@ from agents.trpo import TRPO
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
+from lmgym.intervals import Interval
 from lmgym.kl import token_rewards
 from lmgym.models.causal import CausalLM
 from lmgym.models.markov import dirichlet_rows, markov_lm
 from lmgym.models.sampling import Sampler
-from lmgym.optimum.bounds import Interval
 from lmgym.optimum.tree import Tree
 from lmgym.scores import normalised
 from lmgym.tasks import make_task

@@ -14,7 +14,7 @@ from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.policy import CausalPolicy
 from lmgym.models.sampling import inverse_cdf
-from lmgym.optimum.bounds import Interval, Mixture, log_weights, multi_sample_bound
+from lmgym.optimum.bounds import Mixture, log_weights, multi_sample_bound
 
 
 @pytest.fixture(scope="module")
@@ -133,41 +133,6 @@ def test_without_a_price_there_is_no_bound(problem: TinyProblem) -> None:
     episodes = all_episodes(problem, "x", problem.token_log_probs(problem.lm, "x"))
     with pytest.raises(InvalidArgumentError, match="`kl_coef` must be > 0 for a bound on the optimum, got 0.0."):
         log_weights(episodes, 0.0)
-
-
-def test_an_interval_is_the_normal_one() -> None:
-    x = torch.tensor([1.0, 2.0, 4.0, 9.0])
-    found = Interval.of(x)
-    half = 1.96 * math.sqrt(sum((v - 4) ** 2 for v in x.tolist()) / 3) / 2
-    assert (found.mean, found.low, found.high) == pytest.approx((4.0, 4 - half, 4 + half))
-    single = Interval.of(torch.tensor([3.0]))
-    assert (single.mean, single.low, single.high) == (3.0, -math.inf, math.inf)
-
-
-def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
-    draws = torch.randn((2000, 100), generator=torch.Generator().manual_seed(2)).exp()
-    intervals = [Interval.of(row) for row in draws]
-    covered = sum(i.low < math.exp(0.5) < i.high for i in intervals) / 2000
-    assert 0.90 < covered < 0.96  # a skewed law: a little under 95 %
-
-
-def test_an_interval_over_repeats_is_that_of_the_mean_over_fixed_prompts() -> None:
-    x = torch.tensor([[1.0, 2.0, 3.0], [10.0, 10.0, 16.0]])
-    found = Interval.over_repeats(x)
-    half = 1.96 * math.sqrt((1 / 3 + 12 / 3) / 4)  # variances of the two means, and the two prompts' mean
-    assert (found.mean, found.low, found.high) == pytest.approx((7.0, 7 - half, 7 + half))
-    assert half < 1.96 * Interval.of(x.mean(1)).high  # how prompts differ is no part of it
-    assert Interval.over_repeats(x[:, :1]) == Interval(5.5, -math.inf, math.inf)
-    dead = Interval.over_repeats(torch.tensor([[1.0, -math.inf], [0.0, 1.0]]))
-    assert (dead.low, dead.high) == (-math.inf, -math.inf)
-
-
-def test_an_interval_over_repeats_covers_the_mean_as_often_as_it_says() -> None:
-    generator = torch.Generator().manual_seed(3)
-    means, spreads = torch.arange(10.0)[:, None], torch.rand((10, 1), generator=generator) + 0.2
-    draws = means + spreads * torch.randn((2000, 10, 8), generator=generator)
-    intervals = [Interval.over_repeats(x) for x in draws]
-    assert 0.92 < sum(i.low < 4.5 < i.high for i in intervals) / 2000 < 0.97
 
 
 def mixture_of(problem: TinyProblem) -> Mixture:

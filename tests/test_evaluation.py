@@ -15,10 +15,10 @@ from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, LogProbError
 from lmgym.evaluation import Evaluation, as_json, evaluate
+from lmgym.intervals import Interval
 from lmgym.kl import episode_kl
 from lmgym.models.policy import CausalPolicy
 from lmgym.models.sampling import Sampler
-from lmgym.optimum.bounds import Interval
 
 
 @pytest.fixture(scope="module")
@@ -212,10 +212,7 @@ def test_no_row_of_the_env_is_touched(problem: TinyProblem) -> None:
 def test_the_interval_is_of_the_sampling_where_all_prompts_are_graded(problem: TinyProblem) -> None:
     found = evaluate(CausalPolicy(problem.lm), envs_of(problem), samples=50, generator=rng())
     scores = per_prompt(found, found.episodes.scores.double())
-    error = math.sqrt(sum(float(row.var()) / 50 for row in scores)) / 3
-    interval = found.metrics["score"]
-    assert interval.mean == pytest.approx(scores.mean().item())
-    assert (interval.high - interval.low) / 2 == pytest.approx(1.96 * error)
+    assert found.metrics["score"] == Interval.over_repeats(scores)
 
 
 def test_the_interval_is_over_prompts_where_only_some_are_graded_or_once(problem: TinyProblem) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmgym.errors import InvalidArgumentError
-from lmgym.optimum.bounds import Interval
+from lmgym.intervals import Interval
 from lmgym.scores import normalised
 from lmgym.tasks import StoredOptimum
 

@@ -471,7 +471,7 @@ def test_the_sandwich_holds_the_optimum(proposal: str, kl_coef: float) -> None:
         assert found.lower < values.mean().item() < found.upper
         assert (found.method, found.exact, found.policy) == ("bounds", False, None)
         if proposal not in ("critic", "other"):
-            assert found.upper - found.lower < 0.35
+            assert found.upper - found.lower < 0.45
             torch.testing.assert_close(found.values, values, rtol=0, atol=0.15)
 
 

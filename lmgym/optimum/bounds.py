@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,40 +13,6 @@ from lmgym.errors import InvalidArgumentError
 from lmgym.kl import episode_kl
 from lmgym.models.causal import token_log_probs
 from lmgym.models.policy import Policy, PolicyState
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, per_cluster: Tensor) -> Interval:
-        """Normal interval of the mean of (n,) independent numbers: one a prompt, its samples averaged before."""
-        x = per_cluster.double()
-        mean = x.mean().item()
-        half = 1.96 * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.inf
-        return cls(mean, mean - half, mean + half)
-
-    @classmethod
-    def over_repeats(cls, per_repeat: Tensor) -> Interval:
-        """Normal interval of the mean over X fixed prompts of (X, R) numbers, each measured R times.
-
-        Only the noise of the samples is in it, sqrt(sum_x var_x / R) / X: the prompts are all there are, not a sample
-        of more. With few repeats and few prompts in all it is too narrow, for a variance from R numbers is rough.
-        """
-        x = per_repeat.double()
-        prompts, repeats = x.shape
-        mean = x.mean().item()
-        if repeats == 1:
-            return cls(mean, -math.inf, math.inf)
-        if not math.isfinite(mean):
-            return cls(mean, mean, mean)
-        half = 1.96 * math.sqrt(x.var(1).sum().item() / repeats) / prompts
-        return cls(mean, mean - half, mean + half)
 
 
 def log_weights(episodes: Episodes, kl_coef: float) -> Tensor:

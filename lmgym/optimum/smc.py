@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from lmgym.errors import InvalidArgumentError, LmGymError, check_int, check_number
+from lmgym.intervals import Interval
 from lmgym.models.causal import CausalLM, token_log_probs
 from lmgym.models.policy import CausalPolicy, Policy
 from lmgym.models.sampling import inverse_cdf
 from lmgym.optimum.answer import Optimum, check_solvable, expected_reward
-from lmgym.optimum.bounds import Interval
 from lmgym.rewards.base import RewardFunction, score
 from lmgym.rewards.classifier import ClassifierReward
 from lmgym.tasks.base import Task, check_split
