@@ -174,7 +174,8 @@ class OnPolicyAgent(ABC):
         self.policy = self.new_policy(seed)
         self._rates = (config.lr, config.lr if config.critic_lr is None else config.critic_lr)
         groups = [{"params": x, "lr": rate} for x, rate in zip(self._parameters(), self._rates, strict=True)]
-        self.optimizer = torch.optim.Adam(groups, **self._adam())
+        on_gpu = self.policy.device.type == "cuda"
+        self.optimizer = torch.optim.Adam(groups, fused=on_gpu or None, **self._adam())
         self.generator = torch.Generator().manual_seed(seed)
         self.num_timesteps, self.tokens = 0, TokenCount()
         self.kl: KLCoefficient = FixedKL(envs.kl_coef)
@@ -371,7 +372,7 @@ class OnPolicyAgent(ABC):
         chosen = self.minibatch_advantages(advantages[rows], episodes.response_mask[rows])
         advantages = advantages.index_copy(0, rows, chosen)
         self.optimizer.zero_grad(set_to_none=True)
-        metrics: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}  # in float64; read once a step, for on a GPU every look waits for it
         for part in rows.split(self.config.micro_batch_size):
             batch = self._read(episodes, advantages, returns, part, total, count, backward=1)
             loss, parts = self.loss(batch)
@@ -381,17 +382,17 @@ class OnPolicyAgent(ABC):
                 gaps = (batch.log_probs - batch.old_log_probs).abs()
                 parts["train/ratio_error"] = (batch.weights * gaps).sum()
             for name, value in parts.items():
-                metrics[name] = metrics.get(name, 0.0) + value.item()
+                sums[name] = sums[name] + value.double() if name in sums else value.double()
         auxiliary = self.auxiliary_loss()
         if auxiliary is not None:
             auxiliary[0].backward()
-            metrics |= {name: value.item() for name, value in auxiliary[1].items()}
+            sums |= {name: value.double() for name, value in auxiliary[1].items()}
         limit = self.config.max_grad_norm or math.inf
-        metrics["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit).item()
+        sums["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit).double()
         if self.config.adam == "tensorflow":
             self._correct_epsilon()
         self.optimizer.step()
-        return metrics
+        return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
     def _correct_epsilon(self) -> None:
         """TensorFlow adds epsilon to the second moment's root before the correction for bias, PyTorch behind it."""
@@ -414,22 +415,23 @@ class OnPolicyAgent(ABC):
         few = episodes[rows]
         assert few.values is not None
         self.tokens.read(few, backward=backward)
-        mask = few.response_mask
+        chosen = few.response_mask.nonzero(as_tuple=True)
+        row, places = chosen
         read = self.policy.read(few)
-        law = self.sampler.log_law(read.logits, mask.nonzero()[:, 1])
+        law = self.sampler.log_law(read.logits, places)
         return Minibatch(
             log_law=law,
-            log_probs=law.gather(1, few.response_ids[mask].unsqueeze(1)).squeeze(1),
-            old_log_probs=few.log_probs[mask],
+            log_probs=law.gather(1, few.response_ids[chosen].unsqueeze(1)).squeeze(1),
+            old_log_probs=few.log_probs[chosen],
             values=read.values,
-            old_values=few.values[mask],
-            advantages=advantages[rows][mask],
-            returns=returns[rows][mask],
+            old_values=few.values[chosen],
+            advantages=advantages[rows][chosen],
+            returns=returns[rows][chosen],
             weights=torch.full_like(read.values, 1.0) / total,
             episode_weights=torch.full_like(read.values, 1.0 / count),
-            lengths=few.lengths.unsqueeze(1).expand_as(mask)[mask],
-            places=mask.nonzero()[:, 1],
-            ref_log_probs=few.ref_log_probs[mask],
+            lengths=few.lengths[row],
+            places=places,
+            ref_log_probs=few.ref_log_probs[chosen],
             ref_log_law=self._reference_law(few) if self.reads_reference else None,
         )
 

@@ -25,6 +25,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+import lmgym
 from agents.config import short_errors, validated
 from agents.recorder import Recorder, write_atomically
 from agents.report import curves, samples_table, table, write_json
@@ -40,7 +41,7 @@ EVALUATION_SEED = 20_000_003  # of the evaluations, so that before and after sha
 EVALUATION_EPISODES = 4096
 _FEW_RESPONSES = 100_000  # that may be written down after a run
 RESUMABLE = ("total_timesteps", "checkpoint_every")  # and evaluation.*
-PACKAGES = ("lmgym", "torch", "transformers", "gymnasium", "numpy", "hydra-core", "tokenizers")
+PACKAGES = ("torch", "transformers", "gymnasium", "numpy", "hydra-core", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,11 @@ def wait_politely() -> None:
 
 def versions() -> dict[str, str]:
     """What ran: Python and the packages that matter."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    found = {"python": platform.python_version(), "lmgym": lmgym.__version__}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # on the path, and not installed
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def saved_config(directory: Path) -> DictConfig:

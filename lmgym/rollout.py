@@ -20,6 +20,8 @@ from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler
 
 _DROP_AT = 0.25  # share of finished rows at which the batch is worth compacting
+_LOOK_EVERY = 8  # tokens between two looks at which rows have ended, on a GPU, which a look has wait
+_FEWEST_ROWS = 8  # of a batch on a GPU, which a smaller one would not make faster
 
 
 @torch.no_grad()
@@ -49,32 +51,39 @@ def collect(
     prompts = envs.next_prompts(episodes) if isinstance(episodes, int) else episodes
     engine = envs.engine
     prompt_ids, prompt_mask = engine.left_padded(prompts)
+    device = policy.device
     b, horizon = len(prompts), engine.horizon
-    uniforms = torch.rand((b, horizon), generator=generator, dtype=torch.float64)
-    response = torch.full((b, horizon), engine.lm.pad_token_id)
-    log_probs = torch.zeros((b, horizon))
+    uniforms = torch.rand((b, horizon), generator=generator, dtype=torch.float64).to(device)
+    response = torch.full((b, horizon), engine.lm.pad_token_id, device=device)
+    log_probs = torch.zeros((b, horizon), device=device)
     values: Tensor | None = None
-    is_eos = torch.from_numpy(engine.is_eos)
-    state = policy.begin(prompt_ids.to(policy.device), prompt_mask.to(policy.device), horizon)
-    rows, running = torch.arange(b), torch.ones(b, dtype=torch.bool)  # rows: the episode in each slot of the batch
+    is_eos = torch.from_numpy(engine.is_eos).to(device)
+    state = policy.begin(prompt_ids.to(device), prompt_mask.to(device), horizon)
+    rows = torch.arange(b, device=device)  # the episode in each slot of the batch
+    running = torch.ones(b, dtype=torch.bool, device=device)
     for t in range(horizon):
-        drawn, drawn_log_probs = sampler.sample(state.logits, t, uniforms[rows, t])
-        tokens = drawn.cpu()
-        response[rows[running], t] = tokens[running]
-        log_probs[rows[running], t] = drawn_log_probs.cpu()[running]
+        tokens, drawn_log_probs = sampler.sample(state.logits, t, uniforms[rows, t])
+        tokens = tokens.to(device)
+        response[rows, t] = torch.where(running, tokens, engine.lm.pad_token_id)
+        log_probs[rows, t] = torch.where(running, drawn_log_probs.to(device), 0.0)
         estimate = state.values
         if estimate is not None:
-            values = torch.zeros((b, horizon)) if values is None else values
-            values[rows[running], t] = estimate.float().cpu()[running]
+            values = torch.zeros((b, horizon), device=device) if values is None else values
+            values[rows, t] = torch.where(running, estimate.float().to(device), 0.0)
         if t >= envs.task.min_new_tokens:
             running &= ~is_eos[tokens]
-        if t == horizon - 1 or not running.any():
+        if t == horizon - 1:
             break
-        if running.float().mean() <= 1 - _DROP_AT:
-            kept = running.nonzero().squeeze(1)
-            state.keep(kept.to(policy.device))
-            rows, drawn, running = rows[kept], drawn[kept.to(policy.device)], running[kept]
-        state.step(drawn)
+        if device.type == "cpu" or (t + 1) % _LOOK_EVERY == 0:
+            if not running.any():
+                break
+            kept = _worth_keeping(running)
+            if kept is not None:
+                state.keep(kept)
+                rows, tokens, running = rows[kept], tokens[kept], running[kept]
+        state.step(tokens)
+    response, log_probs = response.cpu(), log_probs.cpu()
+    values = None if values is None else values.cpu()
     replay = envs.replay(prompts, response.numpy())
     mask = torch.from_numpy(replay.response_mask)
     gold = replay.outcomes.gold_scores
@@ -91,6 +100,20 @@ def collect(
         prompt_index=torch.tensor([p.index for p in prompts]),
         gold_scores=None if gold is None else torch.tensor(gold),
     )
+
+
+def _worth_keeping(running: Tensor) -> Tensor | None:
+    """The slots (n,) that a batch goes on with, given which of them (B,) still run; None where it is left as it is.
+
+    On a CPU they are those that run, once a quarter have ended. On a GPU the batch is halved, so that few sizes come up
+    and each is captured once; slots that have ended fill it up.
+    """
+    alive, size = int(running.sum()), len(running)
+    if running.device.type == "cpu":
+        return running.nonzero().squeeze(1) if alive <= (1 - _DROP_AT) * size else None
+    while size >= 2 * _FEWEST_ROWS and alive <= size // 2:
+        size //= 2
+    return running.to(torch.uint8).argsort(descending=True, stable=True)[:size] if size < len(running) else None
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from lmgym.models.names import check_model_name
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SCORING_ROWS = 16  # rows a teacher-forced forward takes at once: larger batches only fault more pages in
 _HEAD_ROWS = 256  # hidden states the LM head takes at once, so that (rows, V) stays in the cache of the processor
+_GPU_SCORING_ROWS, _GPU_HEAD_ROWS = 128, 2048  # the same on a GPU, which small products leave idle
 _DECODE_ALONE = 4096  # ids that are decoded sooner than the threads of the tokenizer wake up
 
 
@@ -201,7 +202,7 @@ class CausalLM:
         """
         result = torch.zeros(response_ids.shape, dtype=torch.float32, device=self.device)
         order = (prompt_mask.sum(-1) + response_mask.sum(-1)).argsort()
-        for chunk in order.split(_SCORING_ROWS):
+        for chunk in order.split(_GPU_SCORING_ROWS if self.device.type == "cuda" else _SCORING_ROWS):
             packed = pack(prompt_ids[chunk], prompt_mask[chunk], response_ids[chunk], response_mask[chunk])
             ids, rows, columns, targets = (x.to(self.device) for x in packed)
             log_probs = self._log_probs_at(ids, rows, columns, targets)
@@ -219,7 +220,8 @@ class CausalLM:
             return token_log_probs(logits, targets)
         trunk = self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
         hidden, head = trunk[rows, columns], self.model.get_output_embeddings()
-        blocks = zip(hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True)
+        at_once = _GPU_HEAD_ROWS if self.device.type == "cuda" else _HEAD_ROWS
+        blocks = zip(hidden.split(at_once), targets.split(at_once), strict=True)
         return torch.cat([token_log_probs(self.legal_logits(head(h)), t) for h, t in blocks])
 
 

@@ -25,6 +25,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging as hf_logging
 
 from lmgym.models.causal import CausalLM, legal_logits
+from lmgym.models.cuda_graphs import StepGraphs, borrow_graphs
 from lmgym.models.markov import MarkovLM
 
 _PROBE_TOLERANCE = 1e-3  # of the largest logit; ring and plain forward agree to 1e-6 in float32
@@ -127,11 +128,13 @@ def _ring_step(lm: CausalLM, keep_hidden: bool) -> _Step:
     """The step as a recorded graph, which spares the Python of a forward; as it is where it cannot be recorded.
 
     Recorded once a model, for any N and C. The graph holds the model's own parameters, so it follows their training.
+    On a GPU it is left as it is: there the decoder captures it (`cuda_graphs.py`).
     """
     steps = _steps.setdefault(lm, {})
     if keep_hidden not in steps:
         step = _RingStep(lm, keep_hidden)
-        steps[keep_hidden] = _recorded(lm, step) or step
+        on_gpu = lm.device.type == "cuda"
+        steps[keep_hidden] = step if on_gpu else _recorded(lm, step) or step
     return steps[keep_hidden]
 
 
@@ -195,8 +198,11 @@ class RingDecoder:
     ) -> None:
         self._lm, self._slots, self._capacity, self._keep_hidden = lm, slots, capacity, keep_hidden
         self._step: _Step = _ring_step(lm, keep_hidden) if record else _RingStep(lm, keep_hidden)
+        self._captures = record and lm.device.type == "cuda"
+        self._graphs: StepGraphs | None = None
         self._rings: list[Tensor] = []
         self._clock = 0
+        self._column = torch.zeros(1, dtype=torch.int64, device=lm.device)  # clock % C
         self._age = torch.zeros(slots, dtype=torch.int64, device=lm.device)  # tokens each slot has seen
         self.logits = torch.zeros((slots, lm.vocab_size), dtype=lm.dtype, device=lm.device)
         self.hidden: Tensor | None = None
@@ -222,8 +228,7 @@ class RingDecoder:
         """Starts slots (n,) from rows (n,) of prompts already read."""
         states = [x for layer in prompts.cache.layers for x in (layer.keys, layer.values)]
         if not self._rings:
-            shapes = [(self._slots, x.shape[1], self._capacity, x.shape[3]) for x in states]
-            self._rings = [x.new_zeros(shape) for x, shape in zip(states, shapes, strict=True)]
+            self._rings = self._make_rings(states)
         width = states[0].shape[2]
         columns = torch.arange(self._clock - width, self._clock, device=slots.device) % self._capacity
         for ring, state in zip(self._rings, states, strict=True):
@@ -235,6 +240,14 @@ class RingDecoder:
                 self.hidden = prompts.hidden.new_zeros((self._slots, prompts.hidden.shape[-1]))
             self.hidden[slots] = prompts.hidden[rows]
 
+    def _make_rings(self, states: list[Tensor]) -> list[Tensor]:
+        """Rings for keys and values like these; on a GPU those of graphs that wait to be used again."""
+        if not self._captures:
+            return [x.new_zeros((self._slots, x.shape[1], self._capacity, x.shape[3])) for x in states]
+        name = f"hidden={self._keep_hidden}"
+        self._graphs = borrow_graphs(self, self._lm, self._step, self._slots, self._capacity, states, name)
+        return self._graphs.rings
+
     def begin(self, slots: Tensor, ids: Tensor, mask: Tensor) -> None:
         """Restarts slots (n,) from sequences (n, W), left-padded."""
         self.insert(slots, self.prefill(ids, mask), torch.arange(len(slots), device=slots.device))
@@ -242,21 +255,30 @@ class RingDecoder:
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> None:
         """Appends a token (N,) to every slot: one forward."""
-        column = torch.tensor([self._clock % self._capacity], device=tokens.device)
-        self.logits, *hidden = self._step(tokens, self._age, column, *self._rings)
+        if self._graphs is not None:
+            self.logits, *hidden = self._graphs.run(tokens, self._age, self._column)
+        else:
+            self.logits, *hidden = self._step(tokens, self._age, self._column, *self._rings)
         self.hidden = hidden[0] if hidden else None
         self._age = (self._age + 1).clamp_(max=self._capacity - 1)
         self._clock += 1
+        self._column = (self._column + 1) % self._capacity
 
     def rewind(self) -> None:
         """Begins with the first column again, now that every slot is about to be restarted: the same rounding again."""
         self._clock = 0
+        self._column = torch.zeros_like(self._column)
 
     @torch.inference_mode()
     def keep(self, slots: Tensor) -> None:
         """Keeps only these slots (n,), in this order."""
         self._slots = len(slots)
-        self._rings = [ring[slots] for ring in self._rings]
+        if self._graphs is None:
+            self._rings = [ring[slots] for ring in self._rings]
+        else:  # graphs read the rings where they are
+            for ring in self._rings:
+                ring[: self._slots] = ring[slots]
+            self._rings = [ring[: self._slots] for ring in self._rings]
         self._age, self.logits = self._age[slots], self.logits[slots]
         self.hidden = None if self.hidden is None else self.hidden[slots]
 
