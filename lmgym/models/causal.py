@@ -22,11 +22,13 @@ from transformers.utils import logging as hf_logging
 from lmgym.errors import InvalidArgumentError, LmGymError, check_choice
 from lmgym.models import markov
 from lmgym.models.names import check_model_name
+from lmgym.models.positions import max_positions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SCORING_ROWS = 16  # rows a teacher-forced forward takes at once: larger batches only fault more pages in
 _HEAD_ROWS = 256  # hidden states the LM head takes at once, so that (rows, V) stays in the cache of the processor
 _GPU_SCORING_ROWS, _GPU_HEAD_ROWS = 128, 2048  # the same on a GPU, which small products leave idle
+_NAMED_WEIGHTS = 4  # missing weights that a message names
 _DECODE_ALONE = 4096  # ids that are decoded sooner than the threads of the tokenizer wake up
 
 
@@ -83,8 +85,7 @@ class CausalLM:
     @property
     def max_positions(self) -> int | None:
         """Longest sequence the model has positions for, in tokens; None where it does not say."""
-        config = self.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None)
+        return max_positions(self.model)
 
     def is_legal(self, token: int) -> bool:
         """Whether `token` is an id the tokenizer has."""
@@ -342,10 +343,20 @@ class SharedModels(Generic[Held]):
         try:
             with quiet_loading():
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-                return self._auto_class.from_pretrained(name, dtype=dtype, trust_remote_code=False), tokenizer
-        except (OSError, ValueError) as error:
+                model, report = self._auto_class.from_pretrained(
+                    name, dtype=dtype, trust_remote_code=False, output_loading_info=True
+                )
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of another shape
             kind = self._auto_class.__name__
             raise LmGymError(f"`{self._argument}` {name!r} could not be loaded with {kind}: {error}") from error
+        missing = sorted(report["missing_keys"])
+        if missing:
+            more = f" and {len(missing) - _NAMED_WEIGHTS} more" if len(missing) > _NAMED_WEIGHTS else ""
+            raise LmGymError(
+                f"`{self._argument}` {name!r} lacks weights of {type(model).__name__}, which would be drawn at random: "
+                f"{', '.join(missing[:_NAMED_WEIGHTS])}{more}. Name a model that was saved with its head."
+            )
+        return model, tokenizer
 
 
 _causal_lms = SharedModels("model", AutoModelForCausalLM, CausalLM)
