@@ -85,6 +85,6 @@ def make_policy(
 def _reward_model(envs: RLHFVectorEnv) -> torch.nn.Module | None:
     """The model behind the reward, where it reads the policy's own tokens; None where there is none to copy."""
     reward = envs.engine.reward
-    if isinstance(reward, ClassifierReward) and reward.tokenizer.get_vocab() == envs.tokenizer.get_vocab():
+    if isinstance(reward, ClassifierReward) and reward.reads_ids:
         return reward.model
     return None

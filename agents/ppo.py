@@ -21,7 +21,7 @@ from lmgym.errors import InvalidArgumentError, check_bool, check_choice, check_i
 from lmgym.kl import entropy
 from lmgym.models.causal import token_log_probs
 from lmgym.models.sampling import Sampler
-from lmgym.rewards.ranking import right_padded
+from lmgym.rewards.sequence import right_padded
 from lmgym.tasks.base import read_texts
 
 

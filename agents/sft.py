@@ -27,7 +27,8 @@ from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_nu
 from lmgym.kl import discounted_return, episode_kl, token_rewards
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler
-from lmgym.rewards.ranking import bucketed_batches, right_padded, warm_up_cosine
+from lmgym.rewards.ranking import bucketed_batches, warm_up_cosine
+from lmgym.rewards.sequence import right_padded
 from lmgym.rollout import collect
 
 IGNORED = -100  # the target of a padding column

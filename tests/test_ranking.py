@@ -22,11 +22,11 @@ from lmgym.rewards.ranking import (
     normalise,
     ranking_accuracy,
     reward_model_from,
-    right_padded,
     score_texts,
     train_reward_model,
     warm_up_cosine,
 )
+from lmgym.rewards.sequence import right_padded
 
 WORDS = ["the", "film", "soup", "was", "good", "fine", "dull", "bad", "."]
 VALENCE = {"good": 2, "fine": 1, "dull": -1, "bad": -2}

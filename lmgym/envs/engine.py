@@ -115,7 +115,11 @@ class Engine:
         reward = task.reward_function(settings.device)  # first: an import path may lead nowhere
         self.lm: CausalLM = task.reference(settings.device, settings.dtype)
         self.prompts = PromptSet(task, settings.split, self.lm)
-        self.reward = reward.for_tokenizer(self.lm.tokenizer) if isinstance(reward, ClassifierReward) else reward
+        self.reward = reward
+        if isinstance(reward, ClassifierReward):
+            bound = reward.for_tokenizer(self.lm.tokenizer)
+            bound.check_fits(self.lm, task.prompts.values(), self.prompts.width, task.max_new_tokens)
+            self.reward = bound
         if task.missing_eos_penalty and not self.lm.eos_token_ids:
             raise InvalidArgumentError("`missing_eos_penalty` must be 0: the model's tokenizer has no EOS.")
         self.num_rows, self.width, self.horizon = num_rows, self.prompts.width, task.max_new_tokens

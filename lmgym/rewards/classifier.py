@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from lmgym.errors import InvalidArgumentError
-from lmgym.models.causal import SharedModels
+from lmgym.errors import InvalidArgumentError, RewardError
+from lmgym.models.causal import CausalLM, SharedModels
+from lmgym.models.positions import max_positions
+from lmgym.models.segmentation import SpecialTokens, added_special_tokens, reads_ids_of
+from lmgym.rewards.sequence import sequence_logits
 
 _ROWS = 64  # episodes a forward takes at once
 
@@ -18,67 +21,128 @@ _ROWS = 64  # episodes a forward takes at once
 class ClassifierReward:
     """Scores `prompt + completion` with a sequence-classification model.
 
-    Text goes through the model's own tokenizer. Where that is the policy's too (`on_ids`), token ids are handed over
-    as they are, an EOS included: nothing is decoded, and the model sees whether the response ended.
+    Text goes through the model's own tokenizer, special tokens included. Where the policy's tokenizer cuts texts as
+    that one does, the policy's token ids are handed over instead, an EOS included, between the special tokens that the
+    model's own tokenizer adds: nothing is decoded, and the model sees whether the response ended.
 
     Attributes:
         model: the Hugging Face model, `num_labels` 1 (its logit is the score) or 2 (the log-odds of label 1).
         tokenizer: its tokenizer.
+        reads_ids: whether it reads the policy's token ids; else it reads text.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, on_ids: bool = False) -> None:
+    def __init__(self, model: Any, tokenizer: Any) -> None:
         if model.config.num_labels not in (1, 2):
             raise InvalidArgumentError(f"`reward` must be a model with 1 or 2 labels, got {model.config.num_labels}.")
-        self.model, self.tokenizer, self._on_ids = model, tokenizer, on_ids
+        self.model = model
+        self.tokenizer = tokenizer
+        self.reads_ids = False
+        self._limit = max_positions(model)
+        self._own = SpecialTokens((), ())
+        self._policys = SpecialTokens((), ())
         self._source: ClassifierReward | None = None
+        self._lengths: dict[tuple[str, ...], list[int]] = {}  # of prompts, in tokens; envs on one model share them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ClassifierReward:
         return self
 
     def for_tokenizer(self, tokenizer: Any) -> ClassifierReward:
         """This reward model for responses of a policy with this tokenizer."""
-        same = self.tokenizer.get_vocab() == tokenizer.get_vocab()
-        bound = ClassifierReward(self.model, self.tokenizer, on_ids=same)
+        bound = ClassifierReward(self.model, self.tokenizer)
         bound._source = self  # keeps the shared copy alive
+        bound._lengths = self._lengths
+        own = added_special_tokens(self.tokenizer)
+        policys = added_special_tokens(tokenizer)
+        if own is not None and policys is not None and reads_ids_of(self.tokenizer, tokenizer):
+            bound.reads_ids = True
+            bound._own = own
+            bound._policys = policys
         return bound
+
+    def check_fits(self, lm: CausalLM, splits: Iterable[Sequence[str]], width: int, horizon: int) -> None:
+        """Raises unless the model has positions for the longest prompt with the longest response.
+
+        A model that reads text may cut a response into more tokens than the policy has chosen: its tokens are taken to
+        be as long as in the prompts. A longer text is a `RewardError` when it is scored.
+
+        Args:
+            lm: the policy's reference.
+            splits: the prompts, as texts.
+            width: tokens of the longest of them. horizon: T, tokens of the longest response.
+
+        Raises:
+            InvalidArgumentError: naming how many positions are needed.
+        """
+        if self._limit is None:
+            return
+        if self.reads_ids:
+            added = max(0, len(self._own.before) - len(self._policys.before)) + len(self._own.after)
+            needed = width + horizon + added
+            sizes = f"the longest prompt has {width} tokens, `max_new_tokens` is {horizon}"
+            sizes += f" and the reward's tokenizer adds {added}" if added else ""
+        else:
+            longest, ratio = self._measure_prompts(lm, splits)
+            response = math.ceil(ratio * horizon)
+            needed = longest + response
+            sizes = f"the longest prompt has {longest} tokens of its tokenizer and `max_new_tokens` is {horizon}"
+            sizes += f", which are about {response} of them" if response > horizon else ""
+        if needed > self._limit:
+            raise InvalidArgumentError(
+                f"`reward` must be a model with at least {needed} positions, got {self._limit}: {sizes}. "
+                "Lower `max_new_tokens`, shorten the prompts, or name another reward model."
+            )
+
+    def _measure_prompts(self, lm: CausalLM, splits: Iterable[Sequence[str]]) -> tuple[int, float]:
+        """Tokens of the longest prompt, special ones included, and tokens for each of the policy's, at least 1."""
+        own: list[int] = []
+        policys: list[int] = []
+        for texts in map(tuple, splits):
+            if texts not in self._lengths:
+                self._lengths[texts] = [len(ids) for ids in self.tokenizer(list(texts))["input_ids"]]
+            own += self._lengths[texts]
+            policys += [len(ids) for ids in lm.encode_all(texts)]
+        return max(own), max(1.0, sum(own) / max(1, sum(policys)))
 
     @torch.inference_mode()
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        """One score an episode; batches are bucketed by length, so that a score does not depend on its batch-mates."""
-        if self._on_ids:
-            sequences = [[*p, *c] for p, c in zip(columns["prompt_ids"], columns["completion_ids"], strict=True)]
+        """One score an episode; batches are bucketed by length, so that a score does not depend on its batch-mates.
+
+        Raises:
+            RewardError: for an episode that has no token, or more than the model has positions.
+        """
+        if self.reads_ids:
+            pairs = zip(columns["prompt_ids"], columns["completion_ids"], strict=True)
+            sequences = [self._join(prompt, completion) for prompt, completion in pairs]
         else:
-            texts = [p + c for p, c in zip(prompts, completions, strict=True)]
-            limit = getattr(self.model.config, "max_position_embeddings", None)
-            sequences = self.tokenizer(texts, truncation=limit is not None, max_length=limit)["input_ids"]
+            texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+            sequences = self.tokenizer(texts)["input_ids"]
+        self._check_lengths(sequences)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         scores = torch.zeros(len(sequences))
-        at_once = min(_ROWS, self.model.get_input_embeddings().weight.shape[0] - 1)
-        for start in range(0, len(order), at_once):
-            rows = order[start : start + at_once]
-            scores[rows] = self._forward([sequences[i] for i in rows]).cpu()
+        for start in range(0, len(order), _ROWS):
+            rows = order[start : start + _ROWS]
+            logits = sequence_logits(self.model, [sequences[i] for i in rows]).float().cpu()
+            scores[rows] = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
         return scores.tolist()
 
-    def _forward(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """(n,) float32 scores of sequences, right-padded into one batch."""
-        # Transformers reads the score at the last token that is not the pad token, and refuses batches where there is
-        # none: then any id that no sequence ends in will do.
-        config, ends = self.model.config, {sequence[-1] for sequence in sequences if sequence}
-        own = config.pad_token_id
-        pad = next(i for i in range(len(ends) + 1) if i not in ends) if own is None else own
-        longest = max(1, *(len(s) for s in sequences))
-        ids = torch.full((len(sequences), longest), pad, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.as_tensor(sequence, dtype=torch.int64)
-            mask[row, : len(sequence)] = 1
-        device = next(self.model.parameters()).device
-        config.pad_token_id = pad
-        try:
-            logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
-        finally:
-            config.pad_token_id = own
-        return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+    def _join(self, prompt: Sequence[int], completion: Sequence[int]) -> list[int]:
+        """Ids of an episode, with the special tokens of this tokenizer in place of those of the policy's."""
+        start = len(self._policys.before)
+        bare = prompt[start:] if tuple(prompt[:start]) == self._policys.before else prompt
+        ids = [*self._own.before, *bare, *completion]
+        after = self._own.after
+        ended = bool(after) and tuple(ids[-len(after) :]) == after
+        return ids if ended else [*ids, *after]
+
+    def _check_lengths(self, sequences: Sequence[Sequence[int]]) -> None:
+        for ids in sequences:
+            if not ids:
+                raise RewardError("The reward model cannot score an episode that has no token of its tokenizer.")
+            if self._limit is not None and len(ids) > self._limit:
+                raise RewardError(
+                    f"The reward model has {self._limit} positions, and an episode has {len(ids)} tokens of its "
+                    "tokenizer. Lower `max_new_tokens`, shorten the prompts, or name another reward model."
+                )
 
 
 _reward_models = SharedModels("reward", AutoModelForSequenceClassification, ClassifierReward)
@@ -89,6 +153,6 @@ def load_reward_model(name: str, device: str = "auto", dtype: str = "float32") -
 
     Raises:
         InvalidArgumentError: for a name, device or dtype that cannot be.
-        LmGymError: if Hugging Face cannot load it; the cause is chained.
+        LmGymError: if Hugging Face cannot load it (the cause is chained), or it was saved without its head.
     """
     return _reward_models.load(name, device, dtype)

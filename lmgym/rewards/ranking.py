@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from lmgym.errors import InvalidArgumentError, check_int, check_number
+from lmgym.models.positions import max_positions
+from lmgym.rewards.sequence import sequence_logits
 
 _BUCKET = 16  # batches that are sorted by length together
 _WEIGHT_DECAY = 0.01
@@ -97,7 +99,12 @@ def reward_model_from(causal_lm: Any, generator: torch.Generator) -> Any:
         InvalidArgumentError: If the config has no pad token, or EOS is it.
     """
     config = copy.deepcopy(causal_lm.config)
-    _check_pad_token(config.pad_token_id, config.eos_token_id)
+    pad, eos = config.pad_token_id, config.eos_token_id
+    if pad is None or pad == eos:  # lmgym would read it all the same, and transformers' own forward would not
+        raise InvalidArgumentError(
+            "`pad_token_id` must be set and differ from EOS, or the end of a response is invisible to transformers; "
+            f"got {pad}, EOS {eos}."
+        )
     config.num_labels = 1
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are all replaced below
         model = AutoModelForSequenceClassification.from_config(config)
@@ -233,24 +240,15 @@ def encode(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of texts, checked to fit the model.
 
     Raises:
-        InvalidArgumentError: If a text has no token or more than the model has positions, or padding would hide EOS.
+        InvalidArgumentError: If a text has no token or more than the model has positions.
     """
-    _check_pad_token(model.config.pad_token_id, tokenizer.eos_token_id)
     sequences: list[list[int]] = tokenizer(list(texts))["input_ids"]
-    limit = getattr(model.config, "max_position_embeddings", math.inf)
+    limit = max_positions(model)
     for text, ids in zip(texts, sequences, strict=True):
-        if not 0 < len(ids) <= limit:
-            raise InvalidArgumentError(f"`texts` must have 1 to {limit} tokens each, got {len(ids)} in {text!r}.")
+        if not ids or (limit is not None and len(ids) > limit):
+            most = "" if limit is None else f" to {limit}"
+            raise InvalidArgumentError(f"`texts` must have 1{most} tokens each, got {len(ids)} in {text!r}.")
     return sequences
-
-
-def right_padded(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask of a batch, both (B, L) int64, L the longest; the mask is 1 on tokens."""
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    ids = torch.full((len(sequences), int(lengths.max())), pad_token_id)
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    ids[mask.bool()] = torch.tensor([token for sequence in sequences for token in sequence])
-    return ids, mask
 
 
 def bucketed_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -274,9 +272,8 @@ def warm_up_cosine(step: int, total: int, warm_up: float) -> float:
 
 
 def _forward(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """(n,) scores of n sequences in one forward."""
-    ids, mask = right_padded(sequences, model.config.pad_token_id)
-    return model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, 0]
+    """(n,) scores of n sequences."""
+    return sequence_logits(model, sequences)[:, 0]
 
 
 def _score_head(model: Any) -> nn.Linear:
@@ -289,11 +286,3 @@ def _score_head(model: Any) -> nn.Linear:
 def _final_norm(model: Any) -> Any:
     names = ("ln_f", "final_layer_norm", "norm")
     return next((norm for name in names if (norm := getattr(model.base_model, name, None)) is not None), None)
-
-
-def _check_pad_token(pad: int | None, eos: int | None) -> None:
-    if pad is None or pad == eos:
-        raise InvalidArgumentError(
-            "`pad_token_id` must be set and differ from EOS, or the end of a response is invisible; "
-            f"got {pad}, EOS {eos}."
-        )

@@ -1,0 +1,58 @@
+"""What two tokenizers have in common: a model of one may read token ids of the other only if both cut texts alike."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+# Capitals, accents, a ligature, blanks of several kinds: what tokenizers normalise and cut unlike.
+_UNLIKE = "  The Film wasn't\tgood,\n\nbut CAFÉ ﬁne — 12345 naïve!  "
+
+
+class SpecialTokens(NamedTuple):
+    """Ids that a tokenizer puts before and after a text, such as a BOS or [CLS] and [SEP]."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+def added_special_tokens(tokenizer: Any) -> SpecialTokens | None:
+    """The special tokens that a tokenizer adds to a text; None where it cannot be found out."""
+    special = set(tokenizer.all_special_ids)
+    for token in sorted(set(tokenizer.get_vocab().values()) - special):
+        text = tokenizer.decode([token])
+        bare = tokenizer(text, add_special_tokens=False)["input_ids"] if text.strip() else []
+        if not bare or special & set(bare):
+            continue
+        whole = tokenizer(text)["input_ids"]
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return SpecialTokens(tuple(whole[:start]), tuple(whole[start + len(bare) :]))
+        return None
+    return None
+
+
+def reads_ids_of(tokenizer: Any, other: Any) -> bool:
+    """Whether `tokenizer` would cut every text into the ids that `other` cuts it into, special tokens aside.
+
+    It may know more added tokens than `other`, such as a pad token of its own.
+    """
+    if any(getattr(each, "backend_tokenizer", None) is None for each in (tokenizer, other)):
+        return _cut_alike(tokenizer, other)
+    own, others = (json.loads(each.backend_tokenizer.to_str()) for each in (tokenizer, other))
+    if any(own[step] != others[step] for step in ("normalizer", "pre_tokenizer", "model")):
+        return False
+    return _added_tokens(others) <= _added_tokens(own)
+
+
+def _added_tokens(backend: dict[str, Any]) -> set[tuple[Any, ...]]:
+    names = ("id", "content", "lstrip", "rstrip", "normalized", "single_word")
+    return {tuple(token[name] for name in names) for token in backend["added_tokens"]}
+
+
+def _cut_alike(tokenizer: Any, other: Any) -> bool:
+    """For tokenizers written in Python, whose rules cannot be compared: equal class, vocabulary and ids of a text."""
+    if type(tokenizer) is not type(other) or tokenizer.get_vocab() != other.get_vocab():
+        return False
+    own, others = (each(_UNLIKE, add_special_tokens=False)["input_ids"] for each in (tokenizer, other))
+    return own == others
