@@ -150,7 +150,7 @@ def test_another_autoreset_is_refused(mode: str) -> None:
         VecEnvBridge(tiny_envs(autoreset_mode=mode))
 
 
-class Masked(VectorWrapper[Any, Any, Any, Any, Any]):
+class Masked(VectorWrapper):
     """Allows every row two tokens of its own."""
 
     def action_masks(self) -> Any:

@@ -64,7 +64,7 @@ class ActionMask(gym.Wrapper[Any, int, Any, int], RecordConstructorArgs):
         return observation, reward, terminated, truncated, info
 
 
-class VectorActionMask(VectorWrapper[Any, Any, Any, Any, Any]):
+class VectorActionMask(VectorWrapper):
     """`ActionMask` for vector envs: `infos["action_mask"]` (N, V) of the rows that have a next token."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any], *, top_p: float | None = None, top_k: int | None = None) -> None:

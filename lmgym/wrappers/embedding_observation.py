@@ -54,7 +54,7 @@ class EmbeddingObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArg
         return _as_array(stepping_engine_of(self.env).reference_hidden()[0])
 
 
-class VectorEmbeddingObservation(VectorWrapper[Any, Any, Any, Any, Any]):
+class VectorEmbeddingObservation(VectorWrapper):
     """`EmbeddingObservation` for vector envs: `Box float32 (N, D)`, and (D,) arrays in `infos["final_obs"]`."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:

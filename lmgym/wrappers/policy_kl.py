@@ -45,7 +45,7 @@ class PolicyKL(gym.Wrapper[Any, Any, Any, int], RecordConstructorArgs):
         return observation, float(reward) - owed * pays, terminated, truncated, info
 
 
-class VectorPolicyKL(VectorWrapper[Any, Any, Any, Any, Any]):
+class VectorPolicyKL(VectorWrapper):
     """`PolicyKL` for vector envs: `Dict(token (N,), log_prob (N,))`. A row that is being reset pays nothing."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:

@@ -48,7 +48,7 @@ class TextObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         return _contained(_texts(engine_of(self.env))[0], self._space)
 
 
-class VectorTextObservation(VectorWrapper[Any, Any, Any, Any, Any]):
+class VectorTextObservation(VectorWrapper):
     """`TextObservation` for vector envs: a tuple of N texts, which is what Gymnasium batches `Text` to."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:

@@ -72,7 +72,7 @@ class TopKActions(gym.Wrapper[Any, Any, Any, int], RecordConstructorArgs):
         return {"top_k_ids": ids[0], "cut_off_mass": mass[0, ...]}
 
 
-class VectorTopKActions(VectorWrapper[Any, Any, Any, Any, Any]):
+class VectorTopKActions(VectorWrapper):
     """`TopKActions` for vector envs: `top_k_ids` (N, k) and `cut_off_mass` (N,), of the rows that have a next token."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any], k: int) -> None:
