@@ -24,6 +24,7 @@ from agents.checkpoint import TokenCount, replacing
 from agents.losses import explained_variance
 from agents.policies import PolicyConfig, make_policy
 from agents.policy import Critic, TrainablePolicy, read_logits
+from agents.seeds import ACTIONS, WEIGHTS, row_seeds, stream_seed, torch_generator
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_bool, check_choice, check_int, check_number
@@ -135,7 +136,7 @@ class OnPolicyAgent(ABC):
         envs: the token MDP with dict observations. With `collect="steps"` it must hold `batch_size` rows in "SameStep"
             autoreset.
         config: the algorithm's numbers.
-        seed: of the tokens sampled, of the order of minibatches, and of the weights of a residual.
+        seed: of the prompts, the tokens sampled, the order of minibatches and the weights that are drawn.
         sampler: the law that tokens are drawn from, given the policy's logits; the update is of that same law.
 
     Attributes:
@@ -171,17 +172,17 @@ class OnPolicyAgent(ABC):
                 "`critic` must be 'shared' and `critic_lr` null where no values are learned, got "
                 f"{config.critic!r} and {config.critic_lr!r}."
             )
-        self.policy = self.new_policy(seed)
+        self.policy = self.new_policy(stream_seed(seed, WEIGHTS))
         self._rates = (config.lr, config.lr if config.critic_lr is None else config.critic_lr)
         groups = [{"params": x, "lr": rate} for x, rate in zip(self._parameters(), self._rates, strict=True)]
         on_gpu = self.policy.device.type == "cuda"
         self.optimizer = torch.optim.Adam(groups, fused=on_gpu or None, **self._adam())
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch_generator(seed, ACTIONS)
         self.num_timesteps, self.tokens = 0, TokenCount()
         self.kl: KLCoefficient = FixedKL(envs.kl_coef)
         if config.kl_controller == "adaptive":
             self.kl = AdaptiveKL(envs.kl_coef, config.kl_target, config.kl_horizon)
-        envs.reset(seed=seed)
+        envs.reset(seed=row_seeds(seed, envs.num_envs))
 
     # -- what an algorithm writes --------------------------------------------------------------------------------
 

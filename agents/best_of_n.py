@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from agents.fixed import FixedAgent, FixedConfig
+from agents.seeds import CANDIDATES, torch_generator
 from lmgym.envs.prompts import Prompt
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
@@ -80,7 +81,7 @@ class BestOfN(FixedAgent):
         responses = [row[seen].tolist() for row, seen in zip(ids[:, width:], mask[:, width:], strict=True)]
         fresh = [row for row, response in enumerate(responses) if not response]
         if fresh:
-            generator = torch.Generator().manual_seed(self.seed) if deterministic else self.generator
+            generator = torch_generator(self.seed, CANDIDATES) if deterministic else self.generator
             wanted = [self.envs.engine.prompts.of_ids(prompts[row]) for row in fresh]
             chosen = self._choose(self.envs, wanted, self.sampler, generator)[0]
             for i, row in enumerate(fresh):

@@ -19,6 +19,7 @@ from torch import Tensor
 from agents.base import Callback, check_dict_observations
 from agents.checkpoint import TokenCount
 from agents.recorder import write_atomically
+from agents.seeds import ACTIONS, torch_generator
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler
@@ -52,7 +53,8 @@ class FixedAgent(ABC):
     ) -> None:
         check_dict_observations(envs)
         self.envs, self.config, self.sampler = envs, config or self.Config(), sampler or Sampler()
-        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self.generator = torch_generator(seed, ACTIONS)
         self.num_timesteps, self.tokens = 0, TokenCount()
 
     def learn(self, total_timesteps: int, callback: Callback | None = None) -> None:  # noqa: B027 - all there is to do

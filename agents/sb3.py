@@ -15,7 +15,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -34,6 +34,7 @@ from agents.policy import TrainablePolicy
 from agents.sb3_buffers import Stretches, StretchReplayBuffer, StretchRolloutBuffer
 from agents.sb3_env import PolicyKLCallback, VecEnvBridge
 from agents.sb3_network import MaskedPolicy, PrefixPolicy, Trunk, critic_parameters, policy_class
+from agents.seeds import ACTIONS, SB3, SB3_NUMPY, WEIGHTS, row_seeds, stream_seed, torch_generator
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number, unknown_name
 from lmgym.models.policy import Policy
@@ -228,7 +229,7 @@ class SB3Agent:
         trunk = {
             "features_extractor_class": Trunk,
             "features_extractor_kwargs": {
-                "make": partial(make_policy, self._inner, config, seed),
+                "make": partial(make_policy, self._inner, config, stream_seed(seed, WEIGHTS)),
                 "heads": not self.deterministic,
                 "hidden": self.deterministic or self._recurrent,
                 "tokens": self.tokens,
@@ -249,10 +250,12 @@ class SB3Agent:
                 VecEnvBridge(masked),
                 learning_rate=(lambda remaining: rate * max(0.0, remaining)) if falling else rate,
                 gamma=self._inner.gamma,
-                seed=seed,
+                seed=stream_seed(seed, SB3),
                 device=self._inner.engine.lm.device,
                 **arguments,
             )
+            _Randomness.now().with_numpy(stream_seed(seed, SB3_NUMPY)).put()
+        self.model.env.seed_rows(row_seeds(seed, config.n_envs))
         networks = self.model.policy
         if config.algorithm == "TRPO":  # whose optimiser is the critic's: it must not move the policy
             critic = critic_parameters(networks)
@@ -264,7 +267,7 @@ class SB3Agent:
         else:
             self._actor = actor = networks.features_extractor.policy
             self.policy = actor if mask is None else MaskedPolicy(actor, self._inner.engine, mask)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch_generator(seed, ACTIONS)
         task = self._inner.task
         self._kl = PolicyKLCallback(task.kl_coef, task.dense_kl)
         self._report = _Report(task.gamma, config.n_steps * config.n_envs, self.tokens)
@@ -489,6 +492,10 @@ class _Randomness:
     def now(cls) -> _Randomness:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return cls(np.random.get_state(legacy=False), torch.get_rng_state(), cuda)  # noqa: NPY002 - what SB3 draws from
+
+    def with_numpy(self, seed: int) -> _Randomness:
+        """With another stream for numpy: SB3 seeds it as it seeds torch, and both then give the same numbers."""
+        return replace(self, numpy=np.random.RandomState(seed).get_state(legacy=False))
 
     def put(self) -> None:
         np.random.set_state(self.numpy)  # noqa: NPY002 - what SB3 draws from

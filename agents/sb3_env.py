@@ -5,7 +5,7 @@ Shapes: N rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -35,6 +35,12 @@ class VecEnvBridge(VecEnv):
             )
         self.envs = envs
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
+
+    def seed_rows(self, seeds: Sequence[int]) -> None:
+        """Gives each row its own seed (N,) for the next reset, where `seed` gives row i the seed + i."""
+        if len(seeds) != self.num_envs:
+            raise InvalidArgumentError(f"`seeds` must be {self.num_envs} ints, got {len(seeds)} of them.")
+        self._seeds = list(seeds)
 
     def reset(self) -> Any:
         """Starts an episode in every row, with the seeds and options that `seed` and `set_options` left."""

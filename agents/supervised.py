@@ -22,6 +22,7 @@ from agents.base import Callback, check_dict_observations
 from agents.checkpoint import TokenCount, replacing
 from agents.fixed import act
 from agents.policies import PolicyConfig, make_policy
+from agents.seeds import ACTIONS, WEIGHTS, row_seeds, stream_seed, torch_generator
 from lmgym.envs.engine import Engine
 from lmgym.envs.prompts import Prompt
 from lmgym.envs.vector import RLHFVectorEnv
@@ -76,12 +77,12 @@ class SupervisedAgent(ABC, Generic[Examples]):
     ) -> None:
         check_dict_observations(envs)
         self.envs, self.config, self.sampler = envs, config or self.Config(), sampler or Sampler()
-        self.policy = make_policy(envs, self.config, seed)
+        self.policy = make_policy(envs, self.config, stream_seed(seed, WEIGHTS))
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(parameters, lr=self.config.lr, eps=self.config.adam_eps)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch_generator(seed, ACTIONS)
         self.num_timesteps, self.tokens = 0, TokenCount()
-        envs.reset(seed=seed)
+        envs.reset(seed=row_seeds(seed, envs.num_envs))
         self._order, self._passes = torch.zeros(0, dtype=torch.int64), 0  # what is left of a pass; passes begun
 
     # -- what an algorithm writes --------------------------------------------------------------------------------

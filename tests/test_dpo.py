@@ -139,7 +139,7 @@ def test_pairs_share_a_prompt_and_labels_follow_the_scores() -> None:
 
 
 def test_learning_goes_most_of_the_way_to_the_optimum() -> None:
-    agent = tiny_dpo(batch_size=64, lr=3e-3)
+    agent = tiny_dpo(batch_size=64, lr=1e-3)
     tree = Tree.of(PROBLEM.task, "train")
     optimum = tree.solve()
     learn(agent, 100, total=12_000)

@@ -48,6 +48,7 @@ def agent_of(kind: type[OnPolicyAgent], task: Task, **config: Any) -> OnPolicyAg
     made = kind.Config(**{"batch_size": 8, "epochs": 1, "minibatches": 1, "policy": "mlp", "width": 16} | config)
     envs = RLHFVectorEnv(made.num_envs, group_size=made.responses, autoreset_mode="SameStep", task=task, device="cpu")
     agent = kind(envs, made)
+    agent.policy.load_state_dict(agent.new_policy(0).state_dict())
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in agent.policy.parameters():

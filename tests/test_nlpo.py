@@ -258,7 +258,8 @@ def test_the_samplers_law_is_of_what_the_mask_leaves(sampler: Sampler) -> None:
 
 
 def test_nlpo_learns() -> None:
-    agent = tiny_nlpo(tiny_envs(kl_coef=0.1), batch_size=96, micro_batch_size=96, mask_top_p=0.9, epochs=4)
+    numbers = {"batch_size": 96, "micro_batch_size": 96, "mask_top_p": 0.9, "epochs": 4, "lr": 1e-3}
+    agent = tiny_nlpo(tiny_envs(kl_coef=0.1), **numbers)
     history = learn(agent, 15)
     first, last = (sum(m["rollout/return"] for m in part) / 3 for part in (history[:3], history[-3:]))
     assert last > first + 0.12

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import agents.sft
 from agents.best_of_n import BestOfN, BestOfNConfig, best_of_n_log_probs
+from agents.seeds import row_seeds
 from agents.sft import SFT, SFTConfig, read_demonstrations
 from agents.supervised import descend
 from lmgym.envs.vector import RLHFVectorEnv
@@ -174,7 +175,7 @@ def test_of_one_candidate_there_is_nothing_to_learn() -> None:
 
 def test_the_best_candidates_are_those_of_best_of_n() -> None:
     agent, twin = tiny_sft(n=3, batch_size=6, seed=4), BestOfN(tiny(), BestOfNConfig(3), seed=4)
-    twin.envs.reset(seed=4)
+    twin.envs.reset(seed=row_seeds(4, 1))
     episodes, steps = agent.sample()
     same = twin.respond(twin.envs.next_prompts(6))
     assert torch.equal(episodes.response_ids, same.response_ids)

@@ -28,6 +28,8 @@ Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
+_REWARD_STREAM = 1  # spawn key: what is random in the reward draws other numbers than the prompts of any row
+
 
 @dataclass(frozen=True)
 class Transition:
@@ -166,9 +168,14 @@ class Engine:
             self._reader.start(rows, prompts, ahead)
 
     def reseed(self, seed: int) -> None:
-        """Begins anew what is random in the reward."""
+        """Begins anew what is random in the reward.
+
+        Args:
+            seed: of a row's prompts. The reward gets one of its own, derived from it and below 2^32.
+        """
         if hasattr(self.reward, "reseed"):
-            self.reward.reseed(seed)
+            derived = np.random.SeedSequence(seed, spawn_key=(_REWARD_STREAM,)).generate_state(1)
+            self.reward.reseed(int(derived[0]))
 
     def resume(
         self, row: int, response_ids: Sequence[int], returns: tuple[float, float] | None, ref_log_probs: Floats | None
