@@ -1,5 +1,6 @@
 # make train   install, train PPO on the built-in task, show what it learned
 # make test    install, then lint, types and tests
+# make gpu     on a machine with CUDA: checks and measures everything there, in runs/gpu
 #
 # Variables: PYTHON (the interpreter .venv is made from), VENV (the environment to use),
 # ARGS (overrides for training, e.g. ARGS="seed=1 agent.lr=3e-4"), WORKERS (test processes).
@@ -23,7 +24,7 @@ except ImportError: sys.exit("Python cannot make virtual environments here: on D
 endef
 export CHECK_PYTHON
 
-.PHONY: help train test lint format clean
+.PHONY: help train test gpu lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -49,6 +50,9 @@ lint: $(STAMP)
 # One thread a test process: the processes already fill the cores.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+
+gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix

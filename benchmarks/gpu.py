@@ -259,7 +259,7 @@ def _decode_row(envs: Any, batch: int, horizon: int, small: bool) -> dict[str, A
         if path == "generate" and batch > 256:
             continue
         try:
-            row[path] = batch * horizon / median_seconds(run, rounds)
+            row[path] = batch * horizon / median_seconds(run, rounds if path == "collect" else 1)
         except torch.OutOfMemoryError as error:
             row[f"{path}_error"] = str(error)[:200]
     return row
@@ -375,11 +375,11 @@ def _heaviest(part: str, seconds: float, events: Any) -> Iterator[dict[str, Any]
 
 PARTS: dict[str, Callable[[bool], Iterator[dict[str, Any]]]] = {
     "limits": measure_limits,
-    "tests": measure_tests,
+    "train": measure_train,
     "decode": measure_decode,
     "ppo": measure_ppo,
+    "tests": measure_tests,
     "profile": measure_profile,
-    "train": measure_train,
 }
 
 
