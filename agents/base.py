@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from agents.advantages import gae
 from agents.checkpoint import TokenCount, replacing
 from agents.losses import explained_variance
+from agents.master_weights import MasterWeights
 from agents.policies import PolicyConfig, make_policy
 from agents.policy import Critic, TrainablePolicy, read_logits
 from agents.seeds import ACTIONS, WEIGHTS, row_seeds, stream_seed, torch_generator
@@ -177,6 +178,7 @@ class OnPolicyAgent(ABC):
         groups = [{"params": x, "lr": rate} for x, rate in zip(self._parameters(), self._rates, strict=True)]
         on_gpu = self.policy.device.type == "cuda"
         self.optimizer = torch.optim.Adam(groups, fused=on_gpu or None, **self._adam())
+        self.masters = MasterWeights(self.optimizer)
         self.generator = torch_generator(seed, ACTIONS)
         self.num_timesteps, self.tokens = 0, TokenCount()
         self.kl: KLCoefficient = FixedKL(envs.kl_coef)
@@ -372,7 +374,7 @@ class OnPolicyAgent(ABC):
         rows = rows[episodes.lengths[rows].argsort()]
         chosen = self.minibatch_advantages(advantages[rows], episodes.response_mask[rows])
         advantages = advantages.index_copy(0, rows, chosen)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.policy.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}  # in float64; read once a step, for on a GPU every look waits for it
         for part in rows.split(self.config.micro_batch_size):
             batch = self._read(episodes, advantages, returns, part, total, count, backward=1)

@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agents.base import Callback, check_dict_observations
 from agents.checkpoint import TokenCount, replacing
+from agents.master_weights import MasterWeights
 from agents.policies import PolicyConfig, make_policy
 from agents.policy import TrainablePolicy
 from agents.sb3_buffers import Stretches, StretchReplayBuffer, StretchRolloutBuffer
@@ -260,6 +261,7 @@ class SB3Agent:
         if config.algorithm == "TRPO":  # whose optimiser is the critic's: it must not move the policy
             critic = critic_parameters(networks)
             networks.optimizer = networks.optimizer_class(critic, lr=rate, **networks.optimizer_kwargs)
+        self.masters = MasterWeights(networks.optimizer)
         networks.set_training_mode(False)
         self._actor: TrainablePolicy | None = None  # what has a checkpoint of its own
         if self.deterministic or self._recurrent:

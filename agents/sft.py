@@ -216,7 +216,7 @@ def train_sft(
                 loss = total / count
 
                 # 2. one step of AdamW
-                descend(loss, optimizer, max_grad_norm)
+                descend(loss, optimizer, model.parameters(), max_grad_norm)
                 schedule.step()
 
                 # 3. report

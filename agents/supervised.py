@@ -10,7 +10,7 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from agents.base import Callback, check_dict_observations
 from agents.checkpoint import TokenCount, replacing
 from agents.fixed import act
+from agents.master_weights import MasterWeights
 from agents.policies import PolicyConfig, make_policy
 from agents.seeds import ACTIONS, WEIGHTS, row_seeds, stream_seed, torch_generator
 from lmgym.envs.engine import Engine
@@ -80,6 +81,7 @@ class SupervisedAgent(ABC, Generic[Examples]):
         self.policy = make_policy(envs, self.config, stream_seed(seed, WEIGHTS))
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(parameters, lr=self.config.lr, eps=self.config.adam_eps)
+        self.masters = MasterWeights(self.optimizer)
         self.generator = torch_generator(seed, ACTIONS)
         self.num_timesteps, self.tokens = 0, TokenCount()
         envs.reset(seed=row_seeds(seed, envs.num_envs))
@@ -151,7 +153,8 @@ class SupervisedAgent(ABC, Generic[Examples]):
 
     def _step(self, examples: Examples) -> dict[str, float]:
         loss, metrics = self.loss(examples)
-        norm = descend(loss, self.optimizer, self.config.max_grad_norm or math.inf)
+        limit = self.config.max_grad_norm or math.inf
+        norm = descend(loss, self.optimizer, self.policy.parameters(), limit)
         return {"train/loss": loss.item(), **metrics, "train/grad_norm": norm}
 
     def log_probs(self, episodes: Episodes) -> Tensor:
@@ -197,16 +200,23 @@ class SupervisedAgent(ABC, Generic[Examples]):
         self.envs.set_state(state["env"])
 
 
-def descend(loss: Tensor, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
+def descend(
+    loss: Tensor, optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter], max_grad_norm: float
+) -> float:
     """One optimiser step down the gradient of a loss, scaled down to `max_grad_norm` where its norm is larger.
+
+    Args:
+        loss: a scalar. optimizer: of the weights, or of their master copies.
+        weights: what the loss depends on. max_grad_norm: of all their gradients together.
 
     Returns:
         The norm before.
     """
-    optimizer.zero_grad(set_to_none=True)
+    weights = list(weights)
+    for weight in weights:
+        weight.grad = None
     loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(weights, max_grad_norm)
     optimizer.step()
     return norm.item()
 

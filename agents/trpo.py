@@ -98,7 +98,7 @@ class TRPO(OnPolicyAgent):
             ratio_error += (batch.weights * (batch.log_probs - batch.old_log_probs).abs()).sum().item()
         self.tokens.read(episodes, forward=0, backward=1)
         direction, residual, curvature = self._direction(episodes, advantages, returns, gradient)
-        step, start = direction * (2 * max_kl / curvature).sqrt(), flat(parameters)
+        step, start = direction * (2 * max_kl / curvature).sqrt(), flat(self.masters.of(parameters))
         metrics = {
             "train/ratio_error": ratio_error,
             "train/grad_norm": gradient.norm().item(),
@@ -111,7 +111,7 @@ class TRPO(OnPolicyAgent):
         with torch.no_grad():
             for i in range(self.config.line_search_steps):
                 fraction = self.config.backtrack**i
-                _assign(parameters, start + fraction * step)
+                self._assign(start + fraction * step)
                 after, kl = 0.0, 0.0
                 for batch, old in zip(batches(), laws, strict=True):
                     after += surrogate(batch).item()
@@ -119,8 +119,13 @@ class TRPO(OnPolicyAgent):
                 if kl <= max_kl and after > before:
                     found = {"kl": kl, "step_fraction": fraction, "surrogate_gain": after - before}
                     return metrics | {f"train/{name}": x for name, x in found.items()}
-            _assign(parameters, start)
+            self._assign(start)
         return metrics
+
+    def _assign(self, values: Tensor) -> None:
+        """Gives the weights of the law, and their copies in float32, new values (P,)."""
+        _assign(self.masters.of(self.law_parameters), values)
+        self.masters.copy_back()
 
     def _direction(
         self, episodes: Episodes, advantages: Tensor, returns: Tensor, gradient: Tensor

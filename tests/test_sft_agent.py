@@ -121,9 +121,9 @@ def test_the_loss_is_of_the_response_alone_and_its_end(file: str) -> None:
 def test_a_step_is_down_and_clipped() -> None:
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    assert descend(weight.square().sum() / 2, optimizer, 1.0) == pytest.approx(5)
+    assert descend(weight.square().sum() / 2, optimizer, [weight], 1.0) == pytest.approx(5)
     assert weight.tolist() == pytest.approx([2.4, 3.2], abs=1e-5)
-    assert descend(weight.square().sum() / 2, optimizer, math.inf) == pytest.approx(4, abs=1e-5)
+    assert descend(weight.square().sum() / 2, optimizer, [weight], math.inf) == pytest.approx(4, abs=1e-5)
     assert weight.tolist() == pytest.approx([0, 0], abs=1e-5)
 
 
