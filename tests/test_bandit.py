@@ -8,14 +8,16 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import WORDS
+import torch
+from conftest import WORDS, TinyProblem
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from lmgym.envs.bandit import RLHFBanditVectorEnv
-from lmgym.errors import InvalidActionError, UnknownNameError
+from lmgym.errors import InvalidActionError, InvalidArgumentError, UnknownNameError
+from lmgym.wrappers import PolicyKL
 
 ID, TOKEN_ID = "lmgym/RLHFBandit-v0", "lmgym/RLHF-v0"
 EOS, V, P, T, N = 1, len(WORDS) + 3, 6, 8, 4
@@ -24,8 +26,8 @@ CONFIGS: list[dict[str, Any]] = [
     {},
     {"dense_kl": False},
     {"truncate": True},
-    {"gamma": 0.9, "missing_eos_penalty": 1.0, "min_new_tokens": 2},
-    {"gamma": 0.7, "dense_kl": False},
+    {"missing_eos_penalty": 1.0, "min_new_tokens": 2},
+    {"kl_coef": 0.0, "gamma": 0.7, "missing_eos_penalty": 1.0},
     {"kl_coef": 0.0},
     {"obs_format": "flat"},
 ]
@@ -64,6 +66,42 @@ def test_the_reward_is_the_return_of_the_token_mdp(parts: Parts, config: Parts) 
             if key == "ref_log_prob":
                 value = sum(s[4].get(key, 0.0) for s in steps)
             assert info[key] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-5))
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_discount_of_a_sum_of_log_probs_is_refused(dense: bool) -> None:
+    """J of a policy by enumeration is what the token MDP pays; with the whole sum at once it would be another number.
+
+    The bandit would pay gamma^t kl_coef log pi_ref token by token, and take off kl_coef log pi of the whole response.
+    """
+    problem, gamma = TinyProblem(horizon=3), 0.5
+    settings: Parts = {"task": problem.task, "gamma": gamma, "dense_kl": dense}
+    env = PolicyKL(gym.make(TOKEN_ID, **settings))
+    truth = paid = wrong = 0.0
+    for x, prompt in enumerate(problem.prompts):
+        own, ref = (problem.token_log_probs(lm, prompt) for lm in (problem.other, problem.lm))
+        scores = problem.scores(prompt)
+        for i, response in enumerate(problem.responses):
+            n, prob = len(response), own[i].sum().exp().item() / len(problem.prompts)
+            late = gamma ** (n - 1)
+            discounts = torch.tensor([gamma**t if dense else late for t in range(problem.T)], dtype=torch.float64)
+            truth += prob * (late * scores[i] - problem.kl_coef * (discounts * (own[i] - ref[i])).sum()).item()
+            reference_half = late * scores[i] + problem.kl_coef * (discounts * ref[i]).sum()
+            wrong += prob * (reference_half - problem.kl_coef * own[i].sum()).item()
+            env.reset(options={"prompt_index": x})
+            pairs = zip(response, own[i].tolist(), strict=False)
+            rewards = [env.step({"token": token, "log_prob": log_prob})[1] for token, log_prob in pairs]
+            paid += prob * sum(gamma**t * reward for t, reward in enumerate(rewards))
+    assert paid == pytest.approx(truth, abs=1e-5)
+    assert abs(wrong - truth) > 0.1
+    for make in (gym.make, gym.make_vec):
+        with pytest.raises(
+            InvalidArgumentError, match=r"`gamma` must be 1 for the bandit .*, got 0.5: .*lmgym/RLHF-v0"
+        ):
+            make(ID, **settings)
+        make(ID, **{**settings, "gamma": 1.0})
+    with pytest.raises(InvalidArgumentError, match="`gamma` must be 1 for the bandit"):
+        gym.make(ID, task="discount-0.9")
 
 
 def test_spaces(parts: Parts) -> None:

@@ -10,8 +10,10 @@ from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 
 from lmgym.envs.engine import Transition
+from lmgym.envs.settings import Settings
 from lmgym.envs.token import RESET_OPTIONS, RLHFEnv, as_actions
 from lmgym.envs.vector import RLHFVectorEnv
+from lmgym.errors import InvalidArgumentError
 
 _OPTIONS = tuple(name for name in RESET_OPTIONS if name != "response_ids")
 
@@ -19,15 +21,21 @@ _OPTIONS = tuple(name for name in RESET_OPTIONS if name != "response_ids")
 class RLHFBanditEnv(RLHFEnv):
     """A contextual bandit over responses (`lmgym/RLHFBandit-v0`).
 
-    The action is `MultiDiscrete([V] * T)`, read up to the first token that ends a response. The reward is the
-    discounted return that the token MDP would have paid for it (at gamma = 1, the return), from one teacher-forced
-    pass. Observations, arguments and info are those of `RLHFEnv`, `ref_log_prob` being the whole response's; so are the
-    reset options but `response_ids`.
+    The action is `MultiDiscrete([V] * T)`, read up to the first token that ends a response. The reward is the return
+    that the token MDP would have paid for it, from one teacher-forced pass. Observations, arguments and info are those
+    of `RLHFEnv`, `ref_log_prob` being the whole response's; so are the reset options but `response_ids`.
+
+    `gamma` must be 1 where the KL has a price. Below 1 every token's log-prob has a discount of its own, and all that
+    is known of an action is their sum. At `kl_coef=0` the reward is the discounted score.
+
+    Raises:
+        InvalidArgumentError: for a discount below 1 and `kl_coef` above 0, before anything loads.
     """
 
     reset_options = _OPTIONS
 
     def __init__(self, **kwargs: Any) -> None:
+        _check_discount(Settings.of(kwargs))
         super().__init__(**kwargs)
         engine = self._engine
         self.action_space = spaces.MultiDiscrete(np.full(engine.horizon, engine.lm.vocab_size))
@@ -46,6 +54,8 @@ class RLHFBanditVectorEnv(RLHFVectorEnv):
     reset_options = _OPTIONS
 
     def __init__(self, num_envs: int = 1, **kwargs: Any) -> None:
+        vector_only = ("autoreset_mode", "group_size")
+        _check_discount(Settings.of({name: x for name, x in kwargs.items() if name not in vector_only}))
         super().__init__(num_envs, **kwargs)
         engine = self._engine
         self.single_action_space = spaces.MultiDiscrete(np.full(engine.horizon, engine.lm.vocab_size))
@@ -53,3 +63,12 @@ class RLHFBanditVectorEnv(RLHFVectorEnv):
 
     def _advance(self, actions: Any, live: npt.NDArray[np.bool_]) -> Transition:
         return self._engine.step_whole(as_actions(actions, (self.num_envs, self._engine.horizon)), live)
+
+
+def _check_discount(settings: Settings) -> None:
+    task = settings.resolve()
+    if task.kl_coef > 0 and task.gamma != 1:
+        raise InvalidArgumentError(
+            f"`gamma` must be 1 for the bandit at `kl_coef` > 0, got {task.gamma!r}: an action has one log-prob, that "
+            "of the whole response, and a discount needs each token's. Take lmgym/RLHF-v0, which steps token by token."
+        )
