@@ -23,11 +23,12 @@ from lmgym.envs.prompts import Prompt
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_int
-from lmgym.evaluation import Evaluation
+from lmgym.evaluation import Evaluation, noise_from, without_noise
 from lmgym.intervals import Interval
 from lmgym.kl import episode_kl
 from lmgym.models.policy import CausalPolicy
 from lmgym.models.sampling import Sampler
+from lmgym.rewards.base import remove_noise
 from lmgym.rollout import collect
 
 _BATCH = 256  # candidates that are decoded together
@@ -129,7 +130,9 @@ class BestOfN(FixedAgent):
         available, task = envs.engine.prompts, envs.task
         count = len(available) if prompts is None else min(prompts, len(available))
         wanted = [available[i] for i in range(count) for _ in range(samples)]
-        chosen, scores = self._choose(envs, wanted, sampler or self.sampler, generator or self.generator)
+        generator = generator or self.generator
+        with noise_from(generator, envs.engine.reward):
+            chosen, scores = self._choose(envs, wanted, sampler or self.sampler, generator)
         ratios = torch.cat(
             [
                 log_ratio_of_best(best, drawn, self.config.n)
@@ -137,11 +140,14 @@ class BestOfN(FixedAgent):
             ]
         )
         last = (chosen.lengths - 1).unsqueeze(1)
-        chosen = replace(chosen, log_probs=chosen.log_probs.scatter_add(1, last, ratios.unsqueeze(1).float()))
+        sampled = replace(chosen, log_probs=chosen.log_probs.scatter_add(1, last, ratios.unsqueeze(1).float()))
+        chosen = without_noise(envs.engine, wanted, sampled)
         discounts = task.gamma ** (chosen.lengths - 1)
         price = task.kl_coef * episode_kl(chosen)
         returns = discounts * chosen.scores - (price if task.dense_kl else discounts * price)
         numbers: dict[str, Tensor] = {"return": returns, "score": chosen.scores}
+        if remove_noise(envs.engine.reward) is not envs.engine.reward:
+            numbers["sampled_score"] = sampled.scores
         if chosen.gold_scores is not None:
             numbers["gold_score"] = chosen.gold_scores
         if task.kl_coef > 0:
@@ -155,7 +161,7 @@ class BestOfN(FixedAgent):
             metrics[name] = Interval.over_repeats(x) if over_samples else Interval.of(x.mean(1))
         if task.kl_coef > 0:
             metrics["kl_bound"] = Interval.point(kl_bound(self.config.n))
-        return Evaluation(metrics, None, chosen)
+        return Evaluation(metrics, None, chosen, "log-ratios of the best of n are estimated from ranks")
 
     def _choose(
         self, envs: RLHFVectorEnv, prompts: Sequence[Prompt], sampler: Sampler, generator: torch.Generator

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lmgym.envs.engine import Engine
+from lmgym.envs.prompts import Prompt
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import check_int
@@ -16,7 +20,8 @@ from lmgym.kl import check_sampled_law, discounted_return, episode_kl, token_rew
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler
 from lmgym.optimum.bounds import log_weights, multi_sample_bound
-from lmgym.rollout import collect
+from lmgym.rewards.base import STOCHASTIC, remove_noise, scores_agree
+from lmgym.rollout import collect, fresh_generator
 
 _BATCH = 256
 
@@ -28,17 +33,23 @@ class Evaluation:
     Where every prompt of the split was sampled more than once, the numbers are of these prompts, as V* is, and the
     interval is that of the sampling; else they are of prompts like these, and it is that over prompts.
 
+    A noisy reward counts as it pays on average, its `expected` (`lmgym.rewards.base.remove_noise`): J is the same, and
+    known more closely. So does a noisy gold reward.
+
     Attributes:
-        metrics: `return` (J, units of the score), `score`, `gold_score` if there is one, `kl` (nats an episode),
-            `length` (tokens).
-        bound: lower bound on V* from these samples; None at `kl_coef=0` or gamma < 1, where it does not hold, and at
-            one sample a prompt, where it is J.
-        episodes: the samples themselves, prompt by prompt.
+        metrics: `return` (J, units of the score), `score`, `sampled_score` (with its noise, if there is any),
+            `gold_score` if there is one, `kl` (nats an episode), `length` (tokens).
+        bound: lower bound on V* from these samples; None where there is none.
+        episodes: the samples themselves, prompt by prompt; their scores are those without noise.
+        no_bound: why there is no bound: at `kl_coef=0` or gamma < 1, where it does not hold; at one sample a prompt,
+            where it is J; and where the reward has noise and nothing says what it pays on average, because
+            exp(score / kl_coef) counts noise as gain.
     """
 
     metrics: dict[str, Interval]
     bound: Interval | None
     episodes: Episodes
+    no_bound: str | None = None
 
 
 def evaluate(
@@ -58,25 +69,31 @@ def evaluate(
         samples: episodes a prompt.
         prompts: how many prompts; None is all.
         sampler: the law tokens are drawn from; the policy's own if None.
-        generator: a CPU generator.
+        generator: a CPU generator; one of its own if None. A reward's noise is drawn from it too, and goes on
+            afterwards from where it stood.
 
     Raises:
         LogProbError: if the KL comes out impossibly negative.
     """
     check_int("samples", samples, 1)
+    generator = generator or fresh_generator()
     available = envs.engine.prompts
     count = len(available) if prompts is None else min(prompts, len(available))
     wanted = [available[i] for i in range(count) for _ in range(samples)]
-    parts = [
-        collect(envs, policy, wanted[start : start + _BATCH], sampler, generator)
-        for start in range(0, len(wanted), _BATCH)
-    ]
-    episodes = Episodes.concatenate(parts)
+    with noise_from(generator, envs.engine.reward):
+        parts = [
+            collect(envs, policy, wanted[start : start + _BATCH], sampler, generator)
+            for start in range(0, len(wanted), _BATCH)
+        ]
+    sampled = Episodes.concatenate(parts)
+    episodes = without_noise(envs.engine, wanted, sampled)
     task = envs.task
     if task.kl_coef > 0:
         check_sampled_law(episode_kl(episodes))
     rewards = token_rewards(episodes, task.kl_coef, dense=task.dense_kl)
     numbers: dict[str, Tensor] = {"return": discounted_return(rewards, task.gamma), "score": episodes.scores}
+    if remove_noise(envs.engine.reward) is not envs.engine.reward:
+        numbers["sampled_score"] = sampled.scores
     if episodes.gold_scores is not None:
         numbers["gold_score"] = episodes.gold_scores
     if task.kl_coef > 0:  # without a price the reference is never asked
@@ -84,11 +101,67 @@ def evaluate(
     numbers["length"] = episodes.lengths.float()
     of = Interval.over_repeats if count == len(available) and samples > 1 else _over_prompts
     metrics = {name: of(x.view(count, samples)) for name, x in numbers.items()}
-    bound = None
-    if task.kl_coef > 0 and task.gamma == 1 and samples > 1:
-        weights = log_weights(episodes, task.kl_coef).view(count, samples)
-        bound = Interval.of(multi_sample_bound(weights, task.kl_coef))
-    return Evaluation(metrics, bound, episodes)
+    reason = _no_bound(envs.engine, wanted, episodes, samples)
+    if reason is not None:
+        return Evaluation(metrics, None, episodes, reason)
+    weights = log_weights(episodes, task.kl_coef).view(count, samples)
+    return Evaluation(metrics, Interval.of(multi_sample_bound(weights, task.kl_coef)), episodes)
+
+
+@contextmanager
+def noise_from(generator: torch.Generator, reward: Any) -> Iterator[None]:
+    """Draws a reward's noise from a generator, and in the end puts it back where it stood.
+
+    So the noise of a training that shares the reward does not feel an evaluation in its midst.
+    """
+    if not all(hasattr(reward, name) for name in ("reseed", "get_state", "set_state")):
+        yield
+        return
+    state = reward.get_state()
+    reward.reseed(int(torch.randint(2**62, (), generator=generator)))
+    try:
+        yield
+    finally:
+        reward.set_state(state)
+
+
+def without_noise(engine: Engine, prompts: Sequence[Prompt], episodes: Episodes) -> Episodes:
+    """Episodes with the scores, and the gold ones, that their rewards pay on average; as they are without noise."""
+    gold = engine.task.gold
+    if remove_noise(engine.reward) is engine.reward and (gold is None or remove_noise(gold) is gold):
+        return episodes
+    scores, gold_scores = _mean_scores(engine, prompts, episodes)
+    golden = None if gold_scores is None else torch.tensor(gold_scores)
+    return replace(episodes, scores=torch.tensor(scores), gold_scores=golden)
+
+
+def _mean_scores(
+    engine: Engine, prompts: Sequence[Prompt], episodes: Episodes
+) -> tuple[list[float], list[float] | None]:
+    """B scores and gold scores without noise, from batches like those that were collected."""
+    lengths = episodes.lengths.tolist()
+    responses = [row[:n] for row, n in zip(episodes.response_ids.tolist(), lengths, strict=True)]
+    scores: list[float] = []
+    golden: list[float] = []
+    for start in range(0, len(prompts), _BATCH):
+        rows = slice(start, start + _BATCH)
+        some, gold = engine.mean_scores(prompts[rows], responses[rows])
+        scores += some
+        golden += gold or []
+    return scores, golden or None
+
+
+def _no_bound(engine: Engine, prompts: Sequence[Prompt], episodes: Episodes, samples: int) -> str | None:
+    """Why these samples give no bound on V*, or None."""
+    if engine.task.kl_coef == 0:
+        return "at `kl_coef=0` it is the largest score"
+    if engine.task.gamma != 1:
+        return "a bound from samples holds at `gamma=1` alone"
+    if samples == 1:
+        return "it takes more than one sample a prompt to bound it"
+    if not scores_agree(episodes.scores.tolist(), _mean_scores(engine, prompts, episodes)[0]):
+        return STOCHASTIC
+    return None
 
 
 def _over_prompts(x: Tensor) -> Interval:

@@ -47,7 +47,7 @@ def collect(
     Returns:
         Episodes on the CPU.
     """
-    sampler, generator = sampler or Sampler(), generator or _fresh_generator()
+    sampler, generator = sampler or Sampler(), generator or fresh_generator()
     prompts = envs.next_prompts(episodes) if isinstance(episodes, int) else episodes
     engine = envs.engine
     prompt_ids, prompt_mask = engine.left_padded(prompts)
@@ -140,7 +140,7 @@ def collect_steps(
         InvalidArgumentError: for another autoreset mode, or a number of episodes that is no such multiple.
     """
     check_same_step(envs)
-    sampler, generator = sampler or Sampler(), generator or _fresh_generator()
+    sampler, generator = sampler or Sampler(), generator or fresh_generator()
     n = envs.num_envs
     check_int("episodes", episodes, 1)
     if episodes % n:
@@ -159,7 +159,7 @@ def check_same_step(envs: Any) -> None:
         )
 
 
-def _fresh_generator() -> torch.Generator:
+def fresh_generator() -> torch.Generator:
     """A generator of its own, seeded by the machine: the global one is never read."""
     generator = torch.Generator()
     generator.seed()

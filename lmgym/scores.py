@@ -37,6 +37,12 @@ def normalised(value: Interval, reference: Interval | float, optimum: StoredOpti
     return Interval(mean, low, max([m + h for m, h in ends] + [mean + half]))
 
 
+def reference_return(optimum: StoredOptimum) -> Interval:
+    """J_ref as it is stored: a point where it is exact, else with the interval of the samples it comes from."""
+    mean, half = optimum.reference, optimum.reference_half_width
+    return Interval(mean, mean - half, mean + half)
+
+
 def _share(value: Interval, reference: Interval, optimum: float) -> tuple[float, float]:
     gain = optimum - reference.mean
     share = (value.mean - reference.mean) / gain

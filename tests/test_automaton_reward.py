@@ -29,7 +29,7 @@ from lmgym.rewards.automaton import (
     phrases,
     positions,
 )
-from lmgym.rewards.base import score
+from lmgym.rewards.base import remove_noise, score
 from lmgym.rewards.noise import NoisyReward
 
 EOS = 0
@@ -554,6 +554,37 @@ def test_noise_goes_on_from_its_state() -> None:
     assert [fresh(**call) for _ in range(3)] == expected
     reward.set_state(state)
     assert [reward(**call) for _ in range(3)] == expected
+
+
+def test_noise_on_noise_is_independent_of_it_and_begins_and_goes_on_with_it() -> None:
+    """With one seed for both the standard deviations would add, not the variances."""
+    n = 20_000
+    call: dict[str, Any] = {"prompts": [""] * n, "completions": [""] * n}
+    reward = NoisyReward(NoisyReward(lambda prompts, completions: [0.0] * len(prompts), 1.0), 1.0)
+    first = np.array(reward(**call))
+    assert abs(first.std() - math.sqrt(2)) < 4 * math.sqrt(2 / (2 * n))
+    state = json.loads(json.dumps(reward.get_state()))
+    second = reward(**call)
+    reward.set_state(state)
+    assert reward(**call) == second
+    reward.reseed(0)
+    assert reward(**call) == first.tolist()
+    with pytest.raises(InvalidArgumentError, match="`state` must come from `NoisyReward.get_state`"):
+        reward.set_state(NoisyReward(table_reward, 1.0).get_state())
+
+
+def test_what_is_paid_on_average_is_found_under_any_number_of_layers() -> None:
+    assert remove_noise(table_reward) is table_reward
+    assert remove_noise(NoisyReward(table_reward, 1.0)) is table_reward
+    assert remove_noise(NoisyReward(NoisyReward(table_reward, 1.0), 1.0)) is table_reward
+
+    def own(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [0.0] * len(prompts)
+
+    own.expected = 0.5  # type: ignore[attr-defined]
+    assert remove_noise(own) is own  # a number of its own, not a reward
+    own.expected = own  # type: ignore[attr-defined]
+    assert remove_noise(own) is own
 
 
 @pytest.mark.parametrize("state", [{}, {"bit_generator": "MT19937"}, {"bit_generator": "PCG64"}, 3])

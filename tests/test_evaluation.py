@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import gymnasium as gym
 import pytest
 import torch
-from conftest import TinyProblem, word_count
+from conftest import TinyProblem, table_reward, word_count
 from torch import Tensor
 
 from lmgym.envs.vector import RLHFVectorEnv
@@ -19,6 +20,10 @@ from lmgym.intervals import Interval
 from lmgym.kl import episode_kl
 from lmgym.models.policy import CausalPolicy
 from lmgym.models.sampling import Sampler
+from lmgym.optimum.bounds import log_weights, multi_sample_bound
+from lmgym.rewards.base import remove_noise
+from lmgym.rewards.noise import NoisyReward
+from lmgym.rollout import collect
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +203,123 @@ def test_log_probs_of_another_law_are_a_loud_error(problem: TinyProblem, monkeyp
 
 def test_json_is_plain_numbers() -> None:
     assert as_json({"score": Interval(1.0, 0.5, 1.5)}) == {"score": {"mean": 1.0, "low": 0.5, "high": 1.5}}
+
+
+# --- rewards with noise -----------------------------------------------------------------------------------------------
+
+
+class Doubled:
+    """A user's composition around a noisy reward, which says what it pays on average."""
+
+    def __init__(self, inside: NoisyReward) -> None:
+        self.inside = inside
+
+    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [2 * x for x in self.inside(prompts, completions, **columns)]
+
+    def expected(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [2 * x for x in remove_noise(self.inside)(prompts, completions, **columns)]
+
+
+def halved(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [x / 2 for x in table_reward(prompts, completions, **columns)]
+
+
+NOISY = {
+    "noise": NoisyReward(table_reward, 1.0),
+    "noise on noise": NoisyReward(NoisyReward(NoisyReward(table_reward, 0.5), 0.5), 0.8),
+    "a composition": Doubled(NoisyReward(halved, 0.5)),
+    "noise on a composition": NoisyReward(Doubled(NoisyReward(halved, 0.5)), 0.5),
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_a_noisy_reward_is_graded_by_what_it_pays_on_average(name: str) -> None:
+    problem = TinyProblem(horizon=3, reward=NOISY[name])
+    envs = envs_of(problem)
+    found = evaluate(CausalPolicy(problem.lm), envs, samples=60, generator=rng())
+    episodes, metrics = found.episodes, found.metrics
+    lengths = zip(episodes.response_ids.tolist(), episodes.lengths.tolist(), strict=True)
+    texts = [problem.prompts[i] for i in episodes.prompt_index.tolist()]
+    expected = table_reward(texts, [""] * len(texts), [row[:n] for row, n in lengths])
+    assert episodes.scores.tolist() == pytest.approx(expected, abs=1e-6)
+    assert metrics["score"].mean == pytest.approx(sum(expected) / len(expected), abs=1e-6)
+    assert metrics["return"].mean == pytest.approx(metrics["score"].mean, abs=1e-5)  # of the reference
+    assert abs(metrics["sampled_score"].mean - metrics["score"].mean) > 1e-3
+    widths = [metrics[which].high - metrics[which].low for which in ("score", "sampled_score")]
+    assert widths[1] > 1.5 * widths[0]
+
+
+def test_noise_is_not_counted_as_gain() -> None:
+    """Noise of standard deviation 1 adds 1 / (2 kl_coef) to a bound that weighs scores as they were drawn."""
+    problem = TinyProblem(horizon=3, reward=NoisyReward(table_reward, 1.0))
+    envs = envs_of(problem)
+    found = evaluate(CausalPolicy(problem.lm), envs, samples=600, generator=rng())
+    optimum = sum(problem.optimum(prompt)[0] for prompt in problem.prompts) / 3
+    assert found.bound is not None
+    assert optimum - 0.1 < found.bound.mean < optimum + 0.02
+    prompts = [envs.engine.prompts[i] for i in range(3) for _ in range(600)]
+    drawn = collect(envs, CausalPolicy(problem.lm), prompts, generator=rng())
+    wrong = multi_sample_bound(log_weights(drawn, problem.kl_coef).view(3, 600), problem.kl_coef)
+    assert wrong.mean().item() > optimum + 0.5
+
+
+def test_of_noise_whose_mean_is_not_known_there_is_no_bound_but_a_reason() -> None:
+    noise = NoisyReward(table_reward, 1.0)
+    partial = functools.partial(noise)  # hides `expected`
+    problem = TinyProblem(horizon=3, reward=partial)
+    found = evaluate(CausalPolicy(problem.lm), envs_of(problem), samples=4, generator=rng())
+    assert found.bound is None
+    assert found.no_bound is not None
+    assert "gave one response two scores" in found.no_bound
+    assert "`expected`" in found.no_bound
+    assert "sampled_score" not in found.metrics
+
+
+def test_noise_on_one_response_in_a_hundred_is_noticed() -> None:
+    calls = []
+
+    def moody(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        calls.append(len(prompts))
+        scores = table_reward(prompts, completions, **columns)
+        return [x + (i % 100 == 7) * 0.001 * len(calls) for i, x in enumerate(scores)]
+
+    problem = TinyProblem(horizon=3, reward=moody)
+    found = evaluate(CausalPolicy(problem.lm), envs_of(problem), samples=60, generator=rng())
+    assert found.bound is None
+
+
+def test_every_reason_for_no_bound_is_said(problem: TinyProblem) -> None:
+    policy = CausalPolicy(problem.lm)
+    for changes, samples, reason in (
+        ({"kl_coef": 0.0}, 2, "at `kl_coef=0` it is the largest score"),
+        ({"gamma": 0.9}, 2, "a bound from samples holds at `gamma=1` alone"),
+        ({}, 1, "it takes more than one sample a prompt to bound it"),
+        ({}, 2, None),
+    ):
+        found = evaluate(policy, envs_of(problem, **changes), samples=samples, generator=rng())
+        assert found.no_bound == reason
+        assert (found.bound is None) == (reason is not None)
+
+
+def test_a_noisy_gold_reward_is_graded_by_its_mean() -> None:
+    problem = TinyProblem(horizon=2, gold=NoisyReward(NoisyReward(word_count, 1.0), 1.0))
+    clean = TinyProblem(horizon=2, gold=word_count)
+    both = [evaluate(CausalPolicy(p.lm), envs_of(p), samples=4, generator=rng()).metrics for p in (problem, clean)]
+    assert both[0]["gold_score"].mean == pytest.approx(both[1]["gold_score"].mean, abs=1e-6)
+    assert both[0]["score"] == both[1]["score"]
+    assert "sampled_score" not in both[0]
+
+
+def test_the_noise_of_a_grade_is_of_its_generator_and_leaves_that_of_the_env_alone() -> None:
+    noise = NoisyReward(NoisyReward(table_reward, 1.0), 1.0)
+    problem = TinyProblem(horizon=2, reward=noise)
+    envs, state = envs_of(problem), noise.get_state()
+    policy = CausalPolicy(problem.lm)
+    first, again, other = (evaluate(policy, envs, samples=4, generator=rng(seed)).metrics for seed in (0, 0, 1))
+    assert noise.get_state() == state
+    assert first == again
+    assert first["sampled_score"] != other["sampled_score"]
 
 
 def test_no_row_of_the_env_is_touched(problem: TinyProblem) -> None:

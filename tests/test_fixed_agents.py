@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import TinyProblem
+from conftest import TinyProblem, table_reward
 from hydra import compose, initialize_config_dir
 
 from agents import train
@@ -28,6 +28,7 @@ from lmgym.evaluation import evaluate
 from lmgym.kl import episode_kl
 from lmgym.models.sampling import Sampler
 from lmgym.optimum.tree import Tree, law_of
+from lmgym.rewards.noise import NoisyReward
 
 ROOT = Path(__file__).parent.parent
 PROBLEM = TinyProblem()
@@ -212,6 +213,19 @@ def test_a_grade_fits_together() -> None:
     assert agent.num_timesteps >= 3 * episodes.num_tokens / 2  # those of all candidates, not of the answers
     free = tiny(kl_coef=0.0)
     assert "kl" not in BestOfN(free, BestOfNConfig(2)).evaluate(free, samples=2).metrics
+
+
+def test_the_best_of_n_by_a_noisy_score_is_graded_by_what_is_paid_on_average() -> None:
+    envs = tiny(reward=NoisyReward(table_reward, 0.5))
+    graded = BestOfN(envs, BestOfNConfig(4)).evaluate(envs, samples=50, generator=seeded(1))
+    texts = [PROBLEM.prompts[i] for i in graded.episodes.prompt_index.tolist()]
+    rows = zip(graded.episodes.response_ids.tolist(), graded.episodes.lengths.tolist(), strict=True)
+    expected = table_reward(texts, [""] * len(texts), [row[:n] for row, n in rows])
+    assert graded.metrics["score"].mean == pytest.approx(sum(expected) / len(expected), abs=1e-6)
+    assert graded.metrics["sampled_score"].mean > graded.metrics["score"].mean + 0.2  # the luck of the best
+    price = PROBLEM.kl_coef * graded.metrics["kl"].mean
+    assert graded.metrics["return"].mean == pytest.approx(graded.metrics["score"].mean - price, abs=1e-5)
+    assert graded.no_bound is not None
 
 
 def test_of_one_candidate_the_best_is_the_reference() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from lmgym.errors import InvalidArgumentError
 from lmgym.intervals import Interval
-from lmgym.scores import normalised
+from lmgym.scores import normalised, reference_return
 from lmgym.tasks import StoredOptimum
 
 
@@ -43,6 +43,11 @@ def test_bounds_of_the_optimum_widen_the_interval() -> None:
     assert found.high == pytest.approx(0.6 / 0.8)  # and as low
     open_above = normalised(value, 0.1, StoredOptimum("bounds", 0.9, 0.9, None, 0.1))
     assert (open_above.low, open_above.high) == pytest.approx((0.4 / 0.8, 0.6 / 0.8))
+
+
+def test_a_stored_reference_is_a_point_or_an_interval() -> None:
+    assert reference_return(StoredOptimum("automaton", 1.0, 1.0, 1.0, 0.25)) == Interval(0.25, 0.25, 0.25)
+    assert reference_return(StoredOptimum("bounds", 1.0, 0.9, 1.1, 0.25, 0.5)) == Interval(0.25, -0.25, 0.75)
 
 
 def test_nothing_to_gain_is_an_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from lmgym.models.policy import CausalPolicy, Policy
 from lmgym.optimum.bounds import Mixture, log_weights, multi_sample_bound
 from lmgym.optimum.smc import conditional_stratified, rejection_samples, sandwich, smc, stratified
 from lmgym.rewards.base import RewardFunction
+from lmgym.rewards.noise import NoisyReward
 from lmgym.rollout import collect
 
 
@@ -481,6 +483,10 @@ def test_the_references_are_the_scores_of_the_reference(problem: TinyProblem) ->
         expected = [problem.objective(p, problem.token_log_probs(problem.lm, p).sum(1)) for p in problem.prompts]
         torch.testing.assert_close(found.references, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=0.08)
         assert found.reference < found.lower
+        stored = found.stored()
+        assert stored.reference_half_width == found.reference_half_width
+        assert 0 < found.reference_half_width < 0.05
+        assert abs(found.reference - sum(expected) / len(expected)) < 2 * found.reference_half_width
 
 
 def test_without_a_highest_score_there_is_no_upper_bound(problem: TinyProblem) -> None:
@@ -526,3 +532,23 @@ def test_arguments_are_checked(problem: TinyProblem) -> None:
         smc(problem.task, ids, policy, 2, seeded(0), resample_at=1.5)
     with pytest.raises(InvalidArgumentError, match="`retained` must be 2 responses, one a prompt, got 1."):
         smc(problem.task, ids, policy, 2, seeded(0), retained=[(1,)])
+
+
+def test_noise_is_taken_off_before_scores_are_weighed_or_is_refused() -> None:
+    """With noise of 1 the wrong lower bound lies 1 / (2 kl_coef) above V*."""
+    noise = NoisyReward(NoisyReward(table_reward, 0.8), 0.6)
+    task, problem = TinyProblem(reward=noise).task, TinyProblem()
+    truth = sum(problem.optimum(prompt)[0] for prompt in problem.prompts) / 3
+    clean, noisy = (
+        sandwich(t, "train", particles=100, repeats=4, max_score=2.0, budget=5000, generator=seeded(30))
+        for t in (problem.task, task)
+    )
+    assert torch.equal(noisy.values, clean.values)
+    assert noisy.lower < truth < noisy.upper
+    hidden = replace(task, reward=functools.partial(noise))
+    for run in (
+        lambda: sandwich(hidden, "train", particles=10, repeats=2, generator=seeded(31)),
+        lambda: rejection_samples(hidden, "train", 9.0, 1, 100, seeded(31)),
+    ):
+        with pytest.raises(InvalidArgumentError, match="`reward` must have no noise .* gave one response two scores"):
+            run()

@@ -23,6 +23,7 @@ from agents.optimal import Optimal
 from lmgym.errors import InvalidActionError, InvalidArgumentError, LmGymError, UnknownNameError
 from lmgym.evaluation import evaluate
 from lmgym.optimum import known, solve
+from lmgym.rollout import collect
 from lmgym.tasks import StoredOptimum, Task, base, make_task, registered_tasks
 from lmgym.tasks.arithmetic import arithmetic
 from lmgym.tasks.keywords import SUCCESS
@@ -150,10 +151,17 @@ def test_brackets_pay_for_balanced_words_of_the_depth_alone() -> None:
 def test_noise_is_on_the_score_and_not_on_the_optimum() -> None:
     noisy, plain = make_task("noise-3"), make_task("anchor-0.1")
     assert noisy.optima["test"].value == plain.optima["test"].value
-    found = rollouts(noisy, 64)
-    errors = (found.episodes.scores - found.episodes.gold_scores).double()
+    envs: Any = gym.make_vec("lmgym/RLHF-v0", task=noisy, split="test", device="cpu")
+    paid = collect(envs, Optimal(envs).policy, 1024, generator=torch.Generator().manual_seed(3))
+    assert paid.gold_scores is not None
+    errors = (paid.scores - paid.gold_scores).double()
     assert abs(errors.mean().item()) < 4 * 3 / len(errors) ** 0.5
     assert errors.std().item() == pytest.approx(3, rel=0.1)
+    found = rollouts(noisy, 64)  # graded without it, so that every response of pi* returns V*
+    torch.testing.assert_close(found.episodes.scores, found.episodes.gold_scores)
+    assert found.metrics["return"].mean == pytest.approx(noisy.optima["test"].value, abs=1e-4)
+    assert found.bound is not None
+    assert found.bound.mean == pytest.approx(noisy.optima["test"].value, abs=1e-4)
 
 
 # --- optima ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,6 +28,7 @@ from lmgym.kl import discounted_return, token_rewards
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.policy import CausalPolicy
 from lmgym.optimum.tree import Law, Tree, TreePolicy, law_of, solve_tree
+from lmgym.rewards.noise import NoisyReward
 from lmgym.rollout import collect, collect_steps
 
 EOS, T = 1, 3
@@ -312,6 +314,14 @@ def test_a_noisy_reward_counts_as_expected() -> None:
     noisy.expected = table_reward  # type: ignore[attr-defined]
     found = solve_tree(tiny_task(reward=noisy), SPLIT)
     assert torch.equal(found.values, tiny_tree().solve().values)
+
+
+def test_noise_whose_mean_is_not_known_has_no_optimum_to_find() -> None:
+    noise = NoisyReward(table_reward, 0.1)
+    layered, hidden = NoisyReward(noise, 0.1), functools.partial(noise)
+    assert torch.equal(solve_tree(tiny_task(reward=layered), SPLIT).values, tiny_tree().solve().values)
+    with pytest.raises(InvalidArgumentError, match="`reward` must have no noise .* gave one response two scores"):
+        solve_tree(tiny_task(reward=hidden), SPLIT)
 
 
 # --- what a wrong solver would get wrong -------------------------------------------------------------------------

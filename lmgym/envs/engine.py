@@ -20,7 +20,7 @@ from lmgym.envs.reader import Reader
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidActionError, InvalidArgumentError
 from lmgym.models.causal import CausalLM
-from lmgym.rewards.base import score
+from lmgym.rewards.base import RewardFunction, bind_tokenizer, remove_noise, score
 from lmgym.rewards.classifier import ClassifierReward
 from lmgym.tasks.base import Task
 
@@ -117,11 +117,10 @@ class Engine:
         reward = task.reward_function(settings.device)  # first: an import path may lead nowhere
         self.lm: CausalLM = task.reference(settings.device, settings.dtype)
         self.prompts = PromptSet(task, settings.split, self.lm)
-        self.reward = reward
-        if isinstance(reward, ClassifierReward):
-            bound = reward.for_tokenizer(self.lm.tokenizer)
-            bound.check_fits(self.lm, task.prompts.values(), self.prompts.width, task.max_new_tokens)
-            self.reward = bound
+        self.reward = bind_tokenizer(reward, self.lm.tokenizer)
+        inside = remove_noise(self.reward)
+        if isinstance(inside, ClassifierReward):
+            inside.check_fits(self.lm, task.prompts.values(), self.prompts.width, task.max_new_tokens)
         if task.missing_eos_penalty and not self.lm.eos_token_ids:
             raise InvalidArgumentError("`missing_eos_penalty` must be 0: the model's tokenizer has no EOS.")
         self.num_rows, self.width, self.horizon = num_rows, self.prompts.width, task.max_new_tokens
@@ -356,6 +355,23 @@ class Engine:
         truncated = ~eos & task.truncate
         return Replay(mask, rewards, ref, ~truncated, truncated, scores.outcomes(discounted))
 
+    def mean_scores(
+        self, prompts: Sequence[Prompt], responses: list[list[int]]
+    ) -> tuple[list[float], list[float] | None]:
+        """What whole responses score on average, and their gold scores: rewards without their noise.
+
+        Args:
+            prompts: B of them. responses: B lists of tokens, up to the end.
+
+        Returns:
+            B scores, a missing-EOS penalty taken off, and B gold scores if the task has such; from the reward as it is
+            where nothing says what it pays on average (`lmgym.rewards.base.remove_noise`).
+        """
+        gold = None if self.task.gold is None else remove_noise(self.task.gold)
+        eos = self.is_eos[[tokens[-1] for tokens in responses]]
+        scores = self._score_with(remove_noise(self.reward), gold, prompts, responses, eos)
+        return scores.scores.tolist(), scores.gold_scores
+
     def step_whole(self, responses: Ints, live: Bools) -> Transition:
         """Takes a whole response (N, T) in each live row: the bandit's step, whose reward is the discounted return."""
         rows = np.flatnonzero(live)
@@ -396,13 +412,23 @@ class Engine:
         return self._score_texts([p for p in prompts if p is not None], [self.response_ids(row) for row in rows], eos)
 
     def _score_texts(self, prompts: Sequence[Prompt], responses: list[list[int]], eos: Bools) -> _Scores:
+        return self._score_with(self.reward, self.task.gold, prompts, responses, eos)
+
+    def _score_with(
+        self,
+        reward: RewardFunction,
+        gold_reward: RewardFunction | None,
+        prompts: Sequence[Prompt],
+        responses: list[list[int]],
+        eos: Bools,
+    ) -> _Scores:
         texts = [p.text for p in prompts]
         ids = [list(p.ids) for p in prompts]
         completions = self.lm.completions(ids, responses, texts)
         columns: dict[str, Any] = {"prompt_ids": ids, "completion_ids": responses}
-        scores = np.array(score(self.reward, texts, completions, **columns))
+        scores = np.array(score(reward, texts, completions, **columns))
         scores = scores - self.task.missing_eos_penalty * ~eos
-        gold = None if self.task.gold is None else score(self.task.gold, texts, completions, **columns)
+        gold = None if gold_reward is None else score(gold_reward, texts, completions, **columns)
         return _Scores(scores, gold, ["eos" if e else "length" for e in eos], texts, completions)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.policy import Policy
-from lmgym.rewards.base import RewardFunction
+from lmgym.rewards.base import STOCHASTIC, RewardFunction, remove_noise, scores_agree
 from lmgym.tasks.base import StoredOptimum, Task
 
 
@@ -27,6 +28,7 @@ class Optimum:
             Where they come from samples they are the outer ends of 95 % intervals.
         exact: whether `values` are V* itself, up to rounding.
         policy: pi*, where it can be represented; else None.
+        reference_half_width: half of the 95 % interval of `reference`, over the sampling; 0 where it is exact.
     """
 
     method: str
@@ -36,6 +38,7 @@ class Optimum:
     upper: float
     exact: bool
     policy: Policy | None = None
+    reference_half_width: float = 0.0
 
     @property
     def value(self) -> float:
@@ -50,7 +53,7 @@ class Optimum:
     def stored(self) -> StoredOptimum:
         """Its numbers alone."""
         upper = self.upper if math.isfinite(self.upper) else None
-        return StoredOptimum(self.method, self.value, self.lower, upper, self.reference)
+        return StoredOptimum(self.method, self.value, self.lower, upper, self.reference, self.reference_half_width)
 
     @classmethod
     def solved(cls, method: str, values: Tensor, references: Tensor, policy: Policy | None = None) -> Optimum:
@@ -61,8 +64,13 @@ class Optimum:
 
 def expected_reward(task: Task) -> RewardFunction:
     """What the task pays on average: a noisy reward without its noise, any other as it is."""
-    reward = task.reward_function("cpu")
-    return getattr(reward, "expected", reward)
+    return remove_noise(task.reward_function("cpu"))
+
+
+def check_repeatable(first: Sequence[float], second: Sequence[float]) -> None:
+    """Raises `InvalidArgumentError` where two calls of a reward gave other scores: then V* is not a matter of one."""
+    if not scores_agree(first, second):
+        raise InvalidArgumentError(f"`reward` must have no noise for the optimum to be found: {STOCHASTIC}.")
 
 
 def check_solvable(task: Task) -> None:

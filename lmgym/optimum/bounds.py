@@ -16,7 +16,11 @@ from lmgym.models.policy import Policy, PolicyState
 
 
 def log_weights(episodes: Episodes, kl_coef: float) -> Tensor:
-    """(B,) log [pi_ref(y|x) / pi(y|x) * exp(score / kl_coef)]; at pi = pi* it is V*(x) / kl_coef for every y."""
+    """(B,) log [pi_ref(y|x) / pi(y|x) * exp(score / kl_coef)]; at pi = pi* it is V*(x) / kl_coef for every y.
+
+    The scores must be without noise, as those of `lmgym.evaluation.evaluate` are: E exp(noise / kl_coef) > 1, so that
+    noise of standard deviation s adds s^2 / (2 kl_coef) to the bound.
+    """
     if kl_coef <= 0:
         raise InvalidArgumentError(f"`kl_coef` must be > 0 for a bound on the optimum, got {kl_coef!r}.")
     return episodes.scores.double() / kl_coef - episode_kl(episodes).double()

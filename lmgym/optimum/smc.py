@@ -29,9 +29,8 @@ from lmgym.intervals import Interval
 from lmgym.models.causal import CausalLM, token_log_probs
 from lmgym.models.policy import CausalPolicy, Policy
 from lmgym.models.sampling import inverse_cdf
-from lmgym.optimum.answer import Optimum, check_solvable, expected_reward
-from lmgym.rewards.base import RewardFunction, score
-from lmgym.rewards.classifier import ClassifierReward
+from lmgym.optimum.answer import Optimum, check_repeatable, check_solvable, expected_reward
+from lmgym.rewards.base import RewardFunction, bind_tokenizer, score
 from lmgym.tasks.base import Task, check_split
 
 _ROWS = 512  # particles that decode at once
@@ -82,7 +81,7 @@ def smc(
     the estimate is that of plain importance sampling.
 
     Args:
-        task: the MDP; its reward is the expected one.
+        task: the MDP; a noisy reward counts as expected.
         prompt_ids: X prompts.
         proposal: q; must be able to write whatever the reference can (`Mixture` with the reference is).
         particles: S.
@@ -96,14 +95,14 @@ def smc(
 
     Raises:
         InvalidArgumentError: for a task without an optimum, a retained response that is not a whole one, or a proposal
-            that has another vocabulary or cannot write a retained response.
+            that has another vocabulary or cannot write a retained response; and for a reward with noise whose mean is
+            not known, because exp(score / kl_coef) counts noise as gain: exp of a Gaussian has a mean above 1.
     """
     check_bounded(task)
     check_int("particles", particles, 1)
     check_number("resample_at", resample_at, 0, 1)
     lm = task.reference("cpu")
-    reward = expected_reward(task)
-    reward = reward.for_tokenizer(lm.tokenizer) if isinstance(reward, ClassifierReward) else reward
+    reward = bind_tokenizer(expected_reward(task), lm.tokenizer)
     for response in retained or []:
         _check_whole(task, lm, response)
     if retained is not None and len(retained) != len(prompt_ids):
@@ -116,6 +115,8 @@ def smc(
         few = slice(start, start + at_once)
         run = _Run(task, lm, reward, prompt_ids[few], particles, generator, retained and retained[few])
         parts.append(run.finish(proposal, resample_at))
+        if start == 0:
+            run.check_repeatable()
     return Particles(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Particles)))
 
 
@@ -230,18 +231,27 @@ class _Run:
             self._running[moved] = ~self._is_eos[tokens[running]]
         return tokens
 
+    def check_repeatable(self) -> None:
+        """Raises `InvalidArgumentError` unless the final responses get the same scores once more."""
+        every = torch.arange(len(self._response))
+        check_repeatable(self._scored(every).tolist(), self._scored(every).tolist())
+
     def _pay(self, rows: Tensor) -> None:
         """Scores finished particles (n,), whose twist is then the score."""
         if not len(rows):
             return
+        self._scores[rows] = self._scored(rows)
+        self._psi[rows] = self._scores[rows] / self._task.kl_coef
+
+    def _scored(self, rows: Tensor) -> Tensor:
+        """(n,) float64 scores of finished particles (n,), as paid."""
         responses = _responses(self._response[rows], self._lengths[rows])
         prompts = (rows // self._s).tolist()
         ids, texts = [list(self._prompt_ids[x]) for x in prompts], [self._texts[x] for x in prompts]
         completions = self._lm.completions(ids, responses, texts)
         paid = score(self._reward, texts, completions, prompt_ids=ids, completion_ids=responses)
         missing = torch.tensor([r[-1] not in self._lm.eos_token_ids for r in responses])
-        self._scores[rows] = torch.tensor(paid, dtype=torch.float64) - self._task.missing_eos_penalty * missing
-        self._psi[rows] = self._scores[rows] / self._task.kl_coef
+        return torch.tensor(paid, dtype=torch.float64) - self._task.missing_eos_penalty * missing
 
     def _log_weights(self) -> Tensor:
         """(X, S) nats since the last resampling."""
@@ -424,6 +434,7 @@ def sandwich(
     bounds = [task.kl_coef * side.log_z.view(len(encoded), repeats) for side in sides]
     if max_score is not None:
         upper = min(Interval.over_repeats(bounds[1]).high, max_score)
+    of_reference = Interval.over_repeats(plain.scores.view(len(encoded), -1))
     return Optimum(
         method="bounds",
         values=torch.stack(bounds).mean((0, 2)),
@@ -431,6 +442,7 @@ def sandwich(
         lower=Interval.over_repeats(bounds[0]).low,
         upper=upper,
         exact=False,
+        reference_half_width=of_reference.high - of_reference.mean,
     )
 
 

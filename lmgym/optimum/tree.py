@@ -21,14 +21,15 @@ from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, LmGymError, check_int
 from lmgym.models.causal import CausalLM, pack
 from lmgym.models.policy import Policy
-from lmgym.optimum.answer import Optimum, check_solvable, expected_reward
-from lmgym.rewards.base import RewardFunction, score
+from lmgym.optimum.answer import Optimum, check_repeatable, check_solvable, expected_reward
+from lmgym.rewards.base import RewardFunction, bind_tokenizer, remove_noise, score
 from lmgym.tasks.base import Task, check_split
 
 Law = Callable[[Episodes], Tensor]
 
 _LOGITS = 2**22  # logits that a law is asked for at once, the prompt's columns counted as well
 _ROWS = 4096  # responses that a law, or a reward, is asked for at once
+_REPEATED = 1024  # responses that are scored a second time, for a reward that is noise
 _MASS = 1e-6  # nats by which the legal tokens may miss a probability of 1
 _LEAST = 1e-30  # a discount below this counts as this: it changes no return, and pi* stays unique at gamma = 0
 
@@ -147,12 +148,17 @@ class Tree:
         self._discounts = float(task.gamma) ** (n - 1).double()  # (R / X,) gamma^(n - 1)
         last = self.episodes.response_ids.gather(1, (self.episodes.lengths - 1).unsqueeze(1)).squeeze(1)
         missing = ~torch.isin(last, torch.tensor(sorted(lm.eos_token_ids), dtype=torch.int64))
-        paid = self._score(lm, expected_reward(task)) - task.missing_eos_penalty * missing.double()
+        reward = bind_tokenizer(expected_reward(task), lm.tokenizer)
+        every = torch.arange(len(self.episodes))
+        scores = self._score(lm, reward, every)
+        some = every[:: math.ceil(len(every) / _REPEATED)]
+        check_repeatable(scores[some].tolist(), self._score(lm, reward, some).tolist())
+        paid = scores - task.missing_eos_penalty * missing.double()
         self.scores = paid.view(len(self.prompts), -1)
         with torch.no_grad():
             self.reference = self._read(law_of(lm))
         log_probs = torch.stack([self._column(t) for t in range(task.max_new_tokens)], dim=-1).flatten(0, 1).float()
-        gold = None if task.gold is None else self._score(lm, task.gold).float()
+        gold = None if task.gold is None else self._score(lm, remove_noise(task.gold), every).float()
         self.episodes = replace(
             self.episodes, log_probs=log_probs, ref_log_probs=log_probs, scores=paid.float(), gold_scores=gold
         )
@@ -217,11 +223,11 @@ class Tree:
             prompt_index=index,
         )
 
-    def _score(self, lm: CausalLM, reward: RewardFunction) -> Tensor:
-        """(R,) float64 of what a reward function says, in batches."""
+    def _score(self, lm: CausalLM, reward: RewardFunction, of: Tensor) -> Tensor:
+        """(n,) float64 of what a reward function says of responses (n,), in batches."""
         texts = [lm.decode(ids) for ids in self.prompts]
         scores: list[float] = []
-        for rows in torch.arange(len(self.episodes)).split(_ROWS):
+        for rows in of.split(_ROWS):
             index = self.episodes.prompt_index[rows].tolist()
             prompts, ids = [texts[i] for i in index], [list(self.prompts[i]) for i in index]
             padded, lengths = self.episodes.response_ids[rows].tolist(), self.episodes.lengths[rows].tolist()

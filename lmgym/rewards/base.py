@@ -12,6 +12,8 @@ from typing import Any, Protocol, cast
 from lmgym.errors import InvalidArgumentError, RewardError
 from lmgym.models.names import check_model_name
 
+SAME_SCORE = 1e-4  # how far apart two scores of one response may be, relative and absolute
+
 
 class RewardFunction(Protocol):
     """The signature of TRL's reward functions, so that those plug in unchanged.
@@ -78,3 +80,35 @@ def score(
                 f"The reward function must return finite numbers, and returned {x!r} for completion {completions[i]!r}."
             )
     return [float(x) for x in scores]
+
+
+def remove_noise(reward: RewardFunction) -> RewardFunction:
+    """What a reward pays on average: its `expected`, and the `expected` of that where noise lies on noise.
+
+    A reward without a callable `expected` is taken as it is. Whether it then gives one response the same score each
+    time is for `scores_agree` to say.
+    """
+    inside = getattr(reward, "expected", None)
+    while callable(inside) and inside is not reward:
+        reward = inside
+        inside = getattr(reward, "expected", None)
+    return reward
+
+
+def bind_tokenizer(reward: RewardFunction, tokenizer: Any) -> RewardFunction:
+    """The reward for responses of a policy with this tokenizer: what its `for_tokenizer` gives, where it has one."""
+    bind = getattr(reward, "for_tokenizer", None)
+    return reward if bind is None else cast(RewardFunction, bind(tokenizer))
+
+
+STOCHASTIC = (
+    "the reward gave one response two scores, so that exp(score / kl_coef) would count its noise as gain: give it an "
+    "attribute `expected`, the reward that it pays on average (as `lmgym.rewards.noise.NoisyReward` has)"
+)
+"""Why there is no bound on V* from the scores of a reward whose mean is not known."""
+
+
+def scores_agree(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether two calls with the same episodes gave the same scores, but for the round-off of a GPU."""
+    pairs = zip(first, second, strict=True)
+    return all(math.isclose(a, b, rel_tol=SAME_SCORE, abs_tol=SAME_SCORE) for a, b in pairs)

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 
 from lmgym.errors import InvalidArgumentError, check_int, check_number
-from lmgym.rewards.base import RewardFunction, score
+from lmgym.rewards.base import RewardFunction, bind_tokenizer, score
 
 
 class NoisyReward:
     """A reward with independent Gaussian noise, drawn anew at every call: the same response scores differently.
 
     The noise has mean 0, so the objective and its optimum are those of `expected`. Draws are made in the order of the
-    calls: two instances with one seed agree bitwise when they are called alike.
+    calls: two instances with one seed agree bitwise when they are called alike. Noise on a noisy reward has a stream of
+    its own, whatever the seeds: their variances add.
 
     Args:
         reward: the reward inside.
@@ -36,7 +37,13 @@ class NoisyReward:
         check_int("seed", seed, 0)
         self.expected = reward
         self.sigma = sigma
-        self._rng = np.random.default_rng(seed)
+        self._depth: int = reward._depth + 1 if isinstance(reward, NoisyReward) else 0
+        self._rng = self._begin(seed)
+
+    def _begin(self, seed: int) -> np.random.Generator:
+        if not self._depth:
+            return np.random.default_rng(seed)
+        return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(self._depth,)))
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         """One score an episode, noise included.
@@ -48,12 +55,26 @@ class NoisyReward:
         return (scores + self.sigma * self._rng.standard_normal(len(scores))).tolist()
 
     def reseed(self, seed: int) -> None:
-        """Begins the noise anew: what an environment does when it is reset with a seed."""
-        self._rng = np.random.default_rng(seed)
+        """Begins the noise anew, and that of a noisy reward inside: what an env does when it is reset with a seed."""
+        self._rng = self._begin(seed)
+        if isinstance(self.expected, NoisyReward):
+            self.expected.reseed(seed)
+
+    def for_tokenizer(self, tokenizer: Any) -> NoisyReward:
+        """The same noise on the reward inside, for responses of a policy with this tokenizer."""
+        inside = bind_tokenizer(self.expected, tokenizer)
+        if inside is self.expected:
+            return self
+        bound = copy.copy(self)
+        bound.expected = inside
+        return bound
 
     def get_state(self) -> dict[str, Any]:
-        """Where the noise stands, as a JSON value."""
-        return copy.deepcopy(dict(self._rng.bit_generator.state))
+        """Where the noise stands, as a JSON value; `inside` is where that of a noisy reward inside stands."""
+        state = copy.deepcopy(dict(self._rng.bit_generator.state))
+        if isinstance(self.expected, NoisyReward):
+            state["inside"] = self.expected.get_state()
+        return state
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on from where `get_state` was called.
@@ -62,6 +83,9 @@ class NoisyReward:
             InvalidArgumentError: if this is not such a state.
         """
         try:
-            self._rng.bit_generator.state = state
-        except (TypeError, ValueError, KeyError) as error:
+            own = {name: value for name, value in state.items() if name != "inside"}
+            self._rng.bit_generator.state = own
+            if isinstance(self.expected, NoisyReward):
+                self.expected.set_state(state["inside"])
+        except (AttributeError, TypeError, ValueError, KeyError) as error:
             raise InvalidArgumentError(f"`state` must come from `NoisyReward.get_state`, got {state!r}.") from error

@@ -43,6 +43,7 @@ class StoredOptimum:
         lower: what V* is at least. upper: at most; None where nothing is known. Both are `value` where it is exact;
             where they come from samples they are the outer ends of 95 % intervals.
         reference: J of the reference.
+        reference_half_width: half of the 95 % interval of `reference` where it comes from samples; 0 where it is exact.
     """
 
     method: str
@@ -50,6 +51,7 @@ class StoredOptimum:
     lower: float
     upper: float | None
     reference: float
+    reference_half_width: float = 0.0
 
     @property
     def exact(self) -> bool:
