@@ -73,7 +73,10 @@ def _optimum(known: StoredOptimum | None) -> tuple[str, str, str]:
         best = f">= {known.lower:.3f}"
     else:
         best = f"{known.lower:.3f} to {known.upper:.3f}"
-    return f"{known.reference:.4f}", best, known.method
+    reference = f"{known.reference:.4f}"
+    if known.reference_half_width:
+        reference += f" ± {known.reference_half_width:.4f}"
+    return reference, best, known.method
 
 
 if __name__ == "__main__":

@@ -23,11 +23,13 @@ Interval = Mapping[str, float]
 _ROWS = {
     "return": "return",
     "score": "score",
+    "sampled_score": "sampled score",
     "gold_score": "gold_score",
     "kl": "kl (nats)",
     "length": "length (tokens)",
     "normalised": "normalised",
 }
+_OPTIONAL = ("sampled_score", "gold_score")  # of a noisy reward, and of a task that has a gold one
 _COLUMN = 18
 _WIDTH = 100
 
@@ -40,8 +42,9 @@ def table(summary: Mapping[str, Any]) -> str:
 
     Args:
         summary: The content of `summary.json`: `before` and `after` (each a mapping from `return`, `score`,
-            `gold_score`, `kl`, `length`, `normalised` to an interval or None), `optimum` (`lower` and `upper`, each
-            an interval or None; `best_response`, a number or None), `train_seconds`, `forward_tokens`,
+            `sampled_score`, `gold_score`, `kl`, `length`, `normalised` to an interval or None), `optimum` (`reference`,
+            `lower` and `upper`, each an interval or None; `value`, the V* of `normalised`, or None; `unknown`, why
+            there is no `lower`, or None; `best_response`, a number or None), `train_seconds`, `forward_tokens`,
             `backward_tokens`, `total_timesteps`, `agent`, `task`, `seed`.
 
     Returns:
@@ -51,15 +54,19 @@ def table(summary: Mapping[str, Any]) -> str:
     label = max(map(len, _ROWS.values()))
     lines = [_heading(summary), "", f"{'':{label}}{'before':>{_COLUMN}}{'after':>{_COLUMN}}"]
     for key, name in _ROWS.items():
-        if key == "gold_score" and key not in summary["after"]:  # the task has none
+        if key in _OPTIONAL and key not in summary["after"]:
             continue
         cells = "".join(f"{_cell(summary[when].get(key)):>{_COLUMN}}" for when in ("before", "after"))
         lines.append(f"{name:{label}}{cells}".rstrip())
     lines.append("")
+    optimum = summary.get("optimum") or {}
+    if _known(optimum.get("reference")):
+        lines.append(f"{'reference':{label}}   J_ref = {_point(optimum['reference'])}")
     for sign, bound in _optimum(summary):
-        value = f"V* {sign} {bound['mean']:.2f} [{bound['low']:.2f}, {bound['high']:.2f}]"
-        lines.append(f"{'optimum':{label}}   {value}")
-    best = (summary.get("optimum") or {}).get("best_response")
+        lines.append(f"{'optimum':{label}}   V* {sign} {_point(bound)}")
+    if optimum.get("unknown"):
+        lines.append(f"{'optimum':{label}}   V* is not known: {optimum['unknown']}")
+    best = optimum.get("best_response")
     if best is not None:
         lines.append(f"{'':{label}}   J <= {best:.2f} of a policy that is certain of every token")
     lines.append(f"{'train_seconds':{label}}   {summary['train_seconds']:.1f}")
@@ -128,6 +135,12 @@ def _cell(interval: Interval | None) -> str:
     return f"{round(mean, decimals) + 0.0:.{decimals}f} ± {f'{half_width:.{decimals}f}':5}"  # no -0.000
 
 
+def _point(interval: Interval) -> str:
+    """`0.0243` of a number that is known, `0.02 [0.01, 0.03]` of an estimate."""
+    mean, low, high = (interval[end] for end in ("mean", "low", "high"))
+    return f"{mean:.4f}" if low == high else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def _known(interval: Interval | None) -> TypeGuard[Interval]:
     # null stands in summary.json for a number that was not finite
     return interval is not None and interval["mean"] is not None and math.isfinite(interval["mean"])
@@ -143,12 +156,20 @@ def _optimum(summary: Mapping[str, Any]) -> list[tuple[str, Interval]]:
 
 
 def _grade(summary: Mapping[str, Any]) -> str:
-    """`J = 1.10 of V* >= 1.25: 0.88 of the gain`, or nothing where the optimum is unknown."""
+    """`J = 1.10 of V* >= 1.25: 0.88 of the gain`, or nothing where the optimum is unknown.
+
+    Where the 1 of the share lies within the bounds it says so: `V* ~ 1.27`.
+    """
     after, optimum = summary["after"].get("return"), _optimum(summary)
     if not _known(after) or not optimum:
         return ""
     sign, bound = optimum[0]
-    sentence = f"J = {after['mean']:.2f} of V* {sign} {bound['mean']:.2f}"
+    best = bound["mean"]
+    value = summary["optimum"].get("value")
+    if value is not None and value != best:
+        sign = "~"
+        best = value
+    sentence = f"J = {after['mean']:.2f} of V* {sign} {best:.2f}"
     share = _share_of_gain(summary)
     return sentence if share is None else f"{sentence}: {share:.2f} of the gain"
 
@@ -158,11 +179,14 @@ def _share_of_gain(summary: Mapping[str, Any]) -> float | None:
     normalised = summary["after"].get("normalised")
     if _known(normalised):
         return normalised["mean"]
-    before, after = summary["before"].get("return"), summary["after"].get("return")
-    lower = (summary.get("optimum") or {}).get("lower")
-    if not (_known(before) and _known(after) and _known(lower)) or lower["mean"] <= before["mean"]:
+    optimum = summary.get("optimum") or {}
+    before, after = optimum.get("reference") or summary["before"].get("return"), summary["after"].get("return")
+    lower = optimum.get("lower")
+    if not (_known(before) and _known(after) and _known(lower)):
         return None
-    return (after["mean"] - before["mean"]) / (lower["mean"] - before["mean"])
+    value = optimum.get("value")
+    gain = (lower["mean"] if value is None else value) - before["mean"]
+    return (after["mean"] - before["mean"]) / gain if gain > 0 else None
 
 
 # --- responses ---------------------------------------------------------------------------------------------------
@@ -202,7 +226,7 @@ def _finite(obj: Any) -> Any:
 def _draw_return(axes: Axes, rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> None:
     _dress(axes, "return per episode")
     _line(axes, rows, "rollout/return", _BLUE)
-    reference = summary["before"].get("return")
+    reference = (summary.get("optimum") or {}).get("reference") or summary["before"].get("return")
     if _known(reference):
         axes.axhline(reference["mean"], color=_MUTED, linewidth=1.2, linestyle=":")
         _note(axes, reference["mean"], f"reference {reference['mean']:.2f}", above=False)

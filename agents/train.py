@@ -34,10 +34,10 @@ from lmgym.errors import InvalidArgumentError, LmGymError, check_int
 
 if TYPE_CHECKING:
     from agents.base import OnPolicyAgent
-    from lmgym.tasks import Task
+    from lmgym.intervals import Interval
+    from lmgym.tasks import StoredOptimum, Task
 
 OmegaConf.register_new_resolver("first", lambda *xs: next((x for x in xs if x is not None), None), replace=True)
-EVALUATION_SEED = 20_000_003  # of the evaluations, so that before and after share their uniforms across runs
 EVALUATION_EPISODES = 4096
 _FEW_RESPONSES = 100_000  # that may be written down after a run
 RESUMABLE = ("total_timesteps", "checkpoint_every")  # and evaluation.*
@@ -129,15 +129,17 @@ def build(plan: Plan) -> OnPolicyAgent:
 def grade(plan: Plan, graded: Any) -> Any:
     """Evaluates an agent, or a policy, under the plan's sampler on the split that is held out.
 
-    An agent that has an `evaluate` of its own grades itself; of any other its `policy` is graded.
+    An agent that has an `evaluate` of its own grades itself; of any other its `policy` is graded. Every call draws the
+    same numbers, those of the run's seed: before and after training share them, and runs of other seeds have others, so
+    that a mean over seeds has no error that is common to all.
     """
     import gymnasium as gym
-    import torch
 
+    from agents.seeds import EVALUATION, torch_generator
     from lmgym.evaluation import evaluate
 
     envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=1, **{**plan.settings, "split": plan.evaluation.split})
-    config, generator = plan.evaluation, torch.Generator().manual_seed(EVALUATION_SEED)
+    config, generator = plan.evaluation, torch_generator(plan.seed, EVALUATION)
     samples = config.samples or math.ceil(EVALUATION_EPISODES / (config.prompts or len(envs.engine.prompts)))
     grading = getattr(graded, "evaluate", None) or functools.partial(evaluate, getattr(graded, "policy", graded))
     return grading(envs, samples=samples, prompts=config.prompts, sampler=plan.sampler, generator=generator)
@@ -148,20 +150,21 @@ def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, agent: 
     from lmgym.evaluation import as_json
     from lmgym.scores import normalised
 
-    optimum, lower, upper = _optimum(plan, before, after)
-    reference = before.metrics["return"]
-    if optimum is not None and optimum.exact:
-        reference = optimum.reference  # exact too
+    scale = _scale(plan, before, after)
+    optimum = scale.optimum
     rows = {}
     for name, evaluation in (("before", before), ("after", after)):
         rows[name] = as_json(evaluation.metrics)
-        share = None if optimum is None else normalised(evaluation.metrics["return"], reference, optimum)
+        share = None if optimum is None else normalised(evaluation.metrics["return"], scale.reference, optimum)
         rows[name]["normalised"] = None if share is None else vars(share)
     return {
         **rows,
         "optimum": {
-            "lower": None if lower is None else vars(lower),
-            "upper": None if upper is None else vars(upper),
+            "reference": vars(scale.reference),
+            "lower": None if scale.lower is None else vars(scale.lower),
+            "upper": None if scale.upper is None else vars(scale.upper),
+            "value": None if optimum is None else optimum.value,
+            "unknown": scale.unknown,
             "method": None if optimum is None else optimum.method,
             "best_response": _best_response(plan, agent),
         },
@@ -197,28 +200,47 @@ def _best_response(plan: Plan, agent: Any) -> float | None:
         return None
 
 
-def _optimum(plan: Plan, before: Any, after: Any) -> tuple[Any, Any, Any]:
-    """What is known of V* on the prompts graded: stored, solved, or bounded from the samples at hand.
+@dataclass(frozen=True)
+class Scale:
+    """What a run is graded against: the two ends of the scale on which the reference is 0 and the optimum 1.
 
-    Returns:
-        A StoredOptimum, or None where V* is not known to be above the reference; its lower and upper bounds as
-        intervals, or None.
+    Attributes:
+        reference: J_ref, exact or stored; where neither is known, as this run measured it before training.
+        lower: V* is at least that. upper: at most. None where nothing is known.
+        unknown: why there is no lower bound, or None.
+        optimum: the same as numbers; None where V* is not known to be above the reference.
     """
+
+    reference: Interval
+    lower: Interval | None
+    upper: Interval | None
+    unknown: str | None
+    optimum: StoredOptimum | None
+
+
+def _scale(plan: Plan, before: Any, after: Any) -> Scale:
+    """What is known of J_ref and V* on the prompts graded: stored, solved, or from the samples at hand."""
     from lmgym.intervals import Interval
     from lmgym.optimum import known
+    from lmgym.scores import reference_return
     from lmgym.tasks import StoredOptimum
 
     task, split = _graded(plan), plan.evaluation.split
     stored = known(task, split)
     if stored is not None:
         lower, upper = (None if v is None else Interval.point(v) for v in (stored.lower, stored.upper))
-        return (stored if stored.value > stored.reference else None), lower, upper
-    bounds = [e.bound for e in (before, after) if e.bound is not None]
-    lower = max(bounds, key=lambda bound: bound.mean) if bounds else None
+        optimum = stored if stored.value > stored.reference else None
+        return Scale(reference_return(stored), lower, upper, None, optimum)
     reference = before.metrics["return"]
-    if lower is None or lower.mean <= reference.high:  # a gain that may be noise
-        return None, lower, None
-    return StoredOptimum("samples", lower.mean, lower.mean, None, reference.mean), lower, None
+    bounds = [e.bound for e in (before, after) if e.bound is not None]
+    if not bounds:
+        return Scale(reference, None, None, before.no_bound, None)
+    lower = max(bounds, key=lambda bound: bound.mean)
+    optimum = None
+    if lower.mean > reference.high:  # a gain that is not noise
+        half_width = reference.high - reference.mean
+        optimum = StoredOptimum("samples", lower.mean, lower.mean, None, reference.mean, half_width)
+    return Scale(reference, lower, None, None, optimum)
 
 
 def samples(lm: Any, before: Any, after: Any, count: int = 10) -> list[dict[str, Any]]:

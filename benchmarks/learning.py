@@ -12,13 +12,14 @@ import math
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from scipy.stats import t as student
 
 from agents.train import check, train, wait_politely
 
-ROWS = ("return", "score", "gold_score", "kl", "length", "normalised")
+ROWS = ("return", "score", "sampled_score", "gold_score", "kl", "length", "normalised")
 
 
 def interval(numbers: list[float]) -> str:
@@ -27,6 +28,25 @@ def interval(numbers: list[float]) -> str:
         return f"{numbers[0]:.3f}"
     half = student.ppf(0.975, len(numbers) - 1) * statistics.stdev(numbers) / math.sqrt(len(numbers))
     return f"{statistics.mean(numbers):.3f} ± {half:.3f}"
+
+
+def estimate(point: dict[str, float]) -> str:
+    """A number that is known, or with the half-width of its 95 % interval."""
+    half = (point["high"] - point["low"]) / 2
+    return f"{point['mean']:.4f} ± {half:.4f}" if half else f"{point['mean']:.4f}"
+
+
+def best(scale: dict[str, Any]) -> str:
+    """V* of a task: a number where it is exact, else the one that normalises the return, and its bounds."""
+    lower, upper = scale["lower"], scale["upper"]
+    if lower is None:
+        return "unknown"
+    known = f">= {lower['mean']:.4f}" if upper is None else f"{lower['mean']:.4f} to {upper['mean']:.4f}"
+    if scale["value"] is None:
+        return known
+    if upper is not None and lower["mean"] == upper["mean"]:
+        return f"{scale['value']:.4f}"
+    return f"{scale['value']:.4f} ({known})"
 
 
 def beside(out: Path, overrides: list[str]) -> Path:
@@ -53,10 +73,11 @@ def main() -> None:
     seeds, steps = len(summaries), summaries[0]["total_timesteps"]
     print(f"\n{summaries[0]['agent']} on {summaries[0]['task']}, {seeds} seeds, about {steps:,} tokens each\n")
     print("| | before | after |\n|---|---|---|")
-    for row in [row for row in ROWS if row in summaries[0]["after"]]:
+    for row in [row for row in ROWS if summaries[0]["after"].get(row) is not None]:
         cells = [interval([s[when][row]["mean"] for s in summaries]) for when in ("before", "after")]
         print(f"| {row} | {cells[0]} | {cells[1]} |")
-    print(f"| V*, or at least | | {interval([s['optimum']['lower']['mean'] for s in summaries])} |")
+    print(f"| J_ref | {estimate(summaries[0]['optimum']['reference'])} | |")
+    print(f"| V* | | {best(summaries[0]['optimum'])} |")
     print(f"| training, seconds | | {interval([s['train_seconds'] for s in summaries])} |")
 
 

@@ -2,7 +2,9 @@
 
 Every cell is `python -m agents.train` itself, once a seed, a number of runs at a time. Printed are the normalised
 returns, (J - J_ref) / (V* - J_ref), as means with 95 % t-intervals over seeds: 0 is the reference, 1 the optimum. The
-first table has a line an agent and task, the second a line an agent, with what it cost on average over the tasks.
+first table has a line an agent and task, the second a line an agent, with what it cost on average over the tasks. J_ref
+and V* are those the task is known by, exact or stored, not what a run has measured. Where V* is known within bounds
+only, the number before them is the 1 of the normalised return.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from statistics import mean
 from typing import Any
 
 from agents.optimum import chosen
-from benchmarks.learning import beside, interval
+from benchmarks.learning import beside, best, estimate, interval
 
 
 def run(directory: Path, task: str, agent: str, seed: int, overrides: list[str]) -> dict[str, Any]:
@@ -42,8 +44,8 @@ def over_seeds(summaries: list[dict[str, Any]], when: str, name: str) -> str:
 
 def row(agent: str, task: str, summaries: list[dict[str, Any]]) -> str:
     """A line of the first table."""
-    optimum, reference = summaries[0]["optimum"]["lower"]["mean"], summaries[0]["before"]["return"]["mean"]
-    cells = [agent, f"`{task}`", f"{reference:.3f}", f"{optimum:.3f}", over_seeds(summaries, "after", "return")]
+    scale = summaries[0]["optimum"]
+    cells = [agent, f"`{task}`", estimate(scale["reference"]), best(scale), over_seeds(summaries, "after", "return")]
     cells += [over_seeds(summaries, "after", "kl"), f"**{over_seeds(summaries, 'after', 'normalised')}**"]
     cells += [f"{mean(summary['total_timesteps'] for summary in summaries):,.0f}"]
     cells += [interval([summary["train_seconds"] for summary in summaries])]

@@ -2,8 +2,12 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
-from benchmarks.learning import beside, interval
+import pytest
+
+from benchmarks.learning import beside, best, estimate, interval
+from benchmarks.suite import row
 
 
 def test_an_interval_over_two_seeds_is_students_with_one_degree_of_freedom() -> None:
@@ -21,3 +25,34 @@ def test_runs_with_other_overrides_stand_elsewhere() -> None:
     assert beside(out, ["agent.lr=1e-3"]) != beside(out, ["agent.lr=1e-4"])
     assert beside(out, ["a=1", "b=x/y"]) == beside(out, ["b=x/y", "a=1"])
     assert beside(out, ["task.prompts=a/b.txt", "x=[1,2]"]) == out / "task.prompts_a_b.txt__x__1_2_"
+
+
+def point(mean: float, half: float = 0.0) -> dict[str, float]:
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "value", "printed"),
+    [
+        (0.5, 0.5, 0.5, "0.5000"),
+        (0.5, 0.75, 0.6, "0.6000 (0.5000 to 0.7500)"),
+        (0.5, None, 0.51, "0.5100 (>= 0.5000)"),
+        (0.5, None, None, ">= 0.5000"),  # not known to be above the reference
+        (None, None, None, "unknown"),
+    ],
+)
+def test_the_optimum_of_a_share_is_printed_and_its_bounds(
+    lower: float | None, upper: float | None, value: float | None, printed: str
+) -> None:
+    ends = [None if end is None else point(end) for end in (lower, upper)]
+    assert best({"lower": ends[0], "upper": ends[1], "value": value}) == printed
+
+
+def test_the_reference_of_a_table_is_the_known_one_not_what_the_first_run_measured() -> None:
+    after = {"return": point(0.4), "kl": point(1.0), "normalised": point(0.8)}
+    optimum = {"reference": point(0.0243), "lower": point(0.5), "upper": point(0.5), "value": 0.5}
+    summary: dict[str, Any] = {"before": {"return": point(0.3)}, "after": after, "optimum": optimum}
+    summary |= {"total_timesteps": 100, "train_seconds": 1.0}
+    cells = [cell.strip() for cell in row("ppo", "noise-1", [summary]).split("|")]
+    assert cells[1:5] == ["ppo", "`noise-1`", "0.0243", "0.5000"]
+    assert estimate(point(0.0243, 0.002)) == "0.0243 ± 0.0020"

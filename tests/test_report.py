@@ -102,6 +102,14 @@ def test_both_bounds_of_the_optimum() -> None:
     assert "V* <= 1.40 [1.35, 1.45]" in text
 
 
+def test_the_sentence_names_the_optimum_that_the_share_is_of() -> None:
+    upper = {"mean": 1.4, "low": 1.4, "high": 1.4}
+    text = report.table(changed(optimum__upper=upper, optimum__value=1.3))
+    assert text.endswith("J = 1.10 of V* ~ 1.30: 0.88 of the gain")
+    text = report.table(changed(optimum__value=1.35, after__normalised=None))
+    assert text.endswith(f"J = 1.10 of V* ~ 1.35: {1.05 / 1.3:.2f} of the gain")
+
+
 def test_what_a_deterministic_policy_can_earn_is_said() -> None:
     assert "certain" not in report.table(changed(optimum__best_response=None))
     lines = report.table(changed(optimum__best_response=-0.537)).splitlines()
@@ -109,10 +117,32 @@ def test_what_a_deterministic_policy_can_earn_is_said() -> None:
     assert line.strip() == "J <= -0.54 of a policy that is certain of every token"
 
 
+def test_the_return_of_the_reference_is_said_and_no_estimate_stands_for_it() -> None:
+    exact = changed(after__normalised=None, optimum__reference=interval(0.0243, 0.0), before__return=interval(0.5, 0.1))
+    text = report.table(exact)
+    assert "reference         J_ref = 0.0243\n" in text
+    assert text.endswith(f"{(1.1 - 0.0243) / (1.25 - 0.0243):.2f} of the gain")  # not (1.1 - 0.5) / (1.25 - 0.5)
+    assert "J_ref = 0.02 [0.01, 0.03]" in report.table(changed(optimum__reference=interval(0.02, 0.01)))
+    assert "J_ref" not in report.table(SUMMARY)
+
+
+def test_why_nothing_is_known_of_the_optimum_is_said() -> None:
+    text = report.table(changed(optimum={"lower": None, "upper": None, "unknown": "the reward has noise"}))
+    assert "optimum           V* is not known: the reward has noise\n" in text
+    assert "is not known" not in report.table(SUMMARY)
+
+
+def test_a_noisy_score_stands_beside_the_one_without_noise() -> None:
+    assert "sampled score" not in report.table(SUMMARY)
+    lines = report.table(changed(after__sampled_score=interval(2.0, 0.5))).splitlines()
+    (line,) = [line for line in lines if line.startswith("sampled score")]
+    assert line.split() == ["sampled", "score", "-", "2.000", "±", "0.500"]
+
+
 def test_a_solved_task_has_an_equals_sign() -> None:
     exact = interval(1.25, 0.0)
     text = report.table(changed(optimum={"lower": exact, "upper": exact}))
-    assert "V* = 1.25 [1.25, 1.25]" in text
+    assert "V* = 1.2500\n" in text
     assert text.endswith("J = 1.10 of V* = 1.25: 0.88 of the gain")
     assert text.count("V* ") == 2
 

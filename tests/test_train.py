@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import hydra
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -25,10 +26,23 @@ import agents.evaluate
 import agents.train
 from agents.recorder import Recorder, read_rows
 from agents.report import table
+from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError
+from lmgym.evaluation import Evaluation
+from lmgym.intervals import Interval
+from lmgym.models.policy import CausalPolicy
 from lmgym.optimum import best_response, solve
+from lmgym.tasks import make_task
 
 pytestmark = pytest.mark.slow
+
+_COIN = np.random.default_rng(0)
+
+
+def coin(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """A judge that contradicts itself."""
+    return _COIN.standard_normal(len(prompts)).tolist()
+
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["agent.batch_size=16", "evaluation.samples=16", "evaluation.prompts=8", "device=cpu", "seed=3"]
@@ -148,6 +162,12 @@ def test_a_run_leaves_its_result_and_prints_it(finished: Finished) -> None:
         assert row["return"]["mean"] == pytest.approx(paid, abs=1e-5)
     assert abs(summary["before"]["kl"]["mean"]) < 1e-4
     assert summary["before"]["normalised"]["mean"] == 0
+    scale = {name: summary["optimum"][name] for name in ("reference", "value", "unknown")}
+    assert scale["unknown"] is None
+    assert scale["reference"] == summary["before"]["return"]  # nothing is stored of eight prompts alone
+    gain = scale["value"] - scale["reference"]["mean"]
+    earned = summary["after"]["return"]["mean"] - scale["reference"]["mean"]
+    assert summary["after"]["normalised"]["mean"] == pytest.approx(earned / gain)
     assert summary["optimum"]["lower"]["mean"] >= summary["after"]["return"]["mean"] - 1e-5
     assert (summary["agent"], summary["task"], summary["seed"]) == ("PPO", "reviews", 3)
     assert summary["total_timesteps"] == curve(finished.directory)[-1]["step"]
@@ -364,10 +384,50 @@ def test_the_optimum_is_of_the_prompts_graded() -> None:
     task = ["task=keyword", "task.task=keyword-8", "task.kl_coef=0.2"]
     plan = agents.train.check(composed(*task, "evaluation.prompts=3"))
     values = solve("keyword-8", kl_coef=0.2).values
-    optimum, lower, upper = agents.train._optimum(plan, None, None)
-    assert lower.mean == upper.mean == pytest.approx(values[:3].mean().item(), abs=1e-6)
-    assert abs(lower.mean - values.mean().item()) > 1e-3
-    assert optimum.exact
+    scale = agents.train._scale(plan, None, None)
+    assert scale.lower is not None
+    assert scale.lower == scale.upper
+    assert scale.lower.mean == pytest.approx(values[:3].mean().item(), abs=1e-6)
+    assert abs(scale.lower.mean - values.mean().item()) > 1e-3
+    assert scale.optimum is not None
+    assert scale.optimum.exact
+
+
+def test_runs_of_other_seeds_are_graded_from_other_streams() -> None:
+    plans = [agents.train.check(composed("task=stop", f"seed={seed}", "evaluation.samples=8")) for seed in (0, 0, 1)]
+    policy = CausalPolicy(Settings.of(plans[0].settings).resolve().reference("cpu"))
+    first, again, other = (agents.train.grade(plan, policy).episodes.response_ids for plan in plans)
+    assert torch.equal(first, again)  # before and after of one run share their numbers
+    assert not torch.equal(first, other)
+
+
+def test_j_ref_is_the_stored_one_wherever_there_is_one() -> None:
+    """A draw of it would be the error of every agent's share at once."""
+    metric = {"return": Interval(0.5, 0.4, 0.6)}
+    graded = Evaluation(metric, Interval(0.9, 0.8, 1.0), episodes=None)  # type: ignore[arg-type]
+    for name in ("noise-1", "reviews", "anchor-0.1"):
+        family = name.partition("-")[0]
+        plan = agents.train.check(composed(f"task={family}", f"task.task={name}"))
+        stored = make_task(name).optima["test"]
+        reference = agents.train._scale(plan, graded, graded).reference
+        assert reference.mean == stored.reference
+        assert reference.high - reference.mean == pytest.approx(stored.reference_half_width)
+    plan = agents.train.check(composed("task=reviews", "evaluation.prompts=3"))  # of these nothing is stored
+    scale = agents.train._scale(plan, graded, graded)
+    assert scale.reference == metric["return"]
+    assert scale.optimum is not None
+    assert scale.optimum.reference_half_width == pytest.approx(0.1)
+
+
+def test_a_run_whose_reward_is_noise_claims_no_optimum(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As written by a user: no `expected`, and the noise of a generator of its own."""
+    small = [*SMALL, "agent.epochs=1", "evaluation.prompts=4", "total_timesteps=250"]
+    assert run(tmp_path, *small, f"task.reward={__name__}:coin") == 0
+    summary, text = summary_of(tmp_path), capsys.readouterr().out
+    assert summary["optimum"]["lower"] is None
+    assert summary["after"]["normalised"] is None
+    assert "two scores" in summary["optimum"]["unknown"]
+    assert f"V* is not known: {summary['optimum']['unknown']}" in text
 
 
 def test_a_deterministic_policy_is_told_what_it_can_earn() -> None:
