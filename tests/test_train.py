@@ -117,7 +117,7 @@ def test_a_run_leaves_its_config_and_versions(finished: Finished) -> None:
     assert "${" not in (finished.directory / "config.yaml").read_text()
     versions = summary_of(finished.directory, "versions.json")
     assert versions["torch"] == torch.__version__
-    assert versions.keys() == {"python", *agents.train.PACKAGES}
+    assert versions.keys() == {"python", "lmgym", *agents.train.PACKAGES}
 
 
 def test_a_run_leaves_its_curves(finished: Finished) -> None:
