@@ -51,5 +51,7 @@ if __name__ == "__main__":
     found = evaluate(reference, envs, samples=args.samples, prompts=args.prompts, generator=generator)
     score = found.metrics["score"]
     print(f"mean score of the reference: {score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]")
-    if found.bound is not None:  # more than one sample a prompt
+    if found.bound is None:
+        print(f"the best return that a policy can have is not known: {found.no_bound}")
+    else:
         print(f"the best return that a policy can have is at least {found.bound.low:.3f}")
