@@ -211,7 +211,8 @@ class ForbiddenCalls(ast.NodeVisitor):
             self._add(node, "pickle runs what it loads")
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        if node.module and node.module.split(".")[0] == "pickle":
+        writes = all(alias.name in ("Pickler", "PicklingError") for alias in node.names)
+        if node.module and node.module.split(".")[0] == "pickle" and not writes:
             self._add(node, "pickle runs what it loads")
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -252,6 +253,7 @@ def test_nobody_makes_a_forbidden_call() -> None:
         "torch.load(path, weights_only=False)",
         "import pickle",
         "def f():\n    from pickle import loads",
+        "from pickle import Pickler, loads",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
         "np.random.seed(0)",
         "torch.manual_seed(0)",
@@ -269,6 +271,7 @@ def test_a_forbidden_call_is_seen(source: str) -> None:
     [
         "torch.load(path, weights_only=True)",
         "AutoModel.from_pretrained(name, trust_remote_code=False)",
+        "from pickle import Pickler, PicklingError",
         "rng = np.random.default_rng(0)\nrng.multinomial(1, p)",
         "generator = torch.Generator().manual_seed(0)",
         "with torch.random.fork_rng(devices=[]):\n    torch.manual_seed(0)",

@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
-from transformers.utils import logging as hf_logging
 
 from lmgym.models.causal import CausalLM, legal_logits
 from lmgym.models.cuda_graphs import StepGraphs, borrow_graphs
 from lmgym.models.markov import MarkovLM
+from lmgym.models.recording import Forward, record
 
 _PROBE_TOLERANCE = 1e-3  # of the largest logit; ring and plain forward agree to 1e-6 in float32
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")  # its names in configs, tokens
@@ -84,7 +83,7 @@ class _RingLayer(CacheLayerMixin):
 
 
 class _RingStep(nn.Module):
-    """One decoding step of the unmodified model over a ring: what is run, or traced once and then run."""
+    """One decoding step of the unmodified model over a ring: what is run, or recorded once and then run."""
 
     def __init__(self, lm: CausalLM, keep_hidden: bool) -> None:
         super().__init__()
@@ -123,14 +122,12 @@ class _RingStep(nn.Module):
         return (logits, out.hidden_states[-1][:, -1]) if self._keep_hidden else (logits,)
 
 
-_Step = Callable[..., tuple[Tensor, ...]]
-_steps: weakref.WeakKeyDictionary[CausalLM, dict[bool, _Step]] = weakref.WeakKeyDictionary()
+_steps: weakref.WeakKeyDictionary[CausalLM, dict[bool, Forward]] = weakref.WeakKeyDictionary()
 
 
-def _ring_step(lm: CausalLM, keep_hidden: bool) -> _Step:
+def _ring_step(lm: CausalLM, keep_hidden: bool) -> Forward:
     """The step as a recorded graph, which spares the Python of a forward; as it is where it cannot be recorded.
 
-    Recorded once a model, for any N and C. The graph holds the model's own parameters, so it follows their training.
     On a GPU it is left as it is: there the decoder captures it (`cuda_graphs.py`).
     """
     steps = _steps.setdefault(lm, {})
@@ -141,9 +138,8 @@ def _ring_step(lm: CausalLM, keep_hidden: bool) -> _Step:
     return steps[keep_hidden]
 
 
-@torch.no_grad()
-def _recorded(lm: CausalLM, step: _RingStep) -> _Step | None:
-    """The step's graph, recorded at one N and C; None unless at others it gives what the step itself gives."""
+def _recorded(lm: CausalLM, step: _RingStep) -> Forward | None:
+    """The step's graph, for any number of slots and any capacity; None where it cannot be recorded."""
 
     def example(rows: int, capacity: int) -> tuple[Tensor, ...]:
         cache = DynamicCache()
@@ -157,27 +153,7 @@ def _recorded(lm: CausalLM, step: _RingStep) -> _Step | None:
         age = torch.full((rows,), 2, device=lm.device)
         return ids[:, 1], age, torch.tensor([2], device=lm.device), *rings
 
-    level = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # recording looks at every attribute of the model, and some of them warn
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph = torch.jit.trace(step, example(2, 5), check_trace=False)
-            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-                for shape in ((1, 7), (3, 4)):
-                    for recorded, direct in zip(graph(*example(*shape)), step(*example(*shape)), strict=True):
-                        if recorded.shape != direct.shape or not torch.allclose(recorded, direct, atol=1e-5):
-                            return None
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-        return None
-    finally:
-        hf_logging.set_verbosity(level)
-
-    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            return graph(*inputs)
-
-    return run
+    return record(step, example)
 
 
 class Prefilled:
@@ -200,7 +176,7 @@ class RingDecoder:
         self, lm: CausalLM, slots: int, capacity: int, *, keep_hidden: bool = False, record: bool = True
     ) -> None:
         self._lm, self._slots, self._capacity, self._keep_hidden = lm, slots, capacity, keep_hidden
-        self._step: _Step = _ring_step(lm, keep_hidden) if record else _RingStep(lm, keep_hidden)
+        self._step: Forward = _ring_step(lm, keep_hidden) if record else _RingStep(lm, keep_hidden)
         self._captures = record and lm.device.type == "cuda"
         self._graphs: StepGraphs | None = None
         self._rings: list[Tensor] = []
