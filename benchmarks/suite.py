@@ -46,7 +46,8 @@ def row(agent: str, task: str, summaries: list[dict[str, Any]]) -> str:
     """A line of the first table."""
     scale = summaries[0]["optimum"]
     cells = [agent, f"`{task}`", estimate(scale["reference"]), best(scale), over_seeds(summaries, "after", "return")]
-    cells += [over_seeds(summaries, "after", "kl"), f"**{over_seeds(summaries, 'after', 'normalised')}**"]
+    cells += [over_seeds(summaries, "after", "score"), over_seeds(summaries, "after", "kl")]
+    cells += [f"**{over_seeds(summaries, 'after', 'normalised')}**"]
     cells += [f"{mean(summary['total_timesteps'] for summary in summaries):,.0f}"]
     cells += [interval([summary["train_seconds"] for summary in summaries])]
     return f"| {' | '.join(cells)} |"
@@ -81,8 +82,8 @@ def main() -> None:
             for cell in cells
         }
     tasks = chosen(args.tasks)
-    print("| agent | task | J_ref | V* | J | KL (nats) | normalised | env steps | seconds |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| agent | task | J_ref | V* | J | score | KL (nats) | normalised | env steps | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for agent, task in itertools.product(args.agents, tasks):
         print(row(agent, task, [runs[agent, task, seed].result() for seed in args.seeds]))
     print(f"\n| agent | {' | '.join(f'`{task}`' for task in tasks)} | forward (M) | backward (M) | seconds |")

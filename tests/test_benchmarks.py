@@ -49,10 +49,10 @@ def test_the_optimum_of_a_share_is_printed_and_its_bounds(
 
 
 def test_the_reference_of_a_table_is_the_known_one_not_what_the_first_run_measured() -> None:
-    after = {"return": point(0.4), "kl": point(1.0), "normalised": point(0.8)}
+    after = {"return": point(0.4), "score": point(0.7), "kl": point(1.0), "normalised": point(0.8)}
     optimum = {"reference": point(0.0243), "lower": point(0.5), "upper": point(0.5), "value": 0.5}
     summary: dict[str, Any] = {"before": {"return": point(0.3)}, "after": after, "optimum": optimum}
     summary |= {"total_timesteps": 100, "train_seconds": 1.0}
     cells = [cell.strip() for cell in row("ppo", "noise-1", [summary]).split("|")]
-    assert cells[1:5] == ["ppo", "`noise-1`", "0.0243", "0.5000"]
+    assert cells[1:8] == ["ppo", "`noise-1`", "0.0243", "0.5000", "0.400", "0.700", "1.000"]
     assert estimate(point(0.0243, 0.002)) == "0.0243 ± 0.0020"
