@@ -270,6 +270,7 @@ class OnPolicyAgent(ABC):
     def _collect(self) -> Episodes:
         gather = collect if self.config.collect == "episodes" else collect_steps
         episodes = gather(self.envs, self.policy, self.config.batch_size, self.sampler, self.generator)
+        check_groups(episodes, self.config.responses)
         self.tokens.read(episodes)
         if self.envs.kl_coef > 0:
             check_sampled_law(episode_kl(episodes))
@@ -570,6 +571,23 @@ class Minibatch:
     places: Tensor
     ref_log_probs: Tensor
     ref_log_law: Tensor | None
+
+
+def check_groups(episodes: Episodes, group_size: int) -> None:
+    """Raises `InvalidArgumentError` unless each `group_size` neighbours of B episodes are responses to one prompt."""
+    same = share_prompts(episodes, group_size)
+    if not same.all():
+        raise InvalidArgumentError(
+            f"`envs` must give the {group_size} rows of a group the same prompts in the same order, and in "
+            f"{int((~same).sum())} of {len(same)} groups they differ: rows that end one by one in `envs.step` draw "
+            "their next prompts apart. Bring them back together by envs.reset(seed=...), or step another env."
+        )
+
+
+def share_prompts(episodes: Episodes, group_size: int) -> Tensor:
+    """(B / group_size,) bool: whether neighbours, in groups of `group_size`, are responses to one prompt."""
+    prompts = torch.cat([episodes.prompt_ids, episodes.prompt_mask.long()], dim=1).unflatten(0, (-1, group_size))
+    return (prompts == prompts[:, :1]).flatten(1).all(1)
 
 
 def check_dict_observations(envs: RLHFVectorEnv) -> None:

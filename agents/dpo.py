@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agents.base import share_prompts
 from agents.supervised import SupervisedAgent, SupervisedConfig, response_ids, unscored, with_reference
 from lmgym.envs.engine import Engine
 from lmgym.envs.vector import RLHFVectorEnv
@@ -63,6 +64,15 @@ class Pairs:
     episodes: Episodes
     chosen: Tensor
     rejected: Tensor
+
+    def __post_init__(self) -> None:
+        both = torch.stack([self.chosen, self.rejected], dim=1).flatten()
+        same = share_prompts(self.episodes[both], 2)
+        if not same.all():
+            raise InvalidArgumentError(
+                f"`chosen` and `rejected` must be responses to one prompt, and in {int((~same).sum())} of {len(same)} "
+                "pairs they are not."
+            )
 
     def __len__(self) -> int:
         return len(self.chosen)

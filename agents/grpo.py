@@ -47,8 +47,8 @@ class GRPO(OnPolicyAgent):
 
     @property
     def reads_reference(self) -> bool:
-        """For the exact KL only."""
-        return self.config.kl_estimator == "exact"
+        """For the exact KL only, where it has a price."""
+        return self.config.kl_estimator == "exact" and self.envs.kl_coef > 0
 
     def rewards(self, episodes: Episodes) -> Tensor:
         """The score alone, at the end."""
@@ -66,13 +66,12 @@ class GRPO(OnPolicyAgent):
         ratio = batch.log_probs, batch.old_log_probs, batch.advantages
         weights = batch.episode_weights / (batch.lengths if config.length_mean else self.envs.engine.horizon)
         loss = clipped_policy_loss(*ratio, weights, config.clip_range).loss
-        laws = batch.log_probs, batch.ref_log_probs, batch.log_law, batch.ref_log_law
-        kl = (weights * kl_estimate(config.kl_estimator, *laws)).sum()
+        metrics = {"train/policy_loss": loss.detach()}
+        if self.envs.kl_coef > 0:  # without a price the reference is never asked
+            laws = batch.log_probs, batch.ref_log_probs, batch.log_law, batch.ref_log_law
+            kl = (weights * kl_estimate(config.kl_estimator, *laws)).sum()
+            loss = loss + self.kl.value * kl
+            metrics["train/kl_loss"] = kl.detach()
         with torch.no_grad():
             tokens = clipped_policy_loss(*ratio, batch.weights, config.clip_range)
-        return loss + self.kl.value * kl, {
-            "train/policy_loss": loss.detach(),
-            "train/kl_loss": kl.detach(),
-            "train/clip_fraction": tokens.clip_fraction,
-            "train/approx_kl": tokens.approx_kl,
-        }
+        return loss, metrics | {"train/clip_fraction": tokens.clip_fraction, "train/approx_kl": tokens.approx_kl}

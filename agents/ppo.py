@@ -129,7 +129,10 @@ class PPO(OnPolicyAgent):
         return self.config.ptx_coef * loss, {"train/ptx_loss": loss.detach()}
 
     def stop_early(self, metrics: dict[str, float]) -> bool:
-        """Whether the policy has moved past 1.5 times `target_kl` on this batch (as in SB3)."""
+        """Whether the last step has moved the policy past 1.5 times `target_kl`; that step stays.
+
+        The limit is SB3's, which measures the KL before a step, and leaves that step out.
+        """
         return self.config.target_kl is not None and metrics["train/approx_kl"] > 1.5 * self.config.target_kl
 
     def _pieces(self, path: str) -> list[list[int]]:

@@ -21,6 +21,7 @@ from conftest import learn, table_reward, weights
 from omegaconf import OmegaConf
 from torch import Tensor
 
+import agents.base
 from agents.a2c import A2C
 from agents.base import OnPolicyAgent, OnPolicyConfig
 from agents.config import validated
@@ -318,6 +319,35 @@ def test_a_batch_holds_each_prompt_as_often_as_a_group_is_large(kind: type[OnPol
         responses = {tuple(ids) for ids in episodes.response_ids[:4].tolist()}
         assert len(responses) > 1  # not one response four times
     assert len({tuple(p) for p in prompts}) == 3
+
+
+@pytest.mark.parametrize("kind", [RLOO, GRPO])
+def test_a_group_whose_rows_were_stepped_apart_is_refused(kind: type[OnPolicyAgent]) -> None:
+    agent = agent_of(Case(kind, PAIRS))
+    agent._collect()
+    agent.envs.step(np.array([0, 1, 1, 1]))  # the first row ends, and draws its next prompt alone
+    with pytest.raises(InvalidArgumentError, match="must give the 4 rows of a group the same prompts .* of 6 groups"):
+        agent.learn(agent.num_timesteps + 1)
+    agent.envs.reset(seed=5)
+    agent.learn(agent.num_timesteps + 1)
+
+
+def test_responses_to_prompts_that_differ_by_their_length_alone_are_no_group() -> None:
+    episodes = agent_of(CASES["rloo"])._collect()
+    agents.base.check_groups(episodes, 4)
+    mask = episodes.prompt_mask.clone()
+    mask[1, 0] ^= True
+    with pytest.raises(InvalidArgumentError, match="in 1 of 6 groups"):
+        agents.base.check_groups(replace(episodes, prompt_mask=mask), 4)
+
+
+@pytest.mark.parametrize("estimator", ["k3", "exact"])
+def test_without_a_price_grpo_never_asks_the_reference(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = agent_of(Case(GRPO, PAIRS), task=tiny(kl_coef=0.0), kl_estimator=estimator)
+    monkeypatch.setattr(OnPolicyAgent, "_reference_law", None)
+    (metrics,) = learn(agent, 1)
+    assert "train/kl_loss" not in metrics
+    assert "rollout/kl" not in metrics
 
 
 @pytest.mark.parametrize("kind", [RLOO, GRPO])

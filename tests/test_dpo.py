@@ -138,6 +138,16 @@ def test_pairs_share_a_prompt_and_labels_follow_the_scores() -> None:
     assert abs((always.chosen[tied] % 2).double().mean().item() - 0.5) < 4 * math.sqrt(0.25 / int(tied.sum()))
 
 
+def test_a_pair_of_two_prompts_is_refused() -> None:
+    pairs = tiny_dpo(batch_size=8).sample()[0]
+    rejected = pairs.rejected.clone()
+    rejected[:2] = rejected[:2].flip(0)
+    ids = pairs.episodes.prompt_index
+    assert ids[rejected[0]] != ids[pairs.chosen[0]]
+    with pytest.raises(InvalidArgumentError, match="must be responses to one prompt, and in 2 of 8 pairs they are not"):
+        Pairs(pairs.episodes, pairs.chosen, rejected)
+
+
 def test_learning_goes_most_of_the_way_to_the_optimum() -> None:
     agent = tiny_dpo(batch_size=64, lr=1e-3)
     tree = Tree.of(PROBLEM.task, "train")

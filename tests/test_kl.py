@@ -177,6 +177,9 @@ def test_a_kl_that_cannot_be_is_an_error() -> None:
     with pytest.raises(LogProbError):
         kl.check_sampled_law(torch.full((400,), -0.06))
     kl.check_sampled_law(torch.full((40,), -0.06))  # three errors below 0, and not rare enough
+    kl.check_sampled_law(torch.full((200,), -0.1))  # 20 nats below 0: e^-20 is 2e-9
+    with pytest.raises(LogProbError):
+        kl.check_sampled_law(torch.full((200,), -0.105))  # e^-21 is 8e-10
     kl.check_sampled_law(torch.tensor([-50.0]))  # one number has no error
 
 

@@ -14,6 +14,7 @@ from conftest import TinyProblem, table_reward
 from lmgym.errors import InvalidArgumentError
 from lmgym.kl import discounted_return, episode_kl, token_rewards
 from lmgym.models.markov import dirichlet_rows, markov_lm
+from lmgym.optimum.solve import solve
 from lmgym.optimum.tree import Tree, law_of
 from lmgym.optimum.verifiable import log_exp_reward, prefix_table, solve_verifiable
 from lmgym.rewards.noise import NoisyReward
@@ -220,6 +221,15 @@ def test_each_prompt_is_asked_about_once_and_doubles_count_once() -> None:
 def test_a_response_that_no_episode_can_be_is_refused(response: Response, message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         solve_verifiable(problem(reward=Accepts([[response]])).task, "train")
+
+
+@pytest.mark.parametrize("change", [{"missing_eos_penalty": 0.5}, {"gamma": 0.9}])
+def test_what_the_closed_form_does_not_hold_for_is_enumerated(change: dict[str, float]) -> None:
+    assert solve(problem().task, split="train").method == "verifiable"
+    task = problem(**change).task
+    found = solve(task, split="train")
+    assert found.method == "tree"
+    torch.testing.assert_close(found.values, Tree.of(task, "train").solve().values)
 
 
 def test_what_the_closed_form_does_not_hold_for_is_refused() -> None:

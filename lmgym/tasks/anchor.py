@@ -1,7 +1,8 @@
-"""Can the agent trade score against KL at the right rate? Every symbol has a value, and a response pays their mean.
+"""Can the agent trade score against KL at the right rate? Every symbol has a value, and a response pays their sum / 8.
 
-The score is smooth and dense: there is nothing to find, only a price to pay. The reference is a random table of order
-1 over 16 symbols. The knob is the price, `kl_coef`, from 0.01, where the best policy all but ignores the reference,
+The 8 is the longest response there may be: an early end forgoes what was still to come, of either sign. The score is
+smooth and dense: there is nothing to find, only a price to pay. The reference is a random table of order 1 over 16
+symbols. The knob is the price, `kl_coef`, from 0.01, where the best policy all but ignores the reference,
 to 1, where it all but equals it.
 """
 
@@ -37,8 +38,8 @@ def reference() -> CausalLM:
 
 
 @functools.cache
-def mean_value() -> AutomatonReward:
-    """Pays the sum of the symbols' values, evenly spread over [-1, 1] in a random order, over the horizon."""
+def scaled_sum() -> AutomatonReward:
+    """Pays the sum of the symbols' values / 8, whatever the length; they are spread evenly over [-1, 1], shuffled."""
     values = np.zeros((1, VOCABULARY))
     values[0, 1:] = np.random.default_rng(5).permutation(np.linspace(-1, 1, len(SYMBOLS))) / HORIZON
     return AutomatonReward(Automaton.dense(np.zeros((1, VOCABULARY), dtype=np.int64), np.zeros(1), values))
@@ -49,7 +50,7 @@ def anchor(kl_coef: float) -> Task:
     return Task(
         name=f"anchor-{kl_coef:g}",
         model=reference,
-        reward=mean_value(),
+        reward=scaled_sum(),
         prompts={"train": SYMBOLS, "test": SYMBOLS},
         kl_coef=kl_coef,
         max_new_tokens=HORIZON,

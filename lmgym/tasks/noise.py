@@ -11,7 +11,7 @@ import functools
 from dataclasses import replace
 
 from lmgym.rewards.noise import NoisyReward
-from lmgym.tasks.anchor import anchor, mean_value
+from lmgym.tasks.anchor import anchor, scaled_sum
 from lmgym.tasks.base import Task, register_task
 
 SIGMAS = (0.3, 1.0, 3.0)
@@ -19,7 +19,7 @@ SIGMAS = (0.3, 1.0, 3.0)
 
 def noise(sigma: float) -> Task:
     """The task at one standard deviation of the noise."""
-    return replace(anchor(0.1), name=f"noise-{sigma:g}", reward=NoisyReward(mean_value(), sigma), gold=mean_value())
+    return replace(anchor(0.1), name=f"noise-{sigma:g}", reward=NoisyReward(scaled_sum(), sigma), gold=scaled_sum())
 
 
 for _sigma in SIGMAS:
