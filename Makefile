@@ -1,5 +1,6 @@
 # make train   install, train PPO on the built-in task, show what it learned
 # make test    install, then lint, types and tests
+# make test-lowest  the tests alone, in .venv-lowest with the oldest versions that pyproject.toml admits
 # make gpu     on a machine with CUDA: checks and measures everything there, in runs/gpu
 #
 # Variables: PYTHON (the interpreter .venv is made from), VENV (the environment to use),
@@ -24,7 +25,7 @@ except ImportError: sys.exit("Python cannot make virtual environments here: on D
 endef
 export CHECK_PYTHON
 
-.PHONY: help train test gpu lint format clean
+.PHONY: help train test test-only test-lowest gpu lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -47,8 +48,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+test: lint test-only
+
+test-lowest:
+	$(MAKE) test-only VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
 # One thread a test process: the processes already fill the cores.
-test: lint
+test-only: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 gpu: $(STAMP)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -32,6 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
+
+# Before 1.4 Gymnasium's vector RecordEpisodeStatistics leaves the first step of every episode but the first uncounted
+# where an env resets in the same step.
+COUNTS_SAME_STEP = tuple(int(part) for part in gymnasium.__version__.split(".")[:2]) >= (1, 4)
 
 TEXT = "the a film book meal was is very not good bad fine dull and but , . it we liked hated"
 WORDS = TEXT.split()

@@ -191,7 +191,7 @@ def test_where_all_score_alike_nothing_is_chosen() -> None:
 def test_the_grade_is_that_of_enumeration(reward: Any) -> None:
     envs = tiny() if reward is None else tiny(reward=reward)
     agent = BestOfN(envs, BestOfNConfig(4))
-    found = agent.evaluate(envs, samples=250, generator=seeded(1)).metrics
+    found = agent.evaluate(envs, samples=1000, generator=seeded(1)).metrics
     tree = Tree.of(envs.task, "train")
     truth, wrong = exact(tree, 4), exact(tree, 2)
     for name in ("score", "kl", "return"):

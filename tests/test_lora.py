@@ -143,7 +143,7 @@ def test_the_weights_are_the_references_own_and_only_the_adapter_is_new(lm: Caus
 
 
 def test_the_policy_starts_as_the_reference_with_value_zero(lm: CausalLM) -> None:
-    policy, envs = LoRAPolicy(lm), envs_of(lm)
+    policy, envs = LoRAPolicy(lm), envs_of(lm, max_new_tokens=16)
     episodes = sampled(envs, policy)
     assert len(set(episodes.lengths.tolist())) > 1  # ragged, or it would test little
     assert torch.equal(policy.read(episodes).logits, read_logits(lm, episodes))

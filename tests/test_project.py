@@ -6,6 +6,7 @@ import ast
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,6 +179,22 @@ def test_the_wheel_holds_all_of_lmgym(wheel_files: set[str]) -> None:
 def test_the_wheel_stays_small() -> None:
     files = [file for file in (ROOT / "lmgym").rglob("*") if file.is_file() and "__pycache__" not in file.parts]
     assert sum(file.stat().st_size for file in files) < 12_000_000  # before compression
+
+
+# --- versions ----------------------------------------------------------------------------------------------------
+
+
+def test_the_lowest_versions_are_those_that_the_project_declares() -> None:
+    """Each pin begins with the minimum; torch's is another, for its size."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *extras["render"], *extras["agents"], *extras["test"]]
+    minima = dict(line.split(">=") for line in declared if ">=" in line)
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("#")[0].strip().split("==") for line in lines if not line.startswith("#"))
+    assert minima.keys() <= pins.keys()
+    for name in minima.keys() - {"torch"}:
+        assert f"{pins[name]}.".startswith(f"{minima[name]}."), name
 
 
 # --- calls that nobody may make ----------------------------------------------------------------------------------

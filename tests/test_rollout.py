@@ -97,7 +97,8 @@ def test_whole_episodes_are_those_of_stepping(parts: Parts, policy: CausalPolicy
         part = fast[rows].trimmed()
         assert torch.equal(part.prompt_ids, slow.prompt_ids[:, width - part.prompt_ids.shape[1] :])
         assert_same(fast[rows], slow, leave_out=("prompt_index", "prompt_ids", "prompt_mask"))
-    assert {int(n) for n in fast.lengths} != {T}
+    if sampler.temperature > 0 and sampler.top_k is None:  # the few likeliest tokens of the model need not be an EOS
+        assert {int(n) for n in fast.lengths} != {T}
     assert fast.values is not None
 
 

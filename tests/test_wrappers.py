@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, byte_tokenizer, gpt2, tiny_lm, word_tokenizer
+from conftest import COUNTS_SAME_STEP, WORDS, byte_tokenizer, gpt2, tiny_lm, word_tokenizer
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env, data_equivalence
@@ -633,6 +633,8 @@ def test_a_k_that_cannot_be_is_refused(parts: Parts, k: Any) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_statistics_are_those_of_the_bare_env(parts: Parts, mode: str) -> None:
+    if mode == "SameStep" and not COUNTS_SAME_STEP:
+        pytest.skip("this Gymnasium counts such episodes wrong")
     envs = VectorRecordEpisodeStatistics(make_vec(parts, "embedding_of_top_k", mode))
     envs.reset(seed=0)
     rng, seen = np.random.default_rng(8), 0
