@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import textwrap
 from pathlib import Path
 
 from agents.recorder import write_atomically
@@ -44,8 +45,10 @@ def page() -> str:
         settings = list(group)
         build = settings[0].build
         module = sys.modules[getattr(build, "func", build).__module__]
-        rows = [_row(registered.env_id, registered.task()) for registered in settings]
-        parts.append("\n".join([f"## {family}\n", (module.__doc__ or "").strip(), "", _COLUMNS, *rows, ""]))
+        tasks = [registered.task() for registered in settings]
+        rows = [_row(registered.env_id, task) for registered, task in zip(settings, tasks, strict=True)]
+        notes = [note for task in tasks for note in _note(task)]
+        parts.append("\n".join([f"## {family}\n", (module.__doc__ or "").strip(), "", _COLUMNS, *rows, *notes, ""]))
     return "\n".join(parts)
 
 
@@ -62,6 +65,18 @@ def _row(env_id: str, task: Task) -> str:
         *_optimum(task.optima.get("test")),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _note(task: Task) -> list[str]:
+    """What the upper bound takes for granted, as a paragraph; nothing where it is exact."""
+    known = task.optima.get("test")
+    if known is None or not known.assumption:
+        return []
+    text = (
+        f"`{task.name}`: the bounds are {100 * known.width:.1f} % of the gain apart. The upper one takes for granted: "
+        f"{known.assumption}."
+    )
+    return ["", *textwrap.wrap(text, 120, break_on_hyphens=False, break_long_words=False)]
 
 
 def _optimum(known: StoredOptimum | None) -> tuple[str, str, str]:

@@ -32,6 +32,7 @@ _ROWS = {
 _OPTIONAL = ("sampled_score", "gold_score")  # of a noisy reward, and of a task that has a gold one
 _COLUMN = 18
 _WIDTH = 100
+_WIDE = 0.02  # of the gain: bounds of V* that are farther apart make a share uncertain, and it is said
 
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#8B5FBF"  # told apart by colour-blind readers too
 _INK, _MUTED, _GRID = "#222222", "#6B6B6B", "#E4E4E4"
@@ -44,12 +45,13 @@ def table(summary: Mapping[str, Any]) -> str:
         summary: The content of `summary.json`: `before` and `after` (each a mapping from `return`, `score`,
             `sampled_score`, `gold_score`, `kl`, `length`, `normalised` to an interval or None), `optimum` (`reference`,
             `lower` and `upper`, each an interval or None; `value`, the V* of `normalised`, or None; `unknown`, why
-            there is no `lower`, or None; `best_response`, a number or None), `train_seconds`, `forward_tokens`,
-            `backward_tokens`, `total_timesteps`, `agent`, `task`, `seed`.
+            there is no `lower`, or None; `best_response`, a number or None; `assumption`, a text or None),
+            `train_seconds`, `forward_tokens`, `backward_tokens`, `total_timesteps`, `agent`, `task`, `seed`.
 
     Returns:
         A heading, one row a quantity as `mean ± half-width` of its 95 % interval ("-" where there is none), the
-        optimum, what training cost, and one sentence that grades the result.
+        optimum, what training cost, and one sentence that grades the result. The sentence says how well the gain is
+        known, where the bounds of V* are more than 2 % of it apart.
     """
     label = max(map(len, _ROWS.values()))
     lines = [_heading(summary), "", f"{'':{label}}{'before':>{_COLUMN}}{'after':>{_COLUMN}}"]
@@ -66,6 +68,9 @@ def table(summary: Mapping[str, Any]) -> str:
         lines.append(f"{'optimum':{label}}   V* {sign} {_point(bound)}")
     if optimum.get("unknown"):
         lines.append(f"{'optimum':{label}}   V* is not known: {optimum['unknown']}")
+    if optimum.get("assumption"):
+        wrapped = textwrap.wrap(f"taken for granted: {optimum['assumption']}", _WIDTH - label - 3)
+        lines += [f"{'':{label}}   {line}" for line in wrapped]
     best = optimum.get("best_response")
     if best is not None:
         lines.append(f"{'':{label}}   J <= {best:.2f} of a policy that is certain of every token")
@@ -171,7 +176,21 @@ def _grade(summary: Mapping[str, Any]) -> str:
         best = value
     sentence = f"J = {after['mean']:.2f} of V* {sign} {best:.2f}"
     share = _share_of_gain(summary)
-    return sentence if share is None else f"{sentence}: {share:.2f} of the gain"
+    if share is None:
+        return sentence
+    width = _width(summary)
+    known = f", and the gain is known to within {100 * width:.1f} %" if width > _WIDE else ""
+    return f"{sentence}: {share:.2f} of the gain{known}"
+
+
+def _width(summary: Mapping[str, Any]) -> float:
+    """How far the bounds of V* are apart, as a share of the gain; 0 where one of them is not known."""
+    optimum = summary.get("optimum") or {}
+    lower, upper = optimum.get("lower"), optimum.get("upper")
+    reference = optimum.get("reference") or summary["before"].get("return")
+    if not (_known(lower) and _known(upper) and _known(reference)) or lower["mean"] <= reference["mean"]:
+        return 0.0
+    return (upper["mean"] - lower["mean"]) / (lower["mean"] - reference["mean"])
 
 
 def _share_of_gain(summary: Mapping[str, Any]) -> float | None:

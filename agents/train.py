@@ -166,6 +166,7 @@ def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, agent: 
             "value": None if optimum is None else optimum.value,
             "unknown": scale.unknown,
             "method": None if optimum is None else optimum.method,
+            "assumption": None if optimum is None else optimum.assumption or None,
             "best_response": _best_response(plan, agent),
         },
         "train_seconds": train_seconds,

@@ -100,12 +100,23 @@ def test_both_bounds_of_the_optimum() -> None:
     text = report.table(changed(optimum__upper={"mean": 1.4, "low": 1.35, "high": 1.45}))
     assert "V* >= 1.25 [1.21, 1.29]" in text
     assert "V* <= 1.40 [1.35, 1.45]" in text
+    assert text.endswith("of the gain, and the gain is known to within 12.5 %")  # 0.15 of 1.2
+    near = report.table(changed(optimum__upper={"mean": 1.26, "low": 1.26, "high": 1.26}))
+    assert near.endswith("of the gain")  # less than 2 %
+
+
+def test_what_a_bound_takes_for_granted_is_said() -> None:
+    assert "granted" not in report.table(changed(optimum__assumption=None))
+    said = "no response " + "is long " * 12 + "here"
+    text = report.table(changed(optimum__assumption=said))
+    assert f"taken for granted: {said}" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_the_sentence_names_the_optimum_that_the_share_is_of() -> None:
     upper = {"mean": 1.4, "low": 1.4, "high": 1.4}
     text = report.table(changed(optimum__upper=upper, optimum__value=1.3))
-    assert text.endswith("J = 1.10 of V* ~ 1.30: 0.88 of the gain")
+    assert "J = 1.10 of V* ~ 1.30: 0.88 of the gain" in text
     text = report.table(changed(optimum__value=1.35, after__normalised=None))
     assert text.endswith(f"J = 1.10 of V* ~ 1.35: {1.05 / 1.3:.2f} of the gain")
 

@@ -29,6 +29,7 @@ class Optimum:
         exact: whether `values` are V* itself, up to rounding.
         policy: pi*, where it can be represented; else None.
         reference_half_width: half of the 95 % interval of `reference`, over the sampling; 0 where it is exact.
+        assumption: what the upper bound takes for granted and what that may cost, in words; empty where nothing.
     """
 
     method: str
@@ -39,6 +40,7 @@ class Optimum:
     exact: bool
     policy: Policy | None = None
     reference_half_width: float = 0.0
+    assumption: str = ""
 
     @property
     def value(self) -> float:
@@ -53,7 +55,15 @@ class Optimum:
     def stored(self) -> StoredOptimum:
         """Its numbers alone."""
         upper = self.upper if math.isfinite(self.upper) else None
-        return StoredOptimum(self.method, self.value, self.lower, upper, self.reference, self.reference_half_width)
+        return StoredOptimum(
+            self.method,
+            self.value,
+            self.lower,
+            upper,
+            self.reference,
+            self.reference_half_width,
+            self.assumption,
+        )
 
     @classmethod
     def solved(cls, method: str, values: Tensor, references: Tensor, policy: Policy | None = None) -> Optimum:

@@ -47,6 +47,24 @@ def multi_sample_bound(weights: Tensor, kl_coef: float, n: int | None = None) ->
     return kl_coef * (torch.logsumexp(groups, dim=-1) - math.log(n)).mean(-1)
 
 
+def multi_sample_upper_bound(weights: Tensor, exact: Tensor, kl_coef: float) -> Tensor:
+    """Upper bound on V*(x) from samples of a policy and one of pi* (Sobolev & Vetrov 2019, for this problem).
+
+    `kl_coef * log mean_i weight_i`, where one of the S weights is that of a response of pi*. In expectation it never
+    falls below V*(x), provided that the policy can write all that the reference can.
+
+    Args:
+        weights: (..., S) `log_weights` of S samples of the policy; the first gives its place up.
+        exact: (...) log-weight of a sample of pi*, drawn apart from them.
+        kl_coef: the price of a nat.
+
+    Returns:
+        (...) bound of each row, in units of the score.
+    """
+    replaced = torch.cat([exact.unsqueeze(-1), weights[..., 1:]], dim=-1)
+    return kl_coef * (replaced.logsumexp(-1) - math.log(weights.shape[-1]))
+
+
 class Mixture:
     """Policies mixed over whole responses, q(y|x) = sum_k weights_k q_k(y|x), written as a policy itself.
 

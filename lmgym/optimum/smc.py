@@ -286,17 +286,17 @@ class _Run:
 
 
 def stratified(log_weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Stratified resampling (Kitagawa 1996): child i is the particle at quantile (i + uniform_i) / S of the weights.
+    """Stratified resampling (Kitagawa 1996): child i is the particle at quantile (i + uniform_i) / n of the weights.
 
     Args:
-        log_weights: (X, S), at least one finite in each row. uniforms: (X, S) float64 in [0, 1).
+        log_weights: (X, S), at least one finite in each row. uniforms: (X, n) float64 in [0, 1).
 
     Returns:
-        (X, S) int64 ancestors, none of weight 0.
+        (X, n) int64 ancestors, none of weight 0.
     """
     cumulative = log_weights.softmax(1).cumsum(1)
-    s = log_weights.shape[1]
-    quantiles = (torch.arange(s) + uniforms) / s
+    n = uniforms.shape[1]
+    quantiles = (torch.arange(n) + uniforms) / n
     # The sum may round to a little under 1, and a quantile must not fall beyond it.
     return torch.searchsorted(cumulative, torch.minimum(quantiles, cumulative[:, -1:] * (1 - 1e-15)), right=True)
 
@@ -354,30 +354,84 @@ def rejection_samples(
         LmGymError: if a score is above `max_score`, or if the budget did not give every prompt its samples.
     """
     check_bounded(task)
+    lm = task.reference("cpu")
+    encoded = encode_prompts(task, split, prompts, lm)
+    log_caps = torch.full((len(encoded),), max_score / task.kl_coef, dtype=torch.float64)
+    found = accept(task, encoded, CausalPolicy(lm), log_caps, count, budget, generator)
+    highest = task.kl_coef * (found.excess.max().item() + max_score / task.kl_coef)
+    if highest > max_score + 1e-9:
+        raise LmGymError(f"`max_score` must be what no score is above, got {max_score}, and saw a score of {highest}.")
+    check_enough(found, count, budget, f"scores near `max_score` {max_score} are too rare under the reference.")
+    return found.responses
+
+
+@dataclass(frozen=True, eq=False)
+class Accepted:
+    """What rejection kept.
+
+    Attributes:
+        responses: of each of X prompts, at most as many as were asked for. log_weights: of each of them, nats.
+        excess: (X,) nats, the largest log-weight seen less the cap.
+    """
+
+    responses: list[list[tuple[int, ...]]]
+    log_weights: list[list[float]]
+    excess: Tensor
+
+
+def accept(
+    task: Task,
+    prompt_ids: Sequence[Sequence[int]],
+    proposal: Policy,
+    log_caps: Tensor,
+    count: int,
+    budget: int,
+    generator: torch.Generator,
+) -> Accepted:
+    """Rejection sampling: a response y of the proposal q is kept with probability min(1, w(y) / cap).
+
+    With w = pi_ref(y|x) exp(score / kl_coef) / q(y|x), what is kept has the law q min(w, cap) / E_q min(w, cap). That
+    is pi* where no weight is above the cap.
+
+    Args:
+        task: the MDP. prompt_ids: X prompts. proposal: q.
+        log_caps: (X,) nats. count: responses wanted of each prompt. budget: responses that may be drawn of each.
+        generator: a CPU generator.
+    """
     check_int("count", count, 1)
     check_int("budget", budget, count)
-    lm = task.reference("cpu")
-    encoded = _prompt_ids(task, split, prompts, lm)
-    found: list[list[tuple[int, ...]]] = [[] for _ in encoded]
-    wanting, drawn = list(range(len(encoded))), 0
+    responses: list[list[tuple[int, ...]]] = [[] for _ in prompt_ids]
+    log_weights: list[list[float]] = [[] for _ in prompt_ids]
+    log_caps = log_caps.double()
+    excess = torch.full_like(log_caps, -math.inf)
+    wanting = list(range(len(prompt_ids)))
+    drawn = 0
     while wanting and drawn < budget:
         draws = min(max(1, _ROWS // len(wanting)), budget - drawn)
-        got = smc(task, [encoded[i] for i in wanting], CausalPolicy(lm), draws, generator, resample_at=0)
-        _check_max_score(got, max_score)
-        uniforms = torch.rand(got.scores.shape, generator=generator, dtype=torch.float64)
-        accepted = uniforms < ((got.scores - max_score) / task.kl_coef).exp()
-        for x, s in accepted.nonzero().tolist():
-            found[wanting[x]].append(got.response(x, s))
+        got = smc(task, [prompt_ids[x] for x in wanting], proposal, draws, generator, resample_at=0)
+        over = got.log_weights - log_caps[wanting, None]
+        excess[wanting] = torch.maximum(excess[wanting], over.amax(1))
+        uniforms = torch.rand(over.shape, generator=generator, dtype=torch.float64)
+        for i, s in (uniforms < over.exp()).nonzero().tolist():
+            x = wanting[i]
+            if len(responses[x]) < count:
+                responses[x].append(got.response(i, s))
+                log_weights[x].append(got.log_weights[i, s].item())
         drawn += draws
-        wanting = [i for i in wanting if len(found[i]) < count]
+        wanting = [x for x in wanting if len(responses[x]) < count]
+    return Accepted(responses, log_weights, excess)
+
+
+def check_enough(found: Accepted, count: int, budget: int, cause: str) -> None:
+    """Raises `LmGymError` unless every prompt has its `count` responses."""
+    wanting = [x for x, kept in enumerate(found.responses) if len(kept) < count]
     if wanting:
-        none = [i for i in wanting if not found[i]]
+        none = [x for x in wanting if not found.responses[x]]
         raise LmGymError(
             f"`budget` must give every prompt {count} samples of the optimal policy, and {budget} responses a prompt "
-            f"gave fewer to prompts {wanting}, and none to prompts {none}: scores near `max_score` {max_score} are too "
-            "rare under the reference at this `kl_coef`. A lower `max_score` that still holds, or more budget, may do."
+            f"gave fewer to prompts {wanting}, and none to prompts {none}: {cause} More budget may do, or a lower "
+            "maximum that still holds."
         )
-    return [responses[:count] for responses in found]
 
 
 def sandwich(
@@ -419,7 +473,7 @@ def sandwich(
     check_bounded(task)
     check_int("repeats", repeats, 2)
     lm = task.reference("cpu")
-    encoded = _prompt_ids(task, split, prompts, lm)
+    encoded = encode_prompts(task, split, prompts, lm)
     runs = [ids for ids in encoded for _ in range(repeats)]
     plain = smc(task, runs, CausalPolicy(lm), particles, generator, resample_at=0)
     below = plain if proposal is None else smc(task, runs, proposal, particles, generator)
@@ -466,7 +520,8 @@ def _check_max_score(got: Particles, max_score: float) -> None:
         raise LmGymError(f"`max_score` must be what no score is above, got {max_score}, and saw a score of {highest}.")
 
 
-def _prompt_ids(task: Task, split: str, prompts: int | None, lm: CausalLM) -> list[list[int]]:
+def encode_prompts(task: Task, split: str, prompts: int | None, lm: CausalLM) -> list[list[int]]:
+    """Token ids of the first so many prompts of a split; None is all."""
     check_split(task, split)
     if prompts is not None:
         check_int("prompts", prompts, 1)

@@ -36,8 +36,8 @@ def solve(
         limit: how many responses may be written down.
 
     Raises:
-        InvalidArgumentError: at `kl_coef=0`, and for a task with more responses than that: `lmgym.optimum.smc.sandwich`
-            bounds its optimum from samples.
+        InvalidArgumentError: at `kl_coef=0`, and for a task with more responses than that:
+            `lmgym.optimum.importance.importance_bounds` bounds its optimum from samples.
         UnknownNameError: for a name that is none.
     """
     task = make_task(task, kl_coef=kl_coef, gamma=gamma)

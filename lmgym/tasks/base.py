@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import math
 import os
 import pkgutil
 import re
@@ -44,6 +45,7 @@ class StoredOptimum:
             where they come from samples they are the outer ends of 95 % intervals.
         reference: J of the reference.
         reference_half_width: half of the 95 % interval of `reference` where it comes from samples; 0 where it is exact.
+        assumption: what `upper` takes for granted and what that may cost, in words; empty where nothing.
     """
 
     method: str
@@ -52,11 +54,21 @@ class StoredOptimum:
     upper: float | None
     reference: float
     reference_half_width: float = 0.0
+    assumption: str = ""
 
     @property
     def exact(self) -> bool:
         """Whether `value` is V* itself, up to rounding."""
         return self.lower == self.upper
+
+    @property
+    def width(self) -> float:
+        """How far the bounds are apart, as a share of the gain V* - J_ref; inf where nothing is known above."""
+        if self.exact:
+            return 0.0
+        if self.upper is None:
+            return math.inf
+        return (self.upper - self.lower) / (self.value - self.reference)
 
 
 @dataclass(frozen=True, kw_only=True)
