@@ -257,6 +257,17 @@ def test_the_samplers_law_is_of_what_the_mask_leaves(sampler: Sampler) -> None:
         assert all(math.isfinite(x) for x in metrics.values())
 
 
+def test_what_drifts_off_the_mask_shows_at_the_next_copy_alone() -> None:
+    """A token off the set may gain any mass under the policy: the masked law does not change, until it is copied."""
+    logits = torch.tensor([[2.0, 1.5, -3.0, -4.0]])
+    drifted = torch.tensor([[2.0, 1.5, 1.8, -4.0]])
+    law, same = (among(x, logits, 0.9).softmax(-1) for x in (logits, drifted))
+    assert torch.equal(law, same)
+    copied = among(drifted, drifted, 0.9).softmax(-1)
+    assert copied[0, 2] == pytest.approx(drifted.softmax(-1)[0, 2].item() / (1 - drifted.softmax(-1)[0, 3].item()))
+    assert copied[0, 2] > 0.3
+
+
 def test_nlpo_learns() -> None:
     numbers = {"batch_size": 96, "micro_batch_size": 96, "mask_top_p": 0.9, "epochs": 4, "lr": 1e-3}
     agent = tiny_nlpo(tiny_envs(kl_coef=0.1), **numbers)
