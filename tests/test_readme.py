@@ -421,7 +421,9 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
 def test_make_targets_exist(document: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets, variables = (set(re.findall(form, makefile, flags=re.MULTILINE)) for form in (r"^(\w+):", r"^(\w+) \?="))
+    targets, variables = (
+        set(re.findall(form, makefile, flags=re.MULTILINE)) for form in (r"^([\w-]+):", r"^(\w+) \?=")
+    )
     for arguments in commands(document, "make "):
         target, *settings = shlex.split(arguments)
         assert target in targets
