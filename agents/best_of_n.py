@@ -23,7 +23,7 @@ from lmgym.envs.prompts import Prompt
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_int
-from lmgym.evaluation import Evaluation, noise_from, without_noise
+from lmgym.evaluation import Evaluation, intervals, noise_from, without_noise
 from lmgym.intervals import Interval
 from lmgym.kl import episode_kl
 from lmgym.models.policy import CausalPolicy
@@ -153,12 +153,11 @@ class BestOfN(FixedAgent):
         if task.kl_coef > 0:
             numbers["kl"] = episode_kl(chosen)
         numbers["length"] = chosen.lengths.float()
-        whole = count == len(available) and samples > 1
-        metrics = {}
-        for name, x in numbers.items():
-            x = x.view(count, samples)
-            over_samples = whole and name not in ("return", "kl")
-            metrics[name] = Interval.over_repeats(x) if over_samples else Interval.of(x.mean(1))
+        by_prompt = {name: x.view(count, samples) for name, x in numbers.items()}
+        metrics = intervals(by_prompt, envs)
+        for name in ("return", "kl"):
+            if name in metrics:
+                metrics[name] = Interval.of(by_prompt[name].mean(1))
         if task.kl_coef > 0:
             metrics["kl_bound"] = Interval.point(kl_bound(self.config.n))
         return Evaluation(metrics, None, chosen, "log-ratios of the best of n are estimated from ranks")

@@ -49,9 +49,9 @@ def table(summary: Mapping[str, Any]) -> str:
             `train_seconds`, `forward_tokens`, `backward_tokens`, `total_timesteps`, `agent`, `task`, `seed`.
 
     Returns:
-        A heading, one row a quantity as `mean ± half-width` of its 95 % interval ("-" where there is none), the
-        optimum, what training cost, and one sentence that grades the result. The sentence says how well the gain is
-        known, where the bounds of V* are more than 2 % of it apart.
+        A heading, one row a quantity as `mean ± longer arm` of its 95 % interval ("-" where there is none, `exact`
+        where it is known without sampling), the optimum, what training cost, and one sentence that grades the result.
+        The sentence says how well the gain is known, where the bounds of V* are more than 2 % of it apart.
     """
     label = max(map(len, _ROWS.values()))
     lines = [_heading(summary), "", f"{'':{label}}{'before':>{_COLUMN}}{'after':>{_COLUMN}}"]
@@ -135,9 +135,16 @@ def _heading(summary: Mapping[str, Any]) -> str:
 def _cell(interval: Interval | None) -> str:
     if not _known(interval):
         return f"{'-':7}"  # under the ± of the other cells
-    mean, half_width = interval["mean"], (interval["high"] - interval["low"]) / 2
+    mean = interval["mean"]
+    half_width = max(interval["high"] - mean, mean - interval["low"])
     decimals = 3 if abs(mean) < 10 else 2 if abs(mean) < 100 else 1
-    return f"{round(mean, decimals) + 0.0:.{decimals}f} ± {f'{half_width:.{decimals}f}':5}"  # no -0.000
+    number = f"{round(mean, decimals) + 0.0:.{decimals}f}"  # no -0.000
+    if half_width == 0:
+        return f"{number} {'exact':7}"
+    width = f"{half_width:.{decimals}f}"
+    if float(width) == 0:
+        width = f"{half_width:.0e}"  # small, and not nothing
+    return f"{number} ± {width:5}"
 
 
 def _point(interval: Interval) -> str:

@@ -129,9 +129,9 @@ def build(plan: Plan) -> OnPolicyAgent:
 def grade(plan: Plan, graded: Any) -> Any:
     """Evaluates an agent, or a policy, under the plan's sampler on the split that is held out.
 
-    An agent that has an `evaluate` of its own grades itself; of any other its `policy` is graded. Every call draws the
-    same numbers, those of the run's seed: before and after training share them, and runs of other seeds have others, so
-    that a mean over seeds has no error that is common to all.
+    An agent that has an `evaluate` of its own grades itself; of any other its `policy` is graded, without sampling
+    where that is possible. Every call draws the same numbers, those of the run's seed: before and after training share
+    them, and runs of other seeds have others, so that a mean over seeds has no error that is common to all.
     """
     import gymnasium as gym
 
@@ -141,7 +141,8 @@ def grade(plan: Plan, graded: Any) -> Any:
     envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=1, **{**plan.settings, "split": plan.evaluation.split})
     config, generator = plan.evaluation, torch_generator(plan.seed, EVALUATION)
     samples = config.samples or math.ceil(EVALUATION_EPISODES / (config.prompts or len(envs.engine.prompts)))
-    grading = getattr(graded, "evaluate", None) or functools.partial(evaluate, getattr(graded, "policy", graded))
+    policy = getattr(graded, "policy", graded)
+    grading = getattr(graded, "evaluate", None) or functools.partial(evaluate, policy, exact=True)
     return grading(envs, samples=samples, prompts=config.prompts, sampler=plan.sampler, generator=generator)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from agents.fixed import FixedPolicyAgent
 from lmgym.models.causal import CausalLM
 from lmgym.models.policy import Policy
+from lmgym.optimum.automaton import PolicyLogits
+from lmgym.rewards.automaton import Automaton
 
 
 class UniformState:
@@ -43,6 +47,10 @@ class UniformPolicy:
     def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> UniformState:
         """Starts (B,) responses; prompts (B, P) do not matter."""
         return UniformState(self.logits.repeat(len(prompt_ids), 1))
+
+    def state_logits(self, prompt_ids: Sequence[int], automaton: Automaton) -> PolicyLogits:
+        """The same in every state (`lmgym.optimum.exact.StatePolicy`)."""
+        return lambda t, contexts, states: self.logits.cpu().repeat(len(contexts), 1)
 
 
 class Uniform(FixedPolicyAgent):

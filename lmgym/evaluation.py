@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +15,13 @@ from lmgym.envs.prompts import Prompt
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import check_int
-from lmgym.intervals import Interval
+from lmgym.intervals import Interval, of_episodes
 from lmgym.kl import check_sampled_law, discounted_return, episode_kl, token_rewards
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler
 from lmgym.optimum.bounds import log_weights, multi_sample_bound
-from lmgym.rewards.base import STOCHASTIC, remove_noise, scores_agree
+from lmgym.optimum.exact import exact_metrics
+from lmgym.rewards.base import STOCHASTIC, remove_noise, score_range, scores_agree
 from lmgym.rollout import collect, fresh_generator
 
 _BATCH = 256
@@ -31,7 +32,9 @@ class Evaluation:
     """What a policy earns on a split, each number with a 95 % interval.
 
     Where every prompt of the split was sampled more than once, the numbers are of these prompts, as V* is, and the
-    interval is that of the sampling; else they are of prompts like these, and it is that over prompts.
+    interval is that of the sampling; else they are of prompts like these, and it is that over prompts
+    (`lmgym.intervals.of_episodes`). A number that is known without sampling has an interval of no width
+    (`Interval.exact`).
 
     A noisy reward counts as it pays on average, its `expected` (`lmgym.rewards.base.remove_noise`): J is the same, and
     known more closely. So does a noisy gold reward.
@@ -60,6 +63,7 @@ def evaluate(
     prompts: int | None = None,
     sampler: Sampler | None = None,
     generator: torch.Generator | None = None,
+    exact: bool = False,
 ) -> Evaluation:
     """Samples every prompt of the env's split (or the first `prompts` of them) a number of times, and grades.
 
@@ -71,6 +75,8 @@ def evaluate(
         sampler: the law tokens are drawn from; the policy's own if None.
         generator: a CPU generator; one of its own if None. A reward's noise is drawn from it too, and goes on
             afterwards from where it stood.
+        exact: give return, score and KL without sampling where that is possible (`lmgym.optimum.exact`): of the
+            reference and of pi* on tables and automata, and of any policy where all responses can be written down.
 
     Raises:
         LogProbError: if the KL comes out impossibly negative.
@@ -99,8 +105,9 @@ def evaluate(
     if task.kl_coef > 0:  # without a price the reference is never asked
         numbers["kl"] = episode_kl(episodes)
     numbers["length"] = episodes.lengths.float()
-    of = Interval.over_repeats if count == len(available) and samples > 1 else _over_prompts
-    metrics = {name: of(x.view(count, samples)) for name, x in numbers.items()}
+    metrics = intervals({name: x.view(count, samples) for name, x in numbers.items()}, envs)
+    if exact:
+        metrics.update(_known(policy, envs, count, sampler, metrics))
     reason = _no_bound(envs.engine, wanted, episodes, samples)
     if reason is not None:
         return Evaluation(metrics, None, episodes, reason)
@@ -164,8 +171,35 @@ def _no_bound(engine: Engine, prompts: Sequence[Prompt], episodes: Episodes, sam
     return None
 
 
-def _over_prompts(x: Tensor) -> Interval:
-    return Interval.of(x.mean(1))
+def intervals(numbers: Mapping[str, Tensor], envs: RLHFVectorEnv) -> dict[str, Interval]:
+    """Intervals of what S episodes of each of the first X prompts of an env's split measured, (X, S) each.
+
+    They count what the reward says of how far a score can go (`lmgym.rewards.base.score_range`).
+    """
+    engine, task = envs.engine, envs.task
+    count = len(numbers["score"])
+    prompts = [engine.prompts[i].ids for i in range(count)]
+    bounds = score_range(remove_noise(engine.reward), prompts, task.max_new_tokens)
+    if bounds is not None:
+        bounds = (bounds[0] - task.missing_eos_penalty, bounds[1])
+    return of_episodes(
+        numbers,
+        kl_coef=task.kl_coef,
+        gamma=task.gamma,
+        horizon=task.max_new_tokens,
+        score_range=bounds,
+        whole=count == len(engine.prompts),
+    )
+
+
+def _known(
+    policy: Policy, envs: RLHFVectorEnv, count: int, sampler: Sampler | None, wanted: Iterable[str]
+) -> dict[str, Interval]:
+    """Those of the wanted metrics of the first `count` prompts that need no sampling."""
+    texts = tuple(envs.task.prompts[envs.engine.split][:count])
+    task = replace(envs.task, prompts={"graded": texts}, optima={})
+    found = exact_metrics(policy, task, "graded", sampler, envs.engine.lm)
+    return {name: Interval.point(value) for name, value in found.items() if name in wanted}
 
 
 def as_json(metrics: dict[str, Interval]) -> dict[str, Any]:

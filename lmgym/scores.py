@@ -30,11 +30,11 @@ def normalised(value: Interval, reference: Interval | float, optimum: StoredOpti
         raise InvalidArgumentError(
             f"`optimum` must be above the return of the reference, {reference.mean:.6g}, got {known.value:.6g}."
         )
-    mean, half = _share(value, reference, known.value)
+    share = _share(value, reference, known.value)
     # The better the best possible, the smaller the share.
     ends = [_share(value, reference, v) for v in (known.lower, known.upper) if v is not None and v > reference.mean]
-    low = min([m - h for m, h in ends] + [mean - half])
-    return Interval(mean, low, max([m + h for m, h in ends] + [mean + half]))
+    ends.append(share)
+    return Interval(share.mean, min(end.low for end in ends), max(end.high for end in ends))
 
 
 def reference_return(optimum: StoredOptimum) -> Interval:
@@ -43,8 +43,13 @@ def reference_return(optimum: StoredOptimum) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def _share(value: Interval, reference: Interval, optimum: float) -> tuple[float, float]:
+def _share(value: Interval, reference: Interval, optimum: float) -> Interval:
     gain = optimum - reference.mean
     share = (value.mean - reference.mean) / gain
-    half = math.hypot(value.high - value.mean, (1 - share) * (reference.high - reference.mean)) / gain
-    return share, half
+    below = reference.mean - reference.low
+    above = reference.high - reference.mean
+    if share > 1:  # a higher reference then makes it larger
+        below, above = above, below
+    low = share - math.hypot(value.mean - value.low, (1 - share) * above) / gain
+    high = share + math.hypot(value.high - value.mean, (1 - share) * below) / gain
+    return Interval(share, low, high)

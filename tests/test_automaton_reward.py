@@ -602,3 +602,15 @@ def test_noise_that_cannot_be() -> None:
         NoisyReward("x", 1)  # type: ignore[arg-type]
     with pytest.raises(RewardError, match="must return 2 scores"):
         NoisyReward(lambda **_: [1.0], 1)(["p"] * 2, [""] * 2)
+
+
+def test_the_range_of_scores_is_that_of_all_responses() -> None:
+    rng = np.random.default_rng(0)
+    for tokens in (None, rng.normal(size=(3, 2)).round(2)):
+        automaton = Automaton(rng.integers(0, 3, (3, 2)), rng.normal(size=3).round(2), np.array([0, 1, 1]), tokens)
+        responses = [ids for n in range(5) for ids in itertools.product(range(3), repeat=n)]
+        scores = automaton.score(responses)
+        assert automaton.score_range(4) == pytest.approx((scores.min(), scores.max()))
+        assert AutomatonReward(automaton).score_range([1], 4) == automaton.score_range(4)
+        assert automaton.equals(Automaton(automaton.transitions, automaton.payments, automaton.classes, tokens))
+        assert not automaton.equals(Automaton(automaton.transitions, automaton.payments + 1, automaton.classes, tokens))

@@ -66,6 +66,17 @@ def test_there_is_no_negative_zero_and_no_row_for_a_score_that_the_task_lacks() 
     assert "gold_score" not in report.table(summary)
 
 
+def cells(row: dict[str, float]) -> list[str]:
+    line = next(line for line in report.table(changed(after__score=row)).splitlines() if line.startswith("score"))
+    return line.split()[4:]
+
+
+def test_no_estimate_is_printed_as_if_it_were_certain() -> None:
+    assert cells(interval(0.5, 0.0)) == ["0.500", "exact"]
+    assert cells(interval(0.5, 4e-5)) == ["0.500", "±", "4e-05"]
+    assert cells({"mean": 0.0, "low": 0.0, "high": 0.0009}) == ["0.000", "±", "0.001"]
+
+
 def test_the_table_as_a_whole() -> None:
     assert report.table(SUMMARY) == "\n".join(
         [
@@ -75,7 +86,7 @@ def test_the_table_as_a_whole() -> None:
             "return              0.050 ± 0.045     1.100 ± 0.031",
             "score               0.050 ± 0.045     2.170 ± 0.030",
             "gold_score          0.100 ± 0.060     0.980 ± 0.050",
-            "kl (nats)           0.000 ± 0.000     5.210 ± 0.120",
+            "kl (nats)           0.000 exact       5.210 ± 0.120",
             "length (tokens)     12.03 ± 0.20      110.1 ± 2.1",
             "normalised          0.000 ± 0.030     0.880 ± 0.025",
             "",

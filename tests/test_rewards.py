@@ -40,10 +40,27 @@ from lmgym.errors import InvalidArgumentError, LmGymError, RewardError
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.positions import max_positions
 from lmgym.models.segmentation import reads_ids_of
-from lmgym.rewards.base import check_reward_name, import_function, score
+from lmgym.rewards.base import check_reward_name, import_function, score, score_range
 from lmgym.rewards.classifier import ClassifierReward, load_reward_model
 from lmgym.rewards.sequence import Reading, find_reading
 from lmgym.tasks import Task, make_task
+
+# --- the range of scores ---------------------------------------------------------------------------------------------
+
+
+class Ranged:
+    """As far as a prompt's first token goes, up or down."""
+
+    def score_range(self, prompt_ids: Sequence[int], max_new_tokens: int) -> tuple[float, float]:
+        return -float(prompt_ids[0]), float(max_new_tokens)
+
+
+def test_the_range_of_scores_is_that_over_prompts_and_none_where_a_reward_does_not_say() -> None:
+    assert score_range(Ranged(), [[1], [3]], 7) == (-3.0, 7.0)
+    assert score_range(word_count, [[1]], 7) is None
+    with pytest.raises(RewardError, match="`score_range` must give two finite numbers, the lower one first"):
+        score_range(Ranged(), [[1]], -2)
+
 
 # --- the contract --------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,13 @@ def test_the_error_is_that_of_sampling_both() -> None:
     assert found.high - found.mean == pytest.approx(spread, rel=0.02)
 
 
+def test_arms_of_unequal_length_are_kept_apart() -> None:
+    found = normalised(Interval(0.5, 0.5, 0.9), Interval(0.0, 0.0, 0.3), 1.0)
+    assert (found.low, found.high) == pytest.approx((0.5 - 0.5 * 0.3, 0.9))
+    above = normalised(Interval(1.5, 1.5, 1.5), Interval(0.0, -0.1, 0.0), 1.0)
+    assert (above.low, above.high) == pytest.approx((1.5 - 0.5 * 0.1, 1.5))  # beyond V*, a lower J_ref lowers the share
+
+
 def test_bounds_of_the_optimum_widen_the_interval() -> None:
     value, within = Interval(0.6, 0.5, 0.7), StoredOptimum("bounds", 1.0, 0.9, 1.1, 0.1)
     found = normalised(value, 0.1, within)

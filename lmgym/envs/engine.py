@@ -116,6 +116,7 @@ class Engine:
         task = self.task
         reward = task.reward_function(settings.device)  # first: an import path may lead nowhere
         self.lm: CausalLM = task.reference(settings.device, settings.dtype)
+        self.split = settings.split
         self.prompts = PromptSet(task, settings.split, self.lm)
         self.reward = bind_tokenizer(reward, self.lm.tokenizer)
         inside = remove_noise(self.reward)

@@ -579,6 +579,11 @@ class AutomatonPolicy:
             self._solve([prompt_ids], [-1])
         return self._numbers[self._key(prompt_ids)]
 
+    def state_logits(self, prompt_ids: Sequence[int], automaton: Automaton) -> PolicyLogits | None:
+        """log pi* of a prompt as a function of the state; None for an automaton that it is not the optimum of."""
+        solution = self.solutions[self.number(prompt_ids)]
+        return solution.log_policy if solution.mdp.automaton.equals(automaton) else None
+
     def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> AutomatonState:
         """Reads prompts (B, P), left-padded.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -58,10 +58,10 @@ class Automaton:
         _check_range("transitions", transitions, states, "states")
         _check_range("classes", classes, columns, "columns of `transitions`")
         check_int("initial", self.initial, 0, states - 1)
-        fields = {"transitions": transitions, "classes": classes, "payments": _floats(self, "payments", (states,))}
+        arrays = {"transitions": transitions, "classes": classes, "payments": _floats(self, "payments", (states,))}
         if self.token_payments is not None:
-            fields["token_payments"] = _floats(self, "token_payments", (states, columns))
-        for name, array in fields.items():
+            arrays["token_payments"] = _floats(self, "token_payments", (states, columns))
+        for name, array in arrays.items():
             object.__setattr__(self, name, array)
 
     @classmethod
@@ -118,6 +118,20 @@ class Automaton:
         states, collected = self.read(ids)
         return collected + self.payments[states]
 
+    def equals(self, other: Automaton) -> bool:
+        """Whether another automaton is the same, state by state."""
+        return all(np.array_equal(getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+
+    def score_range(self, max_new_tokens: int) -> tuple[float, float]:
+        """The least and the largest score of up to so many tokens, whichever they are."""
+        paid = np.zeros(self.transitions.shape) if self.token_payments is None else self.token_payments
+        low = self.payments
+        high = self.payments
+        for _ in range(max_new_tokens):
+            low = np.minimum(self.payments, (paid + low[self.transitions]).min(1))
+            high = np.maximum(self.payments, (paid + high[self.transitions]).max(1))
+        return float(low[self.initial]), float(high[self.initial])
+
 
 class AutomatonReward:
     """The score of an automaton as a reward function.
@@ -149,6 +163,10 @@ class AutomatonReward:
                 raise RewardError(f"`automaton` must make an Automaton of every prompt, and made {made!r} of {key}.")
             self._made[key] = made
         return self._made[key]
+
+    def score_range(self, prompt_ids: Sequence[int], max_new_tokens: int) -> tuple[float, float]:
+        """What no score of a response to a prompt is below, and above."""
+        return self.for_prompt(prompt_ids).score_range(max_new_tokens)
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         """One score an episode, of its token ids.

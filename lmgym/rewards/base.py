@@ -6,7 +6,7 @@ import importlib
 import math
 import numbers
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, cast
 
 from lmgym.errors import InvalidArgumentError, RewardError
@@ -20,6 +20,9 @@ class RewardFunction(Protocol):
 
     `prompts[i] + completions[i]` is the text of episode i. `columns` holds per-episode lists: `prompt_ids` and
     `completion_ids` (token ids, the EOS included where there is one). Returns one finite float an episode.
+
+    A reward may have `score_range(prompt_ids, max_new_tokens) -> (low, high)`, what no score of a response to this
+    prompt is below, and above. Evaluations then say how much a score may hold that they have not seen (docs/trust.md).
     """
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Sequence[float]:
@@ -54,6 +57,26 @@ def import_function(path: str) -> RewardFunction:
     if not callable(function):
         raise InvalidArgumentError(f"`reward` must name a callable, and {path!r} is a {type(function).__name__}.")
     return cast(RewardFunction, function)
+
+
+def score_range(reward: object, prompts: Iterable[Sequence[int]], max_new_tokens: int) -> tuple[float, float] | None:
+    """What no score of a response to any of these prompts is below, and above; None where the reward does not say.
+
+    Args:
+        reward: with or without a method `score_range`. prompts: token ids. max_new_tokens: of a response.
+
+    Raises:
+        RewardError: for a range that is none.
+    """
+    of_prompt = getattr(reward, "score_range", None)
+    if of_prompt is None:
+        return None
+    ranges = [of_prompt(ids, max_new_tokens) for ids in prompts]
+    low = min(float(bounds[0]) for bounds in ranges)
+    high = max(float(bounds[1]) for bounds in ranges)
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise RewardError(f"`score_range` must give two finite numbers, the lower one first, got {(low, high)}.")
+    return low, high
 
 
 def score(

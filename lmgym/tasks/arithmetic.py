@@ -103,6 +103,10 @@ class SumReward:
         symbols = dict(enumerate(SYMBOLS, start=1))
         return [_accepted_response("".join(symbols.get(token, "?") for token in prompt_ids))]
 
+    def score_range(self, prompt_ids: Sequence[int], max_new_tokens: int) -> tuple[float, float]:
+        """0 and 1."""
+        return 0.0, 1.0
+
 
 @functools.lru_cache(maxsize=2**14)
 def _accepted_response(prompt: str) -> tuple[int, ...]:

@@ -1,0 +1,132 @@
+"""What a policy earns on a task, without sampling, where that can be found out.
+
+Shapes: X prompts, R responses of all prompts together, C contexts, V vocabulary, S automaton states, T horizon.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lmgym.episodes import Episodes
+from lmgym.errors import InvalidArgumentError
+from lmgym.models.causal import CausalLM
+from lmgym.models.markov import MarkovLM
+from lmgym.models.policy import CausalPolicy, Policy
+from lmgym.models.sampling import Sampler
+from lmgym.optimum.answer import expected_reward
+from lmgym.optimum.automaton import AutomatonMDP, MarkovLaw, PolicyLogits, is_late
+from lmgym.optimum.tree import Law, Tree, law_of
+from lmgym.rewards.automaton import Automaton, AutomatonReward
+from lmgym.tasks.base import Task
+
+MAX_RESPONSES = 40_000  # that are written down, of all prompts together
+MAX_ENTRIES = 1 << 26  # probabilities of a policy that are looked up, state by state
+_CALL = 1 << 12  # as many of them take as long as one call
+
+
+@runtime_checkable
+class StatePolicy(Protocol):
+    """A policy whose next token depends on step, context and state of the automaton alone."""
+
+    def state_logits(self, prompt_ids: tuple[int, ...], automaton: Automaton) -> PolicyLogits | None:
+        """Its logits as a function of these; None where they are not one of this automaton's states."""
+
+
+def exact_metrics(
+    policy: Policy,
+    task: Task,
+    split: str,
+    sampler: Sampler | None = None,
+    reference: CausalLM | None = None,
+) -> dict[str, float]:
+    """`return`, `score` and `kl` of a policy on a split: what `lmgym.evaluation.evaluate` estimates.
+
+    By dynamic programming where the reference is a table, the reward an automaton, and the policy the reference,
+    another table or a `StatePolicy` (pi*, and the uniform one); else by writing down every response, where there are at
+    most `MAX_RESPONSES`. A noisy reward counts as it pays on average.
+
+    Args:
+        policy: what is graded.
+        task, split: what it is graded on.
+        sampler: what its tokens are drawn with, given its logits.
+        reference: the task's reference as it was loaded elsewhere, to know it again.
+
+    Returns:
+        The means over prompts; without those that neither way gives. The KL of the reference is always there: it is 0.
+    """
+    is_reference = False
+    if sampler in (None, Sampler()):
+        known = (task.reference("cpu"), reference)
+        is_reference = isinstance(policy, CausalPolicy) and any(policy.lm is lm for lm in known)
+        found = _by_states(policy, task, split, is_reference)
+        if found is not None:
+            return found
+    nothing = {"kl": 0.0} if is_reference else {}
+    if task.kl_coef <= 0:
+        return nothing
+    try:
+        tree = Tree.of(task, split, MAX_RESPONSES)
+    except InvalidArgumentError:  # too many responses
+        return nothing
+    earned = tree.evaluate(_sampled(policy, sampler or Sampler(), task.max_new_tokens))
+    return {name: earned.metrics[name] for name in ("return", "score", "kl")}
+
+
+def _sampled(policy: Policy, sampler: Sampler, horizon: int) -> Law:
+    """What a sampler makes of a policy's logits."""
+    law = law_of(policy)
+    if sampler == Sampler():
+        return law
+
+    def sampled(episodes: Episodes) -> Tensor:
+        mask = episodes.response_mask
+        places = torch.arange(horizon).expand_as(mask)[mask]
+        return sampler.log_law(law(episodes).cpu(), places)
+
+    return sampled
+
+
+def _by_states(policy: Policy, task: Task, split: str, is_reference: bool) -> dict[str, float] | None:
+    """The metrics by backward recursion over (step, context, automaton state), where the policy depends on no more."""
+    lm, reward = task.reference("cpu"), expected_reward(task)
+    if not isinstance(lm.model, MarkovLM) or not isinstance(reward, AutomatonReward):
+        return None
+    law, eos = MarkovLaw(lm), torch.zeros(lm.vocab_size, dtype=torch.bool)
+    eos[sorted(lm.eos_token_ids)] = True
+    groups: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+    for ids in lm.encode_all(tuple(task.prompts[split])):
+        start = law.first_context(ids) if is_late(task) else -1
+        groups.setdefault((id(reward.for_prompt(ids)), start), []).append(tuple(ids))
+    sums = torch.zeros(3, dtype=torch.float64)
+    entries = 0
+    for prompts in groups.values():
+        mdp = AutomatonMDP(law, reward.for_prompt(prompts[0]), task, eos)
+        logits = None
+        if not is_reference:
+            logits = _state_logits(policy, law, prompts[0], mdp.automaton)
+            entries += mdp.num_states * mdp.horizon * (math.prod(law.shape) * law.vocab_size + _CALL)
+            if logits is None or entries > MAX_ENTRIES:
+                return None
+        earned = mdp.performance(torch.tensor([law.first_context(ids) for ids in prompts]), logits)
+        kl = torch.zeros_like(earned.kl) if is_reference else earned.kl
+        sums += torch.stack([earned.returns, earned.score, kl]).sum(1)
+    means = sums / len(task.prompts[split])
+    return dict(zip(("return", "score", "kl"), means.tolist(), strict=True))
+
+
+def _state_logits(
+    policy: Policy, law: MarkovLaw, prompt_ids: tuple[int, ...], automaton: Automaton
+) -> PolicyLogits | None:
+    """The logits of a policy as a function of the state, or None where it may depend on more."""
+    if isinstance(policy, StatePolicy):
+        return policy.state_logits(prompt_ids, automaton)
+    if not isinstance(policy, CausalPolicy) or not isinstance(policy.lm.model, MarkovLM) or policy.lm.temperature != 1:
+        return None
+    table = MarkovLaw(policy.lm)
+    if (table.order, table.size, table.vocab_size) != (law.order, law.size, law.vocab_size):
+        return None
+    return lambda t, contexts, states: table.probs(contexts).log()
