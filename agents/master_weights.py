@@ -6,6 +6,7 @@ master copy in float32 adds such steps up, and the weight follows it once they a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,20 +49,37 @@ class MasterWeights:
     @torch.no_grad()
     def copy_back(self) -> None:
         """Rounds every copy to its weight."""
-        for weight, master in self._masters.items():
-            weight.copy_(master)
+        if self._masters:
+            torch._foreach_copy_(list(self._masters), list(self._masters.values()))
 
     @torch.no_grad()
     def _refresh(self) -> None:
         """Takes over weights that are no longer their copies rounded."""
+        if not self._masters or self._is_fresh():
+            return
         for weight, master in self._masters.items():
             changed = master.to(weight.dtype) != weight
             master.copy_(torch.where(changed, weight.float(), master))
 
+    def _is_fresh(self) -> bool:
+        """Whether every weight is its copy rounded, from a few launches for all of them together."""
+        weights: list[Tensor] = list(self._masters)
+        rounded = [torch.empty_like(weight) for weight in weights]
+        torch._foreach_copy_(rounded, list(self._masters.values()))
+        gaps = torch._foreach_norm(torch._foreach_sub(weights, rounded), ord=math.inf)
+        return bool((torch.stack([gap.float() for gap in gaps]) == 0).all())
+
+    @torch.no_grad()
     def _before_step(self, *_: Any) -> None:
         self._refresh()
-        for weight, master in self._masters.items():
-            master.grad = None if weight.grad is None else weight.grad.float()
+        stepped = [weight for weight in self._masters if weight.grad is not None]
+        gradients = [torch.empty_like(self._masters[weight]) for weight in stepped]
+        if stepped:
+            torch._foreach_copy_(gradients, [grad for weight in stepped if (grad := weight.grad) is not None])
+        for master in self._masters.values():
+            master.grad = None
+        for weight, gradient in zip(stepped, gradients, strict=True):
+            self._masters[weight].grad = gradient
 
     def _after_step(self, *_: Any) -> None:
         self.copy_back()
