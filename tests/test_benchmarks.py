@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks.learning import beside, best, estimate, interval
-from benchmarks.suite import row
+from benchmarks.suite import regraded, row
+from lmgym.tasks import make_task
 
 
 def test_an_interval_over_two_seeds_is_students_with_one_degree_of_freedom() -> None:
@@ -56,3 +57,15 @@ def test_the_reference_of_a_table_is_the_known_one_not_what_the_first_run_measur
     cells = [cell.strip() for cell in row("ppo", "noise-1", [summary]).split("|")]
     assert cells[1:8] == ["ppo", "`noise-1`", "0.0243", "0.5000", "0.400", "0.700", "1.000"]
     assert estimate(point(0.0243, 0.002)) == "0.0243 ± 0.0020"
+
+
+def test_a_finished_run_is_graded_on_the_scale_that_is_known_now() -> None:
+    optimum = make_task("echo-4").optima["test"]
+    halfway = (optimum.reference + optimum.value) / 2
+    after = {"return": point(halfway), "normalised": point(0.9)}
+    summary: dict[str, Any] = {"after": after, "optimum": {"lower": point(9.0), "best_response": None}}
+    again = regraded(summary, "echo-4")
+    assert again["after"]["normalised"]["mean"] == pytest.approx(0.5, abs=1e-9)
+    assert again["optimum"]["lower"]["mean"] == optimum.lower
+    assert again["optimum"]["best_response"] is None
+    assert summary["after"]["normalised"]["mean"] == 0.9
