@@ -1,20 +1,24 @@
 # make train   install, train PPO on the built-in task, show what it learned
 # make test    install, then lint, types and tests
 # make test-lowest  the tests alone, in .venv-lowest with the oldest versions that pyproject.toml admits
+# make test-seeds   the tests that draw from a seed, at three others
 # make gpu     on a machine with CUDA: checks and measures everything there, in runs/gpu
 #
 # Variables: PYTHON (the interpreter .venv is made from), VENV (the environment to use),
-# ARGS (overrides for training, e.g. ARGS="seed=1 agent.lr=3e-4"), WORKERS (test processes).
+# ARGS (overrides for training, e.g. ARGS="seed=1 agent.lr=3e-4"), WORKERS (test processes),
+# SHIFTS (what `make test-seeds` adds to the seeds).
 # To keep the torch of an environment of yours: make train VENV=/path/to/it CONSTRAINTS=/dev/null
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 WORKERS ?= auto
+SHIFTS ?= 100 200 300
 ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.lmgym-installed
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 SOURCES := lmgym agents tests benchmarks examples
 
 define CHECK_PYTHON
@@ -25,7 +29,7 @@ except ImportError: sys.exit("Python cannot make virtual environments here: on D
 endef
 export CHECK_PYTHON
 
-.PHONY: help train test test-only test-lowest gpu lint format clean
+.PHONY: help train test test-only test-lowest test-seeds gpu lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -55,7 +59,11 @@ test-lowest:
 
 # One thread a test process: the processes already fill the cores.
 test-only: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(PYTEST)
+
+test-seeds: $(STAMP)
+	for shift in $(SHIFTS); do \
+		SEED_SHIFT=$$shift OMP_NUM_THREADS=1 $(PYTEST) -m "seeds and not network" || exit; done
 
 gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,20 @@ from lmgym.models.causal import CausalLM, freeze, load_causal_lm
 from lmgym.rewards.classifier import load_reward_model
 from lmgym.tasks import Task
 
+SEED_SHIFT = int(os.environ.get("SEED_SHIFT", "0"))
 
+
+def shifted(seed: int = 0) -> int:
+    """A seed that `SEED_SHIFT=100 make test` moves by 100: what a test says must be true of others as well."""
+    return seed + SEED_SHIFT
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is none."""
+    """Marks the tests of modules whose seeds can be shifted, and skips tests marked `gpu` where there is none."""
+    for item in items:
+        if hasattr(getattr(item, "module", None), "shifted"):
+            item.add_marker("seeds")
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

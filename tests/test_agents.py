@@ -17,7 +17,7 @@ import hydra
 import numpy as np
 import pytest
 import torch
-from conftest import learn, table_reward, weights
+from conftest import learn, shifted, table_reward, weights
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -99,7 +99,7 @@ def agent_of(case: Case, *, task: Task | None = None, seed: int = 0, **config: A
     """A small agent, on three prompts with ragged responses."""
     small = {"batch_size": 24, "policy": "mlp", "width": 16}
     made = case.kind.Config(**{**small, **case.config, **config})
-    return case.kind(envs_of(made, task or tiny()), made, seed=seed)
+    return case.kind(envs_of(made, task or tiny()), made, seed=shifted(seed))
 
 
 # -- the first steps -------------------------------------------------------------------------------------------------
@@ -450,7 +450,7 @@ def test_klq_needs_a_kl_that_is_part_of_a_states_value() -> None:
     with pytest.raises(InvalidArgumentError, match="`dense_kl` must be True below gamma = 1"):
         agent_of(CASES["klq"], task=tiny(dense_kl=False, gamma=0.9))
     late, dense = (agent_of(CASES["klq"], task=tiny(dense_kl=x)) for x in (False, True))
-    assert learn(late, 2)[1]["train/q_loss"] == learn(dense, 2)[1]["train/q_loss"]
+    assert learn(late, 2)[1]["train/q_loss"] == pytest.approx(learn(dense, 2)[1]["train/q_loss"], rel=1e-4)
 
 
 @every_kind

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TinyProblem, learn, weights
+from conftest import TinyProblem, learn, shifted, weights
 from torch import Tensor
 
 import agents.dpo
@@ -30,7 +30,7 @@ def tiny(task: Task = PROBLEM.task, num_envs: int = 1) -> RLHFVectorEnv:
 
 
 def tiny_dpo(envs: RLHFVectorEnv | None = None, *, seed: int = 0, **config: Any) -> DPO:
-    return DPO(envs or tiny(), DPOConfig(**{"batch_size": 16, "lr": 2e-3} | config), seed=seed)
+    return DPO(envs or tiny(), DPOConfig(**{"batch_size": 16, "lr": 2e-3} | config), seed=shifted(seed))
 
 
 # -- the loss and its optimum ----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
-from conftest import TinyProblem, table_reward, word_count
+from conftest import TinyProblem, shifted, table_reward, word_count
 from torch import Tensor
 
 from lmgym.envs.vector import RLHFVectorEnv
@@ -79,7 +79,7 @@ class TabularState:
 
 
 def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(shifted(seed))
 
 
 def per_prompt(evaluation: Evaluation, x: Tensor) -> Tensor:

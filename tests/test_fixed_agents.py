@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import TinyProblem, table_reward
+from conftest import TinyProblem, shifted, table_reward
 from hydra import compose, initialize_config_dir
 
 from agents import train
@@ -45,7 +45,7 @@ def tiny(num_envs: int = 1, **changes: Any) -> RLHFVectorEnv:
 
 
 def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(shifted(seed))
 
 
 # -- policies that are given -----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyProblem, learn
+from conftest import TinyProblem, learn, shifted
 from test_gradient_directions import Ways, agent_of, cosine, direction, flat, parameters_of
 from torch import Tensor
 
@@ -35,7 +35,8 @@ CONFIG = {"batch_size": 24, "micro_batch_size": 24, "epochs": 2, "minibatches": 
 
 
 def tiny_nlpo(envs: RLHFVectorEnv | None = None, *, seed: int = 0, sampler: Any = None, **config: Any) -> NLPO:
-    return NLPO(envs or tiny_envs(), NLPOConfig(**(CONFIG | {"mask_top_p": 0.6} | config)), seed=seed, sampler=sampler)
+    made = NLPOConfig(**(CONFIG | {"mask_top_p": 0.6} | config))
+    return NLPO(envs or tiny_envs(), made, seed=shifted(seed), sampler=sampler)
 
 
 def moved(module: torch.nn.Module, scale: float = 0.3, seed: int = 3) -> None:
@@ -88,7 +89,7 @@ def test_what_was_chosen_stays() -> None:
 
 
 def test_at_1_everything_may_be_chosen_and_the_curve_is_ppos() -> None:
-    ppo = PPO(tiny_envs(), PPOConfig(**CONFIG), seed=0)  # type: ignore[arg-type]
+    ppo = PPO(tiny_envs(), PPOConfig(**CONFIG), seed=shifted())  # type: ignore[arg-type]
     assert learn(tiny_nlpo(mask_top_p=1.0), 3) == learn(ppo, 3)
 
 

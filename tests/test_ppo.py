@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import gpt2, learn, weights, word_tokenizer
+from conftest import gpt2, learn, shifted, weights, word_tokenizer
 from torch import Tensor
 
 import agents.base
@@ -59,7 +59,7 @@ def tiny_envs(*, num_envs: int = 1, reward: Any = gaussian, kl_coef: float = 0.3
 
 def tiny_ppo(envs: RLHFVectorEnv | None = None, *, seed: int = 0, sampler: Sampler | None = None, **config: Any) -> PPO:
     config = {"batch_size": 24, "micro_batch_size": 24, "epochs": 2, "minibatches": 2, "lr": 1e-3} | config
-    return PPO(envs or tiny_envs(), PPOConfig(**config), seed=seed, sampler=sampler)
+    return PPO(envs or tiny_envs(), PPOConfig(**config), seed=shifted(seed), sampler=sampler)
 
 
 def one_update(**config: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, gpt2, tiny_lm, word_count, word_tokenizer
+from conftest import WORDS, gpt2, shifted, tiny_lm, word_count, word_tokenizer
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from transformers import MistralConfig
@@ -56,7 +56,7 @@ def native(parts: Parts, num_envs: int = N, **changes: Any) -> RLHFVectorEnv:
 
 
 def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(shifted(seed))
 
 
 def assert_same(one: Episodes, other: Episodes, *, leave_out: tuple[str, ...] = ("prompt_index",)) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TinyProblem
+from conftest import TinyProblem, shifted
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
@@ -38,7 +38,7 @@ def agent_of(name: str, task: Task, seed: int) -> Any:
     """A small agent; one that learns fine-tunes a copy of the reference."""
     kind: Any = get_class(OmegaConf.load(CONF / f"{name}.yaml")._target_)
     config = kind.Config(**{key: x for key, x in NUMBERS.items() if key in kind.Config.__dataclass_fields__})
-    return kind(envs_of(task, config.num_envs, getattr(config, "responses", 1)), config, seed=seed)
+    return kind(envs_of(task, config.num_envs, getattr(config, "responses", 1)), config, seed=shifted(seed))
 
 
 def check_weights(agent: Any, directory: Path, observation: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import TinyProblem, gpt2, table_reward, word_tokenizer
+from conftest import TinyProblem, gpt2, shifted, table_reward, word_tokenizer
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import VectorWrapper
 from stable_baselines3.common.env_checker import check_env
@@ -77,7 +77,7 @@ def keyword_envs(rows: int = 8) -> RLHFVectorEnv:
 def make(algorithm: str = "PPO", envs: RLHFVectorEnv | None = None, *, seed: int = 0, **config: Any) -> SB3Agent:
     envs = envs or tiny_envs()
     config = {"n_envs": envs.num_envs, "n_steps": 16, "width": 8, "layers": 1} | SMALL[algorithm] | config
-    return SB3Agent(envs, SB3Config(algorithm=algorithm, **config), seed=seed)
+    return SB3Agent(envs, SB3Config(algorithm=algorithm, **config), seed=shifted(seed))
 
 
 def learn(agent: SB3Agent, total: int) -> list[dict[str, float]]:

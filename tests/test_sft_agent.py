@@ -14,7 +14,7 @@ import hydra
 import numpy as np
 import pytest
 import torch
-from conftest import TinyProblem, learn, weights
+from conftest import TinyProblem, learn, shifted, weights
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -41,7 +41,7 @@ def tiny(task: Task = PROBLEM.task, num_envs: int = 1) -> RLHFVectorEnv:
 
 
 def tiny_sft(envs: RLHFVectorEnv | None = None, *, seed: int = 0, **config: Any) -> SFT:
-    return SFT(envs or tiny(), SFTConfig(**{"batch_size": 16, "lr": 2e-3} | config), seed=seed)
+    return SFT(envs or tiny(), SFTConfig(**{"batch_size": 16, "lr": 2e-3} | config), seed=shifted(seed))
 
 
 @pytest.fixture
@@ -174,8 +174,8 @@ def test_of_one_candidate_there_is_nothing_to_learn() -> None:
 
 
 def test_the_best_candidates_are_those_of_best_of_n() -> None:
-    agent, twin = tiny_sft(n=3, batch_size=6, seed=4), BestOfN(tiny(), BestOfNConfig(3), seed=4)
-    twin.envs.reset(seed=row_seeds(4, 1))
+    agent, twin = tiny_sft(n=3, batch_size=6, seed=4), BestOfN(tiny(), BestOfNConfig(3), seed=shifted(4))
+    twin.envs.reset(seed=row_seeds(shifted(4), 1))
     episodes, steps = agent.sample()
     same = twin.respond(twin.envs.next_prompts(6))
     assert torch.equal(episodes.response_ids, same.response_ids)

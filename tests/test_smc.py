@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TinyProblem, gpt2, table_reward
+from conftest import TinyProblem, gpt2, shifted, table_reward
 from torch import Tensor
 
 from lmgym.envs.vector import RLHFVectorEnv
@@ -37,7 +37,7 @@ def cheap() -> TinyProblem:
 
 
 def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(shifted(seed))
 
 
 def runs(problem: TinyProblem, prompt: str, n: int) -> list[list[int]]:
