@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -218,6 +219,13 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(tmp_path: Any, kind: Any, 
     assert curve + learn(second, 2, total=400) == whole
 
 
+def masked_law(agent: NLPO, episodes: Episodes) -> Tensor:
+    """(n, V) logits of what is played; `policy.read` would keep every response of a tree possible."""
+    with torch.no_grad():
+        mask = agent.policy.mask.read(episodes).logits
+    return among(agent.unmasked.read(episodes).logits, mask, agent.config.mask_top_p)
+
+
 # -- the expected direction ------------------------------------------------------------------------------------------
 
 
@@ -231,10 +239,8 @@ def test_the_expected_update_is_along_the_gradient_of_js_masked_law(top_p: float
     def unmasked(episodes: Episodes) -> Tensor:
         return agent.unmasked.read(episodes).logits
 
-    def masked(episodes: Episodes) -> Tensor:  # `policy.read` would keep every response of the tree possible
-        with torch.no_grad():
-            mask = agent.policy.mask.read(episodes).logits
-        return among(unmasked(episodes), mask, top_p)
+    def masked(episodes: Episodes) -> Tensor:
+        return masked_law(agent, episodes)
 
     def gradient(law: Any) -> Tensor:
         return flat(tree.gradient(law, parameters)[1], parameters)
@@ -270,11 +276,14 @@ def test_what_drifts_off_the_mask_shows_at_the_next_copy_alone() -> None:
 
 
 def test_nlpo_learns() -> None:
+    """Graded without sampling, after its third copy; at eight seeds the gain is 0.30 to 0.62, of at most 0.73."""
     numbers = {"batch_size": 96, "micro_batch_size": 96, "mask_top_p": 0.9, "epochs": 4, "lr": 1e-3}
     agent = tiny_nlpo(tiny_envs(kl_coef=0.1), **numbers)
-    history = learn(agent, 15)
-    first, last = (sum(m["rollout/return"] for m in part) / 3 for part in (history[:3], history[-3:]))
-    assert last > first + 0.12
+    tree = Tree.of(agent.envs.task, "train")
+    before = tree.evaluate(partial(masked_law, agent)).value
+    learn(agent, 15)
+    after = tree.evaluate(partial(masked_law, agent)).value
+    assert before + 0.12 < after <= tree.solve().value
 
 
 @pytest.mark.parametrize(
