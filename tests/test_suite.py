@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 
 import lmgym
 from agents import cards, optimum, train
+from agents.best_of_n import BestOfN, BestOfNConfig
 from agents.optimal import Optimal
 from lmgym.errors import InvalidActionError, InvalidArgumentError, LmGymError, UnknownNameError
 from lmgym.evaluation import evaluate
@@ -34,6 +35,7 @@ from lmgym.testing import check_task
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(registered_tasks())
 EXACT = [task.name for task in lmgym.suite() if "test" in task.optima and task.optima["test"].exact]
+SAMPLED = sorted(set(NAMES) - set(EXACT))
 FAMILIES = ["anchor", "arithmetic", "brackets", "discount", "echo", "keyword"]
 FAMILIES += ["noise", "proxy", "rare", "reviews", "stop", "vocabulary"]
 ONE_EACH = sorted({name.partition("-")[0]: name for name in reversed(EXACT)}.values())  # the first of each family
@@ -176,6 +178,30 @@ def test_the_stored_optimum_is_derived_again(name: str) -> None:
         assert found.method == stored.method
         assert found.value == pytest.approx(stored.value, abs=1e-4)
         assert found.reference == pytest.approx(stored.reference, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimum_is_bounded_from_both_sides(name: str) -> None:
+    """Within 2 % of the gain, and what an upper bound takes for granted is said."""
+    stored = make_task(name).optima["test"]
+    assert stored.upper is not None
+    assert stored.lower <= stored.value <= stored.upper
+    assert stored.width <= 0.02
+    assert bool(stored.assumption) != stored.exact
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_no_best_of_n_passes_the_upper_bound(name: str) -> None:
+    """It sees every score of many draws of the reference, and comes near pi* where n is large."""
+    envs: Any = gym.make_vec("lmgym/RLHF-v0", task=name, split="test", device="cpu")
+    stored = envs.task.optima["test"]
+    shares = []
+    for n in (4, 16, 128):
+        agent = BestOfN(envs, BestOfNConfig(n), seed=n)
+        found = agent.evaluate(envs, samples=1, prompts=24).metrics["return"]
+        assert found.low < stored.upper, n
+        shares.append((found.mean - stored.reference) / (stored.value - stored.reference))
+    assert max(shares) > 0.7  # a bound that is far above would tell nothing
 
 
 def test_tree_and_automaton_agree_on_a_task_of_the_suite() -> None:
