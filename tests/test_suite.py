@@ -183,11 +183,13 @@ def test_the_stored_optimum_is_derived_again(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimum_is_bounded_from_both_sides(name: str) -> None:
     """Within 2 % of the gain, and what an upper bound takes for granted is said."""
-    stored = make_task(name).optima["test"]
-    assert stored.upper is not None
-    assert stored.lower <= stored.value <= stored.upper
-    assert stored.width <= 0.02
-    assert bool(stored.assumption) != stored.exact
+    optima = make_task(name).optima
+    assert optima.keys() == {"train", "test"}
+    for split, stored in optima.items():
+        assert stored.upper is not None, split
+        assert stored.lower <= stored.value <= stored.upper, split
+        assert stored.width <= 0.02, split
+        assert bool(stored.assumption) != stored.exact, split
 
 
 @pytest.mark.parametrize("name", SAMPLED)
