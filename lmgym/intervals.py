@@ -83,8 +83,9 @@ class Interval:
         The numbers may have different means, as those of several prompts have: they then vary more, and the interval is
         wider than it needs to be (Hoeffding 1956 for two values).
         """
-        values, counts = np.unique(numbers.double().numpy(), return_counts=True)
-        mean = numbers.double().mean().item()
+        numbers = numbers.detach().cpu().double()
+        values, counts = np.unique(numbers.numpy(), return_counts=True)
+        mean = numbers.mean().item()
         upper = _weighted_quantile(np.append(values, high), np.append(counts, 1.0))
         lower = 0.0 - _weighted_quantile(np.append(-values, -low), np.append(counts, 1.0))
         return cls(mean, min(lower, mean), max(upper, mean))

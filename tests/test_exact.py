@@ -18,7 +18,7 @@ from lmgym.models.policy import CausalPolicy
 from lmgym.models.sampling import Sampler
 from lmgym.optimum import exact, solve
 from lmgym.optimum.exact import exact_metrics
-from lmgym.optimum.tree import Tree, law_of
+from lmgym.optimum.tree import Tree, count_responses, law_of
 from lmgym.rewards.automaton import AutomatonReward, from_regex, positions
 from lmgym.tasks import Task, make_task
 
@@ -126,3 +126,17 @@ def test_only_the_prompts_that_are_graded_count() -> None:
     policy = solve(task).policy
     found = evaluate(policy, envs, samples=2, prompts=3, exact=True, generator=torch.Generator().manual_seed(0))
     assert found.metrics["return"].mean == pytest.approx(solve(task).values[:3].mean().item(), abs=1e-6)
+
+
+def test_a_reference_that_is_loaded_is_not_loaded_again() -> None:
+    """On a GPU, or too large to be held twice."""
+    problem = TinyProblem(horizon=8)
+    task = replace(problem.task, model=lambda: pytest.fail("the reference was loaded"))
+    assert exact_metrics(CausalPolicy(problem.other), task, "train", reference=problem.lm) == {}
+    assert exact_metrics(CausalPolicy(problem.lm), task, "train", reference=problem.lm) == {"kl": 0.0}
+
+
+def test_the_number_of_responses_is_that_of_the_tree() -> None:
+    for changes in ({}, {"max_new_tokens": 1}, {"min_new_tokens": 2}):
+        task = table_task(**changes)
+        assert count_responses(task, task.reference("cpu")) == len(Tree.of(task, "test").episodes) / 2

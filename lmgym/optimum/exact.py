@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from lmgym.episodes import Episodes
-from lmgym.errors import InvalidArgumentError
 from lmgym.models.causal import CausalLM
 from lmgym.models.markov import MarkovLM
 from lmgym.models.policy import CausalPolicy, Policy
 from lmgym.models.sampling import Sampler
 from lmgym.optimum.answer import expected_reward
 from lmgym.optimum.automaton import AutomatonMDP, MarkovLaw, PolicyLogits, is_late
-from lmgym.optimum.tree import Law, Tree, law_of
+from lmgym.optimum.tree import Law, Tree, count_responses, law_of
 from lmgym.rewards.automaton import Automaton, AutomatonReward
 from lmgym.tasks.base import Task
 
@@ -53,25 +52,22 @@ def exact_metrics(
         policy: what is graded.
         task, split: what it is graded on.
         sampler: what its tokens are drawn with, given its logits.
-        reference: the task's reference as it was loaded elsewhere, to know it again.
+        reference: the task's reference where it is loaded already, on any device. A large one is then not loaded again.
 
     Returns:
         The means over prompts; without those that neither way gives. The KL of the reference is always there: it is 0.
     """
+    lm = reference or task.reference("cpu")
     is_reference = False
     if sampler in (None, Sampler()):
-        known = (task.reference("cpu"), reference)
-        is_reference = isinstance(policy, CausalPolicy) and any(policy.lm is lm for lm in known)
-        found = _by_states(policy, task, split, is_reference)
-        if found is not None:
-            return found
-    nothing = {"kl": 0.0} if is_reference else {}
-    if task.kl_coef <= 0:
-        return nothing
-    try:
-        tree = Tree.of(task, split, MAX_RESPONSES)
-    except InvalidArgumentError:  # too many responses
-        return nothing
+        is_reference = isinstance(policy, CausalPolicy) and policy.lm is lm
+        if isinstance(lm.model, MarkovLM):
+            found = _by_states(policy, task, split, is_reference)
+            if found is not None:
+                return found
+    if task.kl_coef <= 0 or count_responses(task, lm) * len(task.prompts[split]) > MAX_RESPONSES:
+        return {"kl": 0.0} if is_reference else {}
+    tree = Tree.of(task, split, MAX_RESPONSES)
     earned = tree.evaluate(_sampled(policy, sampler or Sampler(), task.max_new_tokens))
     return {name: earned.metrics[name] for name in ("return", "score", "kl")}
 
@@ -93,7 +89,7 @@ def _sampled(policy: Policy, sampler: Sampler, horizon: int) -> Law:
 def _by_states(policy: Policy, task: Task, split: str, is_reference: bool) -> dict[str, float] | None:
     """The metrics by backward recursion over (step, context, automaton state), where the policy depends on no more."""
     lm, reward = task.reference("cpu"), expected_reward(task)
-    if not isinstance(lm.model, MarkovLM) or not isinstance(reward, AutomatonReward):
+    if not isinstance(reward, AutomatonReward):
         return None
     law, eos = MarkovLaw(lm), torch.zeros(lm.vocab_size, dtype=torch.bool)
     eos[sorted(lm.eos_token_ids)] = True

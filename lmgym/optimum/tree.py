@@ -59,6 +59,11 @@ def _step_logits(policy: Policy, episodes: Episodes) -> Tensor:
     return torch.stack(logits, dim=1)[episodes.response_mask]
 
 
+def count_responses(task: Task, lm: CausalLM) -> int:
+    """How many responses there are to a prompt of a task with such a reference."""
+    return _levels(_is_eos(lm), task.min_new_tokens, task.max_new_tokens)[-1].responses.stop
+
+
 def solve_tree(task: Task, split: str = "test", limit: int = 2_000_000) -> Optimum:
     """The optimum of a task by enumeration: `Tree.of(task, split, limit).solve()`."""
     check_solvable(task)
