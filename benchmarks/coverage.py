@@ -221,7 +221,7 @@ def coverage(task: Task, population: Population, samples: int, replicates: int, 
 
 def exact_tasks(names: Sequence[str]) -> list[str]:
     """Those of the suite with a solved optimum, by name or by what stands before the "-"; all if none is named."""
-    every = [name for name in registered_tasks() if make_task(name).optima["test"].method != "bounds"]
+    every = [name for name in registered_tasks() if make_task(name).optima["test"].exact]
     return [name for name in every if not names or name in names or name.partition("-")[0] in names]
 
 
