@@ -543,8 +543,8 @@ def test_the_critic_of_trpo_does_not_move_the_policy() -> None:
     before = {name: p.clone() for name, p in agent.model.policy.named_parameters()}
     learn(agent, 128)
     change = {name: (p - before[name]).abs().max().item() for name, p in agent.model.policy.named_parameters()}
-    assert max(x for name, x in change.items() if "value" not in name) < 1e-4
-    assert min(x for name, x in change.items() if "value" in name) > 1e-4
+    assert max(x for name, x in change.items() if "value" not in name) < 1e-5
+    assert max(x for name, x in change.items() if "value" in name) > 1e-3
 
 
 @needs_contrib
@@ -565,7 +565,7 @@ def test_the_critic_of_trpo_is_known_by_its_place() -> None:
     before = {name: p.clone() for name, p in agent.policy.named_parameters()}
     learn(agent, 128)
     change = {name: (p - before[name]).abs().max().item() for name, p in agent.policy.named_parameters()}
-    assert all((x > 1e-4) == name.startswith("value_head") for name, x in change.items()), change
+    assert all((x > 1e-5) == name.startswith("value_head") for name, x in change.items()), change
     agent.model.target_kl = 0.05
     learn(agent, 1280)
     moved = agent.policy.get_parameter("actor.gpt_neox.layers.0.attention.query_key_value.weight")

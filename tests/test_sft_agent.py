@@ -36,8 +36,8 @@ FULL = replace(PROBLEM.task, min_new_tokens=1)  # every response has two tokens
 LINES = [("x", " z z"), ("y z", " x<eos>"), ("x", " <eos>"), ("z z x", " y x"), ("y z", " z y")]
 
 
-def tiny(task: Task = PROBLEM.task, num_envs: int = 1) -> RLHFVectorEnv:
-    return RLHFVectorEnv(num_envs, autoreset_mode="SameStep", task=task, split="train", device="cpu")
+def tiny(task: Task = PROBLEM.task, num_envs: int = 1, **settings: Any) -> RLHFVectorEnv:
+    return RLHFVectorEnv(num_envs, autoreset_mode="SameStep", task=task, split="train", device="cpu", **settings)
 
 
 def tiny_sft(envs: RLHFVectorEnv | None = None, *, seed: int = 0, **config: Any) -> SFT:
@@ -199,13 +199,14 @@ def test_candidates_are_of_the_samplers_law_and_those_of_the_expert_of_his_own()
 
 def test_every_token_is_counted() -> None:
     """Three prompts of 1, 2 and 3 tokens a batch, and two tokens to each."""
+    in_turn = {"task": FULL, "prompt_order": "sequential"}
     size = 6 + 3 * 2
-    chosen = tiny_sft(tiny(FULL), n=4, batch_size=3, epochs=5)
+    chosen = tiny_sft(tiny(**in_turn), n=4, batch_size=3, epochs=5)
     learned = learn(chosen, 2)
     assert [row["step"] for row in learned] == [24, 48]
     assert chosen.tokens.forward == 2 * (4 + 5) * size == learned[-1]["cost/forward_tokens"]
     assert chosen.tokens.backward == 2 * 5 * size == learned[-1]["cost/backward_tokens"]
-    cloned = tiny_sft(tiny(FULL), demonstrations="optimal", batch_size=3, epochs=5)
+    cloned = tiny_sft(tiny(**in_turn), demonstrations="optimal", batch_size=3, epochs=5)
     assert [row["step"] for row in learn(cloned, 2)] == [6, 12]
     assert (cloned.tokens.forward, cloned.tokens.backward) == (2 * (1 + 5) * size, 2 * 5 * size)
 
