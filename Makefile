@@ -15,6 +15,7 @@ CONSTRAINTS ?= constraints.txt
 WORKERS ?= auto
 SHIFTS ?= 100 200 300
 ARGS ?=
+THREADS ?= 1
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.lmgym-installed
@@ -57,13 +58,13 @@ test: lint test-only
 test-lowest:
 	$(MAKE) test-only VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
-# One thread a test process: the processes already fill the cores.
+# One thread a test process: the processes already fill the cores. THREADS=2 tries two.
 test-only: $(STAMP)
-	OMP_NUM_THREADS=1 $(PYTEST)
+	OMP_NUM_THREADS=$(THREADS) $(PYTEST)
 
 test-seeds: $(STAMP)
 	for shift in $(SHIFTS); do \
-		SEED_SHIFT=$$shift OMP_NUM_THREADS=1 $(PYTEST) -m "seeds and not network" || exit; done
+		SEED_SHIFT=$$shift OMP_NUM_THREADS=$(THREADS) $(PYTEST) -m "seeds and not network" || exit; done
 
 gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -29,6 +29,12 @@ from lmgym.optimum import known
 from lmgym.scores import normalised, reference_return
 from lmgym.tasks import make_task
 
+AGENTS_OWN = (
+    "agent.",
+    "total_timesteps=",
+    "checkpoint_every=",
+)  # overrides that leave the problem and its grading alone
+
 
 def run(directory: Path, task: str, agent: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     """The summary of one run, trained unless it is there."""
@@ -40,7 +46,8 @@ def run(directory: Path, task: str, agent: str, seed: int, overrides: list[str])
         with (directory / "log.txt").open("w") as log:
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
     summary = dict(json.loads((directory / "summary.json").read_text()))
-    return summary if any(x.startswith(("task.", "evaluation.")) for x in overrides) else regraded(summary, task)
+    same_problem = all(x.startswith(AGENTS_OWN) for x in overrides)
+    return regraded(summary, task) if same_problem else summary
 
 
 def regraded(summary: dict[str, Any], task: str) -> dict[str, Any]:

@@ -23,8 +23,10 @@ from lmgym.optimum.bounds import log_weights, multi_sample_bound
 from lmgym.optimum.exact import exact_metrics
 from lmgym.rewards.base import STOCHASTIC, remove_noise, score_range, scores_agree
 from lmgym.rollout import collect, fresh_generator
+from lmgym.tasks.base import Task
 
 _BATCH = 256
+_ASKED_TWICE = 256  # episodes that are scored once more, to notice a reward with noise
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,10 @@ def evaluate(
         numbers["kl"] = episode_kl(episodes)
     numbers["length"] = episodes.lengths.float()
     metrics = intervals({name: x.view(count, samples) for name, x in numbers.items()}, envs)
-    if exact:
+    steady = _gives_one_score(envs.engine, wanted, episodes)
+    if exact and steady:
         metrics.update(_known(policy, envs, count, sampler, metrics))
-    reason = _no_bound(envs.engine, wanted, episodes, samples)
+    reason = _no_bound(task, samples) or (None if steady else STOCHASTIC)
     if reason is not None:
         return Evaluation(metrics, None, episodes, reason)
     weights = log_weights(episodes, task.kl_coef).view(count, samples)
@@ -158,16 +161,22 @@ def _mean_scores(
     return scores, golden or None
 
 
-def _no_bound(engine: Engine, prompts: Sequence[Prompt], episodes: Episodes, samples: int) -> str | None:
-    """Why these samples give no bound on V*, or None."""
-    if engine.task.kl_coef == 0:
+def _gives_one_score(engine: Engine, prompts: Sequence[Prompt], episodes: Episodes) -> bool:
+    """Whether the reward gives an episode the same score again, of a few episodes that are asked twice."""
+    every = max(1, len(episodes) // _ASKED_TWICE)
+    few = episodes[torch.arange(0, len(episodes), every)]
+    again, _ = _mean_scores(engine, prompts[::every], few)
+    return scores_agree(few.scores.tolist(), again)
+
+
+def _no_bound(task: Task, samples: int) -> str | None:
+    """Why samples of a reward without noise give no bound on V*, or None."""
+    if task.kl_coef == 0:
         return "at `kl_coef=0` it is the largest score"
-    if engine.task.gamma != 1:
+    if task.gamma != 1:
         return "a bound from samples holds at `gamma=1` alone"
     if samples == 1:
         return "it takes more than one sample a prompt to bound it"
-    if not scores_agree(episodes.scores.tolist(), _mean_scores(engine, prompts, episodes)[0]):
-        return STOCHASTIC
     return None
 
 

@@ -86,6 +86,8 @@ class Interval:
         numbers = numbers.detach().cpu().double()
         values, counts = np.unique(numbers.numpy(), return_counts=True)
         mean = numbers.mean().item()
+        if not math.isfinite(mean):
+            return cls(mean, mean, mean)
         upper = _weighted_quantile(np.append(values, high), np.append(counts, 1.0))
         lower = 0.0 - _weighted_quantile(np.append(-values, -low), np.append(counts, 1.0))
         return cls(mean, min(lower, mean), max(upper, mean))
@@ -137,7 +139,8 @@ def of_episodes(
     limits = _limits(numbers, kl_coef, gamma, horizon, score_range)
     score_is_rare = is_rare(units["score"], known=score_range is not None)
     log_prob_error = _ROUNDING * horizon
-    errors = {"kl": log_prob_error, "return": kl_coef * log_prob_error + _ROUNDING * units["score"].abs().max().item()}
+    score_error = _ROUNDING * units["score"].abs().max().item()
+    errors = {"kl": log_prob_error, "return": kl_coef * log_prob_error + score_error, "length": 0.0}
     found = {}
     for name, x in units.items():
         rare = score_is_rare if name in ("return", "kl", "score") else is_rare(x, known=name == "length")

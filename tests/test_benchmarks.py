@@ -1,5 +1,6 @@
 """What the benchmarks print."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.learning import beside, best, estimate, interval
-from benchmarks.suite import regraded, row
+from benchmarks.suite import regraded, row, run
 from lmgym.tasks import make_task
 
 
@@ -69,3 +70,19 @@ def test_a_finished_run_is_graded_on_the_scale_that_is_known_now() -> None:
     assert again["optimum"]["lower"]["mean"] == optimum.lower
     assert again["optimum"]["best_response"] is None
     assert summary["after"]["normalised"]["mean"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [
+        ("agent.lr=1e-3", False),
+        ("experiment=trl", True),
+        ("+task.kl_coef=0.05", True),
+        ("evaluation.split=train", True),
+    ],
+)
+def test_a_run_of_another_problem_keeps_its_own_grade(tmp_path: Path, override: str, kept: bool) -> None:
+    summary = {"after": {"return": point(1.0), "normalised": point(0.9)}, "optimum": {}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    found = run(tmp_path, "echo-4", "ppo", 0, [override])
+    assert (found["after"]["normalised"]["mean"] == 0.9) == kept

@@ -274,6 +274,9 @@ def test_of_noise_whose_mean_is_not_known_there_is_no_bound_but_a_reason() -> No
     assert "gave one response two scores" in found.no_bound
     assert "`expected`" in found.no_bound
     assert "sampled_score" not in found.metrics
+    exact = evaluate(CausalPolicy(problem.lm), envs_of(problem), samples=4, generator=rng(), exact=True)
+    assert exact.no_bound == found.no_bound
+    assert not exact.metrics["return"].exact
 
 
 def test_noise_on_one_response_in_a_hundred_is_noticed() -> None:

@@ -173,6 +173,20 @@ def test_the_price_covers_what_the_assumption_misses() -> None:
         assert clipped < value <= clipped + price(problem.kl_coef, missed)
 
 
+def test_what_the_draws_show_to_be_cut_off_is_part_of_the_upper_bound() -> None:
+    """With a cap that cuts off a good part of pi*, the price of that part keeps the upper side above V*."""
+    problem = TinyProblem(horizon=2, kl_coef=0.2)
+    value = truth(problem)
+    caps = {"max_ratio": 1.2, "draws": 64, "repeats": 4, "reference_draws": 2, "pilot_draws": 64}
+    found = [
+        importance_bounds(problem.task, "train", proposal_of(problem), generator=seeded(seed), **caps)
+        for seed in range(COUNT)
+    ]
+    assert sum(value <= optimum.upper for optimum in found) >= 0.9 * COUNT
+    shares = [float(optimum.assumption.split("which takes ")[1].split(" %")[0]) / 100 for optimum in found]
+    assert min(shares) > 0.05
+
+
 def test_an_optimum_says_what_it_takes_for_granted(problem: TinyProblem) -> None:
     found = importance_bounds(problem.task, "train", proposal_of(problem), max_ratio=50.0, generator=seeded(4))
     assert found.method == "importance"

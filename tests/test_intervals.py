@@ -129,6 +129,11 @@ def test_bounded_numbers_are_covered_however_few(n: int, power: float) -> None:
     assert sum(i.low <= 1 / (1 + power) <= i.high for i in found) / 400 > 0.93
 
 
+def test_numbers_that_are_not_finite_have_no_interval() -> None:
+    found = Interval.bounded(torch.tensor([0.0, math.inf]), 0.0, 1.0)
+    assert (found.mean, found.low, found.high) == (math.inf, math.inf, math.inf)
+
+
 def test_prompts_that_differ_do_not_harm() -> None:
     """Hoeffding (1956): successes of different probability vary less than those of their mean."""
     p = torch.tensor([[0.0], [0.001], [0.02], [0.3]], dtype=torch.float64)

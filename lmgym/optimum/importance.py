@@ -3,11 +3,12 @@
 With b = kl_coef, a proposal q and weights w(y) = pi_ref(y|x) exp(score / b) / q(y|x): E_q w = Z(x), V*(x) = b log Z(x).
 
 1. Below: b E log mean_S w <= V*(x), for S draws of q.
-2. Draws of pi*: a draw of q is kept with probability w / (c Z'), where Z' is an estimate of Z and c the largest ratio
-   of a weight to it. That no ratio is larger is an assumption, for nobody has seen all responses.
+2. Draws of pi*: a draw of q is kept with probability min(1, w / (c Z')), where Z' is an estimate of Z and c the largest
+   ratio of a weight to it that counts in full.
 3. Above: b E log mean_S w >= V*(x), where one of the S draws is of pi*.
-4. The price of the assumption. If pi* holds a share eps of responses with larger ratios, what is kept has the law
-   q min(w, c Z'), whose own normaliser is at least (1 - eps) Z. So V*(x) is at most b log(1 / (1 - eps)) above 3.
+4. What is cut off. Where larger ratios exist, what is kept has the law q min(w, c Z'), whose own normaliser is
+   (1 - eps) Z: eps is the share of pi* that the cut takes away, and V*(x) is b log(1 / (1 - eps)) above 3. The eps of
+   the draws of step 1 is added to the bound; what none of them has shown is the assumption, and has that price.
 
 The same draws of q serve both sides.
 
@@ -54,7 +55,7 @@ def importance_bounds(
         proposal: q; must be able to write all that the reference can (`Mixture` with the reference is).
         draws: S. repeats: independent runs a prompt, at least 2.
         pilot_draws: a prompt, for the estimate of Z that `max_ratio` is relative to.
-        max_ratio: what no w / Z is above, by assumption. One draw in about so many is kept as one of pi*.
+        max_ratio: where w / Z is cut off. One draw in about so many is kept as one of pi*.
         reference_draws: a prompt, for J of the reference.
         budget: draws a prompt that rejection may take.
         prompts: the first so many of the split; None is all.
@@ -83,21 +84,22 @@ def importance_bounds(
     weights = fresh.log_weights.view(len(encoded), repeats, draws)
     below = task.kl_coef * fresh.log_z.view(len(encoded), repeats)
     above = multi_sample_upper_bound(weights, torch.tensor(kept.log_weights, dtype=torch.float64), task.kl_coef)
+    cut_off = share_above(weights, log_caps)
     of_reference = Interval.over_repeats(plain.scores)
     return Optimum(
         method="importance",
         values=(below + above).mean(1) / 2,
         references=plain.scores.mean(1),
         lower=Interval.over_repeats(below).low,
-        upper=Interval.over_repeats(above).high,
+        upper=Interval.over_repeats(above).high + price(task.kl_coef, cut_off),
         exact=False,
         reference_half_width=of_reference.high - of_reference.mean,
-        assumption=assumption(task.kl_coef, max_ratio, share_above(weights, log_caps)),
+        assumption=assumption(task.kl_coef, max_ratio, cut_off),
     )
 
 
 def share_above(weights: Tensor, log_caps: Tensor) -> float:
-    """The share of the weight of the draws (X, R, S) that lies above the caps (X,), the mean over prompts."""
+    """The share of the weight of the draws (X, R, S) that caps (X,) cut off, the mean over prompts."""
     flat = weights.flatten(1)
     shares = flat.softmax(1)
     excess = 1 - (log_caps[:, None] - flat).exp()
@@ -105,14 +107,14 @@ def share_above(weights: Tensor, log_caps: Tensor) -> float:
 
 
 def price(kl_coef: float, share: float) -> float:
-    """What V* may be above the upper bound, in units of the score, if pi* holds this share beyond the assumption."""
+    """How far V* is above the optimum that is left when a share of pi* is cut off, in units of the score."""
     return -kl_coef * math.log1p(-share)
 
 
-def assumption(kl_coef: float, max_ratio: float, seen: float) -> str:
+def assumption(kl_coef: float, max_ratio: float, cut_off: float) -> str:
     """What the upper bound takes for granted, and its price, in words."""
     return (
-        f"no response has an importance weight above {max_ratio:g} times the mean. If such responses hold 10 % (50 %) "
-        f"of the optimal policy, V* is up to {price(kl_coef, 0.1):.3f} ({price(kl_coef, 0.5):.3f}) higher. "
-        f"Of the weight drawn, {100 * seen:.1f} % lies above"
+        f"importance weights above {max_ratio:g} times the mean are cut off, which takes {100 * cut_off:.1f} % of the "
+        "optimal policy as the draws show it, and is counted. If responses that no draw has shown take 10 % (50 %) "
+        f"more, V* is up to {price(kl_coef, 0.1):.3f} ({price(kl_coef, 0.5):.3f}) higher"
     )
