@@ -59,7 +59,8 @@ def check_custom_task(lines: list[str]) -> None:
     """J of the reference as it was played, and V* as every episode of pi* returned it."""
     (reference, optimum), (mean, low, high), best = (numbers(line) for line in lines)
     assert abs(mean - reference) < high - low < 0.1  # four standard errors
-    assert best == pytest.approx([optimum] * 3, abs=1e-3)
+    assert best[0] == pytest.approx(optimum, abs=1e-3)  # every single episode of pi* earns V*
+    assert best[1] <= optimum <= best[2] < best[1] + 0.02  # the few scores below 1 may hide rarer ones
 
 
 def check_mcts(lines: list[str]) -> None:
