@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import os
@@ -49,6 +50,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # Before 1.4 Gymnasium's vector RecordEpisodeStatistics leaves the first step of every episode but the first uncounted
 # where an env resets in the same step.
 COUNTS_SAME_STEP = tuple(int(part) for part in gymnasium.__version__.split(".")[:2]) >= (1, 4)
+
+
+def pytest_collection_finish() -> None:
+    """Takes what was imported out of the garbage collector's sight.
+
+    A full collection is then cheap and comes often, and frees the models that are held in cycles.
+    """
+    gc.collect()
+    gc.freeze()
+
 
 TEXT = "the a film book meal was is very not good bad fine dull and but , . it we liked hated"
 WORDS = TEXT.split()

@@ -75,9 +75,11 @@ def test_a_loaded_agent_of_another_seed_acts_as_the_saved_one(name: str, task: T
     for each in (agent, other):
         each.load(tmp_path / "checkpoint")
     assert other.num_timesteps == agent.num_timesteps
+    seen: set[int] = set()
     for _ in range(task.max_new_tokens):
         for deterministic in (True, False):
             actions, same = (each.predict(observation, deterministic=deterministic)[0] for each in (agent, other))
             assert np.array_equal(actions, same)
-        assert len(set(actions.tolist())) > 1
+        seen |= set(actions.tolist())
         observation, *_ = envs.step(actions)
+    assert len(seen) > 1
