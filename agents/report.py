@@ -256,9 +256,16 @@ def _draw_return(axes: Axes, rows: list[dict[str, Any]], summary: Mapping[str, A
     if _known(reference):
         axes.axhline(reference["mean"], color=_MUTED, linewidth=1.2, linestyle=":")
         _note(axes, reference["mean"], f"reference {reference['mean']:.2f}", above=False)
-    for sign, bound in _optimum(summary):
+    bounds = _optimum(summary)
+    for _, bound in bounds:
         axes.axhspan(bound["low"], bound["high"], color=_INK, alpha=0.08, linewidth=0)
         axes.axhline(bound["mean"], color=_INK, linewidth=1.2, linestyle="--")
+    if len(bounds) == 2:  # one note, for the two may lie on each other
+        lower, upper = bounds[0][1], bounds[1][1]
+        axes.axhspan(lower["mean"], upper["mean"], color=_INK, alpha=0.08, linewidth=0)
+        _note(axes, upper["high"], f"optimum V* {lower['mean']:.2f} to {upper['mean']:.2f}", above=True)
+    elif bounds:
+        sign, bound = bounds[0]
         glyph = {">=": "\N{GREATER-THAN OR EQUAL TO}", "<=": "\N{LESS-THAN OR EQUAL TO}"}.get(sign, sign)
         _note(axes, bound["high"], f"optimum V* {glyph} {bound['mean']:.2f}", above=True)
     _ends(axes, rows, summary, "return", _BLUE)
