@@ -191,13 +191,15 @@ def _grade(summary: Mapping[str, Any]) -> str:
 
 
 def _width(summary: Mapping[str, Any]) -> float:
-    """How far the bounds of V* are apart, as a share of the gain; 0 where one of them is not known."""
+    """How far the bounds of V* are apart, as a share of the gain (`StoredOptimum.width`); 0 where one is not known."""
     optimum = summary.get("optimum") or {}
     lower, upper = optimum.get("lower"), optimum.get("upper")
     reference = optimum.get("reference") or summary["before"].get("return")
-    if not (_known(lower) and _known(upper) and _known(reference)) or lower["mean"] <= reference["mean"]:
+    if not (_known(lower) and _known(upper) and _known(reference)):
         return 0.0
-    return (upper["mean"] - lower["mean"]) / (lower["mean"] - reference["mean"])
+    value = optimum.get("value")
+    gain = (lower["mean"] if value is None else value) - reference["mean"]
+    return (upper["mean"] - lower["mean"]) / gain if gain > 0 else 0.0
 
 
 def _share_of_gain(summary: Mapping[str, Any]) -> float | None:

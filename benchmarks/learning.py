@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from scipy.stats import t as student
 
 from agents.train import check, train, wait_politely
+from lmgym.intervals import t_quantile
 
 ROWS = ("return", "score", "sampled_score", "gold_score", "kl", "length", "normalised")
 
@@ -26,7 +26,7 @@ def interval(numbers: list[float]) -> str:
     """Mean and half-width of the 95 % t-interval; of one number, itself."""
     if len(numbers) == 1:
         return f"{numbers[0]:.3f}"
-    half = student.ppf(0.975, len(numbers) - 1) * statistics.stdev(numbers) / math.sqrt(len(numbers))
+    half = t_quantile(len(numbers) - 1) * statistics.stdev(numbers) / math.sqrt(len(numbers))
     return f"{statistics.mean(numbers):.3f} ± {half:.3f}"
 
 
