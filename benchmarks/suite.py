@@ -23,6 +23,7 @@ from statistics import mean
 from typing import Any
 
 from agents.optimum import chosen
+from agents.report import passes_the_bound
 from benchmarks.learning import beside, best, estimate, interval
 from lmgym.intervals import Interval
 from lmgym.optimum import known
@@ -119,6 +120,9 @@ def main() -> None:
     print("|---" * (len(tasks) + 4) + "|")
     for agent in args.agents:
         print(line(agent, [[runs[agent, task, seed].result() for seed in args.seeds] for task in tasks]))
+    for cell, result in runs.items():
+        if passes_the_bound(result.result()):
+            print(f"\nAbove the upper bound of V*: {out / '-'.join(map(str, cell))}")
 
 
 if __name__ == "__main__":

@@ -116,6 +116,17 @@ def test_both_bounds_of_the_optimum() -> None:
     assert near.endswith("of the gain")  # less than 2 %
 
 
+def test_a_return_above_the_upper_bound_is_said() -> None:
+    upper = {"mean": 1.06, "low": 1.06, "high": 1.06}  # J is 1.1 +- 0.031
+    assert "above the upper bound" in report.table(changed(optimum__upper=upper, optimum__value=1.05))
+    for fine in (1.07, 1.4):  # within the interval, and above it
+        upper = {"mean": fine, "low": fine, "high": fine}
+        assert "above the upper bound" not in report.table(changed(optimum__upper=upper, optimum__value=1.05))
+    exact = {"mean": 1.1, "low": 1.1, "high": 1.1}
+    rounded = changed(optimum__upper=exact, optimum__lower=exact, after__return=interval(1.100001, 0.0))
+    assert "above the upper bound" not in report.table(rounded)
+
+
 def test_what_a_bound_takes_for_granted_is_said() -> None:
     assert "granted" not in report.table(changed(optimum__assumption=None))
     said = "no response " + "is long " * 12 + "here"

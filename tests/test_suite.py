@@ -21,6 +21,7 @@ import lmgym
 from agents import cards, optimum, train
 from agents.best_of_n import BestOfN, BestOfNConfig
 from agents.optimal import Optimal
+from agents.rloo import RLOO, RLOOConfig
 from lmgym.errors import InvalidActionError, InvalidArgumentError, LmGymError, UnknownNameError
 from lmgym.evaluation import evaluate
 from lmgym.kl import token_rewards
@@ -192,18 +193,29 @@ def test_every_optimum_is_bounded_from_both_sides(name: str) -> None:
         assert bool(stored.assumption) != stored.exact, split
 
 
-@pytest.mark.parametrize("name", SAMPLED)
-def test_no_best_of_n_passes_the_upper_bound(name: str) -> None:
-    """It sees every score of many draws of the reference, and comes near pi* where n is large."""
+@pytest.mark.parametrize(
+    ("name", "n", "share"),
+    [("reviews", 4, 0.7), ("reviews", 16, 0.8)] + [(name, 16, 0.5) for name in SAMPLED if name != "reviews"],
+)
+def test_no_best_of_n_passes_the_upper_bound(name: str, n: int, share: float) -> None:
+    """On all prompts of the split that the bound is of. It comes near, for a bound far above would tell nothing."""
     envs: Any = gym.make_vec("lmgym/RLHF-v0", task=name, split="test", device="cpu")
     stored = envs.task.optima["test"]
-    shares = []
-    for n in (4, 16, 128):
-        agent = BestOfN(envs, BestOfNConfig(n), seed=n)
-        found = agent.evaluate(envs, samples=1, prompts=24).metrics["return"]
-        assert found.low < stored.upper, n
-        shares.append((found.mean - stored.reference) / (stored.value - stored.reference))
-    assert max(shares) > 0.7  # a bound that is far above would tell nothing
+    found = BestOfN(envs, BestOfNConfig(n), seed=n).evaluate(envs, samples=1).metrics["return"]
+    assert found.low < stored.upper
+    assert found.mean > stored.reference + share * (stored.value - stored.reference)
+
+
+@pytest.mark.parametrize("name", ["reviews", "proxy-200"])
+def test_no_trained_agent_passes_the_upper_bound(name: str) -> None:
+    envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=16, task=name, group_size=4, device="cpu")
+    agent = RLOO(envs, RLOOConfig(), seed=0)
+    agent.learn(20_000)
+    graded: Any = gym.make_vec("lmgym/RLHF-v0", task=name, split="test", device="cpu")
+    found = evaluate(agent.policy, graded, samples=4, generator=torch.Generator().manual_seed(1)).metrics["return"]
+    stored = envs.task.optima["test"]
+    assert found.low < stored.upper
+    assert found.mean > stored.reference + 0.3 * (stored.value - stored.reference)
 
 
 def test_tree_and_automaton_agree_on_a_task_of_the_suite() -> None:
