@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.pages import fill
 from lmgym.intervals import Interval, of_episodes
 from lmgym.optimum.answer import expected_reward
 from lmgym.optimum.automaton import AutomatonMDP, AutomatonPolicy, AutomatonSolution, MarkovLaw
@@ -36,7 +37,7 @@ EPISODES = 4096  # of an evaluation by default
 SMALL = (8, 2)  # samples a prompt
 POLICIES = {"reference": 0.0, "between": 1 / 8, "pi*": 1.0}  # what the score is multiplied by
 NAMES = ("return", "score", "kl")
-MARKERS = ("<!-- coverage -->", "<!-- /coverage -->")
+MARKER = "coverage"
 _POOL = 1 << 14  # episodes a prompt that stand for all, where outcomes are too many to write down
 
 Floats = NDArray[np.float64]
@@ -262,14 +263,6 @@ def table(names: Sequence[str], replicates: int, few_replicates: int) -> Iterato
         yield row(name, replicates, few_replicates)
 
 
-def write(path: Path, lines: Sequence[str]) -> None:
-    """Puts the table between the markers of a page."""
-    start, end = MARKERS
-    before, _, rest = path.read_text(encoding="utf-8").partition(start)
-    _, _, after = rest.partition(end)
-    path.write_text("\n".join([before + start, "", *lines, "", end]) + after, encoding="utf-8")
-
-
 def main() -> None:
     """Simulates, and prints the table line by line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -284,7 +277,7 @@ def main() -> None:
         print(line, flush=True)
         lines.append(line)
     if args.write:
-        write(args.write, lines)
+        fill(args.write, MARKER, lines)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,17 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from tqdm import tqdm
+
 from agents.optimum import chosen
 from agents.report import passes_the_bound
 from benchmarks.learning import beside, best, estimate, interval
+from benchmarks.pages import fill, has_markers, markers
 from lmgym.intervals import Interval
 from lmgym.optimum import known
 from lmgym.scores import normalised, reference_return
@@ -35,6 +38,12 @@ AGENTS_OWN = (
     "total_timesteps=",
     "checkpoint_every=",
 )  # overrides that leave the problem and its grading alone
+
+HEADS = ("agent", "task", "J_ref", "V\\*", "J", "score", "KL, nats", "normalised")
+TABLES = ("results", "leaderboard")
+
+Runs = dict[tuple[str, str], list[dict[str, Any]]]
+"""The summaries of an agent and a task, one a seed."""
 
 
 def run(directory: Path, task: str, agent: str, seed: int, overrides: list[str]) -> dict[str, Any]:
@@ -72,23 +81,33 @@ def over_seeds(summaries: list[dict[str, Any]], when: str, name: str) -> str:
     return interval([summary[when][name]["mean"] for summary in summaries])
 
 
+def results(agents: list[str], tasks: list[str], runs: Runs) -> list[str]:
+    """The first table: a line an agent and task."""
+    lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
+    return lines + [row(agent, task, runs[agent, task]) for agent, task in itertools.product(agents, tasks)]
+
+
 def row(agent: str, task: str, summaries: list[dict[str, Any]]) -> str:
     """A line of the first table."""
     scale = summaries[0]["optimum"]
-    cells = [agent, f"`{task}`", estimate(scale["reference"]), best(scale), over_seeds(summaries, "after", "return")]
-    cells += [over_seeds(summaries, "after", "score"), over_seeds(summaries, "after", "kl")]
+    cells = [f"`{agent}`", f"`{task}`", estimate(scale["reference"]), best(scale)]
+    cells += [over_seeds(summaries, "after", name) for name in ("return", "score", "kl")]
     cells += [f"**{over_seeds(summaries, 'after', 'normalised')}**"]
-    cells += [f"{mean(summary['total_timesteps'] for summary in summaries):,.0f}"]
-    cells += [interval([summary["train_seconds"] for summary in summaries])]
     return f"| {' | '.join(cells)} |"
 
 
+def leaderboard(agents: list[str], tasks: list[str], runs: Runs) -> list[str]:
+    """The second table: a line an agent."""
+    heads = ["agent", *(f"`{task}`" for task in tasks), "forward (M)", "backward (M)"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    return lines + [line(agent, [runs[agent, task] for task in tasks]) for agent in agents]
+
+
 def line(agent: str, by_task: list[list[dict[str, Any]]]) -> str:
-    """A line of the second table: normalised returns, millions of tokens read forward and backward, and seconds."""
+    """A line of the second table: normalised returns, and millions of tokens read forward and backward."""
     cells = [f"`{agent}`", *(over_seeds(summaries, "after", "normalised") for summaries in by_task)]
     every = [summary for summaries in by_task for summary in summaries]
     cells += [f"{mean(summary[key] for summary in every) / 1e6:.2f}" for key in ("forward_tokens", "backward_tokens")]
-    cells.append(f"{mean(summary['train_seconds'] for summary in every):.0f}")
     return f"| {' | '.join(cells)} |"
 
 
@@ -100,29 +119,37 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on a core each")
     parser.add_argument("--out", type=Path, default=Path("runs/suite"))
+    parser.add_argument("--write", nargs="+", type=Path, default=[], help="pages whose tables are made anew")
     parser.add_argument("overrides", nargs="*", help="of conf/train.yaml, after a --")
     args = parser.parse_args()
+    for page in args.write:
+        if not any(has_markers(page, name) for name in TABLES):
+            parser.error(f"{page} has no markers of a table, such as {markers(TABLES[0])[0]}")
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
-    cells = list(itertools.product(args.agents, chosen(args.tasks), args.seeds))
-    out = beside(args.out, args.overrides)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        runs = {
-            cell: pool.submit(run, out / "-".join(map(str, cell)), cell[1], cell[0], cell[2], args.overrides)
-            for cell in cells
-        }
     tasks = chosen(args.tasks)
-    print("| agent | task | J_ref | V* | J | score | KL (nats) | normalised | env steps | seconds |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for agent, task in itertools.product(args.agents, tasks):
-        print(row(agent, task, [runs[agent, task, seed].result() for seed in args.seeds]))
-    print(f"\n| agent | {' | '.join(f'`{task}`' for task in tasks)} | forward (M) | backward (M) | seconds |")
-    print("|---" * (len(tasks) + 4) + "|")
-    for agent in args.agents:
-        print(line(agent, [[runs[agent, task, seed].result() for seed in args.seeds] for task in tasks]))
-    for cell, result in runs.items():
-        if passes_the_bound(result.result()):
-            print(f"\nAbove the upper bound of V*: {out / '-'.join(map(str, cell))}")
+    out = beside(args.out, args.overrides)
+    cells = list(itertools.product(args.agents, tasks, args.seeds))
+    directories = [out / "-".join(map(str, cell)) for cell in cells]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = [
+            pool.submit(run, directory, task, agent, seed, args.overrides)
+            for directory, (agent, task, seed) in zip(directories, cells, strict=True)
+        ]
+        for _ in tqdm(as_completed(futures), "runs", len(futures), file=sys.stderr):
+            pass
+    runs: Runs = {}
+    for (agent, task, _), future in zip(cells, futures, strict=True):
+        runs.setdefault((agent, task), []).append(future.result())
+    tables = [results(args.agents, tasks, runs), leaderboard(args.agents, tasks, runs)]
+    print("\n\n".join("\n".join(lines) for lines in tables))
+    for directory, future in zip(directories, futures, strict=True):
+        if passes_the_bound(future.result()):
+            print(f"\nAbove the upper bound of V*: {directory}")
+    for page in args.write:
+        for name, lines in zip(TABLES, tables, strict=True):
+            if has_markers(page, name):
+                fill(page, name, lines)
 
 
 if __name__ == "__main__":

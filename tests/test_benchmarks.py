@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from benchmarks.learning import beside, best, estimate, interval
-from benchmarks.suite import regraded, row, run
+from benchmarks.pages import fill, has_markers, markers, table
+from benchmarks.suite import leaderboard, regraded, results, row, run
 from lmgym.tasks import make_task
 
 
@@ -56,8 +57,30 @@ def test_the_reference_of_a_table_is_the_known_one_not_what_the_first_run_measur
     summary: dict[str, Any] = {"before": {"return": point(0.3)}, "after": after, "optimum": optimum}
     summary |= {"total_timesteps": 100, "train_seconds": 1.0}
     cells = [cell.strip() for cell in row("ppo", "noise-1", [summary]).split("|")]
-    assert cells[1:8] == ["ppo", "`noise-1`", "0.0243", "0.5000", "0.400", "0.700", "1.000"]
+    assert cells[1:8] == ["`ppo`", "`noise-1`", "0.0243", "0.5000", "0.400", "0.700", "1.000"]
     assert estimate(point(0.0243, 0.002)) == "0.0243 ± 0.0020"
+
+
+def test_tables_go_between_their_markers(tmp_path: Path) -> None:
+    after = {"return": point(0.4), "score": point(0.7), "kl": point(1.0), "normalised": point(0.8)}
+    optimum = {"reference": point(0.0243), "lower": point(0.5), "upper": point(0.5), "value": 0.5}
+    summary: dict[str, Any] = {"after": after, "optimum": optimum, "forward_tokens": 2_000_000, "backward_tokens": 0}
+    runs = {("ppo", "noise-1"): [summary]}
+    page = tmp_path / "page.md"
+    start, end = markers("leaderboard")
+    page.write_text(f"above\n{start}\nold\n{end}\nbelow\n")
+    assert has_markers(page, "leaderboard")
+    assert not has_markers(page, "results")
+    fill(page, "leaderboard", leaderboard(["ppo"], ["noise-1"], runs))
+    head, rule, line = table(page, "leaderboard")
+    assert head.count("|") == rule.count("|") == line.count("|")
+    assert line == "| `ppo` | 0.800 | 2.00 | 0.00 |"
+    text = page.read_text()
+    assert text.startswith(f"above\n{start}\n")
+    assert text.endswith(f"{end}\nbelow\n")
+    assert "old" not in text
+    with pytest.raises(ValueError, match="must have the lines <!-- results -->"):
+        fill(page, "results", results(["ppo"], ["noise-1"], runs))
 
 
 def test_a_finished_run_is_graded_on_the_scale_that_is_known_now() -> None:

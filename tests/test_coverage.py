@@ -10,7 +10,8 @@ import pytest
 import scipy.stats
 
 from benchmarks import coverage as module
-from benchmarks.coverage import POLICIES, coverage, exact_tasks, paid_at_the_end, populations, write
+from benchmarks.coverage import POLICIES, coverage, exact_tasks, paid_at_the_end, populations
+from benchmarks.pages import table
 from lmgym.rewards.automaton import Automaton
 from lmgym.tasks import make_task
 
@@ -84,8 +85,8 @@ def test_intervals_of_the_default_size_cover(name: str, monkeypatch: pytest.Monk
 
 
 def test_the_page_has_every_solved_task_at_0_93() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "trust.md").read_text(encoding="utf-8")
-    rows = [line.strip("| ").split(" | ") for line in page.split(module.MARKERS[0])[1].splitlines() if "| `" in line]
+    lines = table(Path(__file__).parent.parent / "docs" / "trust.md", module.MARKER)
+    rows = [line.strip("| ").split(" | ") for line in lines[2:]]
     assert [row[0].strip("`") for row in rows] == exact_tasks([])
     for row in rows:
         assert min(map(float, row[2:5])) >= 0.93, row[0]  # of the reference, pi*, and one between
@@ -108,14 +109,7 @@ def test_every_solved_task_has_a_line() -> None:
     assert exact_tasks(["rare", "echo-4"]) == ["echo-4", "rare-2", "rare-3", "rare-4", "rare-5"]
 
 
-def test_the_table_goes_between_its_markers(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(f"above\n{module.MARKERS[0]}\nold\n{module.MARKERS[1]}\nbelow\n")
-    write(page, list(module.table(["rare-2"], 3, 2)))
-    text = page.read_text()
-    assert text.startswith("above\n")
-    assert text.endswith("\nbelow\n")
-    assert "old" not in text
-    header, rule, line = [row for row in text.splitlines() if row.startswith("|")]
+def test_a_line_of_the_table() -> None:
+    header, rule, line = module.table(["rare-2"], 3, 2)
     assert header.count("|") == rule.count("|") == line.count("|")
     assert line.startswith("| `rare-2` | 14 x 293 | ")
