@@ -471,8 +471,9 @@ def build_proxy(settings: dict[str, Any]) -> Built:
 
     from lmgym.feedback.preferences import Rankings
 
-    reference = AutoModelForCausalLM.from_pretrained(ARTEFACTS / "reviews" / "reference", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(ARTEFACTS / "reviews" / "reference")
+    shipped = ARTEFACTS / "reviews" / "reference"
+    reference = AutoModelForCausalLM.from_pretrained(shipped, dtype=torch.float32, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(shipped, trust_remote_code=False)
     chosen = settings["reward"]
     prompt_seed, annotator_seed, torch_seed = streams(settings["seed"], "proxy")
     generator = torch.Generator().manual_seed(torch_seed)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from agents.config import short_errors
 from agents.report import table, write_json
 from agents.train import build, check, check_checkpoint, grade, saved_config, summarise, wait_politely
+from agents.trust import trusted_modules
 from lmgym.errors import InvalidArgumentError, LmGymError
 
 
@@ -25,8 +26,8 @@ def main(cfg: DictConfig) -> None:
         if cfg.run is None:
             raise InvalidArgumentError("`run` must be a run directory: python -m agents.evaluate run=<directory>.")
         directory = Path(cfg.run)
-        saved = saved_config(directory)
-        saved.evaluation.update({name: value for name, value in cfg.evaluation.items() if value is not None})
+        saved = saved_config(directory, trusted_modules(cfg.get("trust")))
+        saved["evaluation"] |= {name: value for name, value in cfg.evaluation.items() if value is not None}
         plan = check(saved)
         check_checkpoint(directory)
     except LmGymError as error:

@@ -190,7 +190,7 @@ class ActorCritic(TrainablePolicy):
         if (directory / "adapter_config.json").is_file():
             raise InvalidArgumentError("`directory` must hold a whole model, got an adapter (policy=lora).")
         with quiet_loading():  # not `load_causal_lm`: it would hand out an older copy that somebody holds
-            saved = AutoModelForCausalLM.from_pretrained(directory, dtype=self.lm.dtype)
+            saved = AutoModelForCausalLM.from_pretrained(directory, dtype=self.lm.dtype, trust_remote_code=False)
         self.actor.load_state_dict(saved.state_dict())
 
     def _critic_state(self) -> dict[str, Tensor]:

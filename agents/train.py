@@ -16,7 +16,8 @@ import platform
 import signal
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ import lmgym
 from agents.config import short_errors, validated
 from agents.recorder import Recorder, write_atomically
 from agents.report import curves, samples_table, table, write_json
+from agents.trust import config_text, import_installed, needed_trust, read_config, trust_argument, trusted_modules
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError, check_int
 
@@ -70,22 +72,31 @@ class Plan:
     total_timesteps: int
     seed: int
     checkpoint_every: int
+    trust: tuple[str, ...] = ()  # modules that have to be named again when it is resumed or graded
 
 
-def check(cfg: DictConfig) -> Plan:
-    """Checks a whole config.
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The values of a composed config, interpolations resolved."""
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def check(cfg: DictConfig | dict[str, Any]) -> Plan:
+    """Checks a whole config. One that was read from a run directory goes through `import_installed` first.
 
     Raises:
         LmGymError: naming the key, what was expected and what came.
     """
-    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    values: dict[str, Any] = plain(cfg) if isinstance(cfg, DictConfig) else cfg
     agent = dict(values["agent"])
     if "_target_" not in agent:
         raise InvalidArgumentError("`agent` must be one of the files in conf/agent, got one without a `_target_`.")
+    target = agent.pop("_target_")
     try:
-        agent_class: Any = hydra.utils.get_class(agent.pop("_target_"))
+        agent_class: Any = hydra.utils.get_class(target)
     except (ImportError, ValueError) as error:
         raise InvalidArgumentError(f"`agent._target_` must be a class that can be imported: {error}") from error
+    if not is_dataclass(getattr(agent_class, "Config", None)):
+        raise InvalidArgumentError(f"`agent._target_` must be an agent, whose `Config` is a dataclass, got {target!r}.")
     agent_config = validated(agent_class.Config, agent, "agent")
     from lmgym.models.causal import resolve_device
     from lmgym.models.sampling import Sampler
@@ -111,6 +122,7 @@ def check(cfg: DictConfig) -> Plan:
         values["total_timesteps"],
         values["seed"],
         values["checkpoint_every"],
+        needed_trust(values),
     )
 
 
@@ -296,7 +308,7 @@ def train(plan: Plan, directory: Path, resume: bool) -> int:
         agent.learn(plan.total_timesteps, after_batch)
         train_seconds = save()
     if stop.asked and agent.num_timesteps < plan.total_timesteps:
-        command = f"{sys.executable} -m agents.train resume={directory}"
+        command = f"{sys.executable} -m agents.train resume={directory}{trust_argument(plan.trust)}"
         print(f"Stopped after {agent.num_timesteps:,} tokens. Go on with: {command}")
         return 130
     after = grade(plan, agent)
@@ -345,16 +357,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def saved_config(directory: Path) -> DictConfig:
-    """The config of a run directory.
+def saved_config(directory: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
+    """The config of a run directory, the code that it names imported.
+
+    Args:
+        directory: of the run.
+        trusted: modules that it may name although they are not installed, as the user has said.
 
     Raises:
-        InvalidArgumentError: if it is none.
+        InvalidArgumentError: if it is none, or if it names other code.
     """
     path = directory / "config.yaml"
     if not path.is_file():
         raise InvalidArgumentError(f"`{directory}` must be a run directory, and has no config.yaml.")
-    return OmegaConf.load(path)  # type: ignore[return-value]
+    values = read_config(path)
+    import_installed(values, directory, trusted)
+    return values
 
 
 def check_checkpoint(directory: Path) -> None:
@@ -365,31 +383,32 @@ def check_checkpoint(directory: Path) -> None:
         )
 
 
-def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
+def resumed_config(directory: Path, overrides: list[str], trusted: Sequence[str] = ()) -> dict[str, Any]:
     """The config of a run that goes on, with what may change then.
 
     Args:
-        directory: of the run. overrides: `key=value` each, as on the command line.
+        directory: of the run. overrides: `key=value` each, as on the command line. trusted: as for `saved_config`.
 
     Raises:
         InvalidArgumentError: if it is no run directory, has no checkpoint, or another key is to change.
     """
-    cfg = saved_config(directory)
+    values = saved_config(directory, trusted)
     from agents.checkpoint import recover
 
     recover(directory / "checkpoint")
     check_checkpoint(directory)
     for override in overrides:
         key, _, value = override.partition("=")
-        if key == "resume":
+        if key in ("resume", "trust"):
             continue
         if key not in RESUMABLE and not key.startswith("evaluation."):
             raise InvalidArgumentError(
                 f"`{key}` must be as it was when the run began: with `resume`, only {', '.join(RESUMABLE)} and "
                 "evaluation.* may change."
             )
-        OmegaConf.update(cfg, key, yaml.safe_load(value), force_add=False)
-    return cfg
+        section = values["evaluation"] if key.startswith("evaluation.") else values
+        section[key.removeprefix("evaluation.")] = yaml.safe_load(value)
+    return values
 
 
 def spelled_out(arguments: list[str]) -> list[str]:
@@ -413,9 +432,10 @@ def begin(cfg: DictConfig, directory: Path) -> Plan:
         LmGymError: for a config that cannot be, or a directory that holds a run; nothing is left behind.
     """
     try:
-        plan = check(cfg)
+        values = plain(cfg)
+        plan = check(values)
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True), new=True)
+        write_atomically(directory / "config.yaml", config_text(values), new=True)
     except FileExistsError as error:
         raise InvalidArgumentError(
             f"`hydra.run.dir` must be a directory without a run, and {directory} holds one: go on with that by "
@@ -446,9 +466,9 @@ def main(cfg: DictConfig) -> None:
     try:
         if resume:
             overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-            cfg = resumed_config(directory, overrides)
-            plan = check(cfg)
-            write_atomically(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+            values = resumed_config(directory, overrides, trusted_modules(cfg.get("trust")))
+            plan = check(values)
+            write_atomically(directory / "config.yaml", config_text(values))
         else:
             plan = begin(cfg, directory)
     except LmGymError as error:

@@ -101,7 +101,9 @@ class Bench:
         self.tokens = rng.integers(3, vocabulary, (horizon, num_envs))
         self.made: dict[str, Any] = {}
         self.generator = torch.Generator().manual_seed(0)
-        self.plain: Any = AutoModelForCausalLM.from_pretrained(path).eval().to(device)  # as Hugging Face loads it
+        self.plain: Any = (
+            AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False).eval().to(device)
+        )  # as Hugging Face loads it
 
     def envs(self, name: str) -> Any:
         """The vector env of a path, made once and warm."""
@@ -237,7 +239,7 @@ class NaiveEnv(gym.Env[Any, Any]):
     def __init__(self, kwargs: dict[str, Any]) -> None:
         self.env = gym.make("lmgym/RLHF-v0", disable_env_checker=True, **{**kwargs, "kl_coef": 0.0})
         self.observation_space, self.action_space = self.env.observation_space, self.env.action_space
-        self.model: Any = AutoModelForCausalLM.from_pretrained(kwargs["model"]).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(kwargs["model"], trust_remote_code=False).eval()
         self.kl_coef = kwargs["kl_coef"]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:

@@ -130,7 +130,7 @@ def build_model(shape: Shape, dtype: torch.dtype) -> Any:
         )
     with torch.random.fork_rng(), torch.device(device()):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def make_envs(shape: Shape, dtype: torch.dtype, horizon: int, kl_coef: float) -> Any:

@@ -339,7 +339,7 @@ def test_no_run_writes_into_anothers_directory(tmp_path: Path) -> None:
     agents.train.begin(composed("seed=1"), tmp_path / "run")
     with pytest.raises(InvalidArgumentError, match=r"holds one: go on with that by resume="):
         agents.train.begin(composed("seed=2"), tmp_path / "run")
-    assert agents.train.saved_config(tmp_path / "run").seed == 1
+    assert agents.train.saved_config(tmp_path / "run")["seed"] == 1
 
 
 def test_a_config_that_cannot_be_leaves_no_directory(tmp_path: Path) -> None:
@@ -357,9 +357,9 @@ def test_a_resumed_run_takes_a_new_total_and_no_other_numbers(tmp_path: Path) ->
         agents.train.resumed_config(tmp_path, [])
     (tmp_path / "checkpoint").mkdir()
     overrides = [f"resume={tmp_path}", "total_timesteps=300000", "evaluation.samples=2"]
-    cfg = agents.train.resumed_config(tmp_path, overrides)
-    assert (cfg.total_timesteps, cfg.evaluation.samples, cfg.agent.lr) == (300000, 2, 1e-4)
-    agents.train.check(cfg)
+    values = agents.train.resumed_config(tmp_path, overrides)
+    assert (values["total_timesteps"], values["evaluation"]["samples"], values["agent"]["lr"]) == (300000, 2, 1e-4)
+    agents.train.check(values)
     with pytest.raises(InvalidArgumentError, match="`agent.lr` must be as it was when the run began"):
         agents.train.resumed_config(tmp_path, ["agent.lr=1e-3"])
 

@@ -107,7 +107,7 @@ def reward_model_from(causal_lm: Any, generator: torch.Generator) -> Any:
         )
     config.num_labels = 1
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are all replaced below
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     model.base_model.load_state_dict(causal_lm.base_model.state_dict())
     head = _score_head(model)
     with torch.no_grad():
