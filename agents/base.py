@@ -143,6 +143,8 @@ class OnPolicyAgent(ABC):
     Attributes:
         num_timesteps: env steps so far.
         tokens: what the policy has read for them.
+        at_rest: whether a run goes on to the same curve from what `save` would write now. It is False in the midst of
+            an update; where the collecting of a batch fails, `save` writes the state before that batch.
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = OnPolicyConfig
@@ -181,6 +183,8 @@ class OnPolicyAgent(ABC):
         self.masters = MasterWeights(self.optimizer)
         self.generator = torch_generator(seed, ACTIONS)
         self.num_timesteps, self.tokens = 0, TokenCount()
+        self._before_batch: dict[str, Any] | None = None  # the state there, while nothing has been learned since
+        self.at_rest = True
         self.kl: KLCoefficient = FixedKL(envs.kl_coef)
         if config.kl_controller == "adaptive":
             self.kl = AdaptiveKL(envs.kl_coef, config.kl_target, config.kl_horizon)
@@ -252,14 +256,17 @@ class OnPolicyAgent(ABC):
         """
         while self.num_timesteps < total_timesteps:
             started = time.perf_counter()
+            self._before_batch = self._state()
             episodes = self._collect()
             collected = time.perf_counter()
             behind = self.num_timesteps + episodes.num_tokens
             self._set_lr(self.num_timesteps / total_timesteps, behind / total_timesteps)
             metrics = self._describe(episodes)
+            self._before_batch, self.at_rest = None, False
             metrics |= self._update(episodes)
             self.num_timesteps += episodes.num_tokens
             self.kl.update(metrics.get("rollout/kl", 0.0), len(episodes))
+            self.at_rest = True
             ended = time.perf_counter()
             metrics["time/tokens_per_second"] = episodes.num_tokens / (ended - started)
             metrics["time/collect_seconds"], metrics["time/update_seconds"] = collected - started, ended - collected
@@ -519,18 +526,27 @@ class OnPolicyAgent(ABC):
         `AutoModelForCausalLM` loads a fine-tuned policy; a residual is no model of its own.
         """
         with replacing(directory) as scratch:
-            self.policy.save(scratch)
-            training = {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
-            torch.save(training, scratch / "training.pt")
-            state = {
-                "num_timesteps": self.num_timesteps,
-                "tokens": asdict(self.tokens),
-                "kl_coef": self.kl.value,
-                "config": asdict(self.config),
-                "env": self.envs.get_state(),
-                "own": self.own_state(),
-            }
-            (scratch / "state.json").write_text(json.dumps(state))
+            self.write(scratch)
+
+    def write(self, directory: Path) -> None:
+        """Writes the files of a checkpoint into an empty directory."""
+        self.policy.save(directory)
+        state = dict(self._before_batch or self._state())
+        training = {"optimizer": self.optimizer.state_dict(), "generator": state.pop("generator")}
+        torch.save(training, directory / "training.pt")
+        (directory / "state.json").write_text(json.dumps(state))
+
+    def _state(self) -> dict[str, Any]:
+        """What changes from batch to batch but for the weights and what the optimiser knows of them."""
+        return {
+            "num_timesteps": self.num_timesteps,
+            "tokens": asdict(self.tokens),
+            "kl_coef": self.kl.value,
+            "config": asdict(self.config),
+            "env": self.envs.get_state(),
+            "own": self.own_state(),
+            "generator": self.generator.get_state(),
+        }
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Goes on from what `save` wrote: the same curve as if there had been no break."""
@@ -546,6 +562,7 @@ class OnPolicyAgent(ABC):
         self.tokens = TokenCount(**state["tokens"])
         self.envs.set_state(state["env"])
         self.restore_own_state(state["own"])
+        self._before_batch, self.at_rest = None, True
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from agents.recorder import write_atomically
+from agents.files import write_atomically
 from lmgym.tasks import StoredOptimum, Task, registered_tasks
 
 PAGE = Path(__file__).parent.parent / "docs" / "tasks.md"

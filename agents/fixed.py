@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from agents.base import Callback, check_dict_observations
-from agents.checkpoint import TokenCount
-from agents.recorder import write_atomically
+from agents.checkpoint import TokenCount, replacing
 from agents.seeds import ACTIONS, torch_generator
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.models.policy import Policy
@@ -66,11 +65,14 @@ class FixedAgent(ABC):
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes what the sampling goes on from; what the agent does is derived again."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        with replacing(directory) as scratch:
+            self.write(scratch)
+
+    def write(self, directory: Path) -> None:
+        """Writes the files of a checkpoint into an empty directory."""
         state = {"seed": self.seed, "num_timesteps": self.num_timesteps, "tokens": asdict(self.tokens)}
         state["generator"] = self.generator.get_state().tolist()
-        write_atomically(directory / "state.json", json.dumps(state))
+        (directory / "state.json").write_text(json.dumps(state))
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Reads back what `save` wrote."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from agents.recorder import write_atomically
+from agents.files import write_atomically
 from agents.train import wait_politely
 from lmgym.errors import InvalidArgumentError, LmGymError, unknown_name
 from lmgym.tasks import StoredOptimum, Task, make_task, registered_tasks

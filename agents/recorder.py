@@ -11,8 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from agents.files import RunFileError, open_to_append, read_text, refuse_link, write_atomically
+
 GROUPS = ("rollout/", "train/", "cost/", "time/", "eval/")
 METRICS_FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 _SHOWN = {"rollout/return": "return", "rollout/score": "score", "rollout/kl": "kl", "train/loss": "loss"}
 _BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
@@ -36,6 +39,7 @@ class Recorder:
     Raises:
         ValueError: If `total` is not positive or `resume_at` is not in `[0, total]`.
         FileExistsError: If a new run would mix its metrics with those of an earlier one.
+        RunFileError: If a row is damaged, or a link lies where a file is to be written.
     """
 
     def __init__(
@@ -48,6 +52,8 @@ class Recorder:
         self.directory = Path(directory)
         self.path = self.directory / METRICS_FILE
         self.directory.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS_FILE, TENSORBOARD):
+            refuse_link(self.directory / name)
         if resume_at is not None:
             _drop_rows_after(self.path, resume_at)
         elif self.path.exists() and self.path.stat().st_size:
@@ -55,8 +61,8 @@ class Recorder:
                 f"`{self.path}` holds the metrics of an earlier run: pass `resume_at` to go on with it, "
                 "or choose another `directory`."
             )
-        self._file = self.path.open("a", encoding="utf-8")
-        self._writer = _summary_writer(self.directory / "tensorboard", resume_at)
+        self._file = open_to_append(self.path)
+        self._writer = _summary_writer(self.directory / TENSORBOARD, resume_at)
         self._bar = _progress_bar(total, resume_at or 0, progress)
         self._shown: dict[str, str] = {}
 
@@ -112,45 +118,28 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     A last line that a killed process left half written is not a row. Any other broken line is an error.
 
     Raises:
-        ValueError: If a line before the last is not a JSON object with a `step`.
+        RunFileError: If a line before the last is not a JSON object of numbers with a `step`, or it is no text file.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = read_text(Path(path)).split("\n")
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            break  # only the last line can lack its end
+    for number, line in enumerate(lines[:-1], start=1):  # behind the last line break is what was not finished
         try:
             row = json.loads(line)
-            row["step"] = int(row["step"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"Line {number} of `{path}` is not a row of metrics: {line.strip()[:80]!r}.") from error
+        except (ValueError, RecursionError):
+            row = None
+        if not _is_row(row):
+            raise RunFileError(
+                f"Line {number} of `{path}` is not a row of metrics: {line.strip()[:80]!r}. Take that line out."
+            )
         rows.append(row)
     return rows
 
 
-def write_atomically(path: str | os.PathLike[str], text: str, *, new: bool = False) -> None:
-    """Writes a text file under a temporary name, then renames it: a reader sees the old text or the new, never half.
-
-    Args:
-        path: of the file. text: what it will hold.
-        new: whether there must be none yet; of several processes that write it at once, one succeeds.
-
-    Raises:
-        FileExistsError: if there is one and `new` is True.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if new:
-            os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _is_row(row: Any) -> bool:
+    """Whether it maps names to numbers or None, `step` to an int."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
+        return False
+    return all(value is None or type(value) in (int, float) for value in row.values())
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

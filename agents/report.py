@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
-from agents.recorder import read_rows, write_atomically
+from agents.files import write_atomically
+from agents.recorder import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -142,7 +144,9 @@ def curves(metrics_path: str | os.PathLike[str], summary: Mapping[str, Any], png
     for axes in (bottom_left, bottom_right):
         _label_steps(axes)
     _title(figure, summary)
-    figure.savefig(png_path)
+    picture = io.BytesIO()
+    figure.savefig(picture)
+    write_atomically(png_path, picture.getvalue())
 
 
 # --- the table ---------------------------------------------------------------------------------------------------

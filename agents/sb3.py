@@ -348,21 +348,25 @@ class SB3Agent:
         `AutoModelForCausalLM` loads a fine-tuned actor. A replay buffer is not written, nor are the episodes in hand.
         """
         with replacing(directory) as scratch:
-            if self._actor is not None:
-                self._actor.save(scratch)
-            else:
-                save_model(self.model.policy, str(scratch / "policy.safetensors"))
-            save_file(_flat(self.model.policy.optimizer.state_dict()["state"]), scratch / "optimizer.safetensors")
-            state = {
-                "num_timesteps": self.num_timesteps,
-                "tokens": asdict(self.tokens),
-                "config": asdict(self.config),
-                "env": self._inner.get_state(),
-                "randomness": (self._randomness or _Randomness.now()).as_json(),
-                "actions": self.model.action_space.np_random.bit_generator.state,
-                "generator": self.generator.get_state().tolist(),
-            }
-            (scratch / "state.json").write_text(json.dumps(state))
+            self.write(scratch)
+
+    def write(self, directory: Path) -> None:
+        """Writes the files of a checkpoint into an empty directory."""
+        if self._actor is not None:
+            self._actor.save(directory)
+        else:
+            save_model(self.model.policy, str(directory / "policy.safetensors"))
+        save_file(_flat(self.model.policy.optimizer.state_dict()["state"]), directory / "optimizer.safetensors")
+        state = {
+            "num_timesteps": self.num_timesteps,
+            "tokens": asdict(self.tokens),
+            "config": asdict(self.config),
+            "env": self._inner.get_state(),
+            "randomness": (self._randomness or _Randomness.now()).as_json(),
+            "actions": self.model.action_space.np_random.bit_generator.state,
+            "generator": self.generator.get_state().tolist(),
+        }
+        (directory / "state.json").write_text(json.dumps(state))
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Reads back what `save` wrote; episodes begin anew, and a replay buffer is empty.

@@ -69,6 +69,7 @@ class SupervisedAgent(ABC, Generic[Examples]):
     Attributes:
         num_timesteps: tokens sampled for examples; of a file, the response tokens learned from.
         tokens: what the policy has read.
+        at_rest: whether a run goes on to the same curve from what `save` would write now, as in `OnPolicyAgent`.
     """
 
     Config: ClassVar[type[SupervisedConfig]] = SupervisedConfig
@@ -84,6 +85,8 @@ class SupervisedAgent(ABC, Generic[Examples]):
         self.masters = MasterWeights(self.optimizer)
         self.generator = torch_generator(seed, ACTIONS)
         self.num_timesteps, self.tokens = 0, TokenCount()
+        self._before_batch: dict[str, Any] | None = None  # the state there, while nothing has been learned since
+        self.at_rest = True
         envs.reset(seed=row_seeds(seed, envs.num_envs))
         self._order, self._passes = torch.zeros(0, dtype=torch.int64), 0  # what is left of a pass; passes begun
 
@@ -121,6 +124,7 @@ class SupervisedAgent(ABC, Generic[Examples]):
         """
         while self.num_timesteps < total_timesteps:
             started = time.perf_counter()
+            self._before_batch = self._state()
             if self.file_size is None:
                 progress, updates = self.num_timesteps / total_timesteps, self.config.epochs
                 examples, tokens = self.sample()
@@ -128,15 +132,18 @@ class SupervisedAgent(ABC, Generic[Examples]):
                 progress, updates = (self._passes - len(self._order) / self.file_size) / self.config.epochs, 1
                 rows = self._next_rows(self.file_size)
                 if rows is None:
+                    self._before_batch = None
                     return
                 examples, tokens = self.select(rows)
             metrics = self.describe(examples)
             metrics["train/lr"] = self.config.lr * (1 - progress if self.config.lr_schedule == "linear" else 1)
             for group in self.optimizer.param_groups:
                 group["lr"] = metrics["train/lr"]
+            self._before_batch, self.at_rest = None, False
             history = [self._step(examples) for _ in range(updates)]
             metrics |= {name: sum(row[name] for row in history) / updates for name in history[0]}
             self.num_timesteps += tokens
+            self.at_rest = True
             metrics["time/tokens_per_second"] = tokens / (time.perf_counter() - started)
             metrics |= self.tokens.metrics()
             if callback is not None and callback(self.num_timesteps, metrics) is False:
@@ -175,17 +182,27 @@ class SupervisedAgent(ABC, Generic[Examples]):
         `AutoModelForCausalLM` loads a fine-tuned policy; a residual is no model of its own.
         """
         with replacing(directory) as scratch:
-            self.policy.save(scratch)
-            training = {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
-            torch.save(training | {"order": self._order.clone()}, scratch / "training.pt")
-            state = {
-                "num_timesteps": self.num_timesteps,
-                "tokens": asdict(self.tokens),
-                "passes": self._passes,
-                "config": asdict(self.config),
-                "env": self.envs.get_state(),
-            }
-            (scratch / "state.json").write_text(json.dumps(state))
+            self.write(scratch)
+
+    def write(self, directory: Path) -> None:
+        """Writes the files of a checkpoint into an empty directory."""
+        self.policy.save(directory)
+        state = dict(self._before_batch or self._state())
+        training = {name: state.pop(name) for name in ("generator", "order")}
+        torch.save({"optimizer": self.optimizer.state_dict(), **training}, directory / "training.pt")
+        (directory / "state.json").write_text(json.dumps(state))
+
+    def _state(self) -> dict[str, Any]:
+        """What changes from batch to batch but for the weights and what the optimiser knows of them."""
+        return {
+            "num_timesteps": self.num_timesteps,
+            "tokens": asdict(self.tokens),
+            "passes": self._passes,
+            "config": asdict(self.config),
+            "env": self.envs.get_state(),
+            "generator": self.generator.get_state(),
+            "order": self._order.clone(),
+        }
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Goes on from what `save` wrote: the same curve as if there had been no break."""
@@ -198,6 +215,7 @@ class SupervisedAgent(ABC, Generic[Examples]):
         self.num_timesteps, self._passes, self._order = state["num_timesteps"], state["passes"], training["order"].cpu()
         self.tokens = TokenCount(**state["tokens"])
         self.envs.set_state(state["env"])
+        self._before_batch, self.at_rest = None, True
 
 
 def descend(

@@ -28,7 +28,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import lmgym
 from agents.config import short_errors, validated
-from agents.recorder import Recorder, write_atomically
+from agents.files import write_atomically
+from agents.recorder import Recorder
 from agents.report import curves, samples_table, table, write_json
 from agents.trust import config_text, import_installed, needed_trust, read_config, trust_argument, trusted_modules
 from lmgym.envs.settings import Settings
@@ -434,16 +435,16 @@ def begin(cfg: DictConfig, directory: Path) -> Plan:
     try:
         values = plain(cfg)
         plan = check(values)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / "config.yaml", config_text(values), new=True)
-    except FileExistsError as error:
-        raise InvalidArgumentError(
-            f"`hydra.run.dir` must be a directory without a run, and {directory} holds one: go on with that by "
-            f"resume={directory}, or choose another."
-        ) from error
     except LmGymError:
         abandon(directory)
         raise
+    directory.mkdir(parents=True, exist_ok=True)
+    if (directory / "config.yaml").exists():
+        raise InvalidArgumentError(
+            f"`hydra.run.dir` must be a directory without a run, and {directory} holds one: go on with that by "
+            f"resume={directory}, or choose another."
+        )
+    write_atomically(directory / "config.yaml", config_text(values))
     write_json(directory / "versions.json", versions())
     return plan
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from agents.recorder import METRICS_FILE, Recorder, read_rows, write_atomically
+from agents.files import RunFileError
+from agents.recorder import METRICS_FILE, Recorder, read_rows
 
 
 def lines(directory: Path) -> list[dict]:
@@ -100,9 +101,37 @@ def test_arguments_are_checked_before_anything_is_made(tmp_path: Path, arguments
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path = tmp_path / METRICS_FILE
-    path.write_text('{"step": 10}\nnot json\n{"step": 20}\n')
-    with pytest.raises(ValueError, match="Line 2 of .* is not a row of metrics: 'not json'"):
+    for line in (
+        "not json",
+        "[1]",
+        "{}",
+        '{"step": "1"}',
+        '{"step": true}',
+        '{"step": 1, "train/loss": "1"}',
+        "9" * 5000,
+    ):
+        path.write_text(f'{{"step": 10}}\n{line}\n{{"step": 20}}\n')
+        with pytest.raises(RunFileError, match=r"Line 2 of .*metrics.jsonl` is not a row of metrics"):
+            read_rows(path)
+    path.write_bytes(b'{"step": 10}\n\xff\n')
+    with pytest.raises(RunFileError, match=r"metrics.jsonl` must be UTF-8 text"):
         read_rows(path)
+    assert read_rows_of(path, '{"step": 10}\n{"step": 2') == [{"step": 10}]
+
+
+def read_rows_of(path: Path, text: str) -> list[dict]:
+    path.write_text(text)
+    return read_rows(path)
+
+
+@pytest.mark.parametrize("name", [METRICS_FILE, "tensorboard"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "outside" / "new")
+    with pytest.raises(RunFileError, match=f"{name}` must be no link, and is one"):
+        Recorder(tmp_path / "run", total=10, progress=False)
+    assert not list((tmp_path / "outside").iterdir())
 
 
 def test_the_files_are_closed_when_training_is_interrupted(tmp_path: Path) -> None:
@@ -147,20 +176,6 @@ def test_the_bar_of_a_resumed_run_starts_where_the_run_stopped(
     assert "500/1.00k" in shown
 
 
-def test_a_failed_atomic_write_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file.txt"
-    write_atomically(path, "old")
-
-    def fail(*_: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr("agents.recorder.os.replace", fail)
-    with pytest.raises(OSError, match="no space left"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
-
-
 def test_importing_the_recorder_loads_nothing_heavy() -> None:
     code = (
         "import sys, agents.recorder, agents.report;"
@@ -169,10 +184,3 @@ def test_importing_the_recorder_loads_nothing_heavy() -> None:
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "set()"
-
-
-def test_of_two_that_write_a_new_file_one_succeeds(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "claim", "mine", new=True)
-    with pytest.raises(FileExistsError):
-        write_atomically(tmp_path / "claim", "yours", new=True)
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("claim", "mine")]

@@ -1,0 +1,91 @@
+"""What a run depends on besides its checkpoint: its config, and the files that the config names.
+
+Both are noted in every checkpoint, and compared with what is there when a run goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from agents.files import RunFileError, checksum
+
+COMPARED = ("task", "agent", "sampler", "seed")  # parts of a config; the others may change, or are of the machine
+_DIRECTORIES = ("task.model", "task.reward")  # which may be directories
+_PATHS = (*_DIRECTORIES, "task.prompts")  # where a bare word may be a path
+
+
+def notes_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint notes of a run: the parts of its config that stay, and a SHA-256 of each file named there.
+
+    Args:
+        config: plain values.
+
+    Raises:
+        RunFileError: for a file that cannot be read.
+    """
+    values = {name: config[name] for name in COMPARED if name in config}
+    inputs = {}
+    for key, value in _leaves(values):
+        path = _file_of(key, value)
+        if path is not None:
+            inputs[key] = _checksum(key, path)
+    return json.loads(json.dumps({"config": values, "inputs": inputs}))
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is not as a checkpoint noted it, a sentence each.
+
+    Args:
+        then: as `notes_of` gave it. now: the same of today.
+    """
+    found = []
+    before, after = (dict(_leaves(notes.get("config", {}))) for notes in (then, now))
+    for key in sorted(before.keys() | after.keys()):
+        old, new = (repr(x[key]) if key in x else "missing" for x in (before, after))
+        if old != new:
+            found.append(f"`{key}` in config.yaml is {new}, and was {old} when the checkpoint was saved.")
+    for key, digest in then.get("inputs", {}).items():
+        if key in after and after.get(key) == before.get(key) and now["inputs"].get(key) != digest:
+            found.append(f"`{key}`: the content of {after[key]} is no longer that of when the run began.")
+    return found
+
+
+def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings and lists, by dotted key."""
+    if isinstance(values, Mapping) and values:
+        for name, value in values.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list) and values:
+        for i, value in enumerate(values):
+            yield from _leaves(value, f"{key}.{i}")
+    else:
+        yield key, values
+
+
+def _file_of(key: str, value: Any) -> Path | None:
+    """The file or directory that a value of a config names, or None. Elsewhere a bare word is a choice, and no path."""
+    if not isinstance(value, str) or key.endswith("_target_"):
+        return None
+    if key not in _PATHS and not {"/", ".", os.sep} & set(value):
+        return None
+    try:
+        path = Path(value)
+        return path if path.is_file() or (key in _DIRECTORIES and path.is_dir()) else None
+    except (OSError, ValueError):  # too long, or with a null byte: a prompt, for one
+        return None
+
+
+def _checksum(key: str, path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of the files in a directory."""
+    try:
+        if path.is_file():
+            return checksum(path)
+        files = sorted(x for x in path.iterdir() if x.is_file() and not x.name.startswith("."))
+        return hashlib.sha256(json.dumps([(x.name, checksum(x)) for x in files]).encode()).hexdigest()
+    except OSError as error:
+        raise RunFileError(f"`{key}`: {error.filename or path} cannot be read: {error.strerror}.") from error
