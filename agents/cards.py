@@ -25,7 +25,7 @@ for task in lmgym.suite():
 env = gym.make("lmgym/Keyword-8-v0")                      # or gym.make("lmgym/RLHF-v0", task="keyword-8")
 ```
 
-`python -m agents.train task=keyword task.task=keyword-32` trains on a setting. Names and versions are stable: whatever
+`python -m agents.train task=keyword-32` trains on a setting. Names and versions are stable: whatever
 would move an optimum (reference, reward, prompts, ends of episodes) is a new version. `lmgym.register_task(name,
 build)` adds a task of your own to `gym.make` and to the suite, and `lmgym.testing.check_task(name)` holds it to what
 these are held to.

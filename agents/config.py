@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from hydra.errors import CompactHydraException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from lmgym.errors import InvalidArgumentError, unknown_name
+from lmgym.errors import InvalidArgumentError, LmGymError, unknown_name
 
 T = TypeVar("T")
 
@@ -94,5 +94,5 @@ def short_errors() -> Iterator[None]:
         yield
     except CompactHydraException as error:
         sys.exit(explained(error))
-    except OmegaConfBaseException as error:
+    except (LmGymError, OmegaConfBaseException) as error:  # ours: of a run of a multirun, whose other runs went on
         sys.exit(str(error))

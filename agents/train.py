@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -19,11 +20,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import lmgym
@@ -31,6 +33,7 @@ from agents.config import short_errors, validated
 from agents.files import write_atomically
 from agents.recorder import Recorder
 from agents.report import curves, samples_table, table, write_json
+from agents.sweeps import given, register, show_multirun
 from agents.trust import config_text, import_installed, needed_trust, read_config, trust_argument, trusted_modules
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError, check_int
@@ -40,9 +43,10 @@ if TYPE_CHECKING:
     from lmgym.intervals import Interval
     from lmgym.tasks import StoredOptimum, Task
 
-OmegaConf.register_new_resolver("first", lambda *xs: next((x for x in xs if x is not None), None), replace=True)
+register()
 EVALUATION_EPISODES = 4096
 _FEW_RESPONSES = 100_000  # that may be written down after a run
+CONF = Path(__file__).parents[1] / "conf"
 RESUMABLE = ("total_timesteps", "checkpoint_every")  # and evaluation.*
 PACKAGES = ("torch", "transformers", "gymnasium", "numpy", "hydra-core", "tokenizers")
 
@@ -412,20 +416,6 @@ def resumed_config(directory: Path, overrides: list[str], trusted: Sequence[str]
     return values
 
 
-def spelled_out(arguments: list[str]) -> list[str]:
-    """Command-line arguments in which a task of the suite may stand by its name: `task=keyword-8`.
-
-    What Hydra chooses is a file, one a family: `task=keyword task.task=keyword-8`.
-    """
-    tasks, result = Path(__file__).parents[1] / "conf" / "task", []
-    for argument in arguments:
-        key, _, name = argument.partition("=")
-        family = name.partition("-")[0]
-        setting = key == "task" and family != name and (tasks / f"{family}.yaml").is_file() and "," not in name
-        result += [f"task={family}", f"task.task={name}"] if setting else [argument]
-    return result
-
-
 def begin(cfg: DictConfig, directory: Path) -> Plan:
     """Checks a config and claims a run directory for it.
 
@@ -458,34 +448,51 @@ def abandon(directory: Path) -> None:
         directory.rmdir()
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
-def main(cfg: DictConfig) -> None:
-    """Hydra's entry: checks, then trains."""
+def refuse(error: LmGymError, directory: Path) -> NoReturn:
+    """Ends a run that cannot be, in a line; of a multirun that run alone."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        print(f"{directory.name}: {error}", file=sys.stderr, flush=True)
+        raise error
+    sys.exit(str(error))
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+def main(cfg: DictConfig) -> float:
+    """Hydra's entry: checks, then trains.
+
+    Returns:
+        J of the trained policy, which sweepers such as Optuna's maximise.
+    """
     wait_politely()
     resume = cfg.resume is not None
     directory = Path(cfg.resume if resume else HydraConfig.get().runtime.output_dir)
     try:
         if resume:
-            overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+            overrides = given(HydraConfig.get()) if HydraConfig.initialized() else []
             values = resumed_config(directory, overrides, trusted_modules(cfg.get("trust")))
             plan = check(values)
             write_atomically(directory / "config.yaml", config_text(values))
         else:
             plan = begin(cfg, directory)
     except LmGymError as error:
-        sys.exit(f"{error}")
+        refuse(error, directory)
     try:
         code = train(plan, directory, resume)
     except KeyboardInterrupt:
         code = 130
     except LmGymError as error:
         abandon(directory)
-        sys.exit(f"{error}")
+        refuse(error, directory)
     if code:
         sys.exit(code)
+    return float(json.loads((directory / "summary.json").read_text(encoding="utf-8"))["after"]["return"]["mean"])
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = spelled_out(sys.argv[1:])
+    from agents.train import main  # under its own name, by which processes of a multirun find what they run
+
     with short_errors():
-        main()
+        try:
+            main()
+        finally:
+            show_multirun()

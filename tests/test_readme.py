@@ -458,7 +458,6 @@ def test_commands_compose(document: Path, alone: pytest.MonkeyPatch, tmp_path: P
         elif not (ROOT / "conf" / f"{module}.yaml").is_file():  # its arguments are names and flags
             assert not [argument for argument in arguments if "=" in argument]
         else:
-            overrides = train.spelled_out(overrides) if module == "train" else overrides
             cfg = composed(module, overrides, tmp_path / "conf")
             if module == "train":
                 train.check(cfg)

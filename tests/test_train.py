@@ -364,22 +364,6 @@ def test_a_resumed_run_takes_a_new_total_and_no_other_numbers(tmp_path: Path) ->
         agents.train.resumed_config(tmp_path, ["agent.lr=1e-3"])
 
 
-@pytest.mark.parametrize(
-    ("argument", "expected"),
-    [
-        ("task=keyword-8", ["task=keyword", "task.task=keyword-8"]),
-        ("task=anchor-0.1", ["task=anchor", "task.task=anchor-0.1"]),
-        ("task=keyword", ["task=keyword"]),
-        ("task=keyword-8,echo-4", ["task=keyword-8,echo-4"]),
-        ("task=keywrod-8", ["task=keywrod-8"]),
-        ("task.task=keyword-8", ["task.task=keyword-8"]),
-        ("agent=ppo", ["agent=ppo"]),
-    ],
-)
-def test_a_task_of_the_suite_stands_by_its_name(argument: str, expected: list[str]) -> None:
-    assert agents.train.spelled_out(["-m", argument, "seed=1"]) == ["-m", *expected, "seed=1"]
-
-
 def test_the_optimum_is_of_the_prompts_graded() -> None:
     task = ["task=keyword", "task.task=keyword-8", "task.kl_coef=0.2"]
     plan = agents.train.check(composed(*task, "evaluation.prompts=3"))
