@@ -15,6 +15,7 @@ from agents.advantages import whiten
 from agents.base import Minibatch, OnPolicyAgent, OnPolicyConfig
 from agents.losses import clipped_policy_loss, clipped_value_loss
 from agents.policy import TrainablePolicy
+from lmgym.data.rows import read_texts
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_bool, check_choice, check_int, check_number
@@ -22,7 +23,6 @@ from lmgym.kl import entropy
 from lmgym.models.causal import token_log_probs
 from lmgym.models.sampling import Sampler
 from lmgym.rewards.sequence import right_padded
-from lmgym.tasks.base import read_texts
 
 
 @dataclass(frozen=True)

@@ -697,9 +697,9 @@ BAD: list[tuple[Parts, str]] = [
     ({"reward": "module:"}, "`reward` must be an import path 'package.module:function', got 'module:'."),
     ({"reward": "no_such_module:reward"}, "No module named 'no_such_module'"),
     ({"reward": 3}, "`reward` must be"),
-    ({"prompts": []}, r"`prompts` must be a non-empty list of texts, got \[\]."),
+    ({"prompts": []}, r"`prompts` must be a non-empty list of texts or rows, got \[\]."),
     ({"prompts": ["a", ""]}, "`prompts` must hold non-empty texts, and item 1 is ''."),
-    ({"prompts": 3}, "`prompts` must be a non-empty list of texts, got 3."),
+    ({"prompts": 3}, "`prompts` must be a non-empty list of texts or rows, got 3."),
     ({"prompts": "/no/such/file.txt"}, "there is no file '/no/such/file.txt'."),
 ]
 

@@ -173,9 +173,12 @@ def test_a_limit_counted_in_the_tasks_own_tokens_goes_with_them() -> None:
         ({"max_new_tokens": 0}, "`max_new_tokens` must be an int >= 1, got 0."),
         ({"min_new_tokens": 8}, "`min_new_tokens` must be an int >= 0 and <= 7, got 8."),
         ({"max_prompt_tokens": 0}, "`max_prompt_tokens` must be an int >= 1, got 0."),
-        ({"prompts": {"train": []}}, r"`prompts\['train'\]` must be a non-empty list of texts, got \[\]."),
-        ({"prompts": {"train": "a film"}}, r"`prompts\['train'\]` must be a non-empty list of texts, got 'a film'."),
-        ({"prompts": {"train": ["a", None]}}, r"`prompts\['train'\]` must hold non-empty texts, and item 1 is None."),
+        ({"prompts": {"train": []}}, r"`prompts\['train'\]` must be a non-empty list of texts or rows, got \[\]."),
+        ({"prompts": {"train": "a film"}}, r"`prompts\['train'\]` .* there is no file 'a film'."),
+        (
+            {"prompts": {"train": ["a", None]}},
+            "must hold texts or rows with a .prompt., and item 1 is None.",
+        ),
         ({"prompts": {}}, r"`prompts` must have at least one split"),
         ({"model": None}, "`model` must be a local directory or a hub name, got None."),
         ({"reward": ":f"}, "`reward` must be an import path 'package.module:function', got ':f'."),
@@ -203,11 +206,19 @@ def test_prompts_from_a_list_a_text_file_and_json_lines(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', "line 2, is not JSON"),
-        ("p.jsonl", '{"prompt": "a"}\n\n\n[1]', r"line 4, must be a string or have a \"prompt\", got '\[1\]'."),
-        ("p.jsonl", '{"promt": "a"}', 'line 1, must be a string or have a "prompt"'),
-        ("p.jsonl", '{"prompt": 3}', 'line 1, must be a string or have a "prompt"'),
-        ("p.jsonl", '{"prompt": " "}', "`prompts` must hold non-empty texts, and item 0 is ' '."),
-        ("p.txt", "\n \n", r"`prompts` must be a non-empty list of texts, got \[\]."),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n\n\n[1]',
+            r"texts or rows with a .prompt., and line 4 of '.*' is \[1\].",
+        ),
+        (
+            "p.jsonl",
+            '{"promt": "a"}',
+            r"rows with a .prompt., and line 1 of .* has the columns \['promt'\].",
+        ),
+        ("p.jsonl", '{"prompt": 3}', "must hold non-empty texts, and line 1 of .* is 3."),
+        ("p.jsonl", '{"prompt": " "}', "`prompts` must hold non-empty texts, and line 1 of '.*p.jsonl' is ' '."),
+        ("p.txt", "\n \n", "`prompts` must be a non-empty list of texts or rows, got '.*p.txt'."),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:
@@ -218,7 +229,9 @@ def test_what_is_wrong_in_a_file_is_named(name: str, content: str, message: str,
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(InvalidArgumentError, match="must be a list of texts or a text or JSON-lines file"):
+        with pytest.raises(
+            InvalidArgumentError, match="a list of texts or rows, or a file of them, and there is no file"
+        ):
             read_prompts(str(path))
 
 

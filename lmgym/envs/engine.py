@@ -430,7 +430,8 @@ class Engine:
         scores = np.array(score(reward, texts, completions, **columns))
         scores = scores - self.task.missing_eos_penalty * ~eos
         gold = None if gold_reward is None else score(gold_reward, texts, completions, **columns)
-        return _Scores(scores, gold, ["eos" if e else "length" for e in eos], texts, completions)
+        reasons = ["eos" if e else "length" for e in eos]
+        return _Scores(scores, gold, reasons, [str(text) for text in texts], completions)
 
 
 class EngineBacked:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lmgym.data.prompts import PromptText
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.causal import CausalLM
 from lmgym.tasks.base import Task
@@ -17,7 +18,10 @@ from lmgym.tasks.base import Task
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A prompt: its token ids, its text, and its place in its split (-1 where it came from elsewhere)."""
+    """A prompt: its token ids, its text, and its place in its split (-1 where it came from elsewhere).
+
+    The text is a `lmgym.data.prompts.PromptText` where there is more to its row.
+    """
 
     ids: tuple[int, ...]
     text: str
@@ -33,6 +37,7 @@ class PromptSet:
 
     def __init__(self, task: Task, split: str, lm: CausalLM) -> None:
         self._lm = lm
+        self._task = task
         encoded = {name: lm.encode_all(tuple(texts)) for name, texts in task.prompts.items()}
         longest = max(len(ids) for rows in encoded.values() for ids in rows)
         self.width = task.max_prompt_tokens or longest
@@ -46,7 +51,10 @@ class PromptSet:
                 f"`max_new_tokens` must be at most {limit - self.width}, got {horizon}: the longest prompt has "
                 f"{self.width} tokens and the model {limit} positions."
             )
-        self._prompts = [Prompt(tuple(ids), lm.decode(ids), i) for i, ids in enumerate(encoded[split])]
+        self._prompts = [
+            Prompt(tuple(ids), text.with_text(lm.decode(ids)) if isinstance(text, PromptText) else lm.decode(ids), i)
+            for i, (ids, text) in enumerate(zip(encoded[split], task.prompts[split], strict=True))
+        ]
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -74,7 +82,7 @@ class PromptSet:
         for i in ids:
             if not self._lm.is_legal(i):
                 raise InvalidArgumentError(f"`{argument}` must hold token ids of the tokenizer, and {i} is none.")
-        return Prompt(tuple(ids), self._lm.decode(ids), -1)
+        return Prompt(tuple(ids), self._task.texts_of([ids], self._lm)[0], -1)
 
 
 class PromptOrder:

@@ -32,7 +32,8 @@ class Settings:
         model: replaces the task's reference: directory or hub name of a Hugging Face causal LM, or a `CausalLM`.
         reward: replaces its reward: directory or hub name of a sequence-classification model, an import path
             `package.module:function`, or a callable with TRL's reward-function signature.
-        prompts: replaces its prompts: a list, or a text or JSON-lines file.
+        prompts: replaces its prompts: a list of texts or rows, a data set, or a file of them; the reward is given the
+            other columns of a row (`lmgym.data.prompts.read_prompts`).
         kl_coef: replaces its price of a nat. 0 never runs the reference.
         gamma: replaces its discount.
         temperature: replaces what the reference's logits are divided by, and with them those of a policy made from it.

@@ -140,7 +140,7 @@ class _Run:
         n = self._x * self._s
         self._is_eos = torch.zeros(lm.vocab_size, dtype=torch.bool)
         self._is_eos[sorted(lm.eos_token_ids)] = True
-        self._texts = [lm.decode(ids) for ids in prompt_ids]
+        self._texts = task.texts_of(prompt_ids, lm)
         self._response = torch.full((n, self._horizon), lm.pad_token_id)
         self._lengths = torch.zeros(n, dtype=torch.int64)
         self._running = torch.ones(n, dtype=torch.bool)

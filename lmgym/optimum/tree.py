@@ -230,7 +230,7 @@ class Tree:
 
     def _score(self, lm: CausalLM, reward: RewardFunction, of: Tensor) -> Tensor:
         """(n,) float64 of what a reward function says of responses (n,), in batches."""
-        texts = [lm.decode(ids) for ids in self.prompts]
+        texts = self.task.texts_of(self.prompts, lm)
         scores: list[float] = []
         for rows in of.split(_ROWS):
             index = self.episodes.prompt_index[rows].tolist()

@@ -140,6 +140,8 @@ class AutomatonReward:
         automaton: one for all prompts, or what makes the automaton of a prompt from its token ids.
     """
 
+    reads_plain_text = True
+
     def __init__(self, automaton: Automaton | Callable[[tuple[int, ...]], Automaton]) -> None:
         if not isinstance(automaton, Automaton) and not callable(automaton):
             raise InvalidArgumentError(

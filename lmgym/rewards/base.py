@@ -11,7 +11,9 @@ from typing import Any, Protocol, cast
 
 from lmgym.errors import InvalidArgumentError, RewardError
 from lmgym.models.names import check_model_name
+from lmgym.rewards.calling import call
 
+LARGEST_SCORE = 3.4e38  # float32, which training computes in, has no larger number
 SAME_SCORE = 1e-4  # how far apart two scores of one response may be, relative and absolute
 
 
@@ -19,7 +21,9 @@ class RewardFunction(Protocol):
     """The signature of TRL's reward functions, so that those plug in unchanged.
 
     `prompts[i] + completions[i]` is the text of episode i. `columns` holds per-episode lists: `prompt_ids` and
-    `completion_ids` (token ids, the EOS included where there is one). Returns one finite float an episode.
+    `completion_ids` (token ids, the EOS included where there is one), and every other column of the prompts' rows.
+    Returns one finite float an episode: a list, an array or a tensor. It may be an async function. What it does to its
+    arguments changes nothing outside.
 
     A reward may have `score_range(prompt_ids, max_new_tokens) -> (low, high)`, what no score of a response to this
     prompt is below, and above. Evaluations then say how much a score may hold that they have not seen (docs/trust.md).
@@ -84,12 +88,36 @@ def score(
 ) -> list[float]:
     """Calls a reward function and holds it to its contract.
 
+    The columns of the prompts' rows are handed over beside those named here (`lmgym.rewards.calling`).
+
     Raises:
         RewardError: if it returns another number of scores, or one that is not a finite number.
     """
-    returned: Any = reward(prompts=prompts, completions=completions, **columns)
-    scores = returned.tolist() if hasattr(returned, "tolist") else returned
-    if not isinstance(scores, Sequence) or isinstance(scores, str):
+    scores: list[float] = []
+    for i, x in enumerate(scores_or_none(reward, prompts, completions, columns)):
+        if x is None:
+            raise RewardError(
+                f"The reward function must return finite numbers, and returned None for completion {completions[i]!r}. "
+                "None, which says that a reward does not apply, is for a list of rewards, of which another one applies."
+            )
+        scores.append(x)
+    return scores
+
+
+def scores_or_none(
+    reward: Callable[..., Sequence[float | None]],
+    prompts: list[str],
+    completions: list[str],
+    columns: dict[str, Any],
+) -> list[float | None]:
+    """What `score` gives, and None where the reward says that it does not apply to an episode.
+
+    Raises:
+        RewardError: if it returns another number of scores, or what is neither None nor a finite number.
+    """
+    returned = call(reward, prompts, completions, columns)
+    scores = _as_numbers(returned)
+    if not isinstance(scores, Sequence) or isinstance(scores, (str, bytes)):
         raise RewardError(
             f"The reward function must return {len(completions)} scores, one a completion, and returned {returned!r}."
         )
@@ -97,12 +125,31 @@ def score(
         raise RewardError(
             f"The reward function must return {len(completions)} scores, one a completion, and returned {len(scores)}."
         )
-    for i, x in enumerate(scores):
-        if not isinstance(x, numbers.Real) or not math.isfinite(x):
-            raise RewardError(
-                f"The reward function must return finite numbers, and returned {x!r} for completion {completions[i]!r}."
-            )
-    return [float(x) for x in scores]
+    return [_checked(x, completion) for x, completion in zip(scores, completions, strict=True)]
+
+
+def _checked(x: Any, completion: str) -> float | None:
+    """A score as a float; None stays None."""
+    number = _as_numbers(x)
+    if number is not x and isinstance(number, list) and len(number) == 1:
+        number = number[0]  # a tensor of one number
+    if number is None:
+        return None
+    if not isinstance(number, numbers.Real) or not abs(cast(float, number)) <= LARGEST_SCORE:
+        raise RewardError(
+            f"The reward function must return finite numbers, and returned {x!r} for completion {completion!r}."
+        )
+    return float(number)
+
+
+def _as_numbers(x: Any) -> Any:
+    """A tensor or array as a list or a number; anything else as it is."""
+    if not hasattr(x, "tolist"):
+        return x
+    try:
+        return x.tolist()
+    except Exception as error:  # such as a tensor on the device "meta", which holds no numbers
+        raise RewardError(f"The reward function must return numbers, and returned {x!r}: {error}.") from error
 
 
 def remove_noise(reward: RewardFunction) -> RewardFunction:

@@ -31,6 +31,8 @@ class ClassifierReward:
         reads_ids: whether it reads the policy's token ids; else it reads text.
     """
 
+    reads_plain_text = True
+
     def __init__(self, model: Any, tokenizer: Any) -> None:
         if model.config.num_labels not in (1, 2):
             raise InvalidArgumentError(f"`reward` must be a model with 1 or 2 labels, got {model.config.num_labels}.")

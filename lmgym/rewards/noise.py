@@ -30,6 +30,8 @@ class NoisyReward:
         InvalidArgumentError: if an argument has a value it cannot have.
     """
 
+    reads_plain_text = True  # it hands over what it is given
+
     def __init__(self, reward: RewardFunction, sigma: float, seed: int = 0) -> None:
         if not callable(reward):
             raise InvalidArgumentError(f"`reward` must be a callable, got {reward!r}.")

@@ -12,11 +12,13 @@ import math
 import os
 import pkgutil
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lmgym.data.prompts import PromptText, read_prompts
+from lmgym.data.rows import check_text
 from lmgym.errors import (
     InvalidArgumentError,
     check_bool,
@@ -81,7 +83,8 @@ class Task:
             function without arguments that makes one (and gives the same one when asked again).
         reward: what is paid at the end: directory or hub name of a sequence-classification model, an import path
             `package.module:function`, or a callable with TRL's reward-function signature.
-        prompts: texts by split.
+        prompts: texts by split; or rows, data sets or files of them (`lmgym.data.prompts.read_prompts`), read at once.
+            The reward is given the other columns of a row.
         kl_coef: price of a nat of KL(pi || pi_ref), in units of the score. 0 never runs the reference.
         max_new_tokens: T, the horizon, in tokens.
         gold: the truth that `reward` stands for, reported on the side and never paid; or None.
@@ -125,10 +128,19 @@ class Task:
         check_reward_name(self.reward)
         if not callable(self.model) and not hasattr(self.model, "tokenizer"):
             check_model_name("model", self.model)
-        if not self.prompts:
+        if not isinstance(self.prompts, Mapping) or not self.prompts:
             raise InvalidArgumentError(f"`prompts` must have at least one split, got {self.prompts!r}.")
-        for split, texts in self.prompts.items():
-            check_prompts(f"prompts[{split!r}]", texts)
+        read = {split: self._read(split, texts) for split, texts in self.prompts.items()}
+        object.__setattr__(self, "prompts", read)
+
+    def _read(self, split: str, texts: object) -> Sequence[str]:
+        """The prompts of a split; as they are where they are texts."""
+        argument = f"prompts[{split!r}]"
+        if isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts):
+            for index, text in enumerate(texts):
+                check_text(argument, text, f"item {index}")
+            return texts
+        return read_prompts(texts, argument, functools.cache(lambda: _load_tokenizer(self.model)))
 
     def reference(self, device: str = "auto", dtype: str = "float32") -> CausalLM:
         """The frozen supervised model, loaded once however many ask for it."""
@@ -150,6 +162,38 @@ class Task:
         from lmgym.rewards.classifier import load_reward_model
 
         return load_reward_model(self.reward, device)
+
+    def texts_of(self, prompt_ids: Iterable[Sequence[int]], lm: CausalLM) -> list[str]:
+        """The texts of prompts that are given as token ids, with the columns of their rows where they are the task's.
+
+        A prompt from elsewhere has the same columns, and None in each.
+
+        Args:
+            prompt_ids: of each prompt. lm: the reference.
+
+        Raises:
+            InvalidArgumentError: for ids that two rows with other columns share, where nothing says which is meant.
+        """
+        rows: dict[tuple[int, ...], PromptText] = {}
+        shared: set[tuple[int, ...]] = set()
+        for texts in self.prompts.values():
+            for ids, text in zip(lm.encode_all(tuple(texts)), texts, strict=True):
+                row = text if isinstance(text, PromptText) else PromptText(text)
+                key = tuple(ids)
+                if rows.setdefault(key, row).columns != row.columns:
+                    shared.add(key)
+        names = dict.fromkeys(name for row in rows.values() for name in row.columns)
+        found: list[str] = []
+        for prompt in prompt_ids:
+            key = tuple(prompt)
+            if key in shared:
+                raise InvalidArgumentError(
+                    f"`prompts` must not have the prompt {rows[key]!r} in two rows with other columns where one is "
+                    "looked up by its tokens."
+                )
+            text = lm.decode(prompt)
+            found.append(rows[key].with_text(text) if key in rows else PromptText(text, dict.fromkeys(names)))
+        return found
 
     def validate(self) -> None:
         """Checks what can only be known with the parts loaded: prompts encode and fit, and scores are finite.
@@ -173,57 +217,17 @@ class Task:
                 score(reward, [first], [""], prompt_ids=[lm.encode(first)], completion_ids=[eos])
 
 
-def check_prompts(argument: str, texts: object) -> None:
-    """Raises unless `texts` is a non-empty sequence of non-empty strings."""
-    if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
-        raise InvalidArgumentError(f"`{argument}` must be a non-empty list of texts, got {texts!r}.")
-    for i, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise InvalidArgumentError(f"`{argument}` must hold non-empty texts, and item {i} is {text!r}.")
+def _load_tokenizer(model: object) -> Any:
+    """The tokenizer of a reference that is named, loaded, or made by a function; no weights of a named one."""
+    if not isinstance(model, (str, os.PathLike)):
+        return model().tokenizer if callable(model) else getattr(model, "tokenizer", None)
+    check_model_name("model", model)
+    from transformers import AutoTokenizer
 
-
-def read_prompts(prompts: Sequence[str] | str) -> tuple[str, ...]:
-    """Prompts from a list, a text file (one a line), or a JSON-lines file (strings, or objects with "prompt").
-
-    Raises:
-        InvalidArgumentError: for a file that is not there, a line that is no prompt, or an empty prompt.
-    """
-    return read_texts("prompts", prompts, "prompt")
-
-
-def read_texts(argument: str, texts: Sequence[str] | str, key: str) -> tuple[str, ...]:
-    """Texts from a list, a text file (one a line), or a JSON-lines file (strings, or objects with `key`).
-
-    Raises:
-        InvalidArgumentError: naming the argument, for a file that is not there, or a line that is no text or empty.
-    """
-    if not isinstance(texts, (str, os.PathLike)):
-        check_prompts(argument, texts)
-        return tuple(texts)
-    path = os.fspath(texts)
-    if not os.path.isfile(path):
-        raise InvalidArgumentError(
-            f"`{argument}` must be a list of texts or a text or JSON-lines file, and there is no file {path!r}."
-        )
-    with open(path, encoding="utf-8") as file:
-        lines = [(number, line.rstrip("\n")) for number, line in enumerate(file, start=1) if line.strip()]
-    is_json = path.endswith((".jsonl", ".json"))
-    read = [_json_text(argument, path, number, line, key) if is_json else line for number, line in lines]
-    check_prompts(argument, read)
-    return tuple(read)
-
-
-def _json_text(argument: str, path: str, number: int, line: str, key: str) -> str:
     try:
-        item = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InvalidArgumentError(f"`{argument}` file {path!r}, line {number}, is not JSON: {error}.") from error
-    text = item.get(key) if isinstance(item, dict) else item
-    if not isinstance(text, str):
-        raise InvalidArgumentError(
-            f'`{argument}` file {path!r}, line {number}, must be a string or have a "{key}", got {line!r}.'
-        )
-    return text
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # whatever Hugging Face raises for a name that it does not know
+        raise InvalidArgumentError(f"`model` must have a tokenizer, and {model!r} has none: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -323,15 +327,25 @@ def make_task(task: str | Task, **changes: Any) -> Task:
         raise InvalidArgumentError(f"`task` must be a name or a lmgym.tasks.Task, got {task!r}.")
     changes = {name: value for name, value in changes.items() if value is not None}
     if "prompts" in changes and not isinstance(changes["prompts"], Mapping):
-        texts = read_prompts(changes["prompts"])
+        model = changes.get("model", task.model)
+        texts = read_prompts(changes["prompts"], tokenizer=functools.cache(lambda: _load_tokenizer(model)))
         changes["prompts"] = dict.fromkeys(task.prompts, texts)
+    elif "model" in changes and "prompts" not in changes:  # a conversation is another text in another template
+        changes["prompts"] = {split: _as_read(texts) for split, texts in task.prompts.items()}
     if "reward" in changes:
         changes.setdefault("gold", None)  # another reward stands for another truth
     if {"model", "prompts"} & set(changes):
         changes.setdefault("max_prompt_tokens", None)  # the task's own limit was counted in its own tokens
-    if any(name not in _NEUTRAL and value != getattr(task, name) for name, value in changes.items()):
-        changes.setdefault("optima", {})
-    return replace(task, **changes)
+    changed = replace(task, **changes)
+    moved = any(getattr(changed, name) != getattr(task, name) for name in changes if name not in _NEUTRAL)
+    return replace(changed, optima={}) if moved and "optima" not in changes else changed
+
+
+def _as_read(prompts: Sequence[str]) -> Sequence[Any]:
+    """Prompts, those that were conversations as conversations again."""
+    if any(isinstance(prompt, PromptText) and prompt.messages is not None for prompt in prompts):
+        return [prompt.row() if isinstance(prompt, PromptText) else prompt for prompt in prompts]
+    return prompts
 
 
 def check_split(task: Task, split: str) -> None:

@@ -1,0 +1,113 @@
+"""How a reward function is called: what it is given, and what it may not change.
+
+A function from elsewhere gets copies, and what it sets for its process (the default dtype, where printing goes) is put
+back, so that no reward changes what the environment does next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import functools
+import inspect
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lmgym.data.prompts import columns_of, conversations_of
+from lmgym.errors import RewardError
+
+_IMMUTABLE = (str, bytes, int, float, bool, type(None))
+
+
+def call(reward: Any, prompts: list[str], completions: list[str], columns: dict[str, Any]) -> Any:
+    """What a reward function returns for episodes; of an async one, what it returns in the end.
+
+    Args:
+        reward: the function. prompts: texts; what rows they came in is handed over as well.
+        completions: texts. columns: `prompt_ids` and `completion_ids`, and what an outer reward was given.
+    """
+    arguments = handed_over(reward, prompts, completions, columns)
+    with _settings_kept():
+        returned = reward(**arguments)
+        if inspect.isawaitable(returned):
+            returned = asyncio.run_coroutine_threadsafe(_as_coroutine(returned), _event_loop(os.getpid())).result()
+    return returned
+
+
+def handed_over(reward: Any, prompts: list[str], completions: list[str], columns: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments that a reward function is called with.
+
+    Where all prompts were conversations it is given these, and the completions as messages of the assistant, as TRL
+    does. A reward of lmgym says by `reads_plain_text` that it takes the texts alone, with the rows that they carry, and
+    changes none of its arguments.
+    """
+    if getattr(reward, "reads_plain_text", False):
+        return {"prompts": prompts, "completions": completions, **columns}
+    columns = columns_of(prompts) | columns
+    conversations = conversations_of(prompts)
+    given: dict[str, Any] = {"prompts": [str(prompt) for prompt in prompts], "completions": list(completions)}
+    if conversations is not None:
+        given["prompts"] = conversations
+        given["completions"] = [[{"role": "assistant", "content": completion}] for completion in completions]
+    return given | {name: [_copied(value) for value in values] for name, values in columns.items()}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, _IMMUTABLE):
+        return value
+    if isinstance(value, list) and all(type(item) is int for item in value):  # token ids: the quick way
+        return value.copy()
+    return copy.deepcopy(value)
+
+
+@contextlib.contextmanager
+def _settings_kept() -> Iterator[None]:
+    """Puts back what a function may have set for the whole process.
+
+    Raises:
+        RewardError: where it closed the stream that the program prints to.
+    """
+    torch = sys.modules.get("torch")
+    streams = sys.stdout, sys.stderr
+    was_closed = [getattr(stream, "closed", False) for stream in streams]
+    if torch is not None:
+        dtype = torch.get_default_dtype()
+        device = torch.get_default_device()
+        grad = torch.is_grad_enabled()
+    try:
+        with np.errstate():
+            yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        if torch is not None:
+            torch.set_default_dtype(dtype)
+            torch.set_grad_enabled(grad)
+            if torch.get_default_device() != device:
+                torch.set_default_device(device)
+    for stream, before in zip(streams, was_closed, strict=True):
+        if getattr(stream, "closed", False) and not before:
+            raise RewardError(
+                f"The reward function closed the program's own {getattr(stream, 'name', 'stream')}: let it open one of "
+                "its own to write to."
+            )
+
+
+async def _as_coroutine(awaitable: Any) -> Any:
+    return await awaitable
+
+
+@functools.cache
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """A loop in a thread of its own, which async rewards run in; a forked process, which has no such thread, another.
+
+    It goes on between calls, so that a client that a reward holds stays usable.
+    """
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name=f"lmgym-rewards-{process}", daemon=True).start()
+    return loop
