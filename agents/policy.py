@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
-from lmgym.models.causal import CausalLM, pack, quiet_loading
+from lmgym.models.causal import CausalLM, pack
+from lmgym.models.loading import quiet_loading
 from lmgym.models.policy import CausalPolicy, PolicyState
 
 Critic = Literal["shared", "reference", "reward_model"]

@@ -394,7 +394,7 @@ def test_names_that_cannot_be(name: Any, message: str) -> None:
 
 
 def test_a_directory_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match="must be a directory with a config.json, and .* has none."):
+    with pytest.raises(InvalidArgumentError, match=r"must be a directory with a config.json .*, and .* has none."):
         load_causal_lm(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(LmGymError, match="could not be loaded with AutoModelForCausalLM") as caught:

@@ -723,7 +723,7 @@ def test_bad_arguments_fail_before_any_model_loads(
     own = {name: str(shutil.copytree(parts[name], tmp_path / name)) for name in ("model", "reward")}
     with pytest.raises(LmGymError, match=message):
         maker(ID, **{**parts, **own, **bad})
-    with pytest.raises(AssertionError, match="a model was loaded"):
+    with pytest.raises(LmGymError, match="a model was loaded"):
         maker(ID, **{**parts, **own})
 
 

@@ -20,6 +20,7 @@ from lmgym.envs.reader import Reader
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidActionError, InvalidArgumentError
 from lmgym.models.causal import CausalLM
+from lmgym.models.probes import check_language_model, check_prompts_are_finite
 from lmgym.rewards.base import RewardFunction, bind_tokenizer, remove_noise, score
 from lmgym.rewards.classifier import ClassifierReward
 from lmgym.tasks.base import Task
@@ -28,6 +29,7 @@ Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
+_PROBED_PROMPTS = 4  # whose logits must be finite before an episode begins
 _REWARD_STREAM = 1  # spawn key: what is random in the reward draws other numbers than the prompts of any row
 
 
@@ -117,7 +119,9 @@ class Engine:
         reward = task.reward_function(settings.device)  # first: an import path may lead nowhere
         self.lm: CausalLM = task.reference(settings.device, settings.dtype)
         self.split = settings.split
+        check_language_model(self.lm)
         self.prompts = PromptSet(task, settings.split, self.lm)
+        check_prompts_are_finite(self.lm, self.prompts.spread(_PROBED_PROMPTS))
         self.reward = bind_tokenizer(reward, self.lm.tokenizer)
         inside = remove_noise(self.reward)
         if isinstance(inside, ClassifierReward):

@@ -66,6 +66,11 @@ class PromptSet:
             )
         return self._prompts[index]
 
+    def spread(self, count: int) -> list[tuple[int, ...]]:
+        """Token ids of so many prompts from all over the split, or of all where there are fewer."""
+        every = max(1, len(self._prompts) // count)
+        return [prompt.ids for prompt in self._prompts[::every][:count]]
+
     def of_text(self, text: str) -> Prompt:
         """Encodes a prompt from outside the split."""
         if not isinstance(text, str) or not text.strip():

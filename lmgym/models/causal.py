@@ -5,30 +5,29 @@ Shapes: B rows, P prompt columns, T response columns, L = P + T, V vocabulary, D
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.activations import NewGELUActivation
-from transformers.utils import logging as hf_logging
 
 from lmgym.errors import InvalidArgumentError, LmGymError, check_choice
 from lmgym.models import markov
+from lmgym.models.adapters import load_pretrained
 from lmgym.models.names import check_model_name
 from lmgym.models.positions import max_positions
+from lmgym.models.probes import check_language_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SCORING_ROWS = 16  # rows a teacher-forced forward takes at once: larger batches only fault more pages in
 _HEAD_ROWS = 256  # hidden states the LM head takes at once, so that (rows, V) stays in the cache of the processor
 _GPU_SCORING_ROWS, _GPU_HEAD_ROWS = 128, 2048  # the same on a GPU, which small products leave idle
-_NAMED_WEIGHTS = 4  # missing weights that a message names
 _DECODE_ALONE = 4096  # ids that are decoded sooner than the threads of the tokenizer wake up
 
 
@@ -274,6 +273,8 @@ def pack(
 def _head_shape(model: Any) -> tuple[int, int]:
     """V and D of the LM head, which need not be linear."""
     head = model.get_output_embeddings()
+    if head is None:
+        raise LmGymError(f"`model` must be a causal language model, and a {type(model).__name__} has no LM head.")
     rows, width = head.weight.shape if hasattr(head, "weight") else (head.out_features, head.in_features)
     return rows, width
 
@@ -329,34 +330,16 @@ class SharedModels(Generic[Held]):
             LmGymError: if Hugging Face cannot load it; the cause is chained.
         """
         check_model_name(self._argument, name)
+        name = os.fspath(name)
         check_choice("dtype", dtype, DTYPES)
         place = resolve_device(device)
         key = (os.path.realpath(name) if os.path.isdir(name) else name, str(place), dtype)
         with self._loading:
             held = self._held.get(key)
             if held is None:
-                model, tokenizer = self._from_pretrained(name, DTYPES[dtype])
+                model, tokenizer = load_pretrained(self._argument, name, self._auto_class, DTYPES[dtype])
                 held = self._held[key] = self._wrap(freeze(fuse_gelu(model).to(place)), tokenizer)
         return held
-
-    def _from_pretrained(self, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-        try:
-            with quiet_loading():
-                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-                model, report = self._auto_class.from_pretrained(
-                    name, dtype=dtype, trust_remote_code=False, output_loading_info=True
-                )
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of another shape
-            kind = self._auto_class.__name__
-            raise LmGymError(f"`{self._argument}` {name!r} could not be loaded with {kind}: {error}") from error
-        missing = sorted(report["missing_keys"])
-        if missing:
-            more = f" and {len(missing) - _NAMED_WEIGHTS} more" if len(missing) > _NAMED_WEIGHTS else ""
-            raise LmGymError(
-                f"`{self._argument}` {name!r} lacks weights of {type(model).__name__}, which would be drawn at random: "
-                f"{', '.join(missing[:_NAMED_WEIGHTS])}{more}. Name a model that was saved with its head."
-            )
-        return model, tokenizer
 
 
 _causal_lms = SharedModels("model", AutoModelForCausalLM, CausalLM)
@@ -374,7 +357,9 @@ def load_causal_lm(name: str, device: str = "auto", dtype: str = "float32") -> C
         InvalidArgumentError: for a name, device or dtype that cannot be.
         LmGymError: if Hugging Face cannot load it; the cause is chained.
     """
-    return _causal_lms.load(name, device, dtype)
+    lm = _causal_lms.load(name, device, dtype)
+    check_language_model(lm)
+    return lm
 
 
 _tempered: weakref.WeakKeyDictionary[CausalLM, weakref.WeakValueDictionary[float, CausalLM]]
@@ -435,18 +420,6 @@ def fuse_gelu(model: nn.Module) -> nn.Module:
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
     return model
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No progress bar while weights load: `gym.make` is not where one is looked for."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -9,12 +9,15 @@ from lmgym.errors import InvalidArgumentError
 
 
 def check_model_name(argument: str, name: object) -> None:
-    """Raises unless `name` is a local directory with a config, or could be a hub name; loads nothing."""
+    """Raises unless `name` is a local directory with a model or an adapter, or could be a hub name; loads nothing."""
     if not isinstance(name, (str, os.PathLike)):
         raise InvalidArgumentError(f"`{argument}` must be a local directory or a hub name, got {name!r}.")
     text = os.fspath(name)
     if os.path.isdir(text):
-        if not os.path.isfile(os.path.join(text, "config.json")):
-            raise InvalidArgumentError(f"`{argument}` must be a directory with a config.json, and {text!r} has none.")
+        if not any(os.path.isfile(os.path.join(text, file)) for file in ("config.json", "adapter_config.json")):
+            raise InvalidArgumentError(
+                f"`{argument}` must be a directory with a config.json (or, of an adapter, an adapter_config.json), and "
+                f"{text!r} has none."
+            )
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
         raise InvalidArgumentError(f"`{argument}` must be a local directory or a hub name, and there is no {text!r}.")

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from lmgym.errors import InvalidArgumentError, RewardError
+from lmgym.errors import InvalidArgumentError, LmGymError, RewardError
 from lmgym.models.causal import CausalLM, SharedModels
+from lmgym.models.loading import check_finite_weights
 from lmgym.models.positions import max_positions
 from lmgym.models.segmentation import SpecialTokens, added_special_tokens, reads_ids_of
-from lmgym.rewards.sequence import sequence_logits
+from lmgym.rewards.sequence import probe_sequences, sequence_logits
 
 _ROWS = 64  # episodes a forward takes at once
 
@@ -147,7 +148,18 @@ class ClassifierReward:
                 )
 
 
-_reward_models = SharedModels("reward", AutoModelForSequenceClassification, ClassifierReward)
+def _checked(model: Any, tokenizer: Any) -> ClassifierReward:
+    """The reward of a model that has just been loaded, once it has given finite scores."""
+    reward = ClassifierReward(model, tokenizer)
+    with torch.no_grad():
+        logits = sequence_logits(model, probe_sequences(model))
+    if not bool(logits.isfinite().all()):
+        check_finite_weights("reward", model.name_or_path, model)
+        raise LmGymError(f"`reward` {model.name_or_path!r} must give finite scores, and does not.")
+    return reward
+
+
+_reward_models = SharedModels("reward", AutoModelForSequenceClassification, _checked)
 
 
 def load_reward_model(name: str, device: str = "auto", dtype: str = "float32") -> ClassifierReward:

@@ -58,7 +58,7 @@ def sequence_logits(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
 @torch.no_grad()
 def find_reading(model: Any) -> Reading:
     """The quickest reading that gives two short sequences together what each has on its own."""
-    sequences = _probes(model)
+    sequences = probe_sequences(model)
     try:
         alone = torch.cat([_read_equal_lengths(model, [sequence]) for sequence in sequences])
         has_score_head = isinstance(getattr(model, "score", None), nn.Module)
@@ -120,7 +120,7 @@ def _fill(model: Any) -> int:
     return pad if isinstance(pad, int) and 0 <= pad < embedded else 0
 
 
-def _probes(model: Any) -> list[list[int]]:
+def probe_sequences(model: Any) -> list[list[int]]:
     """Two short sequences of unlike lengths, without the special tokens of the model."""
     config = model.config.get_text_config()
     special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "sep", "cls")}
