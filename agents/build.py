@@ -24,7 +24,7 @@ import hydra
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from agents.config import short_errors
+from agents.command_line import run_command
 from lmgym.errors import InvalidArgumentError, LmGymError, check_bool, check_choice, check_int, check_number
 from lmgym.tasks import arithmetic, base, reviews
 
@@ -586,5 +586,4 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], Built]] = {
 }
 
 if __name__ == "__main__":
-    with short_errors():
-        main()
+    run_command(main)

@@ -9,16 +9,16 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from agents.config import short_errors
+from agents.command_line import run_command
 from agents.report import table, write_json
-from agents.train import build, check, check_checkpoint, grade, saved_config, summarise, wait_politely
+from agents.train import CONF, build, check, check_checkpoint, grade, saved_config, summarise, wait_politely
 from agents.trust import trusted_modules
 from lmgym.errors import InvalidArgumentError, LmGymError
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
-def main(cfg: DictConfig) -> None:
-    """Loads a run's checkpoint, grades it and its reference, and prints the table."""
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
+def main(cfg: DictConfig) -> float:
+    """Loads a run's checkpoint, grades it and its reference, prints the table, and returns J."""
     wait_politely()
     from lmgym.models.policy import CausalPolicy
 
@@ -43,8 +43,8 @@ def main(cfg: DictConfig) -> None:
     if recorded.is_file():
         same = json.loads(recorded.read_text())["after"]["return"]["mean"]
         print(f"\nrecorded when it was trained: J = {same:.4f}; now: J = {summary['after']['return']['mean']:.4f}")
+    return float(summary["after"]["return"]["mean"])
 
 
 if __name__ == "__main__":
-    with short_errors():
-        main()
+    run_command(main)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -29,11 +30,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import lmgym
-from agents.config import short_errors, validated
+from agents.command_line import run_command, shell_command
+from agents.config import validated
 from agents.files import write_atomically
 from agents.recorder import Recorder
 from agents.report import curves, samples_table, table, write_json
-from agents.sweeps import given, register, show_multirun
+from agents.sweeps import given, register
 from agents.trust import config_text, import_installed, needed_trust, read_config, trust_argument, trusted_modules
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError, check_int
@@ -313,7 +315,7 @@ def train(plan: Plan, directory: Path, resume: bool) -> int:
         agent.learn(plan.total_timesteps, after_batch)
         train_seconds = save()
     if stop.asked and agent.num_timesteps < plan.total_timesteps:
-        command = f"{sys.executable} -m agents.train resume={directory}{trust_argument(plan.trust)}"
+        command = shell_command("agents.train", f"resume={directory}") + trust_argument(plan.trust)
         print(f"Stopped after {agent.num_timesteps:,} tokens. Go on with: {command}")
         return 130
     after = grade(plan, agent)
@@ -432,7 +434,7 @@ def begin(cfg: DictConfig, directory: Path) -> Plan:
     if (directory / "config.yaml").exists():
         raise InvalidArgumentError(
             f"`hydra.run.dir` must be a directory without a run, and {directory} holds one: go on with that by "
-            f"resume={directory}, or choose another."
+            f"{shlex.quote(f'resume={directory}')}, or choose another."
         )
     write_atomically(directory / "config.yaml", config_text(values))
     write_json(directory / "versions.json", versions())
@@ -446,6 +448,11 @@ def abandon(directory: Path) -> None:
             (directory / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty, or not there
         directory.rmdir()
+
+
+def output_directory() -> str:
+    """Where Hydra puts this run: as it is, for Hydra has written it into its config as if "${" were its own."""
+    return str(OmegaConf.to_container(HydraConfig.get().runtime, resolve=False)["output_dir"])  # type: ignore[call-overload, index]
 
 
 def refuse(error: LmGymError, directory: Path) -> NoReturn:
@@ -465,7 +472,7 @@ def main(cfg: DictConfig) -> float:
     """
     wait_politely()
     resume = cfg.resume is not None
-    directory = Path(cfg.resume if resume else HydraConfig.get().runtime.output_dir)
+    directory = Path(cfg.resume if resume else output_directory())
     try:
         if resume:
             overrides = given(HydraConfig.get()) if HydraConfig.initialized() else []
@@ -491,8 +498,4 @@ def main(cfg: DictConfig) -> float:
 if __name__ == "__main__":
     from agents.train import main  # under its own name, by which processes of a multirun find what they run
 
-    with short_errors():
-        try:
-            main()
-        finally:
-            show_multirun()
+    run_command(main)

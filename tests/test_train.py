@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import agents.evaluate
 import agents.train
+from agents.command_line import run_command
 from agents.recorder import Recorder, read_rows
 from agents.report import table
 from lmgym.envs.settings import Settings
@@ -207,6 +209,18 @@ def test_evaluate_finds_the_same_numbers_again(finished: Finished, capsys: pytes
     for path, x in recorded.items():
         assert again[path] == (pytest.approx(x, abs=1e-6) if isinstance(x, float) else x), path
     assert table(summary_of(finished.directory)) in capsys.readouterr().out
+
+
+def test_a_run_is_graded_whatever_its_directory_is_called(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "a=1, b $x 'y' \"z\" {c} ${d} ü"
+    shutil.copytree(finished.directory, directory)
+    monkeypatch.setattr(sys, "argv", ["agents.evaluate", f"run={directory}", "evaluation.samples=2"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    run_command(agents.evaluate.main)
+    assert "recorded when it was trained" in capsys.readouterr().out
+    assert (directory / "evaluation.json").is_file()
 
 
 def test_a_finished_run_that_is_resumed_only_grades_itself_again(finished: Finished) -> None:
