@@ -37,6 +37,7 @@ from agents.recorder import Recorder
 from agents.report import curves, samples_table, table, write_json
 from agents.sweeps import given, register
 from agents.trust import config_text, import_installed, needed_trust, read_config, trust_argument, trusted_modules
+from lmgym.envs.fitting import fit_prompts
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError, check_int
 
@@ -202,7 +203,10 @@ def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, agent: 
 def _graded(plan: Plan) -> Task:
     """The task, with the prompts alone that are graded: V* is of those."""
     split, count = plan.evaluation.split, plan.evaluation.prompts
-    task = Settings.of({**plan.settings, "split": split}).resolve()
+    settings = Settings.of({**plan.settings, "split": split})
+    task = settings.resolve()
+    if settings.on_long != "error":
+        task = fit_prompts(task, task.reference("cpu"), settings.on_long)
     if count is not None and count < len(task.prompts[split]):
         task = replace(task, prompts={split: task.prompts[split][:count]}, optima={})
     return task

@@ -18,7 +18,7 @@ from conftest import gpt2, word_tokenizer
 import lmgym  # noqa: F401
 from lmgym.data.prompts import PromptText, columns_of, read_prompts
 from lmgym.data.rows import read_rows
-from lmgym.errors import InvalidArgumentError
+from lmgym.errors import InvalidArgumentError, LmGymError
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.tasks import Task, make_task
 
@@ -262,3 +262,64 @@ def test_columns_survive_a_change_of_the_task(lm: CausalLM) -> None:
     assert columns_of(make_task(task, kl_coef=0.3, model=lm).prompts["train"])["answer"] == ["good", "dull"]
     changed = make_task("reviews", prompts=QUESTIONS)
     assert columns_of(changed.prompts["test"]) == {"answer": ["good", "dull"], "id": [1, 2]}
+
+
+# --- prompts that are too long
+
+LONG = [
+    {"prompt": "the film was", "answer": 0},
+    {"prompt": "the film was not good and the book", "answer": 1},
+    {"prompt": "it", "answer": 2},
+]
+
+
+def make(lm: CausalLM, **changes: Any) -> Any:
+    fields = {"prompts": LONG, "reward": "conftest:word_count", "max_new_tokens": 3, "max_prompt_tokens": 4} | changes
+    return gym.make("lmgym/RLHF-v0", model=lm, device="cpu", **fields).unwrapped
+
+
+def test_a_prompt_that_is_too_long_is_named(lm: CausalLM, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in LONG))
+    with pytest.raises(InvalidArgumentError, match="at most 4 tokens each, and line 2 of .* has 8 .*Raise `max"):
+        make(lm, prompts=str(path))
+    with pytest.raises(InvalidArgumentError, match="item 0 has 3 .*; item 1 has 8 .* lower `max_new_tokens` to 40"):
+        make(lm, max_prompt_tokens=None, max_new_tokens=46)
+    with pytest.raises(InvalidArgumentError, match="`max_new_tokens` must be at most 47, got 48"):
+        make(lm, max_prompt_tokens=None, max_new_tokens=48)
+    with pytest.raises(InvalidArgumentError, match="`max_prompt_tokens` must be at most 45, got 46"):
+        make(lm, max_prompt_tokens=46)
+    with pytest.raises(InvalidArgumentError, match="Raise `max_prompt_tokens`"):
+        make(lm, prompts=LONG[1:2], on_long="skip")
+    with pytest.raises(LmGymError, match="`on_long` must be one of"):
+        make(lm, on_long="cut")
+
+
+def test_long_prompts_are_left_out_with_their_answers(lm: CausalLM) -> None:
+    with pytest.warns(UserWarning, match="item 1 has 8 .* They are left out"):
+        env = make(lm, on_long="skip")
+    assert (list(env.task.prompts["train"]), columns_of(env.task.prompts["train"])) == (
+        ["the film was", "it"],
+        {"answer": [0, 2]},
+    )
+    assert len(env.engine.prompts) == 2
+    assert env.observation_space["input_ids"].shape == (4 + 3,)
+
+
+def test_the_end_of_long_prompts_is_kept(lm: CausalLM) -> None:
+    env = make(lm, on_long="truncate_left")
+    assert [text.strip() for text in env.task.prompts["test"]] == ["the film was", "good and the book", "it"]
+    assert columns_of(env.task.prompts["train"]) == {"answer": [0, 1, 2]}
+    assert make(lm, max_prompt_tokens=8).task.prompts["train"] == tuple(row["prompt"] for row in LONG)
+
+
+def test_a_start_token_stays_in_front_of_what_is_cut() -> None:
+    from tokenizers import processors
+
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    start = ("<s>", tokenizer.convert_tokens_to_ids("<s>"))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[start])
+    env = make(CausalLM(freeze(gpt2(len(tokenizer))), tokenizer), on_long="truncate_left")
+    ids = env.engine.prompts[1].ids
+    assert (ids[0], tokenizer.decode(ids[1:])) == (start[1], "and the book")

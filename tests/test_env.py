@@ -735,7 +735,7 @@ def test_an_unknown_render_mode_is_refused(parts: Parts) -> None:
 
 def test_a_horizon_beyond_the_models_positions_is_refused(parts: Parts) -> None:
     with pytest.raises(
-        InvalidArgumentError, match="`max_new_tokens` must be at most 42, got 43: the longest prompt has 6"
+        InvalidArgumentError, match="has 6 .* model has 48 positions: lower `max_new_tokens` to 42 or less"
     ):
         make(parts, max_new_tokens=43)
     env = make(parts, max_new_tokens=42)

@@ -5,7 +5,8 @@ Shapes: N rows, P prompt columns, T response columns, L = P + T, V vocabulary, B
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,16 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from lmgym.envs.fitting import fit_prompts
 from lmgym.envs.prompts import Prompt, PromptSet, left_padded
 from lmgym.envs.reader import Reader
 from lmgym.envs.settings import Settings
-from lmgym.errors import InvalidActionError, InvalidArgumentError
+from lmgym.errors import InvalidActionError, InvalidArgumentError, RewardError
 from lmgym.models.causal import CausalLM
 from lmgym.models.probes import check_language_model, check_prompts_are_finite
 from lmgym.rewards.base import RewardFunction, bind_tokenizer, remove_noise, score
 from lmgym.rewards.classifier import ClassifierReward
+from lmgym.rewards.probe import leaves, try_out
 from lmgym.tasks.base import Task
 
 Bools = npt.NDArray[np.bool_]
@@ -114,18 +117,19 @@ class Engine:
     """
 
     def __init__(self, settings: Settings, num_rows: int) -> None:
-        self.task: Task = settings.resolve()
-        task = self.task
+        task = settings.resolve()
         reward = task.reward_function(settings.device)  # first: an import path may lead nowhere
         self.lm: CausalLM = task.reference(settings.device, settings.dtype)
         self.split = settings.split
         check_language_model(self.lm)
+        task = fit_prompts(task, self.lm, settings.on_long)
+        self.task: Task = task
         self.prompts = PromptSet(task, settings.split, self.lm)
         check_prompts_are_finite(self.lm, self.prompts.spread(_PROBED_PROMPTS))
         self.reward = bind_tokenizer(reward, self.lm.tokenizer)
-        inside = remove_noise(self.reward)
-        if isinstance(inside, ClassifierReward):
-            inside.check_fits(self.lm, task.prompts.values(), self.prompts.width, task.max_new_tokens)
+        for inside in leaves(self.reward):
+            if isinstance(inside, ClassifierReward):
+                inside.check_fits(self.lm, task.prompts.values(), self.prompts.width, task.max_new_tokens)
         if task.missing_eos_penalty and not self.lm.eos_token_ids:
             raise InvalidArgumentError("`missing_eos_penalty` must be 0: the model's tokenizer has no EOS.")
         self.num_rows, self.width, self.horizon = num_rows, self.prompts.width, task.max_new_tokens
@@ -146,6 +150,18 @@ class Engine:
         self._stepwise = task.kl_coef > 0 and task.dense_kl
         self._reader = Reader(self.lm, num_rows, self.width + self.horizon) if self._stepwise else None
         self.final_hidden: Tensor | None = None
+        self._try_rewards()
+
+    def _try_rewards(self) -> None:
+        """Calls reward functions once, for the answer of one token to two prompts."""
+        prompts = [self.prompts[0], self.prompts[len(self.prompts) - 1]]
+        texts, ids = [p.text for p in prompts], [list(p.ids) for p in prompts]
+        words = [i for i in reversed(ids[0]) if not self.is_eos[i]] or np.flatnonzero(self._legal).tolist()
+        responses = [[words[0]], [words[0]]]
+        columns: dict[str, Any] = {"prompt_ids": ids, "completion_ids": responses}
+        for reward in (self.reward, self.task.gold):
+            if reward is not None:
+                try_out(reward, texts, self.lm.completions(ids, responses, texts), columns)
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -179,7 +195,29 @@ class Engine:
         """
         if hasattr(self.reward, "reseed"):
             derived = np.random.SeedSequence(seed, spawn_key=(_REWARD_STREAM,)).generate_state(1)
-            self.reward.reseed(int(derived[0]))
+            try:
+                self.reward.reseed(int(derived[0]))
+            except Exception as error:
+                raise RewardError(
+                    f"`reward.reseed` must take an int seed, and raised {type(error).__name__}: {error}. A method that "
+                    "means something else needs another name."
+                ) from error
+
+    def abandon(self) -> None:
+        """Ends every episode without an outcome: rows are as before their first start."""
+        self.running[:] = False
+        self.current = [None] * self.num_rows
+
+    @contextlib.contextmanager
+    def _abandoned_on_error(self) -> Iterator[None]:
+        """Abandons every episode where a reward raises: half of a step has then been taken."""
+        try:
+            yield
+        except InvalidActionError:  # nothing has been taken
+            raise
+        except BaseException:
+            self.abandon()
+            raise
 
     def resume(
         self, row: int, response_ids: Sequence[int], returns: tuple[float, float] | None, ref_log_probs: Floats | None
@@ -252,7 +290,8 @@ class Engine:
         ended = np.flatnonzero(eos | full)
         scores: _Scores | None = None
         if len(ended):
-            scores = self._score(ended, eos[ended])
+            with self._abandoned_on_error():
+                scores = self._score(ended, eos[ended])
             if task.kl_coef > 0 and not task.dense_kl:
                 paid = np.zeros(self.num_rows)
                 paid[ended] = self._pay_at_end(ended)
@@ -383,7 +422,8 @@ class Engine:
         rewards, paid, zeros = np.zeros(self.num_rows), np.zeros(self.num_rows), np.zeros(self.num_rows, dtype=np.bool_)
         if not len(rows):
             return Transition(rewards, None, zeros, zeros.copy(), rows, None)
-        replay = self.replay([p for row in rows if (p := self.current[row]) is not None], responses[rows])
+        with self._abandoned_on_error():
+            replay = self.replay([p for row in rows if (p := self.current[row]) is not None], responses[rows])
         mask = replay.response_mask
         self.input_ids[rows, self.width :] = np.where(mask, responses[rows], self.lm.pad_token_id)
         self.attention_mask[rows, self.width :] = mask

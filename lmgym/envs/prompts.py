@@ -41,16 +41,6 @@ class PromptSet:
         encoded = {name: lm.encode_all(tuple(texts)) for name, texts in task.prompts.items()}
         longest = max(len(ids) for rows in encoded.values() for ids in rows)
         self.width = task.max_prompt_tokens or longest
-        if longest > self.width:
-            raise InvalidArgumentError(
-                f"`max_prompt_tokens` must be at least {longest}, the longest prompt, got {self.width}."
-            )
-        horizon, limit = task.max_new_tokens, lm.max_positions
-        if limit is not None and self.width + horizon > limit:
-            raise InvalidArgumentError(
-                f"`max_new_tokens` must be at most {limit - self.width}, got {horizon}: the longest prompt has "
-                f"{self.width} tokens and the model {limit} positions."
-            )
         self._prompts = [
             Prompt(tuple(ids), text.with_text(lm.decode(ids)) if isinstance(text, PromptText) else lm.decode(ids), i)
             for i, (ids, text) in enumerate(zip(encoded[split], task.prompts[split], strict=True))

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 OBS_FORMATS = ("dict", "flat")
 RENDER_MODES = ("ansi", "human", "rgb_array")
 PROMPT_ORDERS = ("shuffle", "sequential")
+ON_LONG = ("error", "skip", "truncate_left")
 DTYPES = ("float32", "bfloat16", "float16")
 _OF_THE_TASK = (
     *("model", "reward", "prompts", "kl_coef", "gamma", "temperature", "max_new_tokens", "min_new_tokens"),
-    *("missing_eos_penalty", "dense_kl", "truncate"),
+    *("missing_eos_penalty", "dense_kl", "truncate", "reward_weights", "max_prompt_tokens"),
 )
 
 
@@ -31,9 +32,13 @@ class Settings:
         split: which of the task's prompts.
         model: replaces the task's reference: directory or hub name of a Hugging Face causal LM, or a `CausalLM`.
         reward: replaces its reward: directory or hub name of a sequence-classification model, an import path
-            `package.module:function`, or a callable with TRL's reward-function signature.
+            `package.module:function`, or a callable with TRL's reward-function signature; or a list of such.
+        reward_weights: of a list of rewards, whose weighted sum is paid; None is 1 each.
         prompts: replaces its prompts: a list of texts or rows, a data set, or a file of them; the reward is given the
             other columns of a row (`lmgym.data.prompts.read_prompts`).
+        max_prompt_tokens: P, the prompt columns of an observation; None is as many as the longest prompt has.
+        on_long: of prompts with more tokens than that, or than the model has positions for beside a response: "error",
+            "skip" (leaves them out) or "truncate_left" (keeps the end of each).
         kl_coef: replaces its price of a nat. 0 never runs the reference.
         gamma: replaces its discount.
         temperature: replaces what the reference's logits are divided by, and with them those of a policy made from it.
@@ -52,8 +57,11 @@ class Settings:
     task: str | Task = "reviews"
     split: str = "train"
     model: str | CausalLM | None = None
-    reward: str | Callable[..., Sequence[float]] | None = None
+    reward: str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None = None
+    reward_weights: Sequence[float] | None = None
     prompts: str | Sequence[str] | None = None
+    max_prompt_tokens: int | None = None
+    on_long: str = "error"
     kl_coef: float | None = None
     gamma: float | None = None
     temperature: float | None = None
@@ -72,6 +80,7 @@ class Settings:
         check_choice("obs_format", self.obs_format, OBS_FORMATS)
         check_choice("prompt_order", self.prompt_order, PROMPT_ORDERS)
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("on_long", self.on_long, ON_LONG)
         if not isinstance(self.device, str):
             raise InvalidArgumentError(f"`device` must be 'auto' or the name of a torch device, got {self.device!r}.")
         if self.render_mode is not None:

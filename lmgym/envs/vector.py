@@ -89,7 +89,6 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         ]
         self._outcomes: list[tuple[Outcomes, int] | None] = [None] * num_envs
         self._to_reset = np.zeros(num_envs, dtype=np.bool_)
-        self._ready = False
 
     def _seed_rows(self, seeds: Sequence[int | None], rows: npt.NDArray[np.bool_]) -> None:
         """Gives rows their generators; rows of a group share the seed of their first, so that they draw alike."""
@@ -128,8 +127,12 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
                     self._orders[row].restart()
         self._begin(np.flatnonzero(mask), options)
         self._to_reset[mask] = False
-        self._ready = self._ready or all(prompt is not None for prompt in self._engine.current)
         return self._observe(), {}
+
+    @property
+    def _ready(self) -> bool:
+        """Whether every row has begun; none has after a reward raised."""
+        return None not in self._engine.current
 
     def _reset_mask(self, mask: Any) -> npt.NDArray[np.bool_]:
         if mask is None:

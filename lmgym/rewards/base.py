@@ -12,8 +12,10 @@ from typing import Any, Protocol, cast
 from lmgym.errors import InvalidArgumentError, RewardError
 from lmgym.models.names import check_model_name
 from lmgym.rewards.calling import call
+from lmgym.rewards.probe import check_methods
 
 LARGEST_SCORE = 3.4e38  # float32, which training computes in, has no larger number
+MOST_LAYERS = 100  # of noise on noise
 SAME_SCORE = 1e-4  # how far apart two scores of one response may be, relative and absolute
 
 
@@ -36,6 +38,8 @@ class RewardFunction(Protocol):
 def check_reward_name(name: object) -> None:
     """Raises unless `name` is a callable, an import path `package.module:function`, a directory or a hub name."""
     if callable(name):
+        check_methods(name)
+        remove_noise(cast(RewardFunction, name))
         return
     if isinstance(name, str) and ":" in name and not os.path.exists(name):
         module, _, function = name.partition(":")
@@ -60,6 +64,7 @@ def import_function(path: str) -> RewardFunction:
         ) from error
     if not callable(function):
         raise InvalidArgumentError(f"`reward` must name a callable, and {path!r} is a {type(function).__name__}.")
+    check_methods(function)
     return cast(RewardFunction, function)
 
 
@@ -76,6 +81,8 @@ def score_range(reward: object, prompts: Iterable[Sequence[int]], max_new_tokens
     if of_prompt is None:
         return None
     ranges = [of_prompt(ids, max_new_tokens) for ids in prompts]
+    if any(bounds is None for bounds in ranges):
+        return None
     low = min(float(bounds[0]) for bounds in ranges)
     high = max(float(bounds[1]) for bounds in ranges)
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
@@ -157,12 +164,18 @@ def remove_noise(reward: RewardFunction) -> RewardFunction:
 
     A reward without a callable `expected` is taken as it is. Whether it then gives one response the same score each
     time is for `scores_agree` to say.
+
+    Raises:
+        InvalidArgumentError: where one `expected` leads to another without end.
     """
-    inside = getattr(reward, "expected", None)
-    while callable(inside) and inside is not reward:
-        reward = inside
+    for _ in range(MOST_LAYERS):
         inside = getattr(reward, "expected", None)
-    return reward
+        if not callable(inside) or inside is reward:
+            return reward
+        reward = inside
+    raise InvalidArgumentError(
+        f"`reward.expected` must lead to a reward without noise, and {MOST_LAYERS} of them in a row lead to another."
+    )
 
 
 def bind_tokenizer(reward: RewardFunction, tokenizer: Any) -> RewardFunction:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lmgym.data.prompts import PromptText, read_prompts
 from lmgym.data.rows import check_text
@@ -29,6 +29,7 @@ from lmgym.errors import (
 )
 from lmgym.models.names import check_model_name
 from lmgym.rewards.base import RewardFunction, check_reward_name, import_function, score
+from lmgym.rewards.combined import CombinedReward, check_weights
 
 if TYPE_CHECKING:
     from lmgym.models.causal import CausalLM
@@ -82,7 +83,9 @@ class Task:
         model: the reference: local directory or hub name of a Hugging Face causal LM, or one already loaded, or a
             function without arguments that makes one (and gives the same one when asked again).
         reward: what is paid at the end: directory or hub name of a sequence-classification model, an import path
-            `package.module:function`, or a callable with TRL's reward-function signature.
+            `package.module:function`, or a callable with TRL's reward-function signature; or a list of such, whose
+            weighted sum is paid.
+        reward_weights: of a list of rewards, in their order; None is 1 each.
         prompts: texts by split; or rows, data sets or files of them (`lmgym.data.prompts.read_prompts`), read at once.
             The reward is given the other columns of a row.
         kl_coef: price of a nat of KL(pi || pi_ref), in units of the score. 0 never runs the reference.
@@ -100,10 +103,11 @@ class Task:
 
     name: str
     model: str | CausalLM | Callable[[], CausalLM]
-    reward: str | RewardFunction
+    reward: str | RewardFunction | Sequence[str | RewardFunction]
     prompts: Mapping[str, Sequence[str]]
     kl_coef: float
     max_new_tokens: int
+    reward_weights: Sequence[float] | None = None
     gold: RewardFunction | None = None
     gamma: float = 1.0
     temperature: float = 1.0
@@ -125,13 +129,29 @@ class Task:
         check_bool("truncate", self.truncate)
         if self.max_prompt_tokens is not None:
             check_int("max_prompt_tokens", self.max_prompt_tokens, 1)
-        check_reward_name(self.reward)
+        self._check_rewards()
         if not callable(self.model) and not hasattr(self.model, "tokenizer"):
             check_model_name("model", self.model)
         if not isinstance(self.prompts, Mapping) or not self.prompts:
             raise InvalidArgumentError(f"`prompts` must have at least one split, got {self.prompts!r}.")
         read = {split: self._read(split, texts) for split, texts in self.prompts.items()}
         object.__setattr__(self, "prompts", read)
+
+    def _check_rewards(self) -> None:
+        if isinstance(self.reward, (list, tuple)):
+            rewards = tuple(os.fspath(r) if isinstance(r, os.PathLike) else r for r in self.reward)
+            object.__setattr__(self, "reward", rewards)
+            check_weights(rewards, self.reward_weights)
+            for reward in rewards:
+                check_reward_name(reward)
+            return
+        if self.reward_weights is not None:
+            raise InvalidArgumentError(
+                f"`reward_weights` must be None where `reward` is no list, got {self.reward_weights!r}."
+            )
+        if isinstance(self.reward, os.PathLike):
+            object.__setattr__(self, "reward", os.fspath(self.reward))
+        check_reward_name(self.reward)
 
     def _read(self, split: str, texts: object) -> Sequence[str]:
         """The prompts of a split; as they are where they are texts."""
@@ -155,13 +175,9 @@ class Task:
 
     def reward_function(self, device: str = "auto") -> RewardFunction:
         """What is paid at the end; a reward model is loaded once however many ask for it, always in float32."""
-        if callable(self.reward):
-            return self.reward
-        if ":" in self.reward and not os.path.exists(self.reward):
-            return import_function(self.reward)
-        from lmgym.rewards.classifier import load_reward_model
-
-        return load_reward_model(self.reward, device)
+        if isinstance(self.reward, (list, tuple)):
+            return CombinedReward([_load_reward(reward, device) for reward in self.reward], self.reward_weights)
+        return _load_reward(cast("str | RewardFunction", self.reward), device)
 
     def texts_of(self, prompt_ids: Iterable[Sequence[int]], lm: CausalLM) -> list[str]:
         """The texts of prompts that are given as token ids, with the columns of their rows where they are the task's.
@@ -215,6 +231,16 @@ class Task:
             if reward is not None:
                 eos = sorted(lm.eos_token_ids)[:1]
                 score(reward, [first], [""], prompt_ids=[lm.encode(first)], completion_ids=[eos])
+
+
+def _load_reward(reward: str | RewardFunction, device: str) -> RewardFunction:
+    if callable(reward):
+        return reward
+    if ":" in reward and not os.path.exists(reward):
+        return import_function(reward)
+    from lmgym.rewards.classifier import load_reward_model
+
+    return load_reward_model(reward, device)
 
 
 def _load_tokenizer(model: object) -> Any:
@@ -334,6 +360,7 @@ def make_task(task: str | Task, **changes: Any) -> Task:
         changes["prompts"] = {split: _as_read(texts) for split, texts in task.prompts.items()}
     if "reward" in changes:
         changes.setdefault("gold", None)  # another reward stands for another truth
+        changes.setdefault("reward_weights", None)
     if {"model", "prompts"} & set(changes):
         changes.setdefault("max_prompt_tokens", None)  # the task's own limit was counted in its own tokens
     changed = replace(task, **changes)

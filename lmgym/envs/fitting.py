@@ -1,0 +1,106 @@
+"""Prompts that are too long for the model, or for what the user allows: named, left out, or cut."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lmgym.data.prompts import PromptText
+from lmgym.data.rows import shorten
+from lmgym.errors import InvalidArgumentError
+from lmgym.models.causal import CausalLM
+from lmgym.tasks.base import Task
+
+_NAMED = 3  # rows that a message names
+
+
+def fit_prompts(task: Task, lm: CausalLM, on_long: str) -> Task:
+    """A task whose prompts have at most `max_prompt_tokens` tokens, and leave the model positions for a response.
+
+    Args:
+        task: the task. lm: its reference.
+        on_long: "error", or "skip" to leave longer prompts out, or "truncate_left" to keep the end of each.
+
+    Returns:
+        The task itself where every prompt fits; else one without a stored optimum.
+
+    Raises:
+        InvalidArgumentError: naming the first of the longer prompts, for "error" and where a split has no shorter one.
+    """
+    limit = _limit(task, lm)
+    if limit is None:
+        return task
+    fitted: dict[str, Sequence[str]] = {}
+    for split, texts in task.prompts.items():
+        lengths = [len(ids) for ids in lm.encode_all(tuple(texts))]
+        long = [i for i, length in enumerate(lengths) if length > limit]
+        if not long:
+            fitted[split] = texts
+            continue
+        what = _named(split, texts, lengths, long, limit)
+        if on_long == "error" or (on_long == "skip" and len(long) == len(texts)):
+            raise InvalidArgumentError(f"{what} {_remedy(task, lm, max(lengths))}")
+        if on_long == "skip":
+            fitted[split] = [text for text, length in zip(texts, lengths, strict=True) if length <= limit]
+            warnings.warn(f"{what} They are left out.", stacklevel=2)
+        else:
+            cut = list(texts)
+            for i in long:
+                cut[i] = _cut(texts[i], limit, lm)
+            fitted[split] = cut
+    if all(fitted[split] is task.prompts[split] for split in fitted):
+        return task
+    return replace(task, prompts=fitted, optima={})
+
+
+def _limit(task: Task, lm: CausalLM) -> int | None:
+    """Tokens that a prompt may have; None where nothing says."""
+    limits = [] if task.max_prompt_tokens is None else [task.max_prompt_tokens]
+    if lm.max_positions is not None:
+        if lm.max_positions <= task.max_new_tokens:
+            raise InvalidArgumentError(
+                f"`max_new_tokens` must be at most {lm.max_positions - 1}, got {task.max_new_tokens}: the model has "
+                f"{lm.max_positions} positions for prompt and response."
+            )
+        room = lm.max_positions - task.max_new_tokens
+        if task.max_prompt_tokens is not None and task.max_prompt_tokens > room:
+            raise InvalidArgumentError(
+                f"`max_prompt_tokens` must be at most {room}, got {task.max_prompt_tokens}: the model has "
+                f"{lm.max_positions} positions and `max_new_tokens` is {task.max_new_tokens}."
+            )
+        limits.append(room)
+    return min(limits, default=None)
+
+
+def _named(split: str, texts: Sequence[str], lengths: Sequence[int], long: Sequence[int], limit: int) -> str:
+    few = []
+    for i in long[:_NAMED]:
+        place = texts[i].place if isinstance(texts[i], PromptText) else ""  # type: ignore[attr-defined]
+        few.append(f"{place or f'item {i}'} has {lengths[i]} ({shorten(texts[i], 60)})")
+    more = f", and {len(long) - len(few)} more" if len(long) > len(few) else ""
+    return f"`prompts[{split!r}]` must have at most {limit} tokens each, and {'; '.join(few)}{more}."
+
+
+def _remedy(task: Task, lm: CausalLM, longest: int) -> str:
+    cause = "Raise `max_prompt_tokens`"
+    if lm.max_positions is not None and longest + task.max_new_tokens > lm.max_positions:
+        most = lm.max_positions - longest
+        cause = f"The model has {lm.max_positions} positions: "
+        cause += f"lower `max_new_tokens` to {most} or less" if most > 0 else "take one with more"
+    return f"{cause}, shorten the prompts, or take `on_long='skip'` or 'truncate_left'."
+
+
+def _cut(text: str, limit: int, lm: CausalLM) -> str:
+    """The longest end of a text, by whole characters, that has at most `limit` tokens.
+
+    It is cut as text, so that the tokenizer begins it as it begins any prompt, with a start token where it has one.
+    """
+    start = 0
+    while len(lm.encode(text[start:])) > limit:
+        excess = len(lm.encode(text[start:])) - limit
+        start += max(1, excess // 4)  # a character may be several tokens
+        if not text[start:].strip():
+            raise InvalidArgumentError(f"`max_prompt_tokens` must leave room for a text, got {limit}, for {text!r}.")
+    end = text[start:]
+    return text.with_text(end) if isinstance(text, PromptText) else end
