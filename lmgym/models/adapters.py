@@ -37,13 +37,18 @@ def load_pretrained(argument: str, name: str, auto_class: Any, dtype: torch.dtyp
     Raises:
         LmGymError: naming what is missing, damaged or does not belong together.
     """
-    source = name
-    while is_adapter(source) and not has_file(source, "tokenizer_config.json"):
-        source = base_of(argument, source)
+    source = tokenizer_source(argument, name)
     model = _load(argument, name, auto_class, dtype)
     tokenizer = load_tokenizer(argument, source)
     check_tokenizer(argument, source, model, tokenizer)
     return model, tokenizer
+
+
+def tokenizer_source(argument: str, name: str) -> str:
+    """Where the tokenizer of a model is: with it, or with the base of an adapter that has none of its own."""
+    while is_adapter(name) and not has_file(name, "tokenizer_config.json"):
+        name = base_of(argument, name)
+    return name
 
 
 def _load(

@@ -248,12 +248,10 @@ def _load_tokenizer(model: object) -> Any:
     if not isinstance(model, (str, os.PathLike)):
         return model().tokenizer if callable(model) else getattr(model, "tokenizer", None)
     check_model_name("model", model)
-    from transformers import AutoTokenizer
+    from lmgym.models.adapters import tokenizer_source
+    from lmgym.models.loading import load_tokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # whatever Hugging Face raises for a name that it does not know
-        raise InvalidArgumentError(f"`model` must have a tokenizer, and {model!r} has none: {error}") from error
+    return load_tokenizer("model", tokenizer_source("model", os.fspath(model)))
 
 
 @dataclass(frozen=True)
