@@ -95,7 +95,7 @@ def base_of(argument: str, name: str) -> str:
     from peft import PeftConfig
 
     with loading(argument, name, "peft"):
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+        base = PeftConfig.from_pretrained(name, trust_remote_code=False).base_model_name_or_path
     where = f"`base_model_name_or_path` in the adapter_config.json of `{argument}` {name!r}"
     if not base:
         raise LmGymError(
@@ -127,7 +127,7 @@ def load_merged(argument: str, name: str, auto_class: Any, load_base: LoadBase) 
     from peft.utils.save_and_load import load_peft_weights
 
     with loading(argument, name, "peft"):
-        config = PeftConfig.from_pretrained(name)
+        config = PeftConfig.from_pretrained(name, trust_remote_code=False)
         weights = load_peft_weights(name, "cpu")
     classifies = "SequenceClassification" in auto_class.__name__
     if config.task_type not in (None, "SEQ_CLS" if classifies else "CAUSAL_LM"):
@@ -137,7 +137,7 @@ def load_merged(argument: str, name: str, auto_class: Any, load_base: LoadBase) 
     with loading(argument, name, "peft"), torch.random.fork_rng(devices=[]):
         _resize(base, weights)
         _untie(base, weights)
-        adapted = PeftModel.from_pretrained(base, name, config=config)
+        adapted = PeftModel.from_pretrained(base, name, config=config, trust_remote_code=False)
         missing = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - set(weights)
         if missing:
             raise LmGymError(
@@ -151,7 +151,7 @@ def load_merged(argument: str, name: str, auto_class: Any, load_base: LoadBase) 
         model = adapted.merge_and_unload()
     model.name_or_path = os.path.abspath(name) if os.path.isdir(name) else name
     if not classifies and has_file(name, "generation_config.json"):
-        model.generation_config = GenerationConfig.from_pretrained(name)
+        model.generation_config = GenerationConfig.from_pretrained(name, trust_remote_code=False)
     return model
 
 
