@@ -96,7 +96,7 @@ class DPO(SupervisedAgent[Pairs]):
         if self.beta == 0:
             raise InvalidArgumentError("`beta` must be given where the task's `kl_coef` is 0, got null.")
         rankings = self.config.rankings
-        self._file = None if rankings is None else pairs_of(Rankings.load(rankings), envs.engine)
+        self._file = None if rankings is None else pairs_of(Rankings.load(rankings, envs.tokenizer), envs.engine)
         if self._file is not None:
             self.tokens.read(self._file.episodes)  # by the reference
 

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import word_tokenizer
 
+from lmgym.data.rows import Row
 from lmgym.errors import InvalidArgumentError
 from lmgym.feedback.annotators import plackett_luce_ranking, preference_probability, true_ranking
+from lmgym.feedback.pairs import read_demonstration
 from lmgym.feedback.preferences import Rankings
 
 SCORES = np.array([0.3, -1.2, 0.9, 0.1])
@@ -156,16 +159,129 @@ def test_rankings_that_do_not_fit_are_rejected(prompts: list, completions: list,
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("not json", "must be a JSON object"),
-        ("[1]", "must be an object with the keys"),
-        ('{"prompt": "a"}', "must be an object with the keys"),
-        ('{"prompt": "a", "completions": "bc", "ranking": [0, 1]}', "must hold lists"),
-        ('{"prompt": "a", "completions": ["b", "c"], "ranking": [0, 1.5]}', "must hold integers under 'ranking'"),
+        ("not json", ".*, line 3, is not JSON"),
+        ("[1]", "must hold texts or rows .* line 3 of"),
+        ('{"prompt": "a"}', r"must hold rows with .* or with \['chosen', 'rejected'\], and line 3 of"),
+        ('{"prompt": "a", "completions": "bc", "ranking": [0, 1]}', "must hold lists .* unlike line 3 of"),
+        ('{"prompt": "a", "completions": ["b", "c"], "ranking": [0, 1.5]}', "must hold integers .* line 3 of"),
+        ('{"prompt": "a", "completions": ["b", 3], "ranking": [0, 1]}', "must hold non-empty texts, and line 3 of"),
+        ('{"prompt": "a", "chosen": "b", "rejected": null}', "must hold non-empty texts, and line 3 of"),
+        ('{"prompt": " ", "chosen": "b", "rejected": "c"}', "must hold non-empty texts, and line 3 of"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "rankings.jsonl"
     RANKINGS.save(path)
     path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
-    with pytest.raises(InvalidArgumentError, match=f"Line 3 of .*rankings.jsonl' {message}"):
+    with pytest.raises(InvalidArgumentError, match=f"`rankings` {message}"):
         Rankings.load(path)
+
+
+# --- preferences and demonstrations as others write them
+
+CHOSEN, REJECTED = "\n\nHuman: hi\n\nAssistant: hello", "\n\nHuman: hi\n\nAssistant: go away"
+
+
+def write(path: Path, *rows: dict) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_pairs_of_texts_are_rankings(tmp_path: Path) -> None:
+    row = {"prompt": "the film was", "chosen": " good", "rejected": " bad", "annotator": 3}
+    pairs = Rankings.load(write(tmp_path / "pairs.ndjson", row))
+    assert pairs == Rankings(["the film was"], [[" good", " bad"]], [[0, 1]], {"annotator": [3]})
+    assert Rankings.load([row]) == pairs
+    tokenizer = word_tokenizer()
+    ended = Rankings.load([row | {"rejected": " bad<eos>"}], tokenizer)
+    assert ended.completions == ((" good<eos>", " bad<eos>"),)
+
+
+def test_a_prompt_that_both_sides_begin_with_is_taken_off() -> None:
+    pairs = Rankings.load([{"chosen": CHOSEN, "rejected": REJECTED}])
+    assert pairs.prompts == ("\n\nHuman: hi\n\nAssistant:",)
+    assert pairs.completions == ((" hello", " go away"),)
+    with pytest.raises(InvalidArgumentError, match="must hold non-empty texts, and item 0 is ''"):
+        Rankings.load([{"chosen": "a", "rejected": "b"}])
+
+
+USER, GOOD, BAD = (
+    {"role": role, "content": text}
+    for role, text in (("user", "the film was"), ("assistant", "good"), ("assistant", "bad"))
+)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": "the film was", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    ],
+)
+def test_pairs_of_conversations_go_through_the_chat_template(row: dict) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' <eos> \n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant :' }}{% endif %}"
+    )
+    pairs = Rankings.load([row], tokenizer)
+    assert pairs.prompts == ("user : the film was <eos> \nassistant :",)
+    assert pairs.completions == ((" good <eos>", " bad <eos>"),)
+    with pytest.raises(InvalidArgumentError, match="must be texts where there is no tokenizer"):
+        Rankings.load([row])
+
+
+def test_a_template_that_rewrites_the_question_is_refused() -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }} {% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(InvalidArgumentError, match="in the same way with and without its answer, and item 0 becomes"):
+        Rankings.load([{"chosen": [USER, GOOD], "rejected": [USER, BAD]}], tokenizer)
+
+
+@pytest.mark.parametrize(
+    "row", [{"chosen": [USER], "rejected": [USER, BAD]}, {"prompt": [USER], "chosen": [USER], "rejected": [BAD]}]
+)
+def test_conversations_without_an_answer_are_refused(row: dict) -> None:
+    with pytest.raises(InvalidArgumentError, match="share a question and have an answer each, and item 0 has"):
+        Rankings.load([row], word_tokenizer())
+
+
+def test_other_columns_are_kept_on_disk(tmp_path: Path) -> None:
+    rankings = Rankings(["a"], [[" b", " c"]], [[1, 0]], {"annotator": [3], "notes": [["x"]]})
+    rankings.save(tmp_path / "r.jsonl")
+    assert Rankings.load(tmp_path / "r.jsonl") == rankings
+    with pytest.raises(InvalidArgumentError, match=r"`columns\['id'\]` must have one value a prompt, 1, got 2"):
+        Rankings(["a"], [[" b", " c"]], [[1, 0]], {"id": [1, 2]})
+
+
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        ({"prompt": "a film", "completion": " good <eos>", "id": 3}, ("a film", " good <eos>")),
+        ({"prompt": [USER], "completion": [GOOD]}, ("user : the film was <eos> \nassistant :", " good <eos>")),
+        ({"messages": [USER, GOOD]}, ("user : the film was <eos> \nassistant :", " good <eos>")),
+    ],
+)
+def test_demonstrations_are_texts_or_conversations(row: dict, read: tuple[str, str]) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' <eos> \n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant :' }}{% endif %}"
+    )
+    assert read_demonstration("path", Row(row, "line 1"), tokenizer) == read
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a"}, r"rows with a \"completion\", and line 1 has the columns \['prompt'\]"),
+        ({"prompt": "a", "completion": 3}, "non-empty texts, and line 1 is 3"),
+        ({"messages": [USER]}, "messages that end with the assistant's, and line 1 has"),
+        ({"text": "a"}, r"rows with a \"prompt\", and line 1 has the columns \['text'\]"),
+    ],
+)
+def test_a_broken_demonstration_is_named(row: dict, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        read_demonstration("path", Row(row, "line 1"), None)

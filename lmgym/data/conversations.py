@@ -77,3 +77,27 @@ def render(argument: str, messages: object, tokenizer: Any, place: str, *, ended
     if start and text.startswith(start) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
         return str(text[len(start) :])
     return str(text)
+
+
+def render_answer(argument: str, asked: Messages, answer: Messages, tokenizer: Any, place: str) -> tuple[str, str]:
+    """The text of a conversation that asks, and what its answer adds to it, up to the end token that it ends with.
+
+    Args:
+        argument: what they were given as, for messages. asked: the conversation. answer: the messages that follow.
+        tokenizer: as for `render`. place: where they stand.
+
+    Raises:
+        InvalidArgumentError: as `render`, and for a template that writes the question in another way once it is
+            answered.
+    """
+    prompt = render(argument, asked, tokenizer, place)
+    whole = render(argument, [*asked, *answer], tokenizer, place, ended=True)
+    if not whole.startswith(prompt):
+        raise InvalidArgumentError(
+            f"`{argument}`: the chat template must write a conversation in the same way with and without its answer, "
+            f"and {place} becomes {shorten(whole)} behind {shorten(prompt)}."
+        )
+    added = whole[len(prompt) :]
+    end = tokenizer.eos_token
+    at = added.rfind(end) if end else -1
+    return prompt, added if at < 0 else added[: at + len(end)]

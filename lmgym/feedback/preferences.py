@@ -1,13 +1,16 @@
-"""The one format of preferences that training reads: ranked completions, as JSON lines on disk."""
+"""The one form of preferences that training reads: ranked completions, from its own JSON lines or others' pairs."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+from lmgym.data.rows import Row, check_text, read_rows
 from lmgym.errors import InvalidArgumentError
+from lmgym.feedback.pairs import PAIR, read_pair
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Rankings:
         prompts: (B,) texts.
         completions: (B, K) texts.
         ranking: (B, K) indices into a prompt's completions, best first.
+        columns: what else was in the rows, such as who ranked them: (B,) values by name. Training does not read it.
 
     Raises:
         InvalidArgumentError: If the fields do not fit together.
@@ -31,11 +35,18 @@ class Rankings:
     prompts: Sequence[str]
     completions: Sequence[Sequence[str]]
     ranking: Sequence[Sequence[int]]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", tuple(self.prompts))
         object.__setattr__(self, "completions", tuple(tuple(texts) for texts in self.completions))
         object.__setattr__(self, "ranking", tuple(tuple(int(i) for i in order) for order in self.ranking))
+        object.__setattr__(self, "columns", {name: tuple(values) for name, values in self.columns.items()})
+        for name, values in self.columns.items():
+            if len(values) != len(self.prompts):
+                raise InvalidArgumentError(
+                    f"`columns[{name!r}]` must have one value a prompt, {len(self.prompts)}, got {len(values)}."
+                )
         if not len(self.prompts) == len(self.completions) == len(self.ranking):
             raise InvalidArgumentError(
                 "`prompts`, `completions` and `ranking` must have one entry a prompt, got "
@@ -67,11 +78,12 @@ class Rankings:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one JSON object a prompt; a reader never sees half a file."""
         rows = zip(self.prompts, self.completions, self.ranking, strict=True)
+        rest = [{name: values[i] for name, values in self.columns.items()} for i in range(len(self))]
         temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
         try:
             with open(temporary, "w", encoding="utf-8") as file:
-                for row in rows:
-                    record = dict(zip(_KEYS, row, strict=True))
+                for row, more in zip(rows, rest, strict=True):
+                    record = dict(zip(_KEYS, row, strict=True)) | more
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
             os.replace(temporary, path)
         finally:
@@ -79,34 +91,48 @@ class Rankings:
                 os.remove(temporary)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Rankings:
-        """Reads what `save` wrote.
+    def load(cls, source: object, tokenizer: Any = None) -> Rankings:
+        """Reads what `save` wrote, and pairs as others write them.
+
+        A row has "prompt", "completions" and "ranking"; or "chosen" and "rejected", with a "prompt" or with one that
+        both begin with. Those may be texts or conversations. Other columns are kept.
+
+        Args:
+            source: a file, a list of rows, a data set or a table (`lmgym.data.rows.read_rows`).
+            tokenizer: the policy's. Its chat template makes conversations texts, and its EOS is put behind texts of
+                "chosen" and "rejected" that have none, as TRL does: they are taken to be complete.
 
         Raises:
-            InvalidArgumentError: Naming the first line that is not a ranking.
+            InvalidArgumentError: naming the first row that is neither.
         """
-        with open(path, encoding="utf-8") as file:
-            rows = [_parse(line, number, path) for number, line in enumerate(file, 1) if line.strip()]
-        return cls([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
+        rows = read_rows("rankings", source, "prompt")
+        names = dict.fromkeys(name for row in rows for name in row.columns if name not in (*_KEYS, *PAIR))
+        read = [_read(row, tokenizer) for row in rows]
+        columns = {name: [row.columns.get(name) for row in rows] for name in names}
+        prompts, completions, ranking = ([parts[i] for parts in read] for i in range(3))
+        return cls(prompts, completions, ranking, columns)
 
 
 _KEYS = ("prompt", "completions", "ranking")
 
 
-def _parse(line: str, number: int, path: str | os.PathLike[str]) -> tuple[str, list[str], list[int]]:
-    """Reads one line of a file of rankings."""
-    where = f"Line {number} of {os.fspath(path)!r}"
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InvalidArgumentError(f"{where} must be a JSON object: {error}.") from error
-    if not isinstance(record, dict) or set(record) != set(_KEYS):
-        raise InvalidArgumentError(f"{where} must be an object with the keys {list(_KEYS)}, got {line.strip()[:80]!r}.")
-    prompt, completions, ranking = (record[key] for key in _KEYS)
+def _read(row: Row, tokenizer: Any) -> tuple[Any, ...]:
+    """Prompt, completions and ranking of a row."""
+    if set(PAIR) <= row.columns.keys():
+        prompt, chosen, rejected = read_pair("rankings", row, tokenizer)
+        return prompt, (chosen, rejected), (0, 1)
+    if not set(_KEYS) <= row.columns.keys():
+        raise InvalidArgumentError(
+            f"`rankings` must hold rows with {list(_KEYS)} or with {list(PAIR)}, and {row.place} has the columns "
+            f"{list(row.columns)}."
+        )
+    prompt, completions, ranking = (row.columns[key] for key in _KEYS)
     if not isinstance(completions, list) or not isinstance(ranking, list):
-        raise InvalidArgumentError(f"{where} must hold lists under 'completions' and 'ranking'.")
+        raise InvalidArgumentError(f"`rankings` must hold lists under 'completions' and 'ranking', unlike {row.place}.")
     if not all(isinstance(index, int) and not isinstance(index, bool) for index in ranking):
-        raise InvalidArgumentError(f"{where} must hold integers under 'ranking', got {ranking}.")
+        raise InvalidArgumentError(f"`rankings` must hold integers under 'ranking', and {row.place} has {ranking}.")
+    for text in (prompt, *completions):
+        check_text("rankings", text, row.place, may_be_empty=True)
     return prompt, completions, ranking
 
 

@@ -1,0 +1,94 @@
+"""Pairs of answers, and demonstrations, as other people write them: texts or conversations."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from lmgym.data.conversations import check_messages, is_conversation, render_answer
+from lmgym.data.rows import Row, check_text, column, shorten
+from lmgym.errors import InvalidArgumentError
+
+PAIR = ("chosen", "rejected")
+
+
+def read_pair(argument: str, row: Row, tokenizer: Any) -> tuple[str, str, str]:
+    """Prompt, chosen and rejected completion of a row with "chosen" and "rejected"; `prompt + completion` is the text.
+
+    Args:
+        argument: what the rows were given as, for messages. row: the row.
+        tokenizer: of the policy; None reads texts alone, and puts no EOS behind them.
+
+    Raises:
+        InvalidArgumentError: naming the row.
+    """
+    prompt = row.columns.get("prompt")
+    chosen, rejected = (row.columns[side] for side in PAIR)
+    if is_conversation(chosen) and is_conversation(rejected):
+        return _read_conversations(argument, row, prompt, chosen, rejected, tokenizer)
+    texts = [check_text(argument, text, row.place) for text in (chosen, rejected)]
+    if prompt is None:
+        start = _common_start(*texts)
+        prompt = texts[0][:start]
+        texts = [text[start:] for text in texts]
+    check_text(argument, prompt, row.place)
+    end = getattr(tokenizer, "eos_token", None) or ""
+    chosen, rejected = (text if text.endswith(end) else text + end for text in texts)
+    return prompt, chosen, rejected
+
+
+def _common_start(chosen: str, rejected: str) -> int:
+    """Characters that both texts begin with; a space before the first difference belongs to the answers."""
+    start = _shared(chosen, rejected)
+    return start - 1 if start and chosen[start - 1] == " " else start
+
+
+def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items two sequences have in common from their start on."""
+    together = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], together))
+
+
+def _read_conversations(
+    argument: str, row: Row, prompt: object, chosen: Sequence[Any], rejected: Sequence[Any], tokenizer: Any
+) -> tuple[str, str, str]:
+    """The same of conversations, which may have the prompt in front, as messages that both begin with."""
+    sides = [check_messages(argument, messages, row.place) for messages in (chosen, rejected)]
+    if is_conversation(prompt):
+        asked = check_messages(argument, prompt, row.place)
+        sides = [side[len(asked) :] if side[: len(asked)] == asked else side for side in sides]
+    else:
+        shared = _shared(*sides)
+        asked = sides[0][:shared]
+        sides = [side[shared:] for side in sides]
+    if not asked or not all(sides):
+        raise InvalidArgumentError(
+            f"`{argument}` must hold conversations that share a question and have an answer each, and {row.place} has "
+            f"{shorten(chosen)} and {shorten(rejected)}."
+        )
+    (text, better), (_, worse) = (render_answer(argument, asked, side, tokenizer, row.place) for side in sides)
+    return text, better, worse
+
+
+def read_demonstration(argument: str, row: Row, tokenizer: Any) -> tuple[str, str]:
+    """Prompt and completion of a row with "prompt" and "completion", or with "messages", the last being the answer.
+
+    Texts are as they are: a completion has the EOS as text where the response ends by itself.
+
+    Raises:
+        InvalidArgumentError: naming the row.
+    """
+    if "messages" in row.columns and "prompt" not in row.columns:
+        messages = check_messages(argument, row.columns["messages"], row.place)
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise InvalidArgumentError(
+                f"`{argument}` must hold messages that end with the assistant's, and {row.place} has "
+                f"{shorten(messages)}."
+            )
+        return render_answer(argument, messages[:-1], messages[-1:], tokenizer, row.place)
+    prompt, completion = (column(argument, row, key) for key in ("prompt", "completion"))
+    if is_conversation(prompt) and is_conversation(completion):
+        return render_answer(argument, prompt, completion, tokenizer, row.place)
+    check_text(argument, prompt, row.place)
+    return prompt, check_text(argument, completion, row.place, may_be_empty=True)
