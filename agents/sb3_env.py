@@ -61,7 +61,9 @@ class VecEnvBridge(VecEnv):
         rows = _by_row(infos, self.num_envs)
         for i, row in enumerate(rows):
             if "final_obs" in row:
-                row |= {**row.pop("final_info"), "terminal_observation": row.pop("final_obs")}
+                end, info = row.pop("final_obs"), row.pop("final_info")
+                self.reset_infos[i] = dict(row)
+                row |= {**info, "terminal_observation": end}
             row["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
         return observation, rewards.astype(np.float32), terminated | truncated, rows
 
@@ -125,7 +127,7 @@ def _by_row(infos: Mapping[str, Any], rows: int) -> list[dict[str, Any]]:
     for name, values in infos.items():
         if name.startswith("_"):
             continue
-        column = _by_row(values, rows) if isinstance(values, dict) else values.tolist()
+        column = _by_row(values, rows) if isinstance(values, dict) else values
         for i in np.flatnonzero(infos[f"_{name}"]):
             result[i][name] = column[i]
     return result

@@ -41,10 +41,10 @@ if __name__ == "__main__":
     rng = np.random.default_rng(0)
     for i in range(3):
         env.reset(options={"prompt_index": i})
-        info: dict[str, Any] = {}
-        while "score" not in info:  # comes with the end
+        ended = False
+        while not ended:
             law = np.exp(env.unwrapped.reference_log_probs())
-            info = env.step(int(rng.choice(len(law), p=law)))[-1]
+            _, _, ended, _, info = env.step(int(rng.choice(len(law), p=law)))
         print(f"{info['score']:+.2f}  {info['prompt']}{info['response']}")
     envs: Any = gym.make_vec("lmgym/RLHF-v0", reward=variety, kl_coef=0.1, split="test", device="cpu")
     reference, generator = CausalPolicy(envs.engine.lm), torch.Generator().manual_seed(0)

@@ -18,8 +18,9 @@ from lmgym.optimum import solve
 
 
 class Node:
-    def __init__(self, env: Any, outcome: float | None = None) -> None:
-        self.state, self.outcome = env.unwrapped.clone_state(), outcome  # its return, where the response has ended
+    def __init__(self, env: Any, step: Any = (None, 0.0, False)) -> None:
+        self.state, ended = env.unwrapped.clone_state(), step[2]
+        self.outcome = step[4]["discounted_return"] if ended else None
         self.prior = np.exp(env.unwrapped.reference_log_probs())
         self.visits, self.means, self.best = np.full((3, len(self.prior)), [[0.0], [0.0], [-np.inf]])
         self.children: dict[int, Node] = {}
@@ -31,7 +32,7 @@ class Node:
             action = int(rng.choice(len(self.prior), p=self.prior))
         if action not in self.children:
             env.unwrapped.restore_state(self.state)
-            self.children[action] = Node(env, env.step(action)[-1].get("discounted_return"))  # comes with the end
+            self.children[action] = Node(env, env.step(action))
         child = self.children[action]
         found = child.simulate(env, rng) if child.outcome is None else child.outcome
         self.visits[action] += 1

@@ -1,12 +1,14 @@
 """RLHF as a classic RL problem: text generation as a Gymnasium environment.
 
-Importing this registers the environments and does nothing else; torch and transformers load with the first env.
+Importing this registers the environments and makes forks safe (`lmgym.forking`); torch and transformers load with the
+first env.
 """
 
 from collections.abc import Callable
 
 from gymnasium.envs.registration import register
 
+from lmgym.forking import let_forks_use_one_thread
 from lmgym.tasks import base as _tasks
 from lmgym.tasks.base import Task, suite
 
@@ -44,6 +46,7 @@ def _register(task: _tasks.Registered) -> str:
     return task.env_id
 
 
+let_forks_use_one_thread()
 register(id="lmgym/RLHF-v0", **_TOKEN)  # type: ignore[arg-type]
 register(id="lmgym/RLHFBandit-v0", **_BANDIT)  # type: ignore[arg-type]
 for _task in _tasks.registered_tasks().values():

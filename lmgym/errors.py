@@ -22,6 +22,10 @@ class UnknownNameError(LmGymError, ValueError):
     """A name (of a task, a split, an algorithm) that nothing is registered under."""
 
 
+class UnknownKeywordError(UnknownNameError, TypeError):
+    """A keyword argument that does not exist; a TypeError too, since that is what callers look for."""
+
+
 class InvalidActionError(LmGymError, ValueError):
     """An action outside the action space, or one that cannot be taken in this state."""
 
@@ -36,10 +40,19 @@ class LogProbError(LmGymError, RuntimeError):
 
 def unknown_name(argument: str, got: object, choices: Iterable[str]) -> UnknownNameError:
     """Builds the error for an unknown name, with the nearest known one as a suggestion."""
+    return UnknownNameError(f"`{argument}` must be one of {sorted(choices)}, got {got!r}.{_suggestion(got, choices)}")
+
+
+def unknown_keyword(function: str, got: str, choices: Iterable[str]) -> UnknownKeywordError:
+    """Builds the error for an unknown keyword argument, in Python's own words, which other libraries search."""
     known = sorted(choices)
-    close = difflib.get_close_matches(str(got), known, n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return UnknownNameError(f"`{argument}` must be one of {known}, got {got!r}.{hint}")
+    said = f"{function}() got an unexpected keyword argument {got!r}.{_suggestion(got, known)}"
+    return UnknownKeywordError(f"{said} `keyword argument` must be one of {known}.")
+
+
+def _suggestion(got: object, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(got), sorted(choices), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def check_choice(argument: str, got: object, choices: Iterable[str]) -> None:

@@ -150,7 +150,8 @@ def test_spaces_and_observations(parts: Parts, by_hand: ByHand) -> None:
     assert (mask.shape, mask.dtype) == ((P + T,), np.int8)
     prompt = by_hand.tokenizer("a book")["input_ids"]
     observation, info = env.reset(options={"prompt": "a book"})
-    assert info == {}
+    assert info.pop("prompt") == "a book"
+    assert not any(info.values())
     response: list[int] = []
     while True:
         filled = P + len(response)
@@ -224,14 +225,14 @@ def test_rewards_are_those_rebuilt_by_hand(parts: Parts, by_hand: ByHand) -> Non
 def test_the_info_rebuilds_the_reward(parts: Parts, changes: Parts) -> None:
     env, rng = make(parts, **changes), np.random.default_rng(1)
     for _ in range(6):
-        env.reset(seed=2)
+        first = env.reset(seed=2)[1]
         steps = play(env, random_tokens(rng))
-        for *_, info in steps[:-1]:
-            assert set(info) == ({"ref_log_prob"} if "kl_coef" not in changes and "dense_kl" not in changes else set())
-        known = {"score", "finish_reason", "prompt", "response", "discounted_return"}
-        assert set(steps[-1][4]) == known | (set() if "kl_coef" in changes else {"ref_log_prob"})
+        numbers = {"score", "discounted_return"} | (set() if "kl_coef" in changes else {"ref_log_prob"})
+        for info in (first, *(step[4] for step in steps)):
+            assert info.keys() == numbers | {"finish_reason", "prompt", "response"}
+            assert {type(info[name]) for name in numbers} == {np.float64}
         for _, reward, *_, info in steps:
-            paid = env.unwrapped.kl_coef * info.get("ref_log_prob", 0.0) + info.get("score", 0.0)
+            paid = env.unwrapped.kl_coef * info.get("ref_log_prob", 0.0) + info["score"]
             assert reward == pytest.approx(paid, abs=1e-12)
             assert type(reward) is float
         discounted = sum(env.unwrapped.gamma**t * s[1] for t, s in enumerate(steps))

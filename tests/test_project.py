@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports from its own layer and from lower ones (to the left).
 LAYERS = (
-    "errors, episodes < kl, intervals, data < models < rewards < feedback < tasks < optimum < envs < wrappers < rollout"
-    " < evaluation, scores, testing < agents"
+    "errors, episodes, forking < kl, intervals, data < models < rewards < feedback < tasks < optimum < envs < wrappers"
+    " < rollout < evaluation, scores, testing < agents"
 )
 HEIGHT = {name.strip(): height for height, layer in enumerate(LAYERS.split("<")) for name in layer.split(",")}
 NAMES_OF_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc"}

@@ -140,8 +140,9 @@ def test_the_bridge_is_a_dummy_vec_env_over_single_envs(parts: Any, truncate: bo
                     assert mine[name] == pytest.approx(value, abs=1e-5), name
                 else:
                     assert data_equivalence(mine[name], value), name
+            assert data_equivalence(bridge.reset_infos, dummy.reset_infos)
             endings |= {(mine.get("finish_reason"), mine["TimeLimit.truncated"])}
-    assert endings == {(None, False), ("eos", False), ("length", truncate)}
+    assert endings == {("", False), ("eos", False), ("length", truncate)}
 
 
 @pytest.mark.parametrize("mode", ["NextStep", "Disabled"])

@@ -380,7 +380,7 @@ def test_the_action_of_a_row_that_is_being_reset_does_not_matter(parts: Parts) -
     _, rewards, terminated, _, infos = envs.step(np.array([5, -7, 5, 5]))
     assert rewards[1] == 0
     assert not terminated[1]
-    assert not infos["_ref_log_prob"][1]
+    assert infos["ref_log_prob"][1] == 0
 
 
 # --- the whole-episode pass ----------------------------------------------------------------------

@@ -42,7 +42,6 @@ from lmgym.wrappers import (
 
 ID = "lmgym/RLHF-v0"
 EOS, V, P, T, N, K, D = 1, len(WORDS) + 3, 6, 8, 3, 4, 32
-LARGEST = np.finfo(np.float32).max
 MODES = [mode.value for mode in AutoresetMode]
 Parts = dict[str, Any]
 Wrap = Callable[[Any], Any]
@@ -124,6 +123,8 @@ def test_the_checkers_find_nothing_to_say(name: str, reference: str, request: py
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*is different from the unwrapped version")  # it is meant to be
+        if "embedding" in name:
+            warnings.filterwarnings("ignore", message=".*A Box observation space (minimum|maximum) value is -?infinity")
         env = make(parts, name)
         check_env(env, skip_render_check=True)
         if name != "text":
@@ -204,7 +205,9 @@ def test_the_state_returned_by_a_same_step_reset_is_the_new_one(parts: Parts) ->
         observations, _, terminated, truncated, infos = envs.step(np.full(N, K - 1))
         engine = envs.unwrapped.engine
         assert infos["_top_k_ids"].all()
-        assert "top_k_ids" not in infos.get("final_info", {})
+        if "final_info" in infos:
+            assert not infos["final_info"]["top_k_ids"].any()
+            assert (infos["final_info"]["_top_k_ids"] == terminated | truncated).all()
         for row in range(N):
             ids = [*engine.current[row].ids, *engine.response_ids(row)]
             with torch.inference_mode():
@@ -229,7 +232,8 @@ def test_actions_are_the_likeliest_tokens_and_the_eos(reference: str, k: int, re
     rng, moved = np.random.default_rng(0), 0
     for _, info, ended in walk(env, rng, 12):
         if ended:
-            assert not {"top_k_ids", "cut_off_mass"} & info.keys()
+            assert info["top_k_ids"].tolist() == [0] * k
+            assert info["cut_off_mass"] == 0
             continue
         probs = forward(env)[1].double().softmax(-1).numpy()
         ids, order = info["top_k_ids"], np.argsort(-probs)
@@ -258,8 +262,8 @@ def test_rewards_and_ends_are_those_of_the_tokens(parts: Parts) -> None:
             info = found[4]
             extra = {name: value for name, value in info.items() if name in ("top_k_ids", "cut_off_mass")}
             assert data_equivalence([*found[:4], {k: v for k, v in info.items() if k not in extra}], [*expected])
+            assert len(extra) == 2
             ended = expected[2]
-            assert bool(extra) != ended
 
 
 def test_all_tokens_leave_no_mass_out(parts: Parts) -> None:
@@ -352,7 +356,7 @@ def test_a_mask_is_the_support_of_the_sampler_and_the_eos(
         mask = env.action_masks()
         assert (mask.dtype, mask.shape) == (np.bool_, (size,))
         if ended:
-            assert "action_mask" not in info
+            assert info["action_mask"].all()
             assert mask.all()
             continue
         kept = Sampler(**law).law(forward(env)[1][None], 0)[0].isfinite().numpy()
@@ -370,9 +374,9 @@ def test_masks_of_rows_whose_episode_is_over(parts: Parts, mode: str) -> None:
     infos = envs.step(np.array([5, EOS, 5]))[4]
     masks = envs.action_masks()
     over = np.array([False, mode != "SameStep", False])
-    assert (infos["_action_mask"] == ~over).all()
+    assert infos["_action_mask"].all()
     assert (masks.all(1) == over).all()
-    assert (infos["action_mask"] == masks & ~over[:, None]).all()
+    assert (infos["action_mask"] == masks).all()
     masks[:] = False
     assert envs.action_masks().any()
 
@@ -420,7 +424,7 @@ def test_an_embedding_is_the_hidden_state_of_a_plain_forward(
 ) -> None:
     env = make(request.getfixturevalue(reference), name, truncate=truncate, max_new_tokens=4)
     width = D if reference == "parts" else len(WORDS) + 1
-    assert env.observation_space == gym.spaces.Box(-LARGEST, LARGEST, (width,), np.float32)
+    assert env.observation_space == gym.spaces.Box(-np.inf, np.inf, (width,), np.float32)
     seen = set()
     for observation, info, ended in walk(env, np.random.default_rng(4), 40):
         assert env.observation_space.contains(observation)

@@ -35,7 +35,7 @@ class RLHFBanditEnv(RLHFEnv):
     reset_options = _OPTIONS
 
     def __init__(self, **kwargs: Any) -> None:
-        _check_discount(Settings.of(kwargs))
+        _check_discount(Settings.of(kwargs, type(self).__name__))
         super().__init__(**kwargs)
         engine = self._engine
         self.action_space = spaces.MultiDiscrete(np.full(engine.horizon, engine.lm.vocab_size))
@@ -54,8 +54,8 @@ class RLHFBanditVectorEnv(RLHFVectorEnv):
     reset_options = _OPTIONS
 
     def __init__(self, num_envs: int = 1, **kwargs: Any) -> None:
-        vector_only = ("autoreset_mode", "group_size")
-        _check_discount(Settings.of({name: x for name, x in kwargs.items() if name not in vector_only}))
+        shared = {name: x for name, x in kwargs.items() if name not in ("autoreset_mode", "group_size")}
+        _check_discount(Settings.of(shared, type(self).__name__))
         super().__init__(num_envs, **kwargs)
         engine = self._engine
         self.single_action_space = spaces.MultiDiscrete(np.full(engine.horizon, engine.lm.vocab_size))

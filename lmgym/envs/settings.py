@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from lmgym.errors import InvalidArgumentError, check_choice, unknown_name
+from lmgym.errors import InvalidArgumentError, check_bool, check_choice, unknown_keyword
 from lmgym.tasks.base import Task, check_split, make_task
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Settings:
         dense_kl: False pays the reference's log-prob of the whole episode with the last reward.
         truncate: True reports the length limit as `truncated`.
         obs_format: "dict" (`input_ids`, `attention_mask`) or "flat" (one array, -1 where there is no token).
+        text_info: False leaves the texts out of `info`, for code that takes numbers only.
         prompt_order: "shuffle" (without replacement, anew each epoch) or "sequential".
         device: "auto", "cpu", "cuda", ... of the reference and the reward model.
         dtype: of the reference: "float32", "bfloat16" or "float16".
@@ -71,6 +72,7 @@ class Settings:
     dense_kl: bool | None = None
     truncate: bool | None = None
     obs_format: str = "dict"
+    text_info: bool = True
     prompt_order: str = "shuffle"
     device: str = "auto"
     dtype: str = "float32"
@@ -78,6 +80,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_choice("obs_format", self.obs_format, OBS_FORMATS)
+        check_bool("text_info", self.text_info)
         check_choice("prompt_order", self.prompt_order, PROMPT_ORDERS)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("on_long", self.on_long, ON_LONG)
@@ -87,16 +90,19 @@ class Settings:
             check_choice("render_mode", self.render_mode, RENDER_MODES)
 
     @classmethod
-    def of(cls, kwargs: dict[str, Any]) -> Settings:
-        """Builds settings from keyword arguments.
+    def of(cls, kwargs: dict[str, Any], of: str = "RLHFEnv") -> Settings:
+        """Builds settings from the keyword arguments of an environment.
+
+        Args:
+            kwargs: by name. of: the class of the environment.
 
         Raises:
-            UnknownNameError: for a name that is none of these, with the nearest one.
+            UnknownKeywordError: for a name that is none of these, with the nearest one.
         """
         known = [f.name for f in fields(cls)]
         for name in kwargs:
             if name not in known:
-                raise unknown_name("keyword argument", name, known)
+                raise unknown_keyword(f"{of}.__init__", name, known)
         return cls(**kwargs)
 
     def resolve(self) -> Task:

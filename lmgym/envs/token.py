@@ -10,9 +10,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+import torch
 from gymnasium import spaces
 
 from lmgym.envs.engine import Engine, EngineBacked, Outcomes, Transition
+from lmgym.envs.infos import info_columns, row_info
 from lmgym.envs.prompts import Prompt, PromptOrder
 from lmgym.envs.rendering import Frame, show, to_rgb, to_text
 from lmgym.envs.settings import RENDER_MODES, Settings
@@ -54,9 +56,10 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
     EOS or T tokens, both `terminated`; `truncate=True` reports T tokens as `truncated`.
 
     ## Info
-    Every step: `ref_log_prob` (nats; the tokens this step paid for; absent where it paid for none). At the end also
-    `score`, `gold_score` (if the task has one), `finish_reason` ("eos" or "length"), `prompt`, `response`,
-    `discounted_return`. `reward == kl_coef * ref_log_prob + score`.
+    The same keys at `reset` and at every step. Numbers are `np.float64`: `ref_log_prob` (nats, of the tokens this step
+    paid for; absent at `kl_coef=0`), and `score`, `discounted_return` and `gold_score` (if the task has one), which are
+    0.0 before the end. `reward == kl_coef * ref_log_prob + score`. Texts, which `text_info=False` leaves out: `prompt`,
+    and `response` and `finish_reason` ("eos" or "length"), which are empty before the end.
 
     ## Arguments
     See `lmgym.envs.settings.Settings`.
@@ -70,7 +73,7 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
     reset_options: tuple[str, ...] = RESET_OPTIONS
 
     def __init__(self, **kwargs: Any) -> None:
-        self.settings = Settings.of(kwargs)
+        self.settings = Settings.of(kwargs, type(self).__name__)
         self.render_mode = self.settings.render_mode
         self._engine = Engine(self.settings, 1)
         self.observation_space = observation_space(self._engine, self.settings.obs_format)
@@ -109,7 +112,7 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
             self._engine.resume(0, prefix, None, None)
         self._outcomes, self._drawn = None, 0
         self._render_if_human()
-        return self._observation(), {}
+        return self._observation(), row_info(info_columns(self._engine, self.settings.text_info))
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Appends a token.
@@ -124,9 +127,7 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
         check_running(self._engine.running[0])
         step = self._advance(action)
         self._outcomes = step.outcomes
-        info = {} if step.ref_log_probs is None else {"ref_log_prob": float(step.ref_log_probs[0])}
-        if step.outcomes is not None:
-            info |= outcome_info(step.outcomes, 0)
+        info = row_info(info_columns(self._engine, self.settings.text_info, step))
         self._render_if_human()
         return self._observation(), float(step.rewards[0]), bool(step.terminated[0]), bool(step.truncated[0]), info
 
@@ -141,13 +142,10 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
         Raises:
             gymnasium.error.ResetNeeded: before the first reset.
         """
-        engine, prompt = self._engine, self._engine.current[0]
-        if prompt is None:
+        state = row_state(self._engine, 0, self._outcomes)
+        if state is None:
             raise gym.error.ResetNeeded("Cannot clone the state of an episode before `reset`.")
-        returns = (float(engine.returns[0]), float(engine.discounted[0]))
-        tokens = tuple(engine.response_ids(0))
-        start, running = int(engine.starts[0]), bool(engine.running[0])
-        return EnvState(prompt, tokens, engine.ref_log_probs[0].copy(), returns, start, running, self._outcomes)
+        return state
 
     def restore_state(self, state: EnvState) -> Any:
         """Goes back (or forth) to a cloned state; costs one forward over its tokens when the next step is taken.
@@ -157,9 +155,7 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
         """
         if not isinstance(state, EnvState):
             raise InvalidArgumentError(f"`state` must come from `clone_state`, got {state!r}.")
-        self._engine.begin(_ROW, [state.prompt])
-        self._engine.resume(0, state.response_ids, state.returns, state.ref_log_probs)
-        self._engine.starts[0], self._engine.running[0] = state.start, state.running
+        restore_row(self._engine, 0, state)
         self._outcomes = state.outcomes
         return self._observation()
 
@@ -196,6 +192,25 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
         return frame(self._engine, 0, self._outcomes)
 
 
+def row_state(engine: Engine, row: int, outcomes: Outcomes | None) -> EnvState | None:
+    """Where the episode of a row stands; None where there never was one."""
+    prompt = engine.current[row]
+    if prompt is None:
+        return None
+    returns = (float(engine.returns[row]), float(engine.discounted[row]))
+    tokens = tuple(engine.response_ids(row))
+    start, running = int(engine.starts[row]), bool(engine.running[row])
+    return EnvState(prompt, tokens, engine.ref_log_probs[row].copy(), returns, start, running, outcomes)
+
+
+def restore_row(engine: Engine, row: int, state: EnvState) -> None:
+    """Puts a row where an episode stood."""
+    engine.begin(np.array([row]), [state.prompt])
+    engine.resume(row, state.response_ids, state.returns, state.ref_log_probs)
+    engine.starts[row] = state.start
+    engine.running[row] = state.running
+
+
 def observation_space(engine: Engine, obs_format: str) -> spaces.Space[Any]:
     """The space of one row's observations."""
     length, largest = engine.width + engine.horizon, engine.lm.vocab_size - 1
@@ -221,10 +236,21 @@ def check_running(running: bool | np.bool_) -> None:
 
 def as_actions(actions: Any, shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
     """Token ids as an int64 array of a shape; raises `InvalidActionError` for anything else."""
-    array = np.asarray(actions.cpu() if hasattr(actions, "cpu") else actions)
-    if array.shape != shape or not np.issubdtype(array.dtype, np.integer):
+    array = to_array(actions)
+    if array is None or array.shape != shape or not np.issubdtype(array.dtype, np.integer):
         raise InvalidActionError(f"`action` must be integer token ids of shape {shape}, got {actions!r}.")
     return array.astype(np.int64)
+
+
+def to_array(values: Any) -> npt.NDArray[Any] | None:
+    """Values of any library as an array; None for what is none, such as a ragged list."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+    try:
+        return np.asarray(values)
+    except (RuntimeError, TypeError, ValueError):
+        return None
 
 
 def choose_prompt(
@@ -249,11 +275,6 @@ def choose_prompt(
     prefix = [int(i) for i in options.get("response_ids", ())]
     engine.check_prefix(prefix)
     return prompt, prefix
-
-
-def outcome_info(outcomes: Outcomes, i: int) -> dict[str, Any]:
-    """The info of the i-th episode that ended."""
-    return {name: column[i] for name, column in outcomes.columns().items()}
 
 
 def frame(engine: Engine, row: int, outcomes: Outcomes | None, i: int = 0) -> Frame:

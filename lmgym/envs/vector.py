@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from lmgym.envs.engine import Engine, EngineBacked, Outcomes, Replay, Transition
+from lmgym.envs.infos import info_columns, vector_infos
 from lmgym.envs.prompts import Prompt, PromptOrder
 from lmgym.envs.rendering import to_rgb, to_text
 from lmgym.envs.settings import Settings
@@ -24,11 +25,14 @@ from lmgym.envs.token import (
     frame,
     observation_space,
     observe,
+    restore_row,
+    row_state,
 )
 from lmgym.errors import InvalidArgumentError, check_choice, check_int
 
 AUTORESET_MODES = tuple(mode.value for mode in AutoresetMode)
-_NUMBERS = ("score", "gold_score", "discounted_return")
+# What a copy of the env takes over as it is.
+_HELD = ("_outcomes", "last_outcomes", "_to_reset", "spec", "_np_random", "_np_random_seed")
 
 
 class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
@@ -42,11 +46,14 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
 
     A sequential `prompt_order` deals the prompts out: row i starts at prompt i // k and takes every (N / k)-th.
 
+    Attributes:
+        last_outcomes: of the episodes that the last step ended, in the order of their rows; None where it ended none.
+
     Raises:
         InvalidArgumentError: for a value that cannot be, before anything loads.
     """
 
-    metadata = {"render_modes": ["ansi", "rgb_array"], "autoreset_mode": AutoresetMode.NEXT_STEP}
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 8, "autoreset_mode": AutoresetMode.NEXT_STEP}
 
     reset_options: tuple[str, ...] = RESET_OPTIONS
 
@@ -64,7 +71,7 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
             raise InvalidArgumentError(f"`group_size` must divide `num_envs`={num_envs}, got {group_size}.")
         mode = autoreset_mode.value if isinstance(autoreset_mode, AutoresetMode) else autoreset_mode
         check_choice("autoreset_mode", mode, AUTORESET_MODES)
-        self.settings = Settings.of(kwargs)
+        self.settings = Settings.of(kwargs, type(self).__name__)
         if self.settings.render_mode is not None:
             check_choice("render_mode", self.settings.render_mode, self.metadata["render_modes"])
         self.num_envs, self.group_size, self.render_mode = num_envs, group_size, self.settings.render_mode
@@ -88,7 +95,26 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
             for row in range(num_envs)
         ]
         self._outcomes: list[tuple[Outcomes, int] | None] = [None] * num_envs
+        self.last_outcomes: Outcomes | None = None
         self._to_reset = np.zeros(num_envs, dtype=np.bool_)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The engine holds a model: another process builds its own from the arguments, then goes on from the rows.
+        mode = {"autoreset_mode": self.autoreset_mode.value, "group_size": self.group_size}
+        return {
+            "arguments": {"num_envs": self.num_envs, **mode, **vars(self.settings)},
+            "rows": [row_state(self._engine, row, None) for row in range(self.num_envs)],
+            "streams": self.get_state(),
+            "held": {name: self.__dict__[name] for name in _HELD if name in self.__dict__},
+        }
+
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        self.__init__(**pickled["arguments"])  # type: ignore[misc]
+        self.__dict__.update(pickled["held"])
+        self.set_state(pickled["streams"])
+        for row, state in enumerate(pickled["rows"]):
+            if state is not None:
+                restore_row(self._engine, row, state)
 
     def _seed_rows(self, seeds: Sequence[int | None], rows: npt.NDArray[np.bool_]) -> None:
         """Gives rows their generators; rows of a group share the seed of their first, so that they draw alike."""
@@ -113,12 +139,12 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         Raises:
             InvalidArgumentError: for an option with a value it cannot have.
         """
+        if options is not None and not isinstance(options, Mapping):
+            raise InvalidArgumentError(f"`options` must be a dict or None, got {options!r}.")
         options = dict(options or {})
         mask = self._reset_mask(options.pop("reset_mask", None))
         if seed is not None:
-            seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seed)
-            if len(seeds) != self.num_envs:
-                raise InvalidArgumentError(f"`seed` must be an int or {self.num_envs} seeds, got {len(seeds)} of them.")
+            seeds = _each_seed(seed, self.num_envs)
             self._seed_rows(seeds, mask)
             if seeds[0] is not None:
                 self._engine.reseed(seeds[0])
@@ -127,7 +153,7 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
                     self._orders[row].restart()
         self._begin(np.flatnonzero(mask), options)
         self._to_reset[mask] = False
-        return self._observe(), {}
+        return self._observe(), self._infos(mask)
 
     @property
     def _ready(self) -> bool:
@@ -176,13 +202,15 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         if step.outcomes is not None:
             for i, row in enumerate(step.ended):
                 self._outcomes[row] = (step.outcomes, i)
-        infos = self._infos(step, live)
+        self.last_outcomes = step.outcomes
+        infos = self._final(step)
         if self.autoreset_mode == AutoresetMode.NEXT_STEP:
             if self._to_reset.any():
                 self._begin(np.flatnonzero(self._to_reset))
             self._to_reset = step.terminated | step.truncated
         elif self.autoreset_mode == AutoresetMode.SAME_STEP and len(step.ended):
             self._begin(step.ended)
+        infos |= self._infos(np.ones(self.num_envs, dtype=np.bool_), step)
         return self._observe(), step.rewards, step.terminated, step.truncated, infos
 
     def _advance(self, actions: Any, live: npt.NDArray[np.bool_]) -> Transition:
@@ -190,45 +218,30 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         self._engine.check_actions(tokens, live)
         return self._engine.step(tokens, live)
 
-    def _infos(self, step: Transition, live: npt.NDArray[np.bool_]) -> dict[str, Any]:
-        """Infos as Gymnasium's vector envs shape them: arrays, with a mask beside each."""
-        infos: dict[str, Any] = {}
-        same_step = self.autoreset_mode == AutoresetMode.SAME_STEP
+    def _final(self, step: Transition) -> dict[str, Any]:
+        """What "SameStep" infos say of the rows that ended, which are about to begin anew."""
+        if self.autoreset_mode != AutoresetMode.SAME_STEP or not len(step.ended):
+            return {}
         ended = np.zeros(self.num_envs, dtype=np.bool_)
         ended[step.ended] = True
-        if same_step and len(step.ended):
-            observations = np.full(self.num_envs, None, dtype=object)
-            for row in step.ended:
-                observations[row] = observe(self._engine, self.settings.obs_format, int(row))
-            final: dict[str, Any] = {}
-            self._add_steps(final, step, ended)
-            self._add_outcomes(final, step, ended)
-            infos |= {
-                "final_obs": observations,
-                "_final_obs": ended.copy(),
-                "final_info": final,
-                "_final_info": ended.copy(),
-            }
-        self._add_steps(infos, step, live & ~ended if same_step else live)
-        if not same_step:
-            self._add_outcomes(infos, step, ended)
-        return infos
+        observations = np.full(self.num_envs, None, dtype=object)
+        for row in step.ended:
+            observations[row] = observe(self._engine, self.settings.obs_format, int(row))
+        columns = info_columns(self._engine, self.settings.text_info, step)
+        return {
+            "final_obs": observations,
+            "_final_obs": ended,
+            "final_info": vector_infos(columns, ended),
+            "_final_info": ended.copy(),
+        }
 
-    def _add_steps(self, infos: dict[str, Any], step: Transition, rows: npt.NDArray[np.bool_]) -> None:
-        if step.ref_log_probs is None:
-            return
-        if self._engine.task.dense_kl is False:
-            rows = rows & np.isin(np.arange(self.num_envs), step.ended)
-        if rows.any():
-            infos["ref_log_prob"], infos["_ref_log_prob"] = np.where(rows, step.ref_log_probs, 0.0), rows.copy()
-
-    def _add_outcomes(self, infos: dict[str, Any], step: Transition, ended: npt.NDArray[np.bool_]) -> None:
-        if step.outcomes is None:
-            return
-        for key, column in step.outcomes.columns().items():
-            values = np.zeros(self.num_envs) if key in _NUMBERS else np.full(self.num_envs, None, dtype=object)
-            values[step.ended] = column
-            infos[key], infos[f"_{key}"] = values, ended.copy()
+    def _infos(self, rows: npt.NDArray[np.bool_], step: Transition | None = None) -> dict[str, Any]:
+        """Infos of rows (N,) bool, those that a step has just begun anew as they begin."""
+        told = None
+        if step is not None and self.autoreset_mode == AutoresetMode.SAME_STEP:
+            told = np.ones(self.num_envs, dtype=np.bool_)
+            told[step.ended] = False
+        return vector_infos(info_columns(self._engine, self.settings.text_info, step, told), rows)
 
     def _observe(self) -> Any:
         return observe(self._engine, self.settings.obs_format, slice(None))
@@ -316,3 +329,21 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         if len(values) != self.num_envs or any(value != values[0] for value in values):
             raise InvalidArgumentError(f"`values` must be one value or {self.num_envs} equal ones, got {values!r}.")
         setattr(self, name, values[0])
+
+
+def _each_seed(seed: Any, rows: int) -> list[int | None]:
+    """The seed of every row: the first and those that follow it, or each its own.
+
+    Raises:
+        InvalidArgumentError: for what is neither.
+    """
+    is_int = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
+    if not is_int and not isinstance(seed, (list, tuple, np.ndarray)):
+        raise InvalidArgumentError(f"`seed` must be an int or {rows} seeds, got {seed!r}.")
+    seeds = [seed + i for i in range(rows)] if is_int else list(seed)
+    if len(seeds) != rows:
+        raise InvalidArgumentError(f"`seed` must be an int or {rows} seeds, got {len(seeds)} of them.")
+    for one in seeds:
+        if one is not None:
+            check_int("seed", int(one) if isinstance(one, np.integer) else one, 0)
+    return [None if one is None else int(one) for one in seeds]

@@ -12,13 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gymnasium.utils import RecordConstructorArgs
-from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from lmgym.envs.engine import Engine, stepping_engine_of
+from lmgym.envs.infos import add_columns
 from lmgym.errors import InvalidArgumentError, check_int
 from lmgym.models.sampling import Sampler
 from lmgym.wrappers.top_k_actions import check_token_actions
+from lmgym.wrappers.vector import TokenVectorWrapper
 
 Bools = npt.NDArray[np.bool_]
 
@@ -26,7 +28,7 @@ Bools = npt.NDArray[np.bool_]
 class ActionMask(gym.Wrapper[Any, int, Any, int], RecordConstructorArgs):
     """`info["action_mask"]` (V,) bool, True on the tokens that the reference's law keeps at the state, and on the EOS.
 
-    It is in the info of every state that has a next token; `action_masks()` gives it at any time, under the name that
+    Behind an end it is True on all tokens of the tokenizer. `action_masks()` gives it at any time, under the name that
     MaskablePPO of sb3-contrib asks for. The mask is advice: actions, rewards and ends are the env's own.
 
     Args:
@@ -59,13 +61,11 @@ class ActionMask(gym.Wrapper[Any, int, Any, int], RecordConstructorArgs):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Steps, and adds the mask of the state behind it."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        if not (terminated or truncated):
-            info = info | {"action_mask": self.action_masks()}
-        return observation, reward, terminated, truncated, info
+        return observation, reward, terminated, truncated, info | {"action_mask": self.action_masks()}
 
 
-class VectorActionMask(VectorWrapper):
-    """`ActionMask` for vector envs: `infos["action_mask"]` (N, V) of the rows that have a next token."""
+class VectorActionMask(TokenVectorWrapper):
+    """`ActionMask` for vector envs: `infos["action_mask"]` (N, V)."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any], *, top_p: float | None = None, top_k: int | None = None) -> None:
         super().__init__(env)
@@ -82,30 +82,32 @@ class VectorActionMask(VectorWrapper):
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Resets the rows, or those of `options["reset_mask"]`."""
         observations, infos = self.env.reset(seed=seed, options=options)
-        mask = (options or {}).get("reset_mask")
-        return observations, infos | self._infos(np.ones(self.num_envs, dtype=np.bool_) if mask is None else mask)
+        return observations, self._add_masks(infos, self._rows(options))
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Steps, and adds the masks of the states behind it."""
         observations, rewards, terminated, truncated, infos = self.env.step(actions)
-        rows = stepping_engine_of(self.env).running.copy()
-        return observations, rewards, terminated, truncated, infos | self._infos(rows)
+        return observations, rewards, terminated, truncated, self._add_masks(infos, self._rows(None))
 
-    def _infos(self, rows: Bools) -> dict[str, Any]:
+    def _add_masks(self, infos: dict[str, Any], rows: Bools) -> dict[str, Any]:
         self._masks = None
-        if not rows.any():
-            return {}
-        return {"action_mask": self.action_masks() & rows[:, None], "_action_mask": rows.copy()}
+        at_end = {"action_mask": _legal(stepping_engine_of(self.env))}
+        return add_columns(infos, {"action_mask": self.action_masks()}, rows, at_end)
 
 
 def action_masks(engine: Engine, sampler: Sampler) -> Bools:
     """(N, V) bool: the support of the law, with every EOS; all legal tokens in rows outside an episode."""
-    legal = np.ones(engine.lm.vocab_size, dtype=np.bool_)
-    legal[engine.lm.holes] = False
-    masks = np.repeat(legal[None], engine.num_rows, axis=0)
+    masks = _legal(engine)
     if engine.running.any():
         masks[engine.running] &= kept(engine.reference_logits(), sampler, engine.is_eos).cpu().numpy()[engine.running]
     return masks
+
+
+def _legal(engine: Engine) -> Bools:
+    """(N, V) bool: the tokens of the tokenizer."""
+    legal = np.ones(engine.lm.vocab_size, dtype=np.bool_)
+    legal[engine.lm.holes] = False
+    return np.repeat(legal[None], engine.num_rows, axis=0)
 
 
 def kept(logits: Tensor, sampler: Sampler, is_eos: Bools | Tensor) -> Tensor:

@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
-from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from lmgym.envs.engine import Engine, stepping_engine_of
+from lmgym.wrappers.vector import TokenVectorWrapper
 
 Floats = npt.NDArray[np.float32]
 
@@ -54,7 +55,7 @@ class EmbeddingObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArg
         return _as_array(stepping_engine_of(self.env).reference_hidden()[0])
 
 
-class VectorEmbeddingObservation(VectorWrapper):
+class VectorEmbeddingObservation(TokenVectorWrapper):
     """`EmbeddingObservation` for vector envs: `Box float32 (N, D)`, and (D,) arrays in `infos["final_obs"]`."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
@@ -71,10 +72,12 @@ class VectorEmbeddingObservation(VectorWrapper):
 
     def step(self, actions: Any) -> tuple[Floats, Any, Any, Any, dict[str, Any]]:
         """Steps, and observes the states behind it."""
+        engine = stepping_engine_of(self.env)
+        engine.keep_hidden()
         _, rewards, terminated, truncated, infos = self.env.step(actions)
         self._observations[terminated] = 0.0
         if truncated.any():
-            final = stepping_engine_of(self.env).final_hidden
+            final = engine.final_hidden
             assert final is not None
             self._observations[truncated] = _as_array(final)[truncated]
         if "final_obs" in infos:
@@ -95,8 +98,7 @@ class VectorEmbeddingObservation(VectorWrapper):
 def _space(engine: Engine) -> spaces.Box:
     engine.keep_hidden()
     width = engine.lm.model.get_output_embeddings().in_features
-    largest = np.finfo(np.float32).max  # no bound that holds for every model, but Gymnasium's checker wants one
-    return spaces.Box(-largest, largest, (width,), np.float32)
+    return spaces.Box(-np.inf, np.inf, (width,), np.float32)  # no bound holds for every model
 
 
 def _as_array(hidden: Tensor) -> Floats:

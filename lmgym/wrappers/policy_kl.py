@@ -9,10 +9,12 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
-from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from lmgym.envs.token import to_array
 from lmgym.errors import InvalidActionError
+from lmgym.wrappers.vector import TokenVectorWrapper
 
 _LOG_PROB = spaces.Box(-np.inf, 0.0, (), np.float64)
 
@@ -45,7 +47,7 @@ class PolicyKL(gym.Wrapper[Any, Any, Any, int], RecordConstructorArgs):
         return observation, float(reward) - owed * pays, terminated, truncated, info
 
 
-class VectorPolicyKL(VectorWrapper):
+class VectorPolicyKL(TokenVectorWrapper):
     """`PolicyKL` for vector envs: `Dict(token (N,), log_prob (N,))`. A row that is being reset pays nothing."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
@@ -80,8 +82,10 @@ class VectorPolicyKL(VectorWrapper):
 def _log_probs(action: dict[str, Any], shape: tuple[int, ...]) -> Any:
     if not isinstance(action, Mapping) or not {"token", "log_prob"} <= action.keys():
         raise InvalidActionError(f"`action` must be a dict of token and log_prob, got {action!r}.")
-    log_probs = np.asarray(action["log_prob"], dtype=np.float64)
-    if log_probs.shape != shape or not (log_probs <= 1e-6).all() or np.isnan(log_probs).any():
+    given = to_array(action["log_prob"])
+    known = given is not None and given.shape == shape and np.issubdtype(given.dtype, np.number)
+    log_probs = np.asarray(given if known else np.nan, dtype=np.float64)
+    if np.isnan(log_probs).any() or not (log_probs <= 1e-6).all():
         raise InvalidActionError(
             f"`log_prob` must be log-probs (<= 0, nats) of shape {shape}, got {action['log_prob']!r}."
         )

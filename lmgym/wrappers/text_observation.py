@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
-from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from lmgym.envs.engine import Engine, engine_of
+from lmgym.envs.vector import RLHFVectorEnv
+from lmgym.wrappers.vector import TokenVectorWrapper
 
 _REPLACEMENT = "\ufffd"  # what tokenizers themselves decode broken bytes to
 
@@ -48,7 +50,7 @@ class TextObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         return _contained(_texts(engine_of(self.env))[0], self._space)
 
 
-class VectorTextObservation(VectorWrapper):
+class VectorTextObservation(TokenVectorWrapper):
     """`TextObservation` for vector envs: a tuple of N texts, which is what Gymnasium batches `Text` to."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
@@ -67,9 +69,12 @@ class VectorTextObservation(VectorWrapper):
         """Steps, and observes the texts with what came."""
         _, rewards, terminated, truncated, infos = self.env.step(actions)
         if "final_obs" in infos:
-            final, observations = infos["final_info"], np.full(self.num_envs, None, dtype=object)
-            for row in np.flatnonzero(infos["_final_obs"]):
-                observations[row] = _contained(final["prompt"][row] + final["response"][row], self._space)
+            outcomes = cast(RLHFVectorEnv, self.env.unwrapped).last_outcomes
+            assert outcomes is not None
+            observations = np.full(self.num_envs, None, dtype=object)
+            texts = zip(outcomes.prompts, outcomes.responses, strict=True)
+            for row, (prompt, response) in zip(np.flatnonzero(infos["_final_obs"]), texts, strict=True):
+                observations[row] = _contained(prompt + response, self._space)
             infos = infos | {"final_obs": observations}
         return self._read(), rewards, terminated, truncated, infos
 

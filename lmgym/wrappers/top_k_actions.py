@@ -13,13 +13,15 @@ import numpy.typing as npt
 import torch
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
-from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from lmgym.envs.engine import Engine, stepping_engine_of
-from lmgym.envs.token import check_running
+from lmgym.envs.infos import Columns, add_columns, row_info
+from lmgym.envs.token import check_running, to_array
 from lmgym.errors import InvalidActionError, InvalidArgumentError, check_int
+from lmgym.wrappers.vector import TokenVectorWrapper
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -31,8 +33,8 @@ class TopKActions(gym.Wrapper[Any, Any, Any, int], RecordConstructorArgs):
     An EOS is always among them: where none is of the k likeliest, the likeliest EOS takes the last place, which keeps
     the order of probability and names no token twice. Rewards and ends are the env's own.
 
-    `info` of every state that has a next token: `top_k_ids` (k,) int64, the tokens behind the actions, and
-    `cut_off_mass` () float64, the reference's probability of all other tokens.
+    `info` has `top_k_ids` (k,) int64, the tokens behind the actions, and `cut_off_mass`, the reference's probability of
+    all other tokens. Both are 0 behind an end, where there is no next token.
 
     Args:
         env: an env of tokens whose reference runs at every step (`kl_coef > 0`, `dense_kl=True`).
@@ -65,15 +67,18 @@ class TopKActions(gym.Wrapper[Any, Any, Any, int], RecordConstructorArgs):
         index = _as_indices(action, (), self._k)
         ids, _ = top_k_ids(engine, self._k)  # anew: `restore_state` may have moved the env since
         observation, reward, terminated, truncated, info = self.env.step(int(ids[0, index]))
-        return observation, reward, terminated, truncated, info if terminated or truncated else info | self._info()
+        return observation, reward, terminated, truncated, info | self._info()
 
     def _info(self) -> dict[str, Any]:
-        ids, mass = top_k_ids(stepping_engine_of(self.env), self._k)
-        return {"top_k_ids": ids[0], "cut_off_mass": mass[0, ...]}
+        engine = stepping_engine_of(self.env)
+        if not engine.running[0]:
+            return row_info(_no_columns(1, self._k))
+        ids, mass = top_k_ids(engine, self._k)
+        return row_info({"top_k_ids": ids, "cut_off_mass": mass})
 
 
-class VectorTopKActions(VectorWrapper):
-    """`TopKActions` for vector envs: `top_k_ids` (N, k) and `cut_off_mass` (N,), of the rows that have a next token."""
+class VectorTopKActions(TokenVectorWrapper):
+    """`TopKActions` for vector envs: `top_k_ids` (N, k) and `cut_off_mass` (N,), 0 in rows without a next token."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any], k: int) -> None:
         super().__init__(env)
@@ -86,8 +91,7 @@ class VectorTopKActions(VectorWrapper):
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Resets the rows, or those of `options["reset_mask"]`."""
         observations, infos = self.env.reset(seed=seed, options=options)
-        mask = (options or {}).get("reset_mask")
-        return observations, infos | self._infos(np.ones(self.num_envs, dtype=np.bool_) if mask is None else mask)
+        return observations, self._add_ids(infos, self._rows(options))
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Steps with the tokens behind actions (N,); those of rows that are being reset do not matter."""
@@ -97,19 +101,23 @@ class VectorTopKActions(VectorWrapper):
             self._ids, _ = top_k_ids(engine, self._k)
         tokens = self._ids[np.arange(self.num_envs), indices]
         observations, rewards, terminated, truncated, infos = self.env.step(tokens)
-        return observations, rewards, terminated, truncated, infos | self._infos(engine.running.copy())
+        return observations, rewards, terminated, truncated, self._add_ids(infos, self._rows(None))
 
-    def _infos(self, rows: Bools) -> dict[str, Any]:
-        """Infos of rows (N,) bool, all of them inside an episode."""
-        if not rows.any():
-            return {}
-        self._ids, mass = top_k_ids(stepping_engine_of(self.env), self._k)
-        return {
-            "top_k_ids": np.where(rows[:, None], self._ids, 0),
-            "_top_k_ids": rows.copy(),
-            "cut_off_mass": np.where(rows, mass, 0.0),
-            "_cut_off_mass": rows.copy(),
-        }
+    def _add_ids(self, infos: dict[str, Any], rows: Bools) -> dict[str, Any]:
+        """Infos with the tokens behind the next actions, told of rows (N,)."""
+        engine, nothing = stepping_engine_of(self.env), _no_columns(self.num_envs, self._k)
+        columns = nothing
+        if engine.running.any():
+            self._ids, mass = top_k_ids(engine, self._k)
+            columns = {
+                "top_k_ids": np.where(engine.running[:, None], self._ids, 0),
+                "cut_off_mass": np.where(engine.running, mass, 0.0),
+            }
+        return add_columns(infos, columns, rows, nothing)
+
+
+def _no_columns(rows: int, k: int) -> Columns:
+    return {"top_k_ids": np.zeros((rows, k), dtype=np.int64), "cut_off_mass": np.zeros(rows)}
 
 
 def top_k_ids(engine: Engine, k: int) -> tuple[Ints, npt.NDArray[np.float64]]:
@@ -146,9 +154,9 @@ def _check_k(engine: Engine, k: Any) -> Engine:
 
 def _as_indices(actions: Any, shape: tuple[int, ...], k: int, live: Bools | None = None) -> Ints:
     """Actions as an int64 array of a shape, 0 where not live."""
-    array = np.asarray(actions.cpu() if hasattr(actions, "cpu") else actions)
-    whole = array.shape == shape and np.issubdtype(array.dtype, np.integer)
+    array = to_array(actions)
     needed = np.ones(shape, dtype=np.bool_) if live is None else live
-    if not whole or not ((array >= 0) & (array < k) | ~needed).all():
+    whole = array is not None and array.shape == shape and np.issubdtype(array.dtype, np.integer)
+    if array is None or not whole or not ((array >= 0) & (array < k) | ~needed).all():
         raise InvalidActionError(f"`action` must be ints from 0 to {k - 1} of shape {shape}, got {actions!r}.")
     return np.where(needed, array, 0).astype(np.int64)
