@@ -19,8 +19,7 @@ from lmgym.optimum import solve
 
 class Node:
     def __init__(self, env: Any, step: Any = (None, 0.0, False)) -> None:
-        self.state, ended = env.unwrapped.clone_state(), step[2]
-        self.outcome = step[4]["discounted_return"] if ended else None
+        self.state, self.outcome = env.unwrapped.clone_state(), step[4]["discounted_return"] if step[2] else None
         self.prior = np.exp(env.unwrapped.reference_log_probs())
         self.visits, self.means, self.best = np.full((3, len(self.prior)), [[0.0], [0.0], [-np.inf]])
         self.children: dict[int, Node] = {}

@@ -40,19 +40,16 @@ class LogProbError(LmGymError, RuntimeError):
 
 def unknown_name(argument: str, got: object, choices: Iterable[str]) -> UnknownNameError:
     """Builds the error for an unknown name, with the nearest known one as a suggestion."""
-    return UnknownNameError(f"`{argument}` must be one of {sorted(choices)}, got {got!r}.{_suggestion(got, choices)}")
+    known = sorted(choices)
+    close = difflib.get_close_matches(str(got), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return UnknownNameError(f"`{argument}` must be one of {known}, got {got!r}.{hint}")
 
 
 def unknown_keyword(function: str, got: str, choices: Iterable[str]) -> UnknownKeywordError:
-    """Builds the error for an unknown keyword argument, in Python's own words, which other libraries search."""
-    known = sorted(choices)
-    said = f"{function}() got an unexpected keyword argument {got!r}.{_suggestion(got, known)}"
-    return UnknownKeywordError(f"{said} `keyword argument` must be one of {known}.")
-
-
-def _suggestion(got: object, choices: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(got), sorted(choices), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    """Builds the error for an unknown keyword argument, with Python's own words, which other libraries search for."""
+    unknown = unknown_name("keyword argument", got, choices)
+    return UnknownKeywordError(f"{function}() got an unexpected keyword argument {got!r}. {unknown}")
 
 
 def check_choice(argument: str, got: object, choices: Iterable[str]) -> None:

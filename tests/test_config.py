@@ -171,7 +171,12 @@ def test_a_samplers_yaml_has_every_field_and_no_other(sampler: str) -> None:
 @pytest.mark.parametrize("task", choices("task"))
 def test_a_tasks_yaml_has_every_argument_of_the_env_that_training_leaves_open(task: str) -> None:
     values = OmegaConf.load(CONF / "task" / f"{task}.yaml")
-    assert values.keys() == names(Settings) - {"device", "obs_format", "render_mode", "text_info"}  # `device` is the run's
+    assert values.keys() == names(Settings) - {
+        "device",
+        "obs_format",
+        "render_mode",
+        "text_info",
+    }  # `device` is the run's
     assert values.task.partition("-")[0] == task
 
 

@@ -51,7 +51,7 @@ def _at_reset(engine: Engine, text_info: bool) -> Columns:
         numbers.append("gold_score")
     columns: Columns = {name: np.zeros(engine.num_rows) for name in numbers}
     if text_info:
-        prompts = ["" if prompt is None else prompt.text for prompt in engine.current]
+        prompts = ["" if prompt is None else str(prompt.text) for prompt in engine.current]
         columns["prompt"] = np.array(prompts, dtype=object)
         columns["response"] = np.full(engine.num_rows, "", dtype=object)
         columns["finish_reason"] = np.full(engine.num_rows, "", dtype=object)
