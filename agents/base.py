@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from agents.advantages import gae
 from agents.checkpoint import TokenCount, replacing
+from agents.finite import GRAD_NORM, check_saving, check_step, check_weights
 from agents.losses import explained_variance
 from agents.master_weights import MasterWeights
 from agents.policies import PolicyConfig, make_policy
@@ -40,7 +41,7 @@ from lmgym.kl import (
     exact,
     token_rewards,
 )
-from lmgym.models.sampling import Sampler
+from lmgym.models.sampling import Sampler, check_finite_log_probs
 from lmgym.rollout import check_same_step, collect, collect_steps
 
 Callback = Callable[[int, dict[str, float]], bool | None]
@@ -326,6 +327,7 @@ class OnPolicyAgent(ABC):
         assert episodes.values is not None
         advantages, returns = self.advantages(episodes, self.rewards(episodes))
         metrics = self._optimise(episodes, advantages, returns)
+        check_weights(self.policy, self.config)
         self._check_law(metrics["train/ratio_error"])
         if self.uses_critic:
             mask = episodes.response_mask
@@ -399,11 +401,15 @@ class OnPolicyAgent(ABC):
             auxiliary[0].backward()
             sums |= {name: value.double() for name, value in auxiliary[1].items()}
         limit = self.config.max_grad_norm or math.inf
-        sums["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit).double()
+        sums[GRAD_NORM] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit).double()
+        metrics = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+        assert episodes.values is not None
+        inputs = {"scores": episodes.scores, "values": episodes.values, "advantages": advantages, "returns": returns}
+        check_step(metrics, self.policy, self.config, inputs)
         if self.config.adam == "tensorflow":
             self._correct_epsilon()
         self.optimizer.step()
-        return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+        return metrics
 
     def _correct_epsilon(self) -> None:
         """TensorFlow adds epsilon to the second moment's root before the correction for bias, PyTorch behind it."""
@@ -516,7 +522,8 @@ class OnPolicyAgent(ABC):
             actions, places = logits.argmax(-1), mask[:, -self.envs.engine.horizon :].sum(-1)
             for t in places.unique().tolist():
                 rows = places == t
-                actions[rows], _ = self.sampler.sample(logits[rows], t, uniforms[rows.cpu()])
+                actions[rows], drawn = self.sampler.sample(logits[rows], t, uniforms[rows.cpu()])
+                check_finite_log_probs(drawn)
         chosen = actions.cpu().numpy()
         return (chosen[0] if single else chosen), None
 
@@ -524,7 +531,11 @@ class OnPolicyAgent(ABC):
         """Writes what a resumed run needs, under a temporary name first.
 
         `AutoModelForCausalLM` loads a fine-tuned policy; a residual is no model of its own.
+
+        Raises:
+            NotFiniteError: for weights or moments that are not finite; what was there before stays.
         """
+        check_saving(self.policy, self.optimizer, self.config)
         with replacing(directory) as scratch:
             self.write(scratch)
 

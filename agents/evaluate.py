@@ -30,13 +30,13 @@ def main(cfg: DictConfig) -> float:
         saved["evaluation"] |= {name: value for name, value in cfg.evaluation.items() if value is not None}
         plan = check(saved)
         check_checkpoint(directory)
+        agent = build(plan)
+        agent.load(directory / "checkpoint")
+        seconds = float((directory / "train_seconds.txt").read_text())
+        before, after = grade(plan, CausalPolicy(agent.envs.engine.lm)), grade(plan, agent)
+        summary = summarise(plan, before, after, seconds, agent)
     except LmGymError as error:
         sys.exit(f"{error}")
-    agent = build(plan)
-    agent.load(directory / "checkpoint")
-    seconds = float((directory / "train_seconds.txt").read_text())
-    before, after = grade(plan, CausalPolicy(agent.envs.engine.lm)), grade(plan, agent)
-    summary = summarise(plan, before, after, seconds, agent)
     write_json(directory / "evaluation.json", summary)
     print(table(summary))
     recorded = directory / "summary.json"

@@ -21,7 +21,7 @@ from agents.checkpoint import TokenCount, replacing
 from agents.seeds import ACTIONS, torch_generator
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.models.policy import Policy
-from lmgym.models.sampling import Sampler
+from lmgym.models.sampling import Sampler, check_finite_log_probs
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def act(
         uniforms = torch.rand(len(ids), generator=generator, dtype=torch.float64)
         for t in lengths.unique().tolist():
             rows = lengths == t
-            actions[rows], _ = sampler.sample(logits[rows], t, uniforms[rows])
+            actions[rows], log_probs = sampler.sample(logits[rows], t, uniforms[rows])
+            check_finite_log_probs(log_probs)
     chosen = actions.numpy()
     return chosen[0] if np.ndim(observation["input_ids"]) == 1 else chosen
 

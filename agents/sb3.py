@@ -14,7 +14,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agents.base import Callback, check_dict_observations
 from agents.checkpoint import TokenCount, replacing
+from agents.finite import all_finite, check_saving, check_weights, diverged
 from agents.master_weights import MasterWeights
 from agents.policies import PolicyConfig, make_policy
 from agents.policy import TrainablePolicy
@@ -39,7 +40,7 @@ from agents.seeds import ACTIONS, SB3, SB3_NUMPY, WEIGHTS, row_seeds, stream_see
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number, unknown_name
 from lmgym.models.policy import Policy
-from lmgym.models.sampling import Sampler, inverse_cdf
+from lmgym.models.sampling import Sampler, check_finite_log_probs, inverse_cdf
 from lmgym.wrappers import VectorActionMask
 
 Algorithm = Literal["PPO", "A2C", "DQN", "TRPO", "QRDQN", "MaskablePPO", "RecurrentPPO"]
@@ -261,6 +262,7 @@ class SB3Agent:
         if config.algorithm == "TRPO":  # whose optimiser is the critic's: it must not move the policy
             critic = critic_parameters(networks)
             networks.optimizer = networks.optimizer_class(critic, lr=rate, **networks.optimizer_kwargs)
+        networks.optimizer.register_step_pre_hook(self._check_gradient)
         self.masters = MasterWeights(networks.optimizer)
         networks.set_training_mode(False)
         self._actor: TrainablePolicy | None = None  # what has a checkpoint of its own
@@ -272,7 +274,14 @@ class SB3Agent:
         self.generator = torch_generator(seed, ACTIONS)
         task = self._inner.task
         self._kl = PolicyKLCallback(task.kl_coef, task.dense_kl)
-        self._report = _Report(task.gamma, config.n_steps * config.n_envs, self.tokens)
+        check = partial(check_weights, self.model.policy, config)
+        self._report = _Report(task.gamma, config.n_steps * config.n_envs, self.tokens, check)
+
+    def _check_gradient(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before SB3 steps: raises `NotFiniteError` for a gradient that would make NaN of the weights."""
+        gradients = [x.grad for group in optimizer.param_groups for x in group["params"] if x.grad is not None]
+        if not all_finite(gradients):
+            diverged("the gradient of the loss is not finite", self.config)
 
     def _check(self, sampler: Sampler | None) -> None:
         envs, config = self._inner, self.config
@@ -313,6 +322,7 @@ class SB3Agent:
         kernels = sdpa_kernel(SDPBackend.MATH) if self.config.algorithm == "TRPO" else contextlib.nullcontext()
         with self._own_randomness(), kernels, contextlib.suppress(_Stop):
             self.model.learn(remaining, [self._kl, self._report], log_interval=None, reset_num_timesteps=False)
+        check_weights(self.model.policy, self.config)
         self.model.policy.set_training_mode(False)
 
     @torch.inference_mode()
@@ -324,7 +334,9 @@ class SB3Agent:
         if deterministic:
             actions = logits.argmax(-1)
         else:
-            actions, _ = inverse_cdf(logits, torch.rand(len(logits), generator=self.generator, dtype=torch.float64))
+            uniforms = torch.rand(len(logits), generator=self.generator, dtype=torch.float64)
+            actions, log_probs = inverse_cdf(logits, uniforms)
+            check_finite_log_probs(log_probs)
         chosen = actions.cpu().numpy()
         return (chosen[0] if single else chosen), None
 
@@ -346,7 +358,11 @@ class SB3Agent:
         """Writes weights and optimiser as safetensors and the rest as JSON, under a temporary name first.
 
         `AutoModelForCausalLM` loads a fine-tuned actor. A replay buffer is not written, nor are the episodes in hand.
+
+        Raises:
+            NotFiniteError: for weights or moments that are not finite; what was there before stays.
         """
+        check_saving(self.model.policy, self.model.policy.optimizer, self.config)
         with replacing(directory) as scratch:
             self.write(scratch)
 
@@ -423,11 +439,15 @@ class _Stop(Exception):
 
 
 class _Report(BaseCallback):
-    """Hands over metrics of the episodes that ended, and of the update on them, every `every` env steps."""
+    """Hands over metrics of the episodes that ended, and of the update on them, every `every` env steps.
 
-    def __init__(self, gamma: float, every: int, tokens: TokenCount) -> None:
+    Args:
+        gamma: of the returns. every: env steps. tokens: what was read. check: raises for weights that are not finite.
+    """
+
+    def __init__(self, gamma: float, every: int, tokens: TokenCount, check: Callable[[], None]) -> None:
         super().__init__()
-        self.gamma, self.every, self.tokens = gamma, every, tokens
+        self.gamma, self.every, self.tokens, self.check = gamma, every, tokens, check
         self.receiver: Callback | None = None
         self.restart()
 
@@ -466,6 +486,7 @@ class _Report(BaseCallback):
                 self._hand_over()
 
     def _hand_over(self) -> None:
+        self.check()
         seconds = time.perf_counter() - self._started
         metrics = {name: float(x) for name, x in self.logger.name_to_value.items()}
         for name in self._ended[0] if self._ended else ():

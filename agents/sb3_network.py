@@ -20,7 +20,7 @@ from agents.checkpoint import TokenCount
 from agents.policy import MaskedState, TrainablePolicy
 from lmgym.envs.engine import Engine
 from lmgym.models.policy import CausalPolicy, Policy, PolicyState
-from lmgym.models.sampling import Sampler
+from lmgym.models.sampling import Sampler, check_finite_log_probs
 from lmgym.wrappers.action_mask import kept
 
 _IMPOSSIBLE = -1e4  # nats: a probability of 0 in float32, without the NaN that -inf leaves in a KL
@@ -68,6 +68,7 @@ class Trunk(BaseFeaturesExtractor):
             return self._decode(ids, mask)
         sequences, rows, columns, which = _shared(ids, mask)
         read = self.policy.read_at(sequences.clamp(min=0), rows, columns)
+        _check_logits(read.logits)
         parts = _side_by_side(read.logits, read.values) if self._heads else []
         if self._hidden:
             parts.append(read.hidden)
@@ -92,11 +93,17 @@ class Trunk(BaseFeaturesExtractor):
             self._tokens.forward += int(goes_on.sum() + mask[fresh].sum())
         self._seen = ids, mask
         assert self._state.values is not None
+        _check_logits(self._state.logits)
         return torch.cat(_side_by_side(self._state.logits, self._state.values), dim=1)
 
 
 def _side_by_side(logits: Tensor, values: Tensor) -> list[Tensor]:
     return [logits.float().clamp(min=_IMPOSSIBLE), values.unsqueeze(1)]
+
+
+def _check_logits(logits: Tensor) -> None:
+    """Raises `NotFiniteError` for logits (N, V) that are no law, before SB3 draws from them."""
+    check_finite_log_probs(logits.detach().amax(-1))
 
 
 def _left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,7 +254,8 @@ class PrefixPolicy:
             q = self._networks.q_net(observation)
         else:
             q = self._networks.quantile_net(observation).mean(1)
-        return torch.zeros_like(q).scatter_(1, q.argmax(1, keepdim=True), _POINT_MASS), None
+        best, chosen = q.amax(1, keepdim=True), q.argmax(1, keepdim=True)
+        return torch.zeros_like(q).scatter_(1, chosen, _POINT_MASS + (best - best)), None  # NaN stays NaN
 
 
 class PrefixState:

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from agents.best_of_n import BestOfN, BestOfNConfig
 from agents.optimal import Optimal
-from agents.supervised import SupervisedAgent, SupervisedConfig, descend, response_ids, unscored
+from agents.supervised import SupervisedAgent, SupervisedConfig, gradient_of, response_ids, unscored
 from lmgym.envs.engine import Engine
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
-from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number
+from lmgym.errors import InvalidArgumentError, check_choice, check_finite, check_int, check_number
 from lmgym.kl import discounted_return, episode_kl, token_rewards
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler
@@ -216,7 +216,10 @@ def train_sft(
                 loss = total / count
 
                 # 2. one step of AdamW
-                descend(loss, optimizer, model.parameters(), max_grad_norm)
+                norm = gradient_of(loss, model.parameters(), max_grad_norm)
+                check_finite("loss", loss.item())
+                check_finite("norm of the gradient", norm)
+                optimizer.step()
                 schedule.step()
 
                 # 3. report

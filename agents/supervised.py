@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from agents.base import Callback, check_dict_observations
 from agents.checkpoint import TokenCount, replacing
+from agents.finite import GRAD_NORM, check_saving, check_step, check_weights
 from agents.fixed import act
 from agents.master_weights import MasterWeights
 from agents.policies import PolicyConfig, make_policy
@@ -141,6 +142,7 @@ class SupervisedAgent(ABC, Generic[Examples]):
                 group["lr"] = metrics["train/lr"]
             self._before_batch, self.at_rest = None, False
             history = [self._step(examples) for _ in range(updates)]
+            check_weights(self.policy, self.config)
             metrics |= {name: sum(row[name] for row in history) / updates for name in history[0]}
             self.num_timesteps += tokens
             self.at_rest = True
@@ -161,8 +163,11 @@ class SupervisedAgent(ABC, Generic[Examples]):
     def _step(self, examples: Examples) -> dict[str, float]:
         loss, metrics = self.loss(examples)
         limit = self.config.max_grad_norm or math.inf
-        norm = descend(loss, self.optimizer, self.policy.parameters(), limit)
-        return {"train/loss": loss.item(), **metrics, "train/grad_norm": norm}
+        norm = gradient_of(loss, self.policy.parameters(), limit)
+        metrics = {"train/loss": loss.item(), **metrics, GRAD_NORM: norm}
+        check_step(metrics, self.policy, self.config, {})
+        self.optimizer.step()
+        return metrics
 
     def log_probs(self, episodes: Episodes) -> Tensor:
         """(n,) log pi(a_t|s_t) of every response token, nats, row by row of the mask; differentiable."""
@@ -180,7 +185,11 @@ class SupervisedAgent(ABC, Generic[Examples]):
         """Writes what a resumed run needs, under a temporary name first.
 
         `AutoModelForCausalLM` loads a fine-tuned policy; a residual is no model of its own.
+
+        Raises:
+            NotFiniteError: for weights or moments that are not finite; what was there before stays.
         """
+        check_saving(self.policy, self.optimizer, self.config)
         with replacing(directory) as scratch:
             self.write(scratch)
 
@@ -218,14 +227,11 @@ class SupervisedAgent(ABC, Generic[Examples]):
         self._before_batch, self.at_rest = None, True
 
 
-def descend(
-    loss: Tensor, optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter], max_grad_norm: float
-) -> float:
-    """One optimiser step down the gradient of a loss, scaled down to `max_grad_norm` where its norm is larger.
+def gradient_of(loss: Tensor, weights: Iterable[nn.Parameter], max_grad_norm: float) -> float:
+    """Gives weights the gradient of a loss, scaled down to `max_grad_norm` where its norm is larger.
 
     Args:
-        loss: a scalar. optimizer: of the weights, or of their master copies.
-        weights: what the loss depends on. max_grad_norm: of all their gradients together.
+        loss: a scalar. weights: what it depends on. max_grad_norm: of all their gradients together.
 
     Returns:
         The norm before.
@@ -234,9 +240,7 @@ def descend(
     for weight in weights:
         weight.grad = None
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(weights, max_grad_norm)
-    optimizer.step()
-    return norm.item()
+    return nn.utils.clip_grad_norm_(weights, max_grad_norm).item()
 
 
 # -- responses that nobody has scored --------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from agents.sweeps import given, register
 from agents.trust import config_text, import_installed, needed_trust, read_config, trust_argument, trusted_modules
 from lmgym.envs.fitting import fit_prompts
 from lmgym.envs.settings import Settings
-from lmgym.errors import InvalidArgumentError, LmGymError, check_int
+from lmgym.errors import InvalidArgumentError, LmGymError, NotFiniteError, check_int
 
 if TYPE_CHECKING:
     from agents.base import OnPolicyAgent
@@ -300,8 +300,9 @@ def train(plan: Plan, directory: Path, resume: bool) -> int:
 
     def save() -> float:
         nonlocal saved_at
-        saved_at, trained = agent.num_timesteps, time.perf_counter() - started
+        trained = time.perf_counter() - started
         agent.save(checkpoint)
+        saved_at = agent.num_timesteps
         write_atomically(directory / "train_seconds.txt", str(trained))
         return trained
 
@@ -316,8 +317,12 @@ def train(plan: Plan, directory: Path, resume: bool) -> int:
                 save()
             return not stop.asked
 
-        agent.learn(plan.total_timesteps, after_batch)
-        train_seconds = save()
+        try:
+            agent.learn(plan.total_timesteps, after_batch)
+            train_seconds = save()
+        except NotFiniteError as error:
+            kept = f" The checkpoint of step {saved_at:,} stays as it was." if checkpoint.is_dir() else ""
+            raise NotFiniteError(f"{error}{kept}") from error
     if stop.asked and agent.num_timesteps < plan.total_timesteps:
         command = shell_command("agents.train", f"resume={directory}") + trust_argument(plan.trust)
         print(f"Stopped after {agent.num_timesteps:,} tokens. Go on with: {command}")

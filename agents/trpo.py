@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agents.base import Minibatch, OnPolicyAgent, OnPolicyConfig
+from agents.finite import diverged
 from agents.losses import value_loss
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number
@@ -99,6 +100,7 @@ class TRPO(OnPolicyAgent):
         self.tokens.read(episodes, forward=0, backward=1)
         direction, residual, curvature = self._direction(episodes, advantages, returns, gradient)
         step, start = direction * (2 * max_kl / curvature).sqrt(), flat(self.masters.of(parameters))
+        self._check_natural({"surrogate": before, "gradient": gradient, "natural gradient": step})
         metrics = {
             "train/ratio_error": ratio_error,
             "train/grad_norm": gradient.norm().item(),
@@ -121,6 +123,12 @@ class TRPO(OnPolicyAgent):
                     return metrics | {f"train/{name}": x for name, x in found.items()}
             self._assign(start)
         return metrics
+
+    def _check_natural(self, found: dict[str, float | Tensor]) -> None:
+        """Raises `NotFiniteError` for a step that the line search would turn down, silently, in every batch to come."""
+        for name, x in found.items():
+            if not bool(torch.as_tensor(x).isfinite().all()):
+                diverged(f"the {name} of the batch is not finite", self.config)
 
     def _assign(self, values: Tensor) -> None:
         """Gives the weights of the law, and their copies in float32, new values (P,)."""

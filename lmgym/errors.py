@@ -6,6 +6,7 @@ Every message names the argument in backticks, says what was expected and what c
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,8 +35,18 @@ class RewardError(LmGymError, RuntimeError):
     """A reward function broke its contract: a wrong number of scores, or one that is not a finite number."""
 
 
+class NotFiniteError(LmGymError, ArithmeticError):
+    """A number that a policy or its training has come to is NaN or infinite."""
+
+
 class LogProbError(LmGymError, RuntimeError):
     """The log-probs handed over are not those of the law that sampled the tokens."""
+
+
+def check_finite(name: str, got: float) -> None:
+    """Raises `NotFiniteError` unless a number that training has come to is finite."""
+    if not math.isfinite(got):
+        raise NotFiniteError(f"Training has diverged: the {name} is {got}. Try a lower learning rate.")
 
 
 def unknown_name(argument: str, got: object, choices: Iterable[str]) -> UnknownNameError:

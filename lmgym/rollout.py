@@ -17,7 +17,7 @@ from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_int
 from lmgym.models.policy import Policy
-from lmgym.models.sampling import Sampler
+from lmgym.models.sampling import Sampler, check_finite_log_probs
 
 _DROP_AT = 0.25  # share of finished rows at which the batch is worth compacting
 _LOOK_EVERY = 8  # tokens between two looks at which rows have ended, on a GPU, which a look has wait
@@ -83,6 +83,7 @@ def collect(
                 rows, tokens, running = rows[kept], tokens[kept], running[kept]
         state.step(tokens)
     response, log_probs = response.cpu(), log_probs.cpu()
+    check_finite_log_probs(log_probs)
     values = None if values is None else values.cpu()
     replay = envs.replay(prompts, response.numpy())
     mask = torch.from_numpy(replay.response_mask)
@@ -206,6 +207,7 @@ def _round(envs: Any, policy: Policy, horizon: int, sampler: Sampler, generator:
         if t == horizon - 1 or not running.any():
             break
         state.step(drawn)
+    check_finite_log_probs(log_probs)
     return Episodes(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,

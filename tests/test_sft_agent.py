@@ -22,7 +22,7 @@ import agents.sft
 from agents.best_of_n import BestOfN, BestOfNConfig, best_of_n_log_probs
 from agents.seeds import row_seeds
 from agents.sft import SFT, SFTConfig, read_demonstrations
-from agents.supervised import descend
+from agents.supervised import gradient_of
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, LmGymError
@@ -118,13 +118,12 @@ def test_the_loss_is_of_the_response_alone_and_its_end(file: str) -> None:
     assert agent._step(agent._file)["train/loss"] < nats / count - 0.01  # type: ignore[arg-type]
 
 
-def test_a_step_is_down_and_clipped() -> None:
+def test_a_gradient_is_of_this_loss_and_clipped() -> None:
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    assert descend(weight.square().sum() / 2, optimizer, [weight], 1.0) == pytest.approx(5)
-    assert weight.tolist() == pytest.approx([2.4, 3.2], abs=1e-5)
-    assert descend(weight.square().sum() / 2, optimizer, [weight], math.inf) == pytest.approx(4, abs=1e-5)
-    assert weight.tolist() == pytest.approx([0, 0], abs=1e-5)
+    for limit, expected in ((1.0, [0.6, 0.8]), (math.inf, [3.0, 4.0])):
+        assert gradient_of(weight.square().sum() / 2, [weight], limit) == pytest.approx(5)
+        assert weight.grad is not None
+        assert weight.grad.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 # -- what is demonstrated --------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from lmgym.models.causal import CausalLM, legal_logits
 from lmgym.models.cuda_graphs import StepGraphs, borrow_graphs
 from lmgym.models.markov import MarkovLM
 from lmgym.models.recording import Forward, record
+from lmgym.models.sampling import check_finite_log_probs
 
 _PROBE_TOLERANCE = 1e-3  # of the largest logit; ring and plain forward agree to 1e-6 in float32
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")  # its names in configs, tokens
@@ -375,7 +376,11 @@ def make_decoder(lm: CausalLM, slots: int, capacity: int, *, keep_hidden: bool =
 
 @torch.inference_mode()
 def ring_is_exact(lm: CausalLM, steps: int = 12) -> bool:
-    """Drives ragged slots a few times around a small ring, and compares each step with a plain forward."""
+    """Drives ragged slots a few times around a small ring, and compares each step with a plain forward.
+
+    Raises:
+        NotFiniteError: for a model whose own forward is no law.
+    """
     if "position_ids" not in inspect.signature(lm.model.forward).parameters:
         return False
     if lm.max_positions is not None:
@@ -394,6 +399,7 @@ def ring_is_exact(lm: CausalLM, steps: int = 12) -> bool:
                     decoder.begin(both[:1], ids[1:], mask[1:])
                     decoder.begin(both[1:], ids[:1], mask[:1])
             expected, real = plain.logits.float(), plain.logits.isfinite()  # ids that the tokenizer lacks are at -inf
+            check_finite_log_probs(expected.amax(-1))  # where the model is no law, that is what is wrong
             gap = (ring.logits.float() - expected)[real].abs().max()
             scale = expected[real].abs().max().clamp(min=1.0)
             if not bool(gap <= _PROBE_TOLERANCE * scale * (1 if lm.dtype == torch.float32 else 64)):

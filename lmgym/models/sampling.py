@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmgym.errors import check_int, check_number
+from lmgym.errors import NotFiniteError, check_int, check_number
 
 _BLOCK = 256
 _ONE_LEVEL = 4096  # vocabularies up to this are inverted without blocks: fewer calls
@@ -88,7 +88,8 @@ class Sampler:
         """
         if self.is_greedy(t):
             tokens = logits.argmax(-1)
-            return tokens, torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+            top = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float()
+            return tokens, top - top  # 0, and NaN for a law that is none
         return inverse_cdf(self.law(logits, t), uniforms)
 
 
@@ -96,7 +97,8 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draws from softmax(logits) by inverting the cumulative distribution at given uniforms.
 
     Sums in float64, so that no tail is lost to rounding, and never a token of probability 0. A large vocabulary is
-    inverted on two levels, blocks of 256 and then within the block, in one pass over it.
+    inverted on two levels, blocks of 256 and then within the block, in one pass over it. Logits that are no law (NaN,
+    inf, or -inf throughout) give some token, with a log-prob of NaN (`check_finite_log_probs`).
 
     Args:
         logits: (B, V) float32, -inf allowed. uniforms: (B,) float64 in [0, 1).
@@ -129,13 +131,31 @@ def _two_levels(logits: Tensor, top: Tensor, uniforms: Tensor) -> tuple[Tensor, 
     block = _first_beyond(cumulative, target)
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks[torch.arange(rows, device=weights.device), block.squeeze(1)].cumsum(-1, dtype=torch.float64)
-    return block * _BLOCK + _first_beyond(inside, target - before), total
+    tokens = block * _BLOCK + _first_beyond(inside, target - before)
+    return tokens.clamp_(max=vocabulary - 1), total  # beyond it for a law that is none
 
 
 def _first_beyond(cumulative: Tensor, target: Tensor) -> Tensor:
     """(B, 1) first index whose cumulative weight (B, n) is beyond the target (B, 1): never one of weight 0."""
     inside = torch.minimum(target, cumulative[:, -1:] * (1 - 1e-15))  # a uniform next to 1 may round onto the total
-    return torch.searchsorted(cumulative, inside, right=True)
+    return torch.searchsorted(cumulative, inside, right=True).clamp_(max=cumulative.shape[1] - 1)  # NaN lies beyond all
+
+
+def check_finite_log_probs(log_probs: Tensor) -> None:
+    """Raises where tokens were drawn from logits that are no law: NaN, inf, or -inf throughout.
+
+    Args:
+        log_probs: of the tokens drawn, any shape.
+
+    Raises:
+        NotFiniteError: saying what a policy's logits come to be so of.
+    """
+    wrong = log_probs[~log_probs.isfinite()]
+    if len(wrong):
+        raise NotFiniteError(
+            f"A policy must give finite log-probs, and {len(wrong):,} of {log_probs.numel():,} are {wrong[0].item()}: "
+            "its weights are not finite, or its logits overflow. Where it is in training, try a lower learning rate."
+        )
 
 
 def _keep_top_k(logits: Tensor, k: int) -> Tensor:

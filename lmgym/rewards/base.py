@@ -14,7 +14,8 @@ from lmgym.models.names import check_model_name
 from lmgym.rewards.calling import call
 from lmgym.rewards.probe import check_methods
 
-LARGEST_SCORE = 3.4e38  # float32, which training computes in, has no larger number
+LARGEST_SCORE = 3.4e38
+BEYOND_FLOAT32 = " Agents compute in float32, which ends at 3.4e38: scale the scores down."
 MOST_LAYERS = 100  # of noise on noise
 SAME_SCORE = 1e-4  # how far apart two scores of one response may be, relative and absolute
 
@@ -143,8 +144,9 @@ def _checked(x: Any, completion: str) -> float | None:
     if number is None:
         return None
     if not isinstance(number, numbers.Real) or not abs(cast(float, number)) <= LARGEST_SCORE:
+        beyond = BEYOND_FLOAT32 if isinstance(number, numbers.Real) and math.isfinite(number) else ""
         raise RewardError(
-            f"The reward function must return finite numbers, and returned {x!r} for completion {completion!r}."
+            f"The reward function must return finite numbers, and returned {x!r} for completion {completion!r}.{beyond}"
         )
     return float(number)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from lmgym.errors import InvalidArgumentError, check_int, check_number
+from lmgym.errors import InvalidArgumentError, check_finite, check_int, check_number
 from lmgym.models.positions import max_positions
 from lmgym.rewards.sequence import sequence_logits
 
@@ -172,7 +172,9 @@ def train_reward_model(
             loss = kwise_loss(scores, target)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
+            check_finite("loss", loss.item())
+            check_finite("norm of the gradient", norm.item())
             optimizer.step()
             schedule.step()
             metrics = {"loss": loss.item(), "accuracy": ranking_accuracy(scores.detach(), target)}
