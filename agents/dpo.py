@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agents.base import share_prompts
-from agents.supervised import SupervisedAgent, SupervisedConfig, response_ids, unscored, with_reference
+from agents.supervised import SupervisedAgent, SupervisedConfig, named_row, response_ids, unscored, with_reference
 from lmgym.envs.engine import Engine
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
@@ -185,10 +185,11 @@ def pairs_of(rankings: Rankings, engine: Engine) -> Pairs:
     if not len(rankings):
         raise InvalidArgumentError("`rankings` must hold at least one prompt, got none.")
     prompts, responses = [], []
-    for text, completions in zip(rankings.prompts, rankings.completions, strict=True):
-        prompt = engine.prompts.of_text(text)
-        prompts += [prompt] * len(completions)
-        responses += [response_ids(engine, text, prompt, completion) for completion in completions]
+    for row, (text, completions) in enumerate(zip(rankings.prompts, rankings.completions, strict=True), 1):
+        with named_row(f"Row {row} of `rankings`"):
+            prompt = engine.prompts.of_text(text)
+            prompts += [prompt] * len(completions)
+            responses += [response_ids(engine, text, prompt, completion) for completion in completions]
     k = rankings.num_ranked
     chosen, rejected = zip(
         *(

@@ -140,9 +140,10 @@ class PPO(OnPolicyAgent):
         lm, room = self.envs.engine.lm, self.envs.engine.width + self.envs.engine.horizon
         end = [] if lm.tokenizer.eos_token_id is None else [lm.tokenizer.eos_token_id]
         try:
-            whole = [[*lm.encode(text), *end] for text in read_texts("ptx_texts", path, "text")]
+            texts = [lm.encode(text) for text in read_texts("ptx_texts", path, "text")]
         except InvalidArgumentError as error:
             raise InvalidArgumentError(f"`ptx_texts` must hold texts of the task's tokenizer: {error}") from error
+        whole = [ids if ids[-1:] == end else ids + end for ids in texts]
         pieces = [ids[start : start + room] for ids in whole for start in range(0, len(ids), room)]
         pieces = [ids for ids in pieces if len(ids) > 1]
         if not pieces:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from agents.best_of_n import BestOfN, BestOfNConfig
 from agents.optimal import Optimal
-from agents.supervised import SupervisedAgent, SupervisedConfig, gradient_of, response_ids, unscored
+from agents.supervised import SupervisedAgent, SupervisedConfig, gradient_of, named_row, response_ids, unscored
 from lmgym.envs.engine import Engine
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
@@ -142,16 +142,16 @@ def read_demonstrations(path: str | os.PathLike[str], engine: Engine) -> Episode
         pairs = [_parse(line, f"Line {i} of {os.fspath(path)!r}") for i, line in enumerate(file, 1) if line.strip()]
     if not pairs:
         raise InvalidArgumentError(f"`path` must hold at least one demonstration, and {os.fspath(path)!r} has none.")
-    prompts = [engine.prompts.of_text(prompt) for prompt, _ in pairs]
-    responses = [
-        response_ids(engine, text, prompt, completion)
-        for (text, completion), prompt in zip(pairs, prompts, strict=True)
-    ]
+    prompts, responses = [], []
+    for where, text, completion in pairs:
+        with named_row(where):
+            prompts.append(engine.prompts.of_text(text))
+            responses.append(response_ids(engine, text, prompts[-1], completion))
     return unscored(engine, prompts, responses)
 
 
-def _parse(line: str, where: str) -> tuple[str, str]:
-    """Prompt and completion of a line."""
+def _parse(line: str, where: str) -> tuple[str, str, str]:
+    """Where a line is, and its prompt and completion."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -160,7 +160,7 @@ def _parse(line: str, where: str) -> tuple[str, str]:
         raise InvalidArgumentError(
             f"{where} must be an object with texts under 'prompt' and 'completion', got {line.strip()[:80]!r}."
         )
-    return record["prompt"], record["completion"]
+    return where, record["prompt"], record["completion"]
 
 
 # -- whole texts -----------------------------------------------------------------------------------------------------

@@ -5,12 +5,13 @@ An algorithm is a config dataclass, `sample()`, `select()`, `loss()` and `descri
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -246,21 +247,26 @@ def gradient_of(loss: Tensor, weights: Iterable[nn.Parameter], max_grad_norm: fl
 # -- responses that nobody has scored --------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def named_row(where: str) -> Iterator[None]:
+    """Has an `InvalidArgumentError` say which row of a file it is of."""
+    try:
+        yield
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"{where}: {error}") from error
+
+
 def response_ids(engine: Engine, text: str, prompt: Prompt, completion: str) -> list[int]:
     """Token ids of a completion: those that the text of both has behind the prompt's.
 
     Raises:
         InvalidArgumentError: for one that is no response of the task.
     """
-    tokenizer = engine.lm.tokenizer
-    added = len(tokenizer(text)["input_ids"]) - len(prompt.ids)  # what the tokenizer puts behind every text
-    ids = tokenizer(text + completion)["input_ids"]
-    ids = ids[: len(ids) - added]
-    response, start = ids[len(prompt.ids) :], engine.task.min_new_tokens
-    if tuple(ids[: len(prompt.ids)]) != prompt.ids or not 1 <= len(response) <= engine.horizon:
+    response, start = engine.lm.encode_response(text, prompt.ids, completion), engine.task.min_new_tokens
+    if not 1 <= len(response) <= engine.horizon:
         raise InvalidArgumentError(
-            f"`completions` must add 1 to {engine.horizon} tokens to those of their prompt, and {completion!r} behind "
-            f"{text!r} does not."
+            f"`completions` must have 1 to {engine.horizon} tokens (`max_new_tokens`), and {completion!r} behind "
+            f"{text!r} has {len(response)}."
         )
     if any(engine.is_eos[i] for i in response[start:-1]):
         raise InvalidArgumentError(f"`completions` must end at their first EOS, and {completion!r} goes on behind it.")

@@ -277,8 +277,8 @@ def samples(lm: Any, before: Any, after: Any, count: int = 10) -> list[dict[str,
         for name, episodes in (("before", before.episodes), ("after", after.episodes)):
             prompt = episodes.prompt_ids[i][episodes.prompt_mask[i]].tolist()
             response = episodes.response_ids[i][episodes.response_mask[i]].tolist()
-            row["prompt"] = lm.decode(prompt)
-            row[name] = lm.completions([prompt], [response], [row["prompt"]])[0].strip()
+            row["prompt"] = lm.decode_prompt(prompt)
+            row[name] = lm.completions([prompt], [response])[0]
             row[f"{name}_score"] = episodes.scores[i].item()
         rows.append(row)
     return rows

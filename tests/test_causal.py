@@ -298,26 +298,27 @@ def test_prompt_and_completion_are_the_whole(make: Any) -> None:
     prompts = ["the film was", "a book , a meal", "it", "we liked it .", "not"]
     rng = torch.Generator().manual_seed(0)
     ids = [lm.encode(p) for p in prompts for _ in range(8)]
-    texts = [lm.decode(i) for i in ids]
+    texts = [lm.decode_prompt(i) for i in ids]
     responses = [
         torch.randint(0, size, (int(torch.randint(1, 9, (1,), generator=rng)),), generator=rng).tolist() for _ in ids
     ]
     responses[0], responses[1] = [], [*lm.encode(" and good"), tokenizer.eos_token_id]
-    completions = lm.completions(ids, responses, texts)
+    completions = lm.completions(ids, responses)
     for prompt, completion, p, r in zip(texts, completions, ids, responses, strict=True):
         assert prompt + completion == tokenizer.decode([*p, *r], skip_special_tokens=True)
     assert completions[0] == ""
     assert completions[1] == " and good"  # with its blank, without the end token
-    assert lm.completions([], [], []) == []
+    assert lm.completions([], []) == []
 
 
 def test_a_character_may_be_cut_in_two_by_the_end_of_the_prompt() -> None:
     tokenizer = byte_tokenizer()
     lm = CausalLM(gpt2(len(tokenizer)), tokenizer)
     whole = tokenizer("café")["input_ids"]
-    prompt = tokenizer.decode(whole[:-1])
-    assert not "café".startswith(prompt)  # half of the last letter is no letter
-    assert lm.completions([whole[:-1]], [whole[-1:]], [prompt]) == [tokenizer.decode(whole[-1:])]
+    assert not "café".startswith(tokenizer.decode(whole[:-1]))  # half of the last letter is no letter
+    assert lm.decode_prompt(whole[:-1]) == "caf"
+    assert lm.completions([whole[:-1]], [whole[-1:]]) == ["é"]
+    assert lm.decode_prompt(tokenizer("\ufffd")["input_ids"]) == "\ufffd"  # the letter itself is whole
 
 
 # --- loading ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 from lmgym.errors import InvalidArgumentError
-from lmgym.models import causal
+from lmgym.models import texts
 from lmgym.models.causal import CausalLM, load_causal_lm
 from lmgym.models.decoding import PlainDecoder, TableDecoder, make_decoder
 from lmgym.models.markov import MarkovConfig, MarkovLM, dirichlet_rows, fit_markov, markov_lm, symbol_tokenizer
@@ -426,9 +426,9 @@ def test_many_short_texts_decode_as_in_one_batch(monkeypatch: pytest.MonkeyPatch
     rng = np.random.default_rng(0)
     lm = CausalLM(MarkovLM.from_probs(np.full((1, len(WORDS) + 3), 1 / (len(WORDS) + 3)), order=0), word_tokenizer())
     rows = [rng.integers(0, lm.vocab_size, rng.integers(0, 9)).tolist() for _ in range(30)]
-    few = lm.completions([[4]] * 30, rows, ["a"] * 30)
-    monkeypatch.setattr(causal, "_DECODE_ALONE", 0)
-    assert few == lm.completions([[4]] * 30, rows, ["a"] * 30)
+    few = lm.completions([[4]] * 30, rows)
+    monkeypatch.setattr(texts, "_DECODE_ALONE", 0)
+    assert few == lm.completions([[4]] * 30, rows)
 
 
 # --- in the environments -----------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ class Engine:
         columns: dict[str, Any] = {"prompt_ids": ids, "completion_ids": responses}
         for reward in (self.reward, self.task.gold):
             if reward is not None:
-                try_out(reward, texts, self.lm.completions(ids, responses, texts), columns)
+                try_out(reward, texts, self.lm.completions(ids, responses), columns)
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -469,7 +469,7 @@ class Engine:
     ) -> _Scores:
         texts = [p.text for p in prompts]
         ids = [list(p.ids) for p in prompts]
-        completions = self.lm.completions(ids, responses, texts)
+        completions = self.lm.completions(ids, responses)
         columns: dict[str, Any] = {"prompt_ids": ids, "completion_ids": responses}
         scores = np.array(score(reward, texts, completions, **columns))
         scores = scores - self.task.missing_eos_penalty * ~eos

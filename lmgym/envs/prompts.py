@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -42,9 +43,10 @@ class PromptSet:
         longest = max(len(ids) for rows in encoded.values() for ids in rows)
         self.width = task.max_prompt_tokens or longest
         self._prompts = [
-            Prompt(tuple(ids), text.with_text(lm.decode(ids)) if isinstance(text, PromptText) else lm.decode(ids), i)
+            Prompt(tuple(ids), text, i)
             for i, (ids, text) in enumerate(zip(encoded[split], task.prompts[split], strict=True))
         ]
+        _warn_of_changes("prompts", lm, tuple(task.prompts[split]))
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -65,7 +67,10 @@ class PromptSet:
         """Encodes a prompt from outside the split."""
         if not isinstance(text, str) or not text.strip():
             raise InvalidArgumentError(f"`prompt` must be a non-empty text, got {text!r}.")
-        return self._checked("prompt", self._lm.encode(text))
+        prompt = self._checked("prompt", self._lm.encode(text))
+        _warn_of_changes("prompt", self._lm, (text,))
+        own = prompt.text.with_text(text) if isinstance(prompt.text, PromptText) else text
+        return replace(prompt, text=own)
 
     def of_ids(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> Prompt:
         """A prompt from outside the split, as token ids."""
@@ -78,6 +83,19 @@ class PromptSet:
             if not self._lm.is_legal(i):
                 raise InvalidArgumentError(f"`{argument}` must hold token ids of the tokenizer, and {i} is none.")
         return Prompt(tuple(ids), self._task.texts_of([ids], self._lm)[0], -1)
+
+
+def _warn_of_changes(argument: str, lm: CausalLM, texts: tuple[str, ...]) -> None:
+    """Warns of texts that the model reads otherwise than they were written."""
+    changes = lm.changes(texts)
+    if changes:
+        text, read = changes[0]
+        count = f"{len(changes)} of {len(texts)} prompts" if len(texts) > 1 else "the prompt"
+        warnings.warn(
+            f"`{argument}`: the tokenizer of the model changes {count}: where {text!r} was written, the model reads "
+            f"{read!r}. The reward is given the text as it was written.",
+            stacklevel=3,
+        )
 
 
 class PromptOrder:

@@ -282,17 +282,11 @@ def frame(engine: Engine, row: int, outcomes: Outcomes | None, i: int = 0) -> Fr
     prompt = engine.current[row]
     assert prompt is not None
     response = engine.response_ids(row)
-    grown = [response[: t + 1] for t in range(len(response))]
-    texts = engine.lm.completions([prompt.ids] * len(grown), grown, [prompt.text] * len(grown))
-    pieces = [text[len(before) :] for before, text in zip(["", *texts], texts, strict=False)]
-    # A special token has no text: it is shown by its name.
-    names = engine.lm.tokenizer.convert_ids_to_tokens(response)
-    pieces = [piece or f" {name}" for piece, name in zip(pieces, names, strict=True)]
     ref = engine.ref_log_probs[row, : len(response)]
     costs = [] if np.isnan(ref).any() else (engine.task.kl_coef * ref).tolist()
     return Frame(
         prompt=prompt.text,
-        tokens=pieces,
+        tokens=engine.lm.pieces(prompt.ids, response),
         costs=costs,
         score=None if outcomes is None else outcomes.scores[i],
         episode_return=float(engine.returns[row]),

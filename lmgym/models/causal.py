@@ -23,15 +23,15 @@ from lmgym.models.adapters import load_pretrained
 from lmgym.models.names import check_model_name
 from lmgym.models.positions import max_positions
 from lmgym.models.probes import check_language_model
+from lmgym.models.texts import Texts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SCORING_ROWS = 16  # rows a teacher-forced forward takes at once: larger batches only fault more pages in
 _HEAD_ROWS = 256  # hidden states the LM head takes at once, so that (rows, V) stays in the cache of the processor
 _GPU_SCORING_ROWS, _GPU_HEAD_ROWS = 128, 2048  # the same on a GPU, which small products leave idle
-_DECODE_ALONE = 4096  # ids that are decoded sooner than the threads of the tokenizer wake up
 
 
-class CausalLM:
+class CausalLM(Texts):
     """A causal LM with its tokenizer; the reference of a task, or the trunk of a policy.
 
     Tokens that the model embeds but the tokenizer does not have (padded embeddings) do not exist here: `vocab_size` is
@@ -48,8 +48,8 @@ class CausalLM:
     """
 
     def __init__(self, model: Any, tokenizer: Any, temperature: float = 1.0) -> None:
+        super().__init__(tokenizer)
         self.model = model
-        self.tokenizer = tokenizer
         self.temperature = temperature
         self.origin: CausalLM | None = None  # held, so that whoever asks for it again gets this one
         known = set(tokenizer.get_vocab().values())
@@ -65,7 +65,6 @@ class CausalLM:
         pad = tokenizer.pad_token_id
         self.pad_token_id = pad if pad is not None and pad < self.vocab_size else min(known)
         self._head_splits: bool | None = None
-        self._encoded: dict[tuple[str, ...], list[list[int]]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CausalLM:
         # gymnasium deep-copies the kwargs of a spec once a wrapper: a model is shared, never copied by accident.
@@ -89,62 +88,6 @@ class CausalLM:
     def is_legal(self, token: int) -> bool:
         """Whether `token` is an id the tokenizer has."""
         return 0 <= token < self.vocab_size and token not in self.holes
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the tokenizer's own start token and without an end token.
-
-        Raises:
-            InvalidArgumentError: for a text that the tokenizer cannot read.
-        """
-        try:
-            ids = self.tokenizer(text)["input_ids"]
-        except Exception as error:  # nothing narrower comes from a tokenizer without an unknown token
-            raise InvalidArgumentError(f"`prompt` must be a text that the tokenizer knows, got {text!r}.") from error
-        return self._without_end(ids)
-
-    def encode_all(self, texts: tuple[str, ...]) -> list[list[int]]:
-        """Token ids of many prompts, kept: every env on one model shares them.
-
-        Raises:
-            InvalidArgumentError: naming the first text that the tokenizer cannot read.
-        """
-        if texts not in self._encoded:
-            try:
-                encoded = [self._without_end(ids) for ids in self.tokenizer(list(texts))["input_ids"]]
-            except Exception:
-                encoded = [self.encode(text) for text in texts]  # names the text
-            self._encoded[texts] = encoded
-        return self._encoded[texts]
-
-    def _without_end(self, ids: Sequence[int]) -> list[int]:
-        end = len(ids)
-        while end and ids[end - 1] in self.eos_token_ids | {self.tokenizer.sep_token_id}:
-            end -= 1
-        return list(ids[:end])
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    def completions(
-        self, prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]], prompts: Sequence[str]
-    ) -> list[str]:
-        """Texts of responses such that prompt + completion is the text of both together, spaces included."""
-        both = [[*p, *r] for p, r in zip(prompt_ids, response_ids, strict=True)]
-        texts = self._decode_batch(both) if both else []
-        return [
-            whole[len(prompt) :] if whole.startswith(prompt) else self.decode(response)
-            for whole, prompt, response in zip(texts, prompts, response_ids, strict=True)
-        ]
-
-    def _decode_batch(self, rows: list[list[int]]) -> list[str]:
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None or getattr(self.tokenizer, "clean_up_tokenization_spaces", False):
-            return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
-        # The backend's own, without the checks of the tokenizer on every id of every row.
-        if sum(map(len, rows)) < _DECODE_ALONE:
-            return [backend.decode(row, skip_special_tokens=True) for row in rows]
-        return list(backend.decode_batch(rows, skip_special_tokens=True))
 
     def legal_logits(self, logits: Tensor) -> Tensor:
         """(..., model vocabulary) logits cut to (..., V) at the temperature, with -inf on ids the tokenizer lacks."""

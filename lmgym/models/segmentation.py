@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 # Capitals, accents, a ligature, blanks of several kinds: what tokenizers normalise and cut unlike.
@@ -14,6 +16,39 @@ class SpecialTokens(NamedTuple):
 
     before: tuple[int, ...]
     after: tuple[int, ...]
+
+    def once(self, ids: Sequence[int]) -> list[int]:
+        """Ids of a text with the tokens before it only once, where the text itself began with them."""
+        n = len(self.before)
+        doubled = n > 0 and tuple(ids[: 2 * n]) == self.before * 2
+        return list(ids[n:] if doubled else ids)
+
+
+class Pair(NamedTuple):
+    """Two tokenizers compared.
+
+    Attributes:
+        reads_ids: whether a model of the first may be given token ids of the other.
+        own: special tokens of the first. others: of the other.
+    """
+
+    reads_ids: bool
+    own: SpecialTokens
+    others: SpecialTokens
+
+
+_pairs: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Pair]] = weakref.WeakKeyDictionary()
+
+
+def compare(tokenizer: Any, other: Any) -> Pair:
+    """What a model of `tokenizer` must know of texts that `other` cuts; compared once a pair, for it takes a while."""
+    found = _pairs.setdefault(tokenizer, weakref.WeakKeyDictionary())
+    if other not in found:
+        own, others = added_special_tokens(tokenizer), added_special_tokens(other)
+        reads_ids = own is not None and others is not None and reads_ids_of(tokenizer, other)
+        unknown = SpecialTokens((), ())
+        found[other] = Pair(reads_ids, own or unknown, others or unknown)
+    return found[other]
 
 
 def added_special_tokens(tokenizer: Any) -> SpecialTokens | None:

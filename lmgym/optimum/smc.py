@@ -249,7 +249,7 @@ class _Run:
         responses = _responses(self._response[rows], self._lengths[rows])
         prompts = (rows // self._s).tolist()
         ids, texts = [list(self._prompt_ids[x]) for x in prompts], [self._texts[x] for x in prompts]
-        completions = self._lm.completions(ids, responses, texts)
+        completions = self._lm.completions(ids, responses)
         paid = score(self._reward, texts, completions, prompt_ids=ids, completion_ids=responses)
         missing = torch.tensor([r[-1] not in self._lm.eos_token_ids for r in responses])
         return torch.tensor(paid, dtype=torch.float64) - self._task.missing_eos_penalty * missing

@@ -237,7 +237,7 @@ class Tree:
             prompts, ids = [texts[i] for i in index], [list(self.prompts[i]) for i in index]
             padded, lengths = self.episodes.response_ids[rows].tolist(), self.episodes.lengths[rows].tolist()
             responses = [tokens[:n] for tokens, n in zip(padded, lengths, strict=True)]
-            completions = lm.completions(ids, responses, prompts)
+            completions = lm.completions(ids, responses)
             scores += score(reward, prompts, completions, prompt_ids=ids, completion_ids=responses)
         return torch.tensor(scores, dtype=torch.float64)
 

@@ -13,7 +13,7 @@ from lmgym.errors import InvalidArgumentError, LmGymError, RewardError
 from lmgym.models.causal import CausalLM, SharedModels
 from lmgym.models.loading import check_finite_weights
 from lmgym.models.positions import max_positions
-from lmgym.models.segmentation import SpecialTokens, added_special_tokens, reads_ids_of
+from lmgym.models.segmentation import SpecialTokens, compare
 from lmgym.rewards.sequence import probe_sequences, sequence_logits
 
 _ROWS = 64  # episodes a forward takes at once
@@ -41,8 +41,7 @@ class ClassifierReward:
         self.tokenizer = tokenizer
         self.reads_ids = False
         self._limit = max_positions(model)
-        self._own = SpecialTokens((), ())
-        self._policys = SpecialTokens((), ())
+        self._own = self._policys = SpecialTokens((), ())
         self._source: ClassifierReward | None = None
         self._lengths: dict[tuple[str, ...], list[int]] = {}  # of prompts, in tokens; envs on one model share them
 
@@ -54,12 +53,7 @@ class ClassifierReward:
         bound = ClassifierReward(self.model, self.tokenizer)
         bound._source = self  # keeps the shared copy alive
         bound._lengths = self._lengths
-        own = added_special_tokens(self.tokenizer)
-        policys = added_special_tokens(tokenizer)
-        if own is not None and policys is not None and reads_ids_of(self.tokenizer, tokenizer):
-            bound.reads_ids = True
-            bound._own = own
-            bound._policys = policys
+        bound.reads_ids, bound._own, bound._policys = compare(self.tokenizer, tokenizer)
         return bound
 
     def check_fits(self, lm: CausalLM, splits: Iterable[Sequence[str]], width: int, horizon: int) -> None:
@@ -118,7 +112,7 @@ class ClassifierReward:
             sequences = [self._join(prompt, completion) for prompt, completion in pairs]
         else:
             texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-            sequences = self.tokenizer(texts)["input_ids"]
+            sequences = [self._own.once(ids) for ids in self.tokenizer(texts)["input_ids"]]
         self._check_lengths(sequences)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         scores = torch.zeros(len(sequences))

@@ -207,8 +207,7 @@ class Task:
                     f"`prompts` must not have the prompt {rows[key]!r} in two rows with other columns where one is "
                     "looked up by its tokens."
                 )
-            text = lm.decode(prompt)
-            found.append(rows[key].with_text(text) if key in rows else PromptText(text, dict.fromkeys(names)))
+            found.append(rows.get(key) or PromptText(lm.decode_prompt(prompt), dict.fromkeys(names)))
         return found
 
     def validate(self) -> None:

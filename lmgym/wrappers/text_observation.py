@@ -87,7 +87,7 @@ def _texts(engine: Engine) -> list[str]:
     prompts = {row: prompt for row, prompt in enumerate(engine.current) if prompt is not None}
     texts = [prompt.text for prompt in prompts.values()]
     responses = [engine.response_ids(row) for row in prompts]
-    completions = engine.lm.completions([prompt.ids for prompt in prompts.values()], responses, texts)
+    completions = engine.lm.completions([prompt.ids for prompt in prompts.values()], responses)
     whole = dict(zip(prompts, map("".join, zip(texts, completions, strict=True)), strict=True))
     return [whole.get(row, "") for row in range(engine.num_rows)]
 
@@ -96,8 +96,9 @@ def _space(engine: Engine) -> spaces.Text:
     vocabulary: dict[str, int] = engine.lm.tokenizer.get_vocab()
     tokens = engine.lm.tokenizer.batch_decode([[i] for i in vocabulary.values()], skip_special_tokens=True)
     longest = 1 + max(map(len, vocabulary))  # a token is written with a blank at most
-    length = longest * (engine.width + engine.horizon)
-    return spaces.Text(length, min_length=0, charset=frozenset("".join(tokens)) | {" ", _REPLACEMENT})
+    prompts = [text for texts in engine.task.prompts.values() for text in texts]  # as written, not as tokens read
+    length = longest * (engine.width + engine.horizon) + max(map(len, prompts))
+    return spaces.Text(length, min_length=0, charset=frozenset("".join(tokens + prompts)) | {" ", _REPLACEMENT})
 
 
 def _contained(text: str, space: spaces.Text) -> str:
