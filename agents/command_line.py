@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from agents.config import short_errors
+from agents.surroundings import prepare_process
 from agents.sweeps import show_multirun
 
 RUN_DIRECTORIES = ("run", "resume")  # keys whose values are paths and nothing else
@@ -24,6 +25,7 @@ _NEW_DIRECTORIES = ("hydra.run.dir", "hydra.sweep.dir")
 
 def run_command(main: Callable[[], Any]) -> None:
     """Calls a Hydra main with the arguments of this process; ends in a line where they cannot be."""
+    prepare_process()
     sys.argv[1:] = prepared(sys.argv[1:])
     with short_errors():
         try:

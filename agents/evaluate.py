@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 
 from agents.command_line import run_command
 from agents.report import table, write_json
-from agents.train import CONF, build, check, check_checkpoint, grade, saved_config, summarise, wait_politely
+from agents.surroundings import prepare_process
+from agents.train import CONF, build, check, check_checkpoint, grade, saved_config, summarise
 from agents.trust import trusted_modules
 from lmgym.errors import InvalidArgumentError, LmGymError
 
@@ -19,7 +20,7 @@ from lmgym.errors import InvalidArgumentError, LmGymError
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
 def main(cfg: DictConfig) -> float:
     """Loads a run's checkpoint, grades it and its reference, prints the table, and returns J."""
-    wait_politely()
+    prepare_process()
     from lmgym.models.policy import CausalPolicy
 
     try:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from agents.files import write_atomically
-from agents.train import wait_politely
+from agents.surroundings import prepare_process
 from lmgym.errors import InvalidArgumentError, LmGymError, unknown_name
 from lmgym.tasks import StoredOptimum, Task, make_task, registered_tasks
 from lmgym.tasks.base import ARTEFACTS
@@ -75,7 +75,7 @@ def store(name: str, optima: dict[str, StoredOptimum]) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Derives, prints, and compares or stores."""
-    wait_politely()
+    prepare_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="tasks by name, or by what stands before the '-'; all if none")
     parser.add_argument("--write", action="store_true", help="store what was derived, instead of comparing")

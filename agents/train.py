@@ -12,7 +12,6 @@ import functools
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import shlex
 import signal
@@ -35,6 +34,7 @@ from agents.config import validated
 from agents.files import write_atomically
 from agents.recorder import Recorder
 from agents.report import curves, samples_table, table, write_json
+from agents.surroundings import prepare_process
 from agents.sweeps import given, register
 from agents.trust import config_text, import_installed, needed_trust, read_config, trust_argument, trusted_modules
 from lmgym.envs.fitting import fit_prompts
@@ -356,14 +356,6 @@ class Interrupt:
         print("\nStopping after this batch, with a checkpoint (Ctrl-C again to stop at once).", file=sys.stderr)
 
 
-def wait_politely() -> None:
-    """Has OpenMP threads sleep while they wait, unless the environment says otherwise; to be called before torch loads.
-
-    By default they spin, which on a machine shared with other work makes two threads several times slower than one.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-
 def versions() -> dict[str, str]:
     """What ran: Python and the packages that matter."""
     found = {"python": platform.python_version(), "lmgym": lmgym.__version__}
@@ -479,7 +471,7 @@ def main(cfg: DictConfig) -> float:
     Returns:
         J of the trained policy, which sweepers such as Optuna's maximise.
     """
-    wait_politely()
+    prepare_process()  # of a process of its own, which a launcher may have made
     resume = cfg.resume is not None
     directory = Path(cfg.resume if resume else output_directory())
     try:

@@ -16,7 +16,8 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from agents.train import check, train, wait_politely
+from agents.surroundings import prepare_process
+from agents.train import check, train
 from lmgym.intervals import t_quantile
 
 ROWS = ("return", "score", "sampled_score", "gold_score", "kl", "length", "normalised")
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     parser.add_argument("overrides", nargs="*", help="of conf/train.yaml, after a --")
     args = parser.parse_args()
-    wait_politely()
+    prepare_process()
     summaries = []
     for seed in args.seeds:
         directory = beside(args.out, args.overrides) / f"seed{seed}"

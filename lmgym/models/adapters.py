@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from lmgym.errors import InvalidArgumentError, LmGymError
+from lmgym.models.hub import locate
 from lmgym.models.loading import check_files, check_tokenizer, load_model, load_tokenizer, loading
 
 _PREFIX = "base_model.model."  # of every weight in an adapter's file
@@ -37,6 +38,7 @@ def load_pretrained(argument: str, name: str, auto_class: Any, dtype: torch.dtyp
     Raises:
         LmGymError: naming what is missing, damaged or does not belong together.
     """
+    name = locate(argument, name)
     source = tokenizer_source(argument, name)
     model = _load(argument, name, auto_class, dtype)
     tokenizer = load_tokenizer(argument, source)
@@ -46,6 +48,7 @@ def load_pretrained(argument: str, name: str, auto_class: Any, dtype: torch.dtyp
 
 def tokenizer_source(argument: str, name: str) -> str:
     """Where the tokenizer of a model is: with it, or with the base of an adapter that has none of its own."""
+    name = locate(argument, name)
     while is_adapter(name) and not has_file(name, "tokenizer_config.json"):
         name = base_of(argument, name)
     return name
@@ -108,7 +111,7 @@ def base_of(argument: str, name: str) -> str:
             return str(directory)
     if os.path.isabs(base) or base.startswith(".") or base.count("/") > 1:
         raise LmGymError(f"{where} must name the model that the adapter was trained on, and there is no {base!r}.")
-    return str(base)
+    return locate(argument, str(base))
 
 
 def load_merged(argument: str, name: str, auto_class: Any, load_base: LoadBase) -> Any:

@@ -1,0 +1,52 @@
+"""Where a model of Hugging Face's hub comes from: one short question, before many that are each asked six times."""
+
+from __future__ import annotations
+
+import os
+
+from lmgym.errors import InvalidArgumentError
+
+TIMEOUT = 5.0  # seconds that the hub has to answer
+
+
+def locate(argument: str, name: str) -> str:
+    """What a model can be loaded by: a directory, or the name of a model that the hub has.
+
+    Where the hub cannot be reached, it is the directory in the cache that an earlier load has left.
+
+    Args:
+        argument: what the name is called in messages. name: a local directory or a hub name.
+
+    Raises:
+        InvalidArgumentError: for a model that is neither on the hub, as far as one may see, nor in the cache.
+    """
+    if os.path.isdir(name):
+        return name
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(name, timeout=TIMEOUT)
+    except RepositoryNotFoundError as error:
+        raise InvalidArgumentError(
+            f"`{argument}` must be a local directory or a hub name, and neither a directory here nor a model on the "
+            f"hub is called {name!r}. Of a private model, log in first: `hf auth login`."
+        ) from error
+    except HfHubHTTPError:
+        return name  # it answers: what is wrong is told by the load itself
+    except Exception as error:  # whatever its network library raises, which changes with its versions
+        return _cached(argument, name, error)
+    return name
+
+
+def _cached(argument: str, name: str, reason: Exception) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        raise InvalidArgumentError(
+            f"`{argument}` must be a local directory or a hub name: there is no directory {name!r}, no model of that "
+            f"name in the cache, and the hub cannot be asked ({reason})."
+        ) from error
