@@ -535,12 +535,12 @@ class OnPolicyAgent(ABC):
         Raises:
             NotFiniteError: for weights or moments that are not finite; what was there before stays.
         """
-        check_saving(self.policy, self.optimizer, self.config)
         with replacing(directory) as scratch:
             self.write(scratch)
 
     def write(self, directory: Path) -> None:
         """Writes the files of a checkpoint into an empty directory."""
+        check_saving(self.policy, self.optimizer, self.config)
         self.policy.save(directory)
         state = dict(self._before_batch or self._state())
         training = {"optimizer": self.optimizer.state_dict(), "generator": state.pop("generator")}

@@ -80,7 +80,7 @@ def verify(directory: Path) -> Manifest:
     Raises:
         RunFileError: naming the first that is not.
     """
-    manifest = _read_manifest(directory)
+    manifest = read_manifest(directory)
     there = _files(directory)
     for name in sorted(manifest.files.keys() - there.keys()):
         raise RunFileError(f"`{directory / name}` is missing from the checkpoint. {_AGAIN}")
@@ -94,6 +94,25 @@ def verify(directory: Path) -> Manifest:
         if not same:
             raise RunFileError(f"`{path}` was changed or damaged since the checkpoint was saved. {_AGAIN}")
     return manifest
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """What a checkpoint says of itself; its other files are not read.
+
+    Raises:
+        RunFileError: for one that is damaged or not there.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        raise RunFileError(
+            f"`{path}` must be a file, and there is none: {directory} is no checkpoint, or one of an older lmgym."
+        )
+    content = read_json(path)
+    said = content.pop("sha256", None)
+    expected = {"serial": int, "files": dict, "notes": dict}
+    if said != _digest(content) or {name: type(value) for name, value in content.items()} != expected:
+        raise RunFileError(f"`{path}` was changed or damaged since the checkpoint was saved. {_AGAIN}")
+    return Manifest(**content)
 
 
 def newest(directory: Path) -> Path | None:
@@ -152,7 +171,7 @@ def _serial(directory: Path) -> int:
     found = [0]
     for path in (directory, *_left(directory)):
         with contextlib.suppress(RunFileError):
-            found.append(_read_manifest(path).serial)
+            found.append(read_manifest(path).serial)
     return max(found)
 
 
@@ -175,6 +194,7 @@ def _seal(directory: Path, serial: int, notes: dict[str, Any]) -> None:
         sync(path)
         files[name] = checksum(path)
     content: dict[str, Any] = json.loads(json.dumps({"serial": serial, "files": files, "notes": notes}))
+    remove(directory / MANIFEST)  # of an agent that has saved itself by `replacing` too
     with create(directory / MANIFEST) as file:
         file.write(json.dumps({**content, "sha256": _digest(content)}, indent=1).encode())
         file.flush()
@@ -185,20 +205,6 @@ def _seal(directory: Path, serial: int, notes: dict[str, Any]) -> None:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _read_manifest(directory: Path) -> Manifest:
-    path = directory / MANIFEST
-    if not path.exists():
-        raise RunFileError(
-            f"`{directory}` must be a checkpoint, and has no {MANIFEST}: it is none, or one of an older lmgym."
-        )
-    content = read_json(path)
-    said = content.pop("sha256", None)
-    expected = {"serial": int, "files": dict, "notes": dict}
-    if said != _digest(content) or {name: type(value) for name, value in content.items()} != expected:
-        raise RunFileError(f"`{path}` was changed or damaged since the checkpoint was saved. {_AGAIN}")
-    return Manifest(**content)
 
 
 @dataclass

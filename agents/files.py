@@ -50,8 +50,13 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     """Writes a file under a temporary name, then renames it: a reader sees the old content or the new, never half.
 
     A link in its place is replaced, and what it points to is left alone.
+
+    Raises:
+        RunFileError: for a directory in its place.
     """
     path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        raise RunFileError(f"`{path}` must be a file, and is a directory: move it away.")
     temporary = hidden_sibling(path, "tmp")
     try:
         with create(temporary) as file:

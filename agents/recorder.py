@@ -54,6 +54,8 @@ class Recorder:
         self.directory.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, TENSORBOARD):
             refuse_link(self.directory / name)
+        if (self.directory / TENSORBOARD).is_file():
+            raise RunFileError(f"`{self.directory / TENSORBOARD}` must be a directory, and is a file: move it away.")
         if resume_at is not None:
             _drop_rows_after(self.path, resume_at)
         elif self.path.exists() and self.path.stat().st_size:

@@ -362,12 +362,12 @@ class SB3Agent:
         Raises:
             NotFiniteError: for weights or moments that are not finite; what was there before stays.
         """
-        check_saving(self.model.policy, self.model.policy.optimizer, self.config)
         with replacing(directory) as scratch:
             self.write(scratch)
 
     def write(self, directory: Path) -> None:
         """Writes the files of a checkpoint into an empty directory."""
+        check_saving(self.model.policy, self.model.policy.optimizer, self.config)
         if self._actor is not None:
             self._actor.save(directory)
         else:

@@ -13,14 +13,15 @@ import importlib.metadata
 import json
 import math
 import platform
-import shlex
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word, until there is something to take back
 
 import hydra
 import yaml
@@ -31,15 +32,28 @@ from omegaconf import DictConfig, OmegaConf
 import lmgym
 from agents.command_line import run_command, shell_command
 from agents.config import validated
-from agents.files import write_atomically
-from agents.recorder import Recorder
+from agents.files import RunFileError
+from agents.recorder import METRICS_FILE, Recorder, read_rows
 from agents.report import curves, samples_table, table, write_json
+from agents.runs.directory import (
+    CONFIG_FILE,
+    changes_since,
+    empty_again,
+    new_run,
+    read_checkpoint,
+    read_values,
+    resumed_run,
+    write_config,
+)
+from agents.runs.inputs import notes_of
+from agents.runs.saving import Saver
+from agents.runs.signals import Interrupt, Stoppable
 from agents.surroundings import prepare_process
 from agents.sweeps import given, register
-from agents.trust import config_text, import_installed, needed_trust, read_config, trust_argument, trusted_modules
+from agents.trust import import_installed, needed_trust, trust_argument, trusted_modules
 from lmgym.envs.fitting import fit_prompts
 from lmgym.envs.settings import Settings
-from lmgym.errors import InvalidArgumentError, LmGymError, NotFiniteError, check_int
+from lmgym.errors import InvalidArgumentError, LmGymError, check_int
 
 if TYPE_CHECKING:
     from agents.base import OnPolicyAgent
@@ -284,76 +298,44 @@ def samples(lm: Any, before: Any, after: Any, count: int = 10) -> list[dict[str,
     return rows
 
 
-def train(plan: Plan, directory: Path, resume: bool) -> int:
-    """Trains, evaluates and reports; returns the exit code, 130 after Ctrl-C."""
+def train(plan: Plan, directory: Path, resume: bool, notes: dict[str, Any] | None = None) -> int:
+    """Trains, evaluates and reports; returns the exit code, 130 after Ctrl-C.
+
+    Args:
+        plan: what to do. directory: of the run, its config there already. resume: goes on from its checkpoint.
+        notes: that its checkpoints carry, as `notes_of` gives them of its config.
+    """
     from lmgym.models.policy import CausalPolicy
 
     agent = build(plan)
-    checkpoint = directory / "checkpoint"
-    seconds = 0.0
+    if notes is None:
+        notes = notes_of(read_values(directory))
+    command = shell_command("agents.train", f"resume={directory}") + trust_argument(plan.trust)
+    saver = Saver(agent, directory, plan.checkpoint_every, notes, command)
     if resume:
-        agent.load(checkpoint)
-        seconds = float((directory / "train_seconds.txt").read_text())
-    before = grade(plan, CausalPolicy(agent.envs.engine.lm))
-    started, saved_at = time.perf_counter() - seconds, agent.num_timesteps
-    total = max(plan.total_timesteps, agent.num_timesteps)  # the last batch of a run may pass its end
-
-    def save() -> float:
-        nonlocal saved_at
-        trained = time.perf_counter() - started
-        agent.save(checkpoint)
-        saved_at = agent.num_timesteps
-        write_atomically(directory / "train_seconds.txt", str(trained))
-        return trained
-
-    with (
-        Recorder(directory, total, agent.num_timesteps if resume else None) as recorder,
-        Interrupt() as stop,
-    ):
-
-        def after_batch(step: int, metrics: dict[str, float]) -> bool:
-            recorder.record(step, metrics)
-            if step - saved_at >= plan.checkpoint_every:
-                save()
-            return not stop.asked
-
-        try:
-            agent.learn(plan.total_timesteps, after_batch)
-            train_seconds = save()
-        except NotFiniteError as error:
-            kept = f" The checkpoint of step {saved_at:,} stays as it was." if checkpoint.is_dir() else ""
-            raise NotFiniteError(f"{error}{kept}") from error
-    if stop.asked and agent.num_timesteps < plan.total_timesteps:
-        command = shell_command("agents.train", f"resume={directory}") + trust_argument(plan.trust)
-        print(f"Stopped after {agent.num_timesteps:,} tokens. Go on with: {command}")
-        return 130
-    after = grade(plan, agent)
-    summary = summarise(plan, before, after, train_seconds, agent)
-    rows = samples(agent.envs.engine.lm, before, after)
-    write_json(directory / "summary.json", summary)
-    write_json(directory / "samples.json", rows)
-    curves(directory / "metrics.jsonl", summary, directory / "curves.png")
+        saver.load()
+    try:
+        before = grade(plan, CausalPolicy(agent.envs.engine.lm))
+        total = max(plan.total_timesteps, agent.num_timesteps)  # the last batch of a run may pass its end
+        with (
+            Recorder(directory, total, agent.num_timesteps if resume else None) as recorder,
+            Interrupt() as stop,
+        ):
+            train_seconds = saver.learn(plan.total_timesteps, recorder, stop)
+        if stop.asked and agent.num_timesteps < plan.total_timesteps:
+            print(f"Stopped after {agent.num_timesteps:,} tokens. Go on with: {command}")
+            return 130
+        after = grade(plan, agent)
+        summary = summarise(plan, before, after, train_seconds, agent)
+        rows = samples(agent.envs.engine.lm, before, after)
+        write_json(directory / "summary.json", summary)
+        write_json(directory / "samples.json", rows)
+        curves(directory / METRICS_FILE, summary, directory / "curves.png")
+    except KeyboardInterrupt:
+        print(f"\nStopped at once. {saver.what_is_saved()}", file=sys.stderr)
+        raise
     print(f"\n{samples_table(rows)}\n\n{table(summary)}\n\n{directory / 'curves.png'}")
     return 0
-
-
-class Interrupt:
-    """The first Ctrl-C asks for a stop after the batch in hand, for a checkpoint of a whole one; the second stops."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> Interrupt:
-        self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _handle(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-        self.asked = True
-        print("\nStopping after this batch, with a checkpoint (Ctrl-C again to stop at once).", file=sys.stderr)
 
 
 def versions() -> dict[str, str]:
@@ -373,38 +355,35 @@ def saved_config(directory: Path, trusted: Sequence[str] = ()) -> dict[str, Any]
         trusted: modules that it may name although they are not installed, as the user has said.
 
     Raises:
-        InvalidArgumentError: if it is none, or if it names other code.
+        LmGymError: if it is none, is damaged, or names other code.
     """
-    path = directory / "config.yaml"
-    if not path.is_file():
-        raise InvalidArgumentError(f"`{directory}` must be a run directory, and has no config.yaml.")
-    values = read_config(path)
+    values = read_values(directory)
     import_installed(values, directory, trusted)
     return values
 
 
-def check_checkpoint(directory: Path) -> None:
-    """Raises `InvalidArgumentError` unless a run directory holds a checkpoint."""
-    if not (directory / "checkpoint").is_dir():
-        raise InvalidArgumentError(
-            f"`{directory}` must hold a checkpoint, and has none: the run ended before its first."
-        )
+def check_saved(directory: Path, values: dict[str, Any]) -> Plan:
+    """Checks the config of a run directory, with what the command line has changed in it.
+
+    Raises:
+        RunFileError: as `check`, and naming the file.
+    """
+    try:
+        return check(values)
+    except LmGymError as error:
+        raise RunFileError(f"{error}\n(That is of {directory / CONFIG_FILE} and the command line.)") from error
 
 
-def resumed_config(directory: Path, overrides: list[str], trusted: Sequence[str] = ()) -> dict[str, Any]:
+def with_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """The config of a run that goes on, with what may change then.
 
     Args:
-        directory: of the run. overrides: `key=value` each, as on the command line. trusted: as for `saved_config`.
+        values: of its config.yaml. overrides: `key=value` each, as on the command line.
 
     Raises:
-        InvalidArgumentError: if it is no run directory, has no checkpoint, or another key is to change.
+        InvalidArgumentError: if another key is to change.
     """
-    values = saved_config(directory, trusted)
-    from agents.checkpoint import recover
-
-    recover(directory / "checkpoint")
-    check_checkpoint(directory)
+    values = {**values, "evaluation": dict(values["evaluation"])}
     for override in overrides:
         key, _, value = override.partition("=")
         if key in ("resume", "trust"):
@@ -419,36 +398,41 @@ def resumed_config(directory: Path, overrides: list[str], trusted: Sequence[str]
     return values
 
 
-def begin(cfg: DictConfig, directory: Path) -> Plan:
-    """Checks a config and claims a run directory for it.
+def begin(cfg: DictConfig, directory: Path) -> int:
+    """A new run; returns its exit code.
 
     Raises:
         LmGymError: for a config that cannot be, or a directory that holds a run; nothing is left behind.
     """
-    try:
+    with empty_again(directory):
         values = plain(cfg)
         plan = check(values)
-    except LmGymError:
-        abandon(directory)
-        raise
-    directory.mkdir(parents=True, exist_ok=True)
-    if (directory / "config.yaml").exists():
-        raise InvalidArgumentError(
-            f"`hydra.run.dir` must be a directory without a run, and {directory} holds one: go on with that by "
-            f"{shlex.quote(f'resume={directory}')}, or choose another."
-        )
-    write_atomically(directory / "config.yaml", config_text(values))
-    write_json(directory / "versions.json", versions())
-    return plan
+        with new_run(directory, values):
+            write_json(directory / "versions.json", versions())
+            return train(plan, directory, resume=False, notes=notes_of(values))
 
 
-def abandon(directory: Path) -> None:
-    """Removes what a run has left that did not begin: Hydra makes the directory before anything is checked."""
-    if not (directory / "metrics.jsonl").exists():
-        for name in ("config.yaml", "versions.json"):
-            (directory / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not empty, or not there
-        directory.rmdir()
+def go_on(directory: Path, overrides: list[str], trusted: Sequence[str]) -> int:
+    """A run that goes on; returns its exit code.
+
+    Args:
+        directory: of the run. overrides: as for `with_overrides`. trusted: as for `saved_config`.
+
+    Raises:
+        LmGymError: for one that cannot.
+    """
+    with resumed_run(directory):
+        saved = saved_config(directory, trusted)
+        values = with_overrides(saved, overrides)
+        notes = notes_of(saved)
+        changed = changes_since(directory, read_checkpoint(directory), notes)
+        if (directory / METRICS_FILE).exists():
+            read_rows(directory / METRICS_FILE)  # a damaged row is named before anything loads
+        if changed is not None:
+            raise RunFileError(f"{changed} Put back what was there, or begin a new run.")
+        plan = check_saved(directory, values)
+        write_config(directory, values)
+        return train(plan, directory, resume=True, notes=notes)
 
 
 def output_directory() -> str:
@@ -475,21 +459,15 @@ def main(cfg: DictConfig) -> float:
     resume = cfg.resume is not None
     directory = Path(cfg.resume if resume else output_directory())
     try:
-        if resume:
-            overrides = given(HydraConfig.get()) if HydraConfig.initialized() else []
-            values = resumed_config(directory, overrides, trusted_modules(cfg.get("trust")))
-            plan = check(values)
-            write_atomically(directory / "config.yaml", config_text(values))
-        else:
-            plan = begin(cfg, directory)
-    except LmGymError as error:
-        refuse(error, directory)
-    try:
-        code = train(plan, directory, resume)
+        with Stoppable():
+            if resume:
+                overrides = given(HydraConfig.get()) if HydraConfig.initialized() else []
+                code = go_on(directory, overrides, trusted_modules(cfg.get("trust")))
+            else:
+                code = begin(cfg, directory)
     except KeyboardInterrupt:
         code = 130
     except LmGymError as error:
-        abandon(directory)
         refuse(error, directory)
     if code:
         sys.exit(code)

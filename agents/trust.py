@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from agents.files import RunFileError, read_text
 from lmgym.errors import InvalidArgumentError
 
+_MAX_BYTES = 64 * 2**20  # of a config, long prompts in it included
 OWN = ("lmgym", "agents")  # imported already, wherever they lie
 
 
@@ -74,14 +76,15 @@ def read_config(path: Path) -> dict[str, Any]:
     """The plain values of a config.yaml, in which nothing is resolved.
 
     Raises:
-        InvalidArgumentError: naming the file, where it is no YAML or holds no names with values.
+        RunFileError: naming the file, where it is no YAML or holds no names with values.
     """
+    text = read_text(path, _MAX_BYTES)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeError, ValueError, RecursionError) as error:
-        raise InvalidArgumentError(f"`{path}` must be a config in YAML, and is not: {error}") from error
+        values = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RunFileError(f"`{path}` must be a config in YAML, and is not: {error}") from error
     if not isinstance(values, dict):
-        raise InvalidArgumentError(f"`{path}` must hold names with values, got {type(values).__name__}.")
+        raise RunFileError(f"`{path}` must hold names with values, got {type(values).__name__}.")
     return values
 
 

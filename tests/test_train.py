@@ -349,33 +349,23 @@ def composed(*overrides: str) -> Any:
         return hydra.compose("train", overrides=list(overrides))
 
 
-def test_no_run_writes_into_anothers_directory(tmp_path: Path) -> None:
-    agents.train.begin(composed("seed=1"), tmp_path / "run")
-    with pytest.raises(InvalidArgumentError, match=r"holds one: go on with that by resume="):
-        agents.train.begin(composed("seed=2"), tmp_path / "run")
-    assert agents.train.saved_config(tmp_path / "run")["seed"] == 1
-
-
 def test_a_config_that_cannot_be_leaves_no_directory(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()  # by Hydra
     with pytest.raises(LmGymError, match="`temperature` must be"):
         agents.train.begin(composed("task.temperature=0"), tmp_path / "run")
-    agents.train.begin(composed(), tmp_path / "other")
-    agents.train.abandon(tmp_path / "other")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_resumed_run_takes_a_new_total_and_no_other_numbers(tmp_path: Path) -> None:
-    agents.train.begin(composed("agent.lr=1e-4"), tmp_path)
-    with pytest.raises(InvalidArgumentError, match="must hold a checkpoint"):
-        agents.train.resumed_config(tmp_path, [])
-    (tmp_path / "checkpoint").mkdir()
-    overrides = [f"resume={tmp_path}", "total_timesteps=300000", "evaluation.samples=2"]
-    values = agents.train.resumed_config(tmp_path, overrides)
-    assert (values["total_timesteps"], values["evaluation"]["samples"], values["agent"]["lr"]) == (300000, 2, 1e-4)
-    agents.train.check(values)
+def test_a_resumed_run_takes_a_new_total_and_no_other_numbers() -> None:
+    values = agents.train.plain(composed("agent.lr=1e-4"))
+    overrides = ["resume=run", "total_timesteps=300000", "evaluation.samples=2"]
+    changed = agents.train.with_overrides(values, overrides)
+    agents.train.check(changed)
+    assert (changed["total_timesteps"], changed["evaluation"]["samples"]) == (300000, 2)
+    assert changed["agent"] == values["agent"]
+    assert (values["total_timesteps"], values["evaluation"]["samples"]) == (150000, None)
     with pytest.raises(InvalidArgumentError, match="`agent.lr` must be as it was when the run began"):
-        agents.train.resumed_config(tmp_path, ["agent.lr=1e-3"])
+        agents.train.with_overrides(values, ["agent.lr=1e-3"])
 
 
 def test_the_optimum_is_of_the_prompts_graded() -> None:

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 import agents.evaluate
 import agents.train
+from agents.files import RunFileError
 from agents.policy import ActorCritic
 from agents.trust import (
     config_text,
@@ -262,7 +263,7 @@ def test_nothing_of_the_environment_gets_into_a_config(work: Path, monkeypatch: 
     run = run_directory(work / "run", total_timesteps=100)
     path = run / "config.yaml"
     path.write_text(path.read_text() + "note: ${oc.env:SECRET}\n")
-    values = agents.train.resumed_config(run, ["total_timesteps=200"])
+    values = agents.train.with_overrides(agents.train.saved_config(run), ["total_timesteps=200"])
     assert (values["note"], values["total_timesteps"]) == ("${oc.env:SECRET}", 200)
     assert "hush" not in config_text(values)
 
@@ -279,7 +280,7 @@ def test_nothing_of_the_environment_gets_into_a_config(work: Path, monkeypatch: 
 )
 def test_a_config_that_cannot_be_is_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(InvalidArgumentError, match=message):
+    with pytest.raises(RunFileError, match=message):
         read_config(tmp_path / "config.yaml")
 
 

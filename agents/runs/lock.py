@@ -25,7 +25,7 @@ class Lock:
     the lock. A file system without locks is warned of: there nothing keeps a second process away.
 
     Raises:
-        RunFileError: where another process has it, with its id and host.
+        RunFileError: where another process has it, with its id and host, or where nothing can be written.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -35,7 +35,10 @@ class Lock:
     def __enter__(self) -> Self:
         refuse_link(self.path)
         while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            try:
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            except OSError as error:
+                raise RunFileError(f"`{self.path}` must be a file that can be written: {error.strerror}.") from error
             try:
                 self._take(descriptor)
             except BaseException:

@@ -1,0 +1,111 @@
+"""When a run saves its agent, and what it says of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from agents.checkpoint import newest, read_manifest, replacing
+from agents.recorder import Recorder
+from agents.runs.directory import CHECKPOINT, read_checkpoint
+from agents.runs.signals import Interrupt
+from lmgym.errors import LmGymError, NotFiniteError
+
+
+class Saver:
+    """Trains an agent, and saves it every so many env steps, at the end, and where training fails.
+
+    Args:
+        agent: with `learn`, `save`, `load` and `num_timesteps`; `write` and `at_rest` where it has them
+            (`OnPolicyAgent`).
+        directory: of the run.
+        every: env steps between checkpoints.
+        notes: that each checkpoint carries (`agents.runs.inputs.notes_of`).
+        go_on: the command by which the run goes on.
+    """
+
+    def __init__(self, agent: Any, directory: Path, every: int, notes: Mapping[str, Any], go_on: str) -> None:
+        self.agent, self.directory, self.every, self.notes, self.go_on = agent, directory, every, notes, go_on
+        self._seconds, self._started = 0.0, time.perf_counter()
+        self._saved_at = 0
+        self._is_recorded = True
+
+    def load(self) -> None:
+        """Has the agent go on from the newest checkpoint.
+
+        Raises:
+            LmGymError: as `read_checkpoint`.
+        """
+        manifest = read_checkpoint(self.directory, self.agent.load)
+        self._seconds = float(manifest.notes.get("train_seconds", 0.0))
+        self._saved_at = self.agent.num_timesteps
+
+    def learn(self, total_timesteps: int, recorder: Recorder, stop: Interrupt) -> float:
+        """Trains until the budget is spent or a stop is asked for.
+
+        Returns:
+            The seconds that training has taken, in all processes of the run.
+        """
+        self._started = time.perf_counter()
+        try:
+            self.agent.learn(total_timesteps, partial(self._after_batch, recorder, stop))
+            return self._save()
+        except NotFiniteError as error:  # what training had reached is worth nothing
+            steps = self._steps_of_checkpoint()
+            kept = "" if steps is None else f" The checkpoint of {steps:,} tokens stays as it was."
+            raise NotFiniteError(f"{error}{kept}") from error
+        except Exception as error:
+            self._rescue(error)
+            raise
+
+    def what_is_saved(self) -> str:
+        """A sentence for somebody whose run has ended early."""
+        steps = self._steps_of_checkpoint()
+        if steps is None:
+            return "Nothing was saved: the run had no checkpoint yet."
+        return f"The checkpoint is of {steps:,} tokens. Go on with: {self.go_on}"
+
+    def _steps_of_checkpoint(self) -> int | None:
+        path = newest(self.directory / CHECKPOINT)
+        return None if path is None else int(read_manifest(path).notes.get("num_timesteps", self._saved_at))
+
+    def _after_batch(self, recorder: Recorder, stop: Interrupt, step: int, metrics: dict[str, float]) -> bool:
+        self._is_recorded = False
+        recorder.record(step, metrics)
+        self._is_recorded = True
+        if step - self._saved_at >= self.every:
+            self._save()
+        return not stop.asked
+
+    def _save(self) -> float:
+        seconds = self._seconds + time.perf_counter() - self._started
+        steps = self.agent.num_timesteps
+        notes = {**self.notes, "train_seconds": seconds, "num_timesteps": steps}
+        with replacing(self.directory / CHECKPOINT, notes) as scratch:
+            getattr(self.agent, "write", self.agent.save)(scratch)
+        self._saved_at = steps
+        return seconds
+
+    def _rescue(self, error: Exception) -> None:
+        """Saves what training had reached before it failed, unless that is already done or cannot be gone on from.
+
+        A batch whose row is not recorded would be missing from the curve. In the midst of an update the weights are
+        those of no batch: where lmgym itself has found them wrong the last checkpoint stays, and else they are better
+        than nothing.
+        """
+        print(f"\nTraining failed after {self.agent.num_timesteps:,} tokens.", file=sys.stderr)
+        is_whole = getattr(self.agent, "at_rest", True)
+        is_usable = self._is_recorded and (is_whole or not isinstance(error, LmGymError))
+        if is_usable and self.agent.num_timesteps > self._saved_at:
+            try:
+                self._save()
+            except Exception as second:
+                print(f"It could not be saved: {type(second).__name__}: {second}", file=sys.stderr)
+            else:
+                if not is_whole:
+                    print("That was within an update: the curve will not be that of an unbroken run.", file=sys.stderr)
+        print(self.what_is_saved(), file=sys.stderr)
