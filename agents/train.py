@@ -302,14 +302,14 @@ def train(plan: Plan, directory: Path, resume: bool, notes: dict[str, Any] | Non
     """Trains, evaluates and reports; returns the exit code, 130 after Ctrl-C.
 
     Args:
-        plan: what to do. directory: of the run, its config there already. resume: goes on from its checkpoint.
-        notes: that its checkpoints carry, as `notes_of` gives them of its config.
+        plan: what to do. directory: of the run. resume: goes on from its checkpoint.
+        notes: that its checkpoints carry, as `notes_of` gives them of its config; None reads that there.
     """
     from lmgym.models.policy import CausalPolicy
 
     agent = build(plan)
     if notes is None:
-        notes = notes_of(read_values(directory))
+        notes = notes_of(read_values(directory)) if (directory / CONFIG_FILE).is_file() else {}
     command = shell_command("agents.train", f"resume={directory}") + trust_argument(plan.trust)
     saver = Saver(agent, directory, plan.checkpoint_every, notes, command)
     if resume:
