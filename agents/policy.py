@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from agents.generation import save_generation
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.causal import CausalLM, pack
@@ -124,8 +125,6 @@ class ActorCritic(TrainablePolicy):
         self.critic_kind = critic
         self._start(reference.model)
         self.lm = CausalLM(self.actor, reference.tokenizer, reference.temperature)
-        if reference.temperature != 1 and self.actor.generation_config is not None:  # saved along with the weights
-            self.actor.generation_config.update(temperature=reference.temperature, do_sample=True)
         self.critic: nn.Module | None = None
         if critic == "reference":
             self.critic = _trainable(reference.model.base_model)
@@ -164,10 +163,13 @@ class ActorCritic(TrainablePolicy):
         return Read(logits, self.value_head(hidden).squeeze(-1), hidden)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the actor and its tokenizer as Hugging Face's, and the critic beside them as `critic.safetensors`."""
+        """Writes the actor and its tokenizer as Hugging Face's, and the critic beside them as `critic.safetensors`.
+
+        What transformers generates from it, by the generation config that is written too, has the policy's own law.
+        """
         directory = Path(directory)
         self._save_actor(directory)
-        self.lm.tokenizer.save_pretrained(directory)
+        save_generation(self.lm, directory)
         save_file({name: x.contiguous() for name, x in self._critic_state().items()}, directory / "critic.safetensors")
 
     def load(self, directory: str | os.PathLike[str]) -> None:

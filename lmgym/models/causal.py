@@ -20,6 +20,7 @@ from transformers.activations import NewGELUActivation
 from lmgym.errors import InvalidArgumentError, LmGymError, check_choice
 from lmgym.models import markov
 from lmgym.models.adapters import load_pretrained
+from lmgym.models.loading import check_embedded
 from lmgym.models.names import check_model_name
 from lmgym.models.positions import max_positions
 from lmgym.models.probes import check_language_model
@@ -41,6 +42,7 @@ class CausalLM(Texts):
         model: the Hugging Face model.
         tokenizer: its tokenizer.
         vocab_size: V, one more than the tokenizer's largest id.
+        embedded: tokens that the model gives logits for, V or more.
         holes: ids below V that the tokenizer does not have.
         eos_token_ids: ids that end a response.
         pad_token_id: the id that fills columns holding no token.
@@ -53,13 +55,9 @@ class CausalLM(Texts):
         self.temperature = temperature
         self.origin: CausalLM | None = None  # held, so that whoever asks for it again gets this one
         known = set(tokenizer.get_vocab().values())
-        embedded, _ = _head_shape(model)
+        self.embedded, _ = _head_shape(model)
         self.vocab_size = max(known) + 1
-        if self.vocab_size > embedded:
-            raise InvalidArgumentError(
-                f"`model` embeds {embedded} tokens but its tokenizer has ids up to {self.vocab_size - 1}: they do "
-                "not belong together."
-            )
+        check_embedded("model", self.embedded, self.vocab_size)
         self.holes = sorted(set(range(self.vocab_size)) - known)
         self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocab_size)
         pad = tokenizer.pad_token_id
