@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,12 +50,21 @@ def check_finite(name: str, got: float) -> None:
         raise NotFiniteError(f"Training has diverged: the {name} is {got}. Try a lower learning rate.")
 
 
+def shorten(value: object, limit: int = 200) -> str:
+    """The repr of a value, its middle left out where it is long."""
+    try:
+        text = repr(value)
+    except Exception as error:  # such as an int of thousands of digits, or another library's own
+        return f"a {type(value).__name__} ({error})"
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 4 :]}"
+
+
 def unknown_name(argument: str, got: object, choices: Iterable[str]) -> UnknownNameError:
     """Builds the error for an unknown name, with the nearest known one as a suggestion."""
     known = sorted(choices)
-    close = difflib.get_close_matches(str(got), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(got if isinstance(got, str) else "", known, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return UnknownNameError(f"`{argument}` must be one of {known}, got {got!r}.{hint}")
+    return UnknownNameError(f"`{argument}` must be one of {known}, got {shorten(got)}.{hint}")
 
 
 def unknown_keyword(function: str, got: str, choices: Iterable[str]) -> UnknownKeywordError:
@@ -66,7 +76,7 @@ def unknown_keyword(function: str, got: str, choices: Iterable[str]) -> UnknownK
 def check_choice(argument: str, got: object, choices: Iterable[str]) -> None:
     """Raises `UnknownNameError` unless `got` is one of `choices`."""
     known = list(choices)
-    if got not in known:
+    if not isinstance(got, str) or got not in known:
         raise unknown_name(argument, got, known)
 
 
@@ -74,21 +84,21 @@ def check_number(
     argument: str, got: Any, low: float, high: float = float("inf"), *, open_low: bool = False, open_high: bool = False
 ) -> None:
     """Raises `InvalidArgumentError` unless `got` is a finite number (not a bool) in [low, high], an end left out."""
-    number = isinstance(got, (int, float)) and not isinstance(got, bool) and got == got and abs(got) != float("inf")
+    number = isinstance(got, (int, float)) and not isinstance(got, bool) and abs(got) <= sys.float_info.max
     if not number or not (low < got if open_low else low <= got) or not (got < high if open_high else got <= high):
         left = f"> {low:g}" if open_low else f">= {low:g}"
         right = f" and {'<' if open_high else '<='} {high:g}" if high != float("inf") else ""
-        raise InvalidArgumentError(f"`{argument}` must be a finite number {left}{right}, got {got!r}.")
+        raise InvalidArgumentError(f"`{argument}` must be a finite number {left}{right}, got {shorten(got)}.")
 
 
 def check_int(argument: str, got: Any, low: int, high: int | None = None) -> None:
     """Raises `InvalidArgumentError` unless `got` is an int (not a bool) in [low, high]."""
     if not isinstance(got, int) or isinstance(got, bool) or got < low or (high is not None and got > high):
         right = f" and <= {high}" if high is not None else ""
-        raise InvalidArgumentError(f"`{argument}` must be an int >= {low}{right}, got {got!r}.")
+        raise InvalidArgumentError(f"`{argument}` must be an int >= {low}{right}, got {shorten(got)}.")
 
 
 def check_bool(argument: str, got: Any) -> None:
     """Raises `InvalidArgumentError` unless `got` is a bool."""
     if not isinstance(got, bool):
-        raise InvalidArgumentError(f"`{argument}` must be True or False, got {got!r}.")
+        raise InvalidArgumentError(f"`{argument}` must be True or False, got {shorten(got)}.")

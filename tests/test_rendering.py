@@ -364,3 +364,19 @@ def test_gymnasium_records_a_video(tmp_path: Path) -> None:
         assert tuple(clip.size) == SIZE
         last = clip.get_frame(clip.duration - 0.01).astype(int)
     assert np.abs(last - to_rgb(ended(5))).mean() < 4  # lossy, but the picture that was drawn
+
+
+@pytest.mark.parametrize("control", list("\u202a\u202e\u2066\u200f\u061c\u200b\u2060\ufeff\u2028"))
+def test_what_hides_or_reorders_text_is_shown(control: str) -> None:
+    frame = Frame(f"a{control}b", [f"c{control}", "d"], [], None, 0.0, None, 4)
+    for text in (to_text(frame), to_terminal(frame)):
+        assert control not in text
+        assert text.count("\ufffd") == 2
+
+
+def test_joiners_stay_where_a_script_or_an_emoji_is_written_with_them() -> None:
+    persian, family = "\u0645\u06cc\u200c\u062e", "\U0001f468\u200d\U0001f469"
+    written = to_text(Frame(persian, [family, "a\u200db", "\u0600"], [], None, 0.0, None, 4))
+    assert persian in written
+    assert family in written
+    assert "a\ufffdb\u0600" in written

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmgym.data.rows import check_text, shorten
-from lmgym.errors import InvalidArgumentError
+from lmgym.data.rows import check_text
+from lmgym.errors import InvalidArgumentError, shorten
 
 Messages = Sequence[Mapping[str, str]]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lmgym.data.files import read_file
-from lmgym.errors import InvalidArgumentError
+from lmgym.errors import InvalidArgumentError, shorten
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,6 @@ def check_text(argument: str, text: object, place: str, *, may_be_empty: bool = 
             f"{text[error.start]!r}: {shorten(text)}."
         ) from error
     return str(text)
-
-
-def shorten(value: object, limit: int = 200) -> str:
-    """The repr of a value, its middle left out where it is long."""
-    try:
-        text = repr(value)
-    except Exception as error:  # such as an int of thousands of digits, or another library's own
-        return f"a {type(value).__name__} ({error})"
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 4 :]}"
 
 
 def read_texts(argument: str, source: object, key: str) -> tuple[str, ...]:

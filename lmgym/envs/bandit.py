@@ -9,9 +9,10 @@ import numpy.typing as npt
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 
+from lmgym.envs.arguments import as_actions
 from lmgym.envs.engine import Transition
 from lmgym.envs.settings import Settings
-from lmgym.envs.token import RESET_OPTIONS, RLHFEnv, as_actions
+from lmgym.envs.token import RESET_OPTIONS, RLHFEnv
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError
 

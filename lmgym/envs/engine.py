@@ -32,6 +32,7 @@ Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
+_MOST_IDS = 2**28  # that the rows of an env hold: 2 GiB
 _PROBED_PROMPTS = 4  # whose logits must be finite before an episode begins
 _REWARD_STREAM = 1  # spawn key: what is random in the reward draws other numbers than the prompts of any row
 
@@ -133,6 +134,11 @@ class Engine:
         if task.missing_eos_penalty and not self.lm.eos_token_ids:
             raise InvalidArgumentError("`missing_eos_penalty` must be 0: the model's tokenizer has no EOS.")
         self.num_rows, self.width, self.horizon = num_rows, self.prompts.width, task.max_new_tokens
+        if num_rows * (self.width + self.horizon) > _MOST_IDS:
+            raise InvalidArgumentError(
+                f"`num_envs` must be at most {_MOST_IDS // (self.width + self.horizon)} for observations of "
+                f"{self.width + self.horizon} tokens, got {num_rows}."
+            )
         self.is_eos = np.zeros(self.lm.vocab_size, dtype=np.bool_)
         self.is_eos[sorted(self.lm.eos_token_ids)] = True
         self._legal = np.array([self.lm.is_legal(i) for i in range(self.lm.vocab_size)])

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lmgym.data.prompts import PromptText
-from lmgym.data.rows import shorten
-from lmgym.errors import InvalidArgumentError
+from lmgym.errors import InvalidArgumentError, shorten
 from lmgym.models.causal import CausalLM
 from lmgym.tasks.base import Task
 

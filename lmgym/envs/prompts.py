@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from lmgym.data.prompts import PromptText
-from lmgym.errors import InvalidArgumentError
+from lmgym.data.rows import check_text
+from lmgym.envs.arguments import as_token_ids, is_integer
+from lmgym.errors import InvalidArgumentError, shorten
 from lmgym.models.causal import CausalLM
 from lmgym.tasks.base import Task
 
@@ -52,9 +54,9 @@ class PromptSet:
         return len(self._prompts)
 
     def __getitem__(self, index: int) -> Prompt:
-        if not isinstance(index, (int, np.integer)) or not 0 <= index < len(self._prompts):
+        if not is_integer(index) or not 0 <= index < len(self._prompts):
             raise InvalidArgumentError(
-                f"`prompt_index` must be an int from 0 to {len(self._prompts) - 1}, got {index!r}."
+                f"`prompt_index` must be an int from 0 to {len(self._prompts) - 1}, got {shorten(index)}."
             )
         return self._prompts[index]
 
@@ -66,7 +68,8 @@ class PromptSet:
     def of_text(self, text: str) -> Prompt:
         """Encodes a prompt from outside the split."""
         if not isinstance(text, str) or not text.strip():
-            raise InvalidArgumentError(f"`prompt` must be a non-empty text, got {text!r}.")
+            raise InvalidArgumentError(f"`prompt` must be a non-empty text, got {shorten(text)}.")
+        check_text("prompt", text, "it")
         prompt = self._checked("prompt", self._lm.encode(text))
         _warn_of_changes("prompt", self._lm, (text,))
         own = prompt.text.with_text(text) if isinstance(prompt.text, PromptText) else text
@@ -74,7 +77,7 @@ class PromptSet:
 
     def of_ids(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> Prompt:
         """A prompt from outside the split, as token ids."""
-        return self._checked("prompt_ids", [int(i) for i in ids])
+        return self._checked("prompt_ids", as_token_ids("prompt_ids", ids))
 
     def _checked(self, argument: str, ids: list[int]) -> Prompt:
         if not 1 <= len(ids) <= self.width:

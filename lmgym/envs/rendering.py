@@ -23,6 +23,8 @@ from lmgym.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from PIL import ImageDraw, ImageFont
 
+JOINERS = "\u200c\u200d"  # zero width non-joiner and joiner
+SIGNS = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"  # seen, though formats
 Span = tuple[str, float | None]  # a stretch of text, and how red it is, in [0, 1]; None: not coloured
 
 SIZE = (960, 544)  # multiples of 16: no video codec pads or rescales them
@@ -152,9 +154,18 @@ def _status(frame: Frame) -> str:
 
 
 def _printable(text: str) -> str:
-    """Replaces what would steer a terminal or could not be encoded: a model may emit any character."""
+    """Replaces what would steer a terminal, hide or reorder text, or not be encoded: a model may emit anything."""
     text = text.replace("\r\n", "\n").replace("\t", "    ")
-    return "".join("\ufffd" if c != "\n" and unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    pairs = zip(text, " " + text, strict=False)
+    return "".join(c if c == "\n" or _is_visible(c, before) else "\ufffd" for c, before in pairs)
+
+
+def _is_visible(char: str, before: str) -> bool:
+    """Whether a character shows as itself. Joiners do inside a script or an emoji that is written with them."""
+    if char in JOINERS:
+        return before > "\u02ff" and unicodedata.category(before)[0] in "LMS"
+    category = unicodedata.category(char)
+    return category not in ("Cc", "Cf", "Cs", "Zl", "Zp") or char in SIGNS
 
 
 def _wrap(spans: Sequence[Span], limit: float, measure: Callable[[str], float]) -> list[list[Span]]:

@@ -10,15 +10,15 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
-import torch
 from gymnasium import spaces
 
+from lmgym.envs.arguments import as_actions, as_options, as_seed, as_token_ids
 from lmgym.envs.engine import Engine, EngineBacked, Outcomes, Transition
 from lmgym.envs.infos import info_columns, row_info
 from lmgym.envs.prompts import Prompt, PromptOrder
 from lmgym.envs.rendering import Frame, show, to_rgb, to_text
 from lmgym.envs.settings import RENDER_MODES, Settings
-from lmgym.errors import InvalidActionError, InvalidArgumentError, unknown_name
+from lmgym.errors import InvalidArgumentError, unknown_name
 
 RESET_OPTIONS = ("prompt", "prompt_ids", "prompt_index", "response_ids")
 _ROW = np.zeros(1, dtype=np.int64)
@@ -102,6 +102,7 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
             InvalidArgumentError: for an option with a value it cannot have.
             UnknownNameError: for an option that does not exist.
         """
+        seed = as_seed(seed)
         super().reset(seed=seed)
         if seed is not None:
             self._order.restart()
@@ -234,30 +235,11 @@ def check_running(running: bool | np.bool_) -> None:
         raise gym.error.ResetNeeded("Cannot call `step` (or look at an episode) before `reset`, or after its end.")
 
 
-def as_actions(actions: Any, shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """Token ids as an int64 array of a shape; raises `InvalidActionError` for anything else."""
-    array = to_array(actions)
-    if array is None or array.shape != shape or not np.issubdtype(array.dtype, np.integer):
-        raise InvalidActionError(f"`action` must be integer token ids of shape {shape}, got {actions!r}.")
-    return array.astype(np.int64)
-
-
-def to_array(values: Any) -> npt.NDArray[Any] | None:
-    """Values of any library as an array; None for what is none, such as a ragged list."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        values = values.float() if values.is_floating_point() else values
-    try:
-        return np.asarray(values)
-    except (RuntimeError, TypeError, ValueError):
-        return None
-
-
 def choose_prompt(
     engine: Engine, order: PromptOrder, options: dict[str, Any] | None, known: Sequence[str] = RESET_OPTIONS
 ) -> tuple[Prompt, Sequence[int]]:
     """The prompt, and the response prefix, that reset options ask for."""
-    options = options or {}
+    options = as_options(options)
     for name in options:
         if name not in known:
             raise unknown_name("options", name, known)
@@ -272,7 +254,7 @@ def choose_prompt(
         prompt = engine.prompts[options["prompt_index"]]
     else:
         prompt = order.take()
-    prefix = [int(i) for i in options.get("response_ids", ())]
+    prefix = as_token_ids("response_ids", options.get("response_ids", ()))
     engine.check_prefix(prefix)
     return prompt, prefix
 

@@ -12,6 +12,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from lmgym.envs.arguments import as_actions, as_options, as_seeds
 from lmgym.envs.engine import Engine, EngineBacked, Outcomes, Replay, Transition
 from lmgym.envs.infos import info_columns, vector_infos
 from lmgym.envs.prompts import Prompt, PromptOrder
@@ -19,7 +20,6 @@ from lmgym.envs.rendering import to_rgb, to_text
 from lmgym.envs.settings import Settings
 from lmgym.envs.token import (
     RESET_OPTIONS,
-    as_actions,
     check_running,
     choose_prompt,
     frame,
@@ -139,12 +139,10 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         Raises:
             InvalidArgumentError: for an option with a value it cannot have.
         """
-        if options is not None and not isinstance(options, Mapping):
-            raise InvalidArgumentError(f"`options` must be a dict or None, got {options!r}.")
-        options = dict(options or {})
+        options = as_options(options)
         mask = self._reset_mask(options.pop("reset_mask", None))
         if seed is not None:
-            seeds = _each_seed(seed, self.num_envs)
+            seeds = as_seeds(seed, self.num_envs)
             self._seed_rows(seeds, mask)
             if seeds[0] is not None:
                 self._engine.reseed(seeds[0])
@@ -329,21 +327,3 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         if len(values) != self.num_envs or any(value != values[0] for value in values):
             raise InvalidArgumentError(f"`values` must be one value or {self.num_envs} equal ones, got {values!r}.")
         setattr(self, name, values[0])
-
-
-def _each_seed(seed: Any, rows: int) -> list[int | None]:
-    """The seed of every row: the first and those that follow it, or each its own.
-
-    Raises:
-        InvalidArgumentError: for what is neither.
-    """
-    is_int = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
-    if not is_int and not isinstance(seed, (list, tuple, np.ndarray)):
-        raise InvalidArgumentError(f"`seed` must be an int or {rows} seeds, got {seed!r}.")
-    seeds = [seed + i for i in range(rows)] if is_int else list(seed)
-    if len(seeds) != rows:
-        raise InvalidArgumentError(f"`seed` must be an int or {rows} seeds, got {len(seeds)} of them.")
-    for one in seeds:
-        if one is not None:
-            check_int("seed", int(one) if isinstance(one, np.integer) else one, 0)
-    return [None if one is None else int(one) for one in seeds]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmgym.data.conversations import check_messages, is_conversation, render_answer
-from lmgym.data.rows import Row, check_text, column, shorten
-from lmgym.errors import InvalidArgumentError
+from lmgym.data.rows import Row, check_text, column
+from lmgym.errors import InvalidArgumentError, shorten
 
 PAIR = ("chosen", "rejected")
 

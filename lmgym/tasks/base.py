@@ -25,6 +25,7 @@ from lmgym.errors import (
     check_choice,
     check_int,
     check_number,
+    shorten,
     unknown_name,
 )
 from lmgym.models.names import check_model_name
@@ -34,6 +35,7 @@ from lmgym.rewards.combined import CombinedReward, check_weights
 if TYPE_CHECKING:
     from lmgym.models.causal import CausalLM
 
+MOST_TOKENS = 2**20  # of a prompt or a response: more than any model reads, and few enough for arrays of them
 ARTEFACTS = os.path.join(os.path.dirname(__file__), "artefacts")
 
 
@@ -129,6 +131,11 @@ class Task:
         check_bool("truncate", self.truncate)
         if self.max_prompt_tokens is not None:
             check_int("max_prompt_tokens", self.max_prompt_tokens, 1)
+        for limit in ("max_new_tokens", "max_prompt_tokens"):
+            if (getattr(self, limit) or 0) > MOST_TOKENS:
+                raise InvalidArgumentError(
+                    f"`{limit}` must be at most {MOST_TOKENS}, got {shorten(getattr(self, limit))}."
+                )
         self._check_rewards()
         if not callable(self.model) and not hasattr(self.model, "tokenizer"):
             check_model_name("model", self.model)

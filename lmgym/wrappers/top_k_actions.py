@@ -17,9 +17,10 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from lmgym.envs.arguments import to_array
 from lmgym.envs.engine import Engine, stepping_engine_of
 from lmgym.envs.infos import Columns, add_columns, row_info
-from lmgym.envs.token import check_running, to_array
+from lmgym.envs.token import check_running
 from lmgym.errors import InvalidActionError, InvalidArgumentError, check_int
 from lmgym.wrappers.vector import TokenVectorWrapper
 
