@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, cast
 
-from lmgym.errors import InvalidArgumentError, RewardError
+from lmgym.errors import InvalidArgumentError, RewardError, shorten
 from lmgym.models.names import check_model_name
 from lmgym.rewards.calling import call
 from lmgym.rewards.probe import check_methods
@@ -144,9 +144,10 @@ def _checked(x: Any, completion: str) -> float | None:
     if number is None:
         return None
     if not isinstance(number, numbers.Real) or not abs(cast(float, number)) <= LARGEST_SCORE:
-        beyond = BEYOND_FLOAT32 if isinstance(number, numbers.Real) and math.isfinite(number) else ""
+        beyond = BEYOND_FLOAT32 if isinstance(number, numbers.Real) and abs(cast(float, number)) < math.inf else ""
         raise RewardError(
-            f"The reward function must return finite numbers, and returned {x!r} for completion {completion!r}.{beyond}"
+            f"The reward function must return finite numbers, and returned {shorten(x)} for completion "
+            f"{completion!r}.{beyond}"
         )
     return float(number)
 
