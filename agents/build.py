@@ -432,14 +432,18 @@ def sample_responses(
 def sample_tokens(model: Any, prompts: list[list[int]], max_new_tokens: int, generator: Any) -> list[list[int]]:
     """Samples one response for each of B prompts of equal length; a response ends with EOS or at `max_new_tokens`."""
     import torch
+    from transformers import DynamicCache
+
+    from lmgym.models.caches import cache_keyword
 
     eos = model.config.eos_token_id
-    cache, inputs, chosen = None, torch.tensor(prompts), []
+    cached = {cache_keyword(model): DynamicCache()}
+    inputs = torch.tensor(prompts)
+    chosen = []
     seen = torch.ones_like(inputs)  # no padding: every token before is seen
     with torch.inference_mode():
         for _ in range(max_new_tokens):
-            out = model(input_ids=inputs, attention_mask=seen, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=inputs, attention_mask=seen, use_cache=True, **cached)
             cumulative = out.logits[:, -1].double().softmax(-1).cumsum(-1)  # (B, V)
             uniform = torch.rand((len(prompts), 1), generator=generator, dtype=torch.float64) * cumulative[:, -1:]
             inputs = torch.searchsorted(cumulative, uniform, right=True).clamp(max=cumulative.shape[1] - 1)

@@ -30,6 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import lmgym  # noqa: F401 - registers the ids
+from lmgym.models.caches import cache_keyword
 from lmgym.models.causal import token_log_probs
 from lmgym.models.policy import CausalPolicy
 from lmgym.rollout import collect
@@ -159,9 +160,10 @@ class Bench:
     @torch.inference_mode()
     def bare_loop(self) -> int:
         ids, mask = self.prompt_batch()
-        model, cache = self.plain, DynamicCache()
+        model = self.plain
+        cached = {cache_keyword(model): DynamicCache()}
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)
-        model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **cached)
         position = positions[:, -1:]
         tokens = torch.from_numpy(self.tokens).to(ids.device)
         ones = mask.new_ones((self.n, 1))
@@ -171,9 +173,9 @@ class Bench:
                 input_ids=tokens[t][:, None],
                 attention_mask=mask,
                 position_ids=position,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **cached,
             )
         return self.n * self.horizon
 

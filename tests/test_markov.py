@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizer
 
 from lmgym.errors import InvalidArgumentError
 from lmgym.models import texts
+from lmgym.models.caches import CACHE_FIELD, cache_keyword
 from lmgym.models.causal import CausalLM, load_causal_lm
 from lmgym.models.decoding import PlainDecoder, TableDecoder, make_decoder
 from lmgym.models.markov import MarkovConfig, MarkovLM, dirichlet_rows, fit_markov, markov_lm, symbol_tokenizer
@@ -137,6 +139,22 @@ def test_making_a_model_leaves_the_global_generator_alone() -> None:
 # --- the cache ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_goes_by_its_old_name_and_by_its_new_one(name: str) -> None:
+    """transformers 5.24 calls it `cache`, and warns of `past_key_values`."""
+    model, ids, cache = make(1, None).model, random_ids(2, 5), DynamicCache()
+    model(input_ids=ids[:, :3], use_cache=True, **{name: cache})
+    out = model(input_ids=ids[:, 3:], use_cache=True, **{name: cache})
+    torch.testing.assert_close(out.logits, model(input_ids=ids).logits[:, 3:])
+    assert out[CACHE_FIELD] is cache
+    assert cache.get_seq_length() == 5
+
+
+def test_a_model_is_given_its_cache_by_the_name_that_it_knows() -> None:
+    assert cache_keyword(SimpleNamespace(forward=lambda input_ids, cache=None: None)) == "cache"
+    assert cache_keyword(SimpleNamespace(forward=lambda input_ids, past_key_values=None: None)) == "past_key_values"
+
+
 @every_shape
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_cache_changes_nothing(order: int, rank: int | None, padded: bool) -> None:
@@ -149,7 +167,7 @@ def test_a_cache_changes_nothing(order: int, rank: int | None, padded: bool) -> 
     for end in (2, 3, 4, 7, 8):
         seen = {"attention_mask": mask[:, :end]} if padded else {}
         out = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **seen)
-        cache, start = out.past_key_values, end
+        cache, start = out[CACHE_FIELD], end
         parts.append(out.logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
     assert isinstance(cache, DynamicCache)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
+from lmgym.models.caches import cache_keyword
 from lmgym.models.causal import CausalLM, legal_logits
 from lmgym.models.cuda_graphs import StepGraphs, borrow_graphs
 from lmgym.models.markov import MarkovLM
@@ -92,6 +93,7 @@ class _RingStep(nn.Module):
         # Not a method of `lm`: a step that is kept for a model must not keep it alive.
         self._legal_logits = partial(legal_logits, vocab_size=lm.vocab_size, holes=lm.holes, temperature=lm.temperature)
         self._keep_hidden, self._dtype = keep_hidden, lm.dtype
+        self._cache_keyword = cache_keyword(lm.model)
         # Only sdpa takes a bool mask; the others add theirs to the attention scores.
         self._bool_mask = lm.model.config.get_text_config()._attn_implementation == "sdpa"
 
@@ -114,10 +116,10 @@ class _RingStep(nn.Module):
             input_ids=tokens[:, None],
             attention_mask=mask,
             position_ids=age[:, None],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
             output_hidden_states=self._keep_hidden,
+            **{self._cache_keyword: cache},
         )
         logits = self._legal_logits(out.logits[:, -1])
         return (logits, out.hidden_states[-1][:, -1]) if self._keep_hidden else (logits,)
@@ -145,7 +147,7 @@ def _recorded(lm: CausalLM, step: _RingStep) -> Forward | None:
     def example(rows: int, capacity: int) -> tuple[Tensor, ...]:
         cache = DynamicCache()
         ids = torch.arange(rows * 2, device=lm.device).view(rows, 2) % lm.vocab_size
-        lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+        lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{cache_keyword(lm.model): cache})
         rings = []
         for layer in cache.layers:
             for x in (layer.keys, layer.values):
@@ -177,6 +179,7 @@ class RingDecoder:
         self, lm: CausalLM, slots: int, capacity: int, *, keep_hidden: bool = False, record: bool = True
     ) -> None:
         self._lm, self._slots, self._capacity, self._keep_hidden = lm, slots, capacity, keep_hidden
+        self._cache_keyword = cache_keyword(lm.model)
         self._step: Forward = _ring_step(lm, keep_hidden) if record else _RingStep(lm, keep_hidden)
         self._captures = record and lm.device.type == "cuda"
         self._graphs: StepGraphs | None = None
@@ -195,10 +198,10 @@ class RingDecoder:
             input_ids=ids,
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp_(min=0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
             output_hidden_states=self._keep_hidden,
+            **{self._cache_keyword: cache},
         )
         hidden = out.hidden_states[-1][:, -1] if self._keep_hidden else None
         return Prefilled(cache, self._lm.legal_logits(out.logits[:, -1]), hidden, mask.sum(-1))

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from lmgym.errors import InvalidArgumentError, check_int, check_number
+from lmgym.models.caches import CACHE_FIELD
 
 if TYPE_CHECKING:
     from lmgym.models.causal import CausalLM
@@ -93,7 +94,7 @@ class MarkovTrunk(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -101,15 +102,15 @@ class MarkovTrunk(nn.Module):
         length = input_ids.shape[1]
         if attention_mask is not None:
             input_ids = input_ids.masked_fill(attention_mask[:, -length:] == 0, self.before)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+        if use_cache and cache is None:
+            cache = DynamicCache()
         seen = input_ids
-        if past_key_values is not None:  # ids take the place of keys and values: (B, 1 head, columns, width 1)
+        if cache is not None:  # ids take the place of keys and values: (B, 1 head, columns, width 1)
             column = input_ids[:, None, :, None]
-            seen = past_key_values.update(column, column, 0)[0][:, 0, :, 0]
+            seen = cache.update(column, column, 0)[0][:, 0, :, 0]
         recent = seen[:, -(length + 1) :]  # a context reaches back by two tokens at most
         hidden = self.hidden(self.contexts(recent)[:, -length:])
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE_FIELD: cache})
 
 
 class MarkovHead(nn.Module):
@@ -232,6 +233,7 @@ class MarkovLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool = False,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Log-probs of the token behind each column.
@@ -239,7 +241,7 @@ class MarkovLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, L). attention_mask: (B, L), or (B, past + L) behind a cache; 0 counts as the EOS.
             position_ids: taken and ignored: a table knows no positions.
-            past_key_values: a cache that grows (`DynamicCache`), which is given the ids.
+            past_key_values: a cache that grows (`DynamicCache`), which is given the ids; `cache` is its other name.
             use_cache: whether to make a cache where none is given.
             logits_to_keep: how many of the last columns are wanted (0: all of them), or which.
             output_hidden_states: whether to return the input of the head too.
@@ -247,13 +249,13 @@ class MarkovLM(PreTrainedModel, GenerationMixin):
         Returns:
             logits (B, L', V), the cache, and hidden_states with one (B, L, D).
         """
-        out = self.trunk(input_ids, attention_mask, past_key_values, use_cache)
+        out = self.trunk(input_ids, attention_mask, past_key_values if cache is None else cache, use_cache)
         hidden = out.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(
             logits=self.lm_head(hidden[:, kept]),
-            past_key_values=out.past_key_values,
             hidden_states=(hidden,) if output_hidden_states else None,
+            **{CACHE_FIELD: out.get(CACHE_FIELD)},
         )
 
 
