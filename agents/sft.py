@@ -5,7 +5,6 @@ Shapes: B sequences a batch, L columns, V vocabulary, n response tokens of a bat
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -20,10 +19,12 @@ from tqdm import tqdm
 from agents.best_of_n import BestOfN, BestOfNConfig
 from agents.optimal import Optimal
 from agents.supervised import SupervisedAgent, SupervisedConfig, gradient_of, named_row, response_ids, unscored
+from lmgym.data.rows import read_rows
 from lmgym.envs.engine import Engine
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_choice, check_finite, check_int, check_number
+from lmgym.feedback.pairs import read_demonstration
 from lmgym.kl import discounted_return, episode_kl, token_rewards
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler
@@ -45,7 +46,7 @@ class SFTConfig(SupervisedConfig):
     lr: float = 1e-3
     demonstrations: Demonstrations = "best_of_n"  # the best of n responses of the reference, pi*'s, or those of a file
     n: int = 16  # best_of_n: candidates a demonstration
-    path: str | None = None  # file: JSON lines of {"prompt", "completion"}
+    path: str | None = None  # file: rows with "prompt" and "completion", or "messages"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,41 +127,25 @@ class SFT(SupervisedAgent[Episodes]):
 def read_demonstrations(path: str | os.PathLike[str], engine: Engine) -> Episodes:
     """Demonstrations of a file, as token ids, with the reference's log-probs; nobody has scored them.
 
-    A line is a JSON object {"prompt": ..., "completion": ...}. `prompt + completion` is the text, as in
-    `lmgym.feedback.preferences.Rankings`: a completion carries its own leading space, and the EOS token as text where
-    the response ends by itself.
+    A row has "prompt" and "completion", texts or conversations, or "messages" of which the last is the answer. Of texts
+    `prompt + completion` is what is learned, as in `lmgym.feedback.preferences.Rankings`: a completion carries its own
+    leading space, and the EOS token as text where the response ends by itself.
 
     Args:
-        path: the file.
+        path: the file (`lmgym.data.files`).
         engine: of the task.
 
     Raises:
-        InvalidArgumentError: naming the first line that is no demonstration, and for a prompt or a completion that is
+        InvalidArgumentError: naming the first row that is no demonstration, and for a prompt or a completion that is
             none of the task's.
     """
-    with open(path, encoding="utf-8") as file:
-        pairs = [_parse(line, f"Line {i} of {os.fspath(path)!r}") for i, line in enumerate(file, 1) if line.strip()]
-    if not pairs:
-        raise InvalidArgumentError(f"`path` must hold at least one demonstration, and {os.fspath(path)!r} has none.")
     prompts, responses = [], []
-    for where, text, completion in pairs:
-        with named_row(where):
+    for row in read_rows("path", path, "prompt"):
+        text, completion = read_demonstration("path", row, engine.lm.tokenizer)
+        with named_row(row.place[:1].upper() + row.place[1:]):
             prompts.append(engine.prompts.of_text(text))
             responses.append(response_ids(engine, text, prompts[-1], completion))
     return unscored(engine, prompts, responses)
-
-
-def _parse(line: str, where: str) -> tuple[str, str, str]:
-    """Where a line is, and its prompt and completion."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InvalidArgumentError(f"{where} must be a JSON object: {error}.") from error
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("prompt", "completion")):
-        raise InvalidArgumentError(
-            f"{where} must be an object with texts under 'prompt' and 'completion', got {line.strip()[:80]!r}."
-        )
-    return where, record["prompt"], record["completion"]
 
 
 # -- whole texts -----------------------------------------------------------------------------------------------------

@@ -306,13 +306,13 @@ def test_an_expert_that_nobody_knows_is_refused(changes: dict[str, Any], match: 
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ('{"prompt": "x", ', "Line 2 of .* must be a JSON object"),
-        ('{"prompt": "x"}', "Line 2 of .* under 'prompt' and 'completion', got"),
-        ('["x", " y"]', "Line 2 of .* under 'prompt' and 'completion', got"),
+        ('{"prompt": "x", ', "line 2, is not JSON"),
+        ('{"prompt": "x"}', r"rows with a .completion., and line 2 of .* has the columns \['prompt'\]"),
+        ('["x", " y"]', "texts or rows with a .prompt., and line 2 of"),
         ('{"prompt": "x", "completion": " x y z"}', "1 to 2 tokens"),
         ('{"prompt": "x", "completion": " <eos> y"}', "goes on behind it"),
-        ('{"prompt": "", "completion": " y"}', "`prompt` must be a non-empty text"),
-        ('{"prompt": "x x x x", "completion": " y"}', "`prompt` must have 1 to 3 tokens"),
+        ('{"prompt": "", "completion": " y"}', "`path` must hold non-empty texts, and line 2 of"),
+        ('{"prompt": "x x x x", "completion": " y"}', "Line 2 of .* `prompt` must have 1 to 3 tokens"),
     ],
 )
 def test_a_line_that_is_no_demonstration_is_named(line: str, match: str, tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_a_line_that_is_no_demonstration_is_named(line: str, match: str, tmp_pat
 
 def test_no_demonstrations_are_too_few(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(InvalidArgumentError, match="at least one demonstration"):
+    with pytest.raises(InvalidArgumentError, match="`path` must be a non-empty list of texts or rows"):
         read_demonstrations(tmp_path / "empty.jsonl", tiny().engine)
 
 
