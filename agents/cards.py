@@ -20,8 +20,8 @@ the reference and 1 for the optimum on every one of them. How V* is found: [opti
 ```python
 import gymnasium as gym, lmgym
 
-for task in lmgym.suite():
-    print(task.name, task.kl_coef, task.optima["test"].value)
+print(lmgym.suite())                                      # a table of all tasks
+print(lmgym.suite()[0].optimum("test"))                   # stored, or solved now: of a task of your own as well
 env = gym.make("lmgym/Keyword-8-v0")                      # or gym.make("lmgym/RLHF-v0", task="keyword-8")
 ```
 

@@ -222,7 +222,8 @@ def coverage(task: Task, population: Population, samples: int, replicates: int, 
 
 def exact_tasks(names: Sequence[str]) -> list[str]:
     """Those of the suite with a solved optimum, by name or by what stands before the "-"; all if none is named."""
-    every = [name for name in registered_tasks() if make_task(name).optima["test"].exact]
+    stored = {name: make_task(name).optima.get("test") for name in registered_tasks()}
+    every = [name for name, optimum in stored.items() if optimum is not None and optimum.exact]
     return [name for name in every if not names or name in names or name.partition("-")[0] in names]
 
 

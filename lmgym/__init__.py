@@ -10,7 +10,7 @@ from gymnasium.envs.registration import register
 
 from lmgym.forking import let_forks_use_one_thread
 from lmgym.tasks import base as _tasks
-from lmgym.tasks.base import Task, suite
+from lmgym.tasks.base import StoredOptimum, Task, suite
 
 __version__ = "0.1.0"
 __all__ = ["register_task", "suite"]
@@ -47,6 +47,15 @@ def _register(task: _tasks.Registered) -> str:
 
 
 let_forks_use_one_thread()
+
+
+def _find_optimum(task: Task, split: str) -> StoredOptimum:
+    from lmgym.optimum import find_optimum  # torch loads here
+
+    return find_optimum(task, split)
+
+
+_tasks.solve_with(_find_optimum)
 register(id="lmgym/RLHF-v0", **_TOKEN)  # type: ignore[arg-type]
 register(id="lmgym/RLHFBandit-v0", **_BANDIT)  # type: ignore[arg-type]
 for _task in _tasks.registered_tasks().values():

@@ -75,6 +75,45 @@ class Episodes:
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]
 
+    def __repr__(self) -> str:
+        if not len(self):
+            return "Episodes(none)"
+        kl = float(((self.log_probs - self.ref_log_probs) * self.response_mask).sum(-1).mean())
+        return (
+            f"Episodes({len(self):,} of {float(self.lengths.float().mean()):.1f} tokens each, score "
+            f"{float(self.scores.mean()):.3f}, KL {round(kl, 3) + 0.0:.3f} nats)"
+        )
+
+    def with_tokenizer(self, tokenizer: Any) -> Episodes:
+        """These episodes, which know the tokenizer that their ids are of: `texts` needs it."""
+        object.__setattr__(self, "_tokenizer", tokenizer)
+        return self
+
+    def texts(self, tokenizer: Any = None) -> list[tuple[str, str]]:
+        """Prompt and response of each episode, as texts without special tokens; joined they are that of both.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer. None is that of the env that the episodes were collected in.
+
+        Raises:
+            InvalidArgumentError: where that is not known.
+        """
+        tokenizer = tokenizer or getattr(self, "_tokenizer", None)
+        if tokenizer is None:
+            raise InvalidArgumentError(
+                "`tokenizer` must be given, for these episodes do not know theirs: envs.tokenizer."
+            )
+        texts = []
+        for i in range(len(self)):
+            prompt = self.prompt_ids[i][self.prompt_mask[i]].tolist()
+            response = self.response_ids[i][self.response_mask[i]].tolist()
+            before = tokenizer.decode(prompt, skip_special_tokens=True)
+            both = tokenizer.decode([*prompt, *response], skip_special_tokens=True)
+            if not both.startswith(before):  # such as half a character at the border
+                both = before + tokenizer.decode(response, skip_special_tokens=True)
+            texts.append((before, both[len(before) :]))
+        return texts
+
     @property
     def lengths(self) -> Tensor:
         """(B,) int64: response tokens of each episode, the EOS included."""
@@ -113,7 +152,7 @@ class Episodes:
         for f in fields(self):
             tensor = getattr(self, f.name)
             columns[f.name] = None if tensor is None else change(tensor)
-        return Episodes(**columns)
+        return Episodes(**columns).with_tokenizer(getattr(self, "_tokenizer", None))
 
     def trimmed(self) -> Episodes:
         """Drops columns that hold no token in any row: on the left of the prompts, on the right of the responses."""
@@ -123,7 +162,7 @@ class Episodes:
         for name in ("response_ids", "response_mask", "log_probs", "ref_log_probs", "values"):
             tensor = getattr(self, name)
             cut[name] = None if tensor is None else tensor[:, :t]
-        return replace(self, **cut)
+        return replace(self, **cut).with_tokenizer(getattr(self, "_tokenizer", None))
 
     @staticmethod
     def concatenate(parts: Sequence[Episodes]) -> Episodes:
@@ -137,4 +176,4 @@ class Episodes:
             if len(shapes) > 1:
                 raise InvalidArgumentError(f"`parts` must have `{f.name}` of equal columns, or all None, got {shapes}.")
             columns[f.name] = None if tensors[0] is None else torch.cat(tensors)
-        return Episodes(**columns)
+        return Episodes(**columns).with_tokenizer(getattr(parts[0], "_tokenizer", None))

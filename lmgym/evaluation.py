@@ -56,6 +56,10 @@ class Evaluation:
     episodes: Episodes
     no_bound: str | None = None
 
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{name} {interval}" for name, interval in self.metrics.items())
+        return f"Evaluation({numbers}; {len(self.episodes):,} episodes)"
+
 
 def evaluate(
     policy: Policy,

@@ -29,6 +29,11 @@ class Interval:
     low: float
     high: float
 
+    def __repr__(self) -> str:
+        if self.exact:
+            return f"{self.mean:.4g} exact"
+        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
     @property
     def exact(self) -> bool:
         """Whether the mean is known, not estimated: the interval has no width."""

@@ -100,7 +100,7 @@ def collect(
         terminated=torch.from_numpy(replay.terminated),
         prompt_index=torch.tensor([p.index for p in prompts]),
         gold_scores=None if gold is None else torch.tensor(gold),
-    )
+    ).with_tokenizer(engine.lm.tokenizer)
 
 
 def _worth_keeping(running: Tensor) -> Tensor | None:
@@ -220,4 +220,4 @@ def _round(envs: Any, policy: Policy, horizon: int, sampler: Sampler, generator:
         terminated=terminated,
         prompt_index=torch.full((n,), -1),
         gold_scores=gold if has_gold else None,
-    )
+    ).with_tokenizer(getattr(envs.unwrapped, "tokenizer", None))

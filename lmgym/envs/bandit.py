@@ -11,6 +11,7 @@ from gymnasium.vector.utils import batch_space
 
 from lmgym.envs.arguments import as_actions
 from lmgym.envs.engine import Transition
+from lmgym.envs.meanings import refuse_text
 from lmgym.envs.settings import Settings
 from lmgym.envs.token import RESET_OPTIONS, RLHFEnv
 from lmgym.envs.vector import RLHFVectorEnv
@@ -42,6 +43,7 @@ class RLHFBanditEnv(RLHFEnv):
         self.action_space = spaces.MultiDiscrete(np.full(engine.horizon, engine.lm.vocab_size))
 
     def _advance(self, action: Any) -> Transition:
+        refuse_text(self._engine.lm, action)
         return self._engine.step_whole(as_actions(action, (self._engine.horizon,))[None], self._engine.running.copy())
 
 
@@ -63,6 +65,7 @@ class RLHFBanditVectorEnv(RLHFVectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
 
     def _advance(self, actions: Any, live: npt.NDArray[np.bool_]) -> Transition:
+        refuse_text(self._engine.lm, actions)
         return self._engine.step_whole(as_actions(actions, (self.num_envs, self._engine.horizon)), live)
 
 

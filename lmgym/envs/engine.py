@@ -17,6 +17,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from lmgym.envs.fitting import fit_prompts
+from lmgym.envs.meanings import decode_ids, name_actions
 from lmgym.envs.prompts import Prompt, PromptSet, left_padded
 from lmgym.envs.reader import Reader
 from lmgym.envs.settings import Settings
@@ -493,6 +494,14 @@ class EngineBacked:
     def engine(self) -> Engine:
         """The MDP behind the skin: what the whole-episode path and the wrappers read, such as `reference_logits()`."""
         return self._engine
+
+    def get_action_meanings(self) -> list[str]:
+        """V texts: what each action, a token id, says (the name is that of Gymnasium's Atari environments)."""
+        return name_actions(self._engine.lm)
+
+    def decode(self, ids: Any) -> str:
+        """The text of a token id, of several (n,), or of one row's observation; special tokens by their names."""
+        return decode_ids(self._engine.lm, ids)
 
     @property
     def task(self) -> Task:

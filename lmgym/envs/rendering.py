@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 import shutil
+import textwrap
+import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ JOINERS = "\u200c\u200d"  # zero width non-joiner and joiner
 SIGNS = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"  # seen, though formats
 Span = tuple[str, float | None]  # a stretch of text, and how red it is, in [0, 1]; None: not coloured
 
+NATS_A_STEP = 7  # surprise that is drawn in full red, or a multiple of it
 SIZE = (960, 544)  # multiples of 16: no video codec pads or rescales them
 LEFT, RIGHT, TEXT_SIZE, LINE_HEIGHT, PROMPT_LINES, RESPONSE_LINES = 40, 920, 24, 38, 2, 6
 PAPER, INK, MUTED, TRACK, ACCENT = "#ffffff", "#111418", "#656d76", "#e4e7eb", "#2f6fde"
@@ -49,8 +53,8 @@ class Frame:
         episode_return: Sum of the rewards so far.
         finish_reason: "eos" or "length"; None before the end.
         max_new_tokens: T, the most tokens a response may have.
-        cost_scale: The size of a cost that is drawn in full red, in units of reward. `7 * kl_coef` makes that a token
-            to which the reference gives one chance in a thousand; 0 draws no colours and no legend.
+        cost_scale: The size of a cost that is drawn in full red, in units of reward (`scale_costs`); 0 draws no colours
+            and no legend.
     """
 
     prompt: str
@@ -81,9 +85,35 @@ class Frame:
         return list(zip(texts, reds.clip(0.0, 1.0).tolist(), strict=True))
 
 
+def scale_costs(kl_coef: float, ref_log_probs: NDArray[np.float64]) -> float:
+    """The cost that is drawn in full red: that of 7 nats, one chance in a thousand under the reference, or 14, 21, ...
+
+    It is the first of these that no token of the episode is beyond, so that those of a random agent, which the
+    reference would hardly ever choose, are told apart as well.
+
+    Args:
+        kl_coef: price of a nat. ref_log_probs: (t,) nats of the tokens so far.
+    """
+    surprise = -ref_log_probs[np.isfinite(ref_log_probs)]
+    steps = math.ceil(surprise.max(initial=0.0) / NATS_A_STEP - 1e-9)
+    return NATS_A_STEP * max(1, steps) * kl_coef
+
+
+def wait_for_turn(shown_at: float, fps: float, stream: TextIO) -> float:
+    """Sleeps until a frame's turn has come on a terminal, where episodes are watched; returns the time then.
+
+    Args:
+        shown_at: what the call before returned. fps: frames a second. stream: where to; only a terminal is waited for.
+    """
+    if stream.isatty():
+        time.sleep(min(1 / fps, max(0.0, shown_at + 1 / fps - time.monotonic())))
+    return time.monotonic()
+
+
 def to_text(frame: Frame) -> str:
     """The episode as plain text (`render_mode="ansi"`): unwrapped, and free of escape codes even if a token has one."""
-    return _printable(f"prompt: {frame.prompt}\nresponse: {''.join(frame.tokens)}\nstep: {_status(frame)}")
+    said = f"prompt: {frame.prompt}\nresponse: {''.join(frame.tokens)}\nstep: {_status(frame)}"
+    return _printable("\n".join([said, *_explained(frame)]))
 
 
 def to_terminal(frame: Frame, width: int = 80, height: int | None = None) -> str:
@@ -97,6 +127,8 @@ def to_terminal(frame: Frame, width: int = 80, height: int | None = None) -> str
     if frame.has_legend and not os.environ.get("NO_COLOR"):
         swatches = "".join(_style("    ", code) for code in TERMINAL_REDS)
         below.append(f"{swatches} cost of a token: 0 to -{frame.cost_scale:.2g}")
+    for line in _explained(frame):
+        below += textwrap.wrap(line, width)
     room = width - 2  # two columns are for the ellipsis
     prompt = _tail(_wrap([(_printable(f"prompt: {frame.prompt}"), None)], room, _columns), 4)
     response = _wrap([("response: ", None), *frame.spans], room, _columns)
@@ -145,6 +177,19 @@ def to_rgb(frame: Frame) -> NDArray[np.uint8]:
     _draw_text(draw, 144, "RESPONSE", frame.spans, RESPONSE_LINES)
     _draw_footer(draw, 404, frame)
     return np.array(image, dtype=np.uint8)
+
+
+def _explained(frame: Frame) -> list[str]:
+    """What an ended episode's return is made of; nothing where no token has a price."""
+    if frame.score is None or not len(frame.costs):
+        return []
+    of_tokens = float(sum(frame.costs))
+    if not math.isclose(frame.score + of_tokens, frame.episode_return, rel_tol=1e-6, abs_tol=1e-6):
+        return []
+    return [
+        f"env return = score {frame.score:+.3f}, and {of_tokens:+.3f} for its tokens: kl_coef * log pi_ref of each.",
+        "The env cannot see the other half, -kl_coef * log pi, which a policy that samples adds.",
+    ]
 
 
 def _status(frame: Frame) -> str:

@@ -15,8 +15,9 @@ from gymnasium import spaces
 from lmgym.envs.arguments import as_actions, as_options, as_seed, as_token_ids
 from lmgym.envs.engine import Engine, EngineBacked, Outcomes, Transition
 from lmgym.envs.infos import info_columns, row_info
+from lmgym.envs.meanings import read_episode, refuse_text
 from lmgym.envs.prompts import Prompt, PromptOrder
-from lmgym.envs.rendering import Frame, show, to_rgb, to_text
+from lmgym.envs.rendering import Frame, scale_costs, show, to_rgb, to_text, wait_for_turn
 from lmgym.envs.settings import RENDER_MODES, Settings
 from lmgym.errors import InvalidArgumentError, unknown_name
 
@@ -81,6 +82,7 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
         self._order = PromptOrder(self._engine.prompts, self.settings.prompt_order, lambda: self.np_random)
         self._outcomes: Outcomes | None = None
         self._drawn = 0  # lines of the terminal that the episode's block takes
+        self._shown_at = 0.0  # when, in seconds of the monotonic clock
 
     def __getstate__(self) -> dict[str, Any]:
         # The engine holds a model: another process builds its own from the settings, then continues from the state.
@@ -133,6 +135,7 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
         return self._observation(), float(step.rewards[0]), bool(step.terminated[0]), bool(step.truncated[0]), info
 
     def _advance(self, action: Any) -> Transition:
+        refuse_text(self._engine.lm, action)
         actions = as_actions(action, ()).reshape(1)
         self._engine.check_actions(actions, _LIVE)
         return self._engine.step(actions, _LIVE)
@@ -170,6 +173,15 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
         check_running(self._engine.current[0] is not None)
         return self._engine.reference_log_probs()[0]
 
+    def text(self) -> str:
+        """Prompt and response so far, as one text without special tokens.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first reset.
+        """
+        check_running(self._engine.current[0] is not None)
+        return read_episode(self._engine, 0)
+
     def render(self) -> Any:
         """The episode so far: a string ("ansi"), a picture ("rgb_array"), or on the terminal at each step ("human")."""
         if self.render_mode is None:
@@ -184,6 +196,7 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
 
     def _render_if_human(self) -> None:
         if self.render_mode == "human":
+            self._shown_at = wait_for_turn(self._shown_at, self.metadata["render_fps"], sys.stdout)
             self._drawn = show(self._frame(), sys.stdout, self._drawn)
 
     def _observation(self) -> Any:
@@ -274,5 +287,5 @@ def frame(engine: Engine, row: int, outcomes: Outcomes | None, i: int = 0) -> Fr
         episode_return=float(engine.returns[row]),
         finish_reason=None if outcomes is None else outcomes.finish_reasons[i],
         max_new_tokens=engine.horizon,
-        cost_scale=7 * engine.task.kl_coef,
+        cost_scale=scale_costs(engine.task.kl_coef, ref),
     )

@@ -15,6 +15,7 @@ from gymnasium.vector.utils import batch_space
 from lmgym.envs.arguments import as_actions, as_options, as_seeds
 from lmgym.envs.engine import Engine, EngineBacked, Outcomes, Replay, Transition
 from lmgym.envs.infos import info_columns, vector_infos
+from lmgym.envs.meanings import read_episode, refuse_text
 from lmgym.envs.prompts import Prompt, PromptOrder
 from lmgym.envs.rendering import to_rgb, to_text
 from lmgym.envs.settings import Settings
@@ -212,6 +213,7 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         return self._observe(), step.rewards, step.terminated, step.truncated, infos
 
     def _advance(self, actions: Any, live: npt.NDArray[np.bool_]) -> Transition:
+        refuse_text(self._engine.lm, actions)
         tokens = as_actions(actions, (self.num_envs,))
         self._engine.check_actions(tokens, live)
         return self._engine.step(tokens, live)
@@ -296,6 +298,15 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
             order.position = (None if row["epoch"] is None else np.array(row["epoch"]), row["place"])
         if "reward" in state:
             cast(Any, self.engine.reward).set_state(state["reward"])
+
+    def text(self) -> tuple[str, ...]:
+        """Prompt and response so far of each row, as one text without special tokens.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first reset.
+        """
+        check_running(self._ready)
+        return tuple(read_episode(self._engine, row) for row in range(self.num_envs))
 
     def render(self) -> tuple[Any, ...] | None:
         """One string ("ansi") or picture ("rgb_array") a row."""

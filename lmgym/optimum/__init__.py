@@ -1,6 +1,7 @@
 """The known optimum of a task, and bounds on it (docs/optimum.md)."""
 
 from lmgym.optimum.answer import Optimum
+from lmgym.optimum.find import find_optimum
 from lmgym.optimum.solve import best_response, known, solve
 
-__all__ = ["Optimum", "best_response", "known", "solve"]
+__all__ = ["Optimum", "best_response", "find_optimum", "known", "solve"]

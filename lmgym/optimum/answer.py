@@ -42,6 +42,9 @@ class Optimum:
     reference_half_width: float = 0.0
     assumption: str = ""
 
+    def __repr__(self) -> str:
+        return repr(self.stored()).replace("StoredOptimum(", "Optimum(", 1)
+
     @property
     def value(self) -> float:
         """V*, the mean over prompts."""

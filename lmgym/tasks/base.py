@@ -61,6 +61,15 @@ class StoredOptimum:
     reference_half_width: float = 0.0
     assumption: str = ""
 
+    def __repr__(self) -> str:
+        return f"StoredOptimum(V* {self.describe()}, J_ref {self.reference:.4f}, by {self.method})"
+
+    def describe(self) -> str:
+        """What is known of V*, in a few characters."""
+        if self.exact:
+            return f"= {self.value:.4f}"
+        return f">= {self.lower:.4f}" if self.upper is None else f"{self.lower:.4f} to {self.upper:.4f}"
+
     @property
     def exact(self) -> bool:
         """Whether `value` is V* itself, up to rounding."""
@@ -143,6 +152,30 @@ class Task:
             raise InvalidArgumentError(f"`prompts` must have at least one split, got {self.prompts!r}.")
         read = {split: self._read(split, texts) for split, texts in self.prompts.items()}
         object.__setattr__(self, "prompts", read)
+
+    def __repr__(self) -> str:
+        splits = ", ".join(f"{len(texts):,} {split}" for split, texts in self.prompts.items())
+        known = self.optima.get("test")
+        optimum = "" if known is None else f", V* {known.describe()}"
+        return (
+            f"Task({self.name!r}: prompts {splits}; max_new_tokens={self.max_new_tokens}, kl_coef={self.kl_coef:g}, "
+            f"gamma={self.gamma:g}{optimum})"
+        )
+
+    def optimum(self, split: str = "test") -> StoredOptimum:
+        """What V* is on a split: stored, or solved now; where neither can be, at least so much.
+
+        Solving takes seconds where there are few responses, and sampling longer; `lmgym.optimum` has more ways.
+
+        Args:
+            split: which of the prompts V* is the mean over.
+
+        Raises:
+            UnknownNameError: for a split that there is not.
+            InvalidArgumentError: at `kl_coef=0`; and where no way leads to it (`lmgym.optimum.find.find_optimum`).
+        """
+        assert _solver is not None
+        return _solver(self, split)
 
     def _check_rewards(self) -> None:
         if isinstance(self.reward, (list, tuple)):
@@ -279,6 +312,15 @@ class Registered:
         return task if task.optima else replace(task, optima=stored_optima(self.name, self.version))
 
 
+_solver: Callable[[Task, str], StoredOptimum] | None = None
+
+
+def solve_with(solver: Callable[[Task, str], StoredOptimum]) -> None:
+    """Says what finds an optimum that is not stored: solvers know tasks, and not the other way round."""
+    global _solver
+    _solver = solver
+
+
 _NEUTRAL = {"name", "gold", "truncate", "max_prompt_tokens", "optima"}  # fields that V* does not depend on
 _registry: dict[str, Registered] = {}
 
@@ -330,9 +372,25 @@ def stored_optima(name: str, version: int) -> dict[str, StoredOptimum]:
     return {split: StoredOptimum(**optimum) for split, optimum in stored["splits"].items()}
 
 
-def suite() -> list[Task]:
-    """Every task known by name, its stored optimum included; loads no model, and not even torch."""
-    return [registered.task() for registered in registered_tasks().values()]
+class Suite(list[Task]):
+    """Tasks, which print as a table."""
+
+    def __repr__(self) -> str:
+        rows = [("task", "T", "prompts", "kl_coef", "gamma", "J_ref", "V* (test)"), *map(_cells, self)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _cells(task: Task) -> tuple[str, ...]:
+    known = task.optima.get("test")
+    prompts = " + ".join(f"{len(texts):,}" for texts in dict.fromkeys(map(tuple, task.prompts.values())))
+    optimum = ("", "task.optimum()") if known is None else (f"{known.reference:.4f}", known.describe())
+    return (task.name, str(task.max_new_tokens), prompts, f"{task.kl_coef:g}", f"{task.gamma:g}", *optimum)
+
+
+def suite() -> Suite:
+    """Every task known by name, its stored optimum included; loads no model, and not even torch. Prints as a table."""
+    return Suite(registered.task() for registered in registered_tasks().values())
 
 
 def make_task(task: str | Task, **changes: Any) -> Task:

@@ -1,0 +1,78 @@
+"""What token ids say, for a reader: an env's actions by name, its episode as text, and the id of a word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lmgym.errors import InvalidActionError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from lmgym.envs.engine import Engine
+    from lmgym.models.causal import CausalLM
+
+
+def name_actions(lm: CausalLM) -> list[str]:
+    """V texts, what each token id says by itself; a special token by its name."""
+    missing = set(lm.holes)
+    ids = [[] if token in missing else [token] for token in range(lm.vocab_size)]
+    texts = lm.tokenizer.batch_decode(ids, skip_special_tokens=False)
+    return [f"<no token {token}>" if token in missing else str(text) for token, text in enumerate(texts)]
+
+
+def decode_ids(lm: CausalLM, ids: Any) -> str:
+    """The text of one token id, of several, or of a (dict or flat) observation; special tokens by their names.
+
+    Args:
+        lm: whose tokenizer they are of.
+        ids: an int, a sequence or array (n,) of ints, or one row's observation: padding is left out.
+
+    Raises:
+        InvalidArgumentError: for anything else, and for an id that the tokenizer does not have.
+    """
+    if isinstance(ids, Mapping) and {"input_ids", "attention_mask"} <= ids.keys():
+        ids = np.asarray(ids["input_ids"])[np.asarray(ids["attention_mask"]).astype(bool)]
+    array = np.atleast_1d(np.asarray(ids.tolist() if hasattr(ids, "tolist") else ids))
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise InvalidArgumentError(f"`ids` must be a token id, several (n,), or an observation, got {ids!r}.")
+    chosen = array[array != -1].tolist()  # -1 is where a flat observation has no token
+    for token in chosen:
+        if not lm.is_legal(token):
+            raise InvalidArgumentError(f"`ids` must be token ids from 0 to {lm.vocab_size - 1}, got {token}.")
+    return str(lm.tokenizer.decode(chosen, skip_special_tokens=False))
+
+
+def read_episode(engine: Engine, row: int) -> str:
+    """Prompt and response so far of a row, as one text without special tokens."""
+    prompt = engine.current[row]
+    assert prompt is not None
+    return engine.lm.decode([*prompt.ids, *engine.response_ids(row)])
+
+
+def refuse_text(lm: CausalLM, action: Any) -> None:
+    """Raises `InvalidActionError` for an action that is a text, or texts, saying which ids it has."""
+    text = action
+    while isinstance(text, (list, tuple)) and text:
+        text = text[0]
+    if isinstance(text, np.ndarray) and text.dtype.kind == "U" and text.size:
+        text = str(text.flat[0])
+    if isinstance(text, str):
+        raise InvalidActionError(f"`action` must be a token id, got the text {str(text)!r}. {_say_ids(lm, str(text))}")
+
+
+def _say_ids(lm: CausalLM, text: str) -> str:
+    """Which ids a text has, by itself and behind a blank, where many tokenizers have another."""
+    vocabulary = lm.tokenizer.get_vocab()
+    if text in vocabulary:
+        return f"Its id is {vocabulary[text]}."
+    unknown = {lm.tokenizer.unk_token_id}
+    found = {t: list(lm.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (text, f" {text}")}
+    found = {t: ids for t, ids in found.items() if ids and not unknown & set(ids)}
+    single = {ids[0]: t for t, ids in reversed(found.items()) if len(ids) == 1}
+    if single:
+        return f"The id of {' and that of '.join(f'{t!r} is {token}' for token, t in sorted(single.items()))}."
+    if found:
+        return f"Its ids are {next(iter(found.values()))}: step them one by one."
+    return "The tokenizer has no token for it."
