@@ -57,7 +57,7 @@ def load_policy(
     agent = load_agent(run, device=device, trust=trust)
     if not hasattr(agent, "policy"):
         raise InvalidArgumentError(
-            f"`run` must be of an agent that chooses token by token, got {type(agent).__name__}, which chooses among whole "
+            f"`run` must be of an agent that chooses token by token, got {type(agent).__name__}, which chooses whole "
             "responses: load_agent(...) has its `predict` and `evaluate`."
         )
     return cast(Policy, agent.policy)
