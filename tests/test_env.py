@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import pickle
@@ -826,3 +827,24 @@ def test_a_deep_model_of_many_tokens_and_a_reward_model_with_another_tokenizer(
         expected[-1] += score
         np.testing.assert_allclose([s[1] for s in steps], expected, rtol=0, atol=1e-5)
     assert lmgym.__version__
+
+
+# --- what is left behind ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("maker", [gym.make, gym.make_vec], ids=["make", "make_vec"])
+def test_nothing_is_left_of_an_env_that_was_closed(parts: Parts, maker: Callable[..., Any]) -> None:
+    def live() -> int:
+        for _ in range(5):
+            env = maker(ID, **parts)
+            env.reset(seed=0)
+            env.step(env.action_space.sample())
+            env.close()
+        del env
+        gc.collect()
+        return len(gc.get_objects())
+
+    keep = maker(ID, **parts)
+    counts = [live() for _ in range(4)]
+    assert counts[-1] - counts[1] < 10
+    keep.close()

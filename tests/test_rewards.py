@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from lmgym.errors import InvalidArgumentError, LmGymError, RewardError
+from lmgym.models import segmentation
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.positions import max_positions
 from lmgym.models.segmentation import reads_ids_of
@@ -326,7 +327,7 @@ def test_two_labels_are_the_log_odds_of_the_second() -> None:
 
 def test_three_labels_are_refused() -> None:
     model = gpt2(len(WORDS) + 3, cls=GPT2ForSequenceClassification, num_labels=3)
-    with pytest.raises(InvalidArgumentError, match="`reward` must be a model with 1 or 2 labels, got 3."):
+    with pytest.raises(InvalidArgumentError, match="`reward`.* must be a model with 1 or 2 labels, got 3."):
         ClassifierReward(model, word_tokenizer())
 
 
@@ -580,3 +581,17 @@ def test_a_directory_that_is_no_classifier(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(LmGymError, match="could not be loaded with AutoModelForSequenceClassification"):
         load_reward_model(str(tmp_path), "cpu")
+
+
+def test_two_tokenizers_are_compared_once(byte_reward_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward, policys = load_reward_model(byte_reward_dir, "cpu"), word_tokenizer()
+    calls: list[object] = []
+
+    def compare(*pair: object) -> bool:
+        calls.append(pair)
+        return False
+
+    monkeypatch.setattr(segmentation, "reads_ids_of", compare)
+    for _ in range(3):
+        assert not reward.for_tokenizer(policys).reads_ids
+    assert len(calls) == 1

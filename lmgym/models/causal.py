@@ -57,7 +57,7 @@ class CausalLM(Texts):
         known = set(tokenizer.get_vocab().values())
         self.embedded, _ = _head_shape(model)
         self.vocab_size = max(known) + 1
-        check_embedded("model", self.embedded, self.vocab_size)
+        check_embedded("`model`", self.embedded, self.vocab_size)
         self.holes = sorted(set(range(self.vocab_size)) - known)
         self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocab_size)
         pad = tokenizer.pad_token_id
@@ -260,7 +260,7 @@ class SharedModels(Generic[Held]):
 
     def __init__(self, argument: str, auto_class: Any, wrap: Callable[[Any, Any], Held]) -> None:
         self._argument, self._auto_class, self._wrap = argument, auto_class, wrap
-        self._held: weakref.WeakValueDictionary[tuple[str, str, str], Held] = weakref.WeakValueDictionary()
+        self._held: weakref.WeakValueDictionary[tuple[Any, ...], Held] = weakref.WeakValueDictionary()
         self._loading = threading.Lock()
 
     def load(self, name: str, device: str, dtype: str) -> Held:
@@ -274,13 +274,25 @@ class SharedModels(Generic[Held]):
         name = os.fspath(name)
         check_choice("dtype", dtype, DTYPES)
         place = resolve_device(device)
-        key = (os.path.realpath(name) if os.path.isdir(name) else name, str(place), dtype)
+        key = (*_identity(name), str(place), dtype)
         with self._loading:
             held = self._held.get(key)
             if held is None:
                 model, tokenizer = load_pretrained(self._argument, name, self._auto_class, DTYPES[dtype])
                 held = self._held[key] = self._wrap(freeze(fuse_gelu(model).to(place)), tokenizer)
         return held
+
+
+def _identity(name: str) -> tuple[Any, ...]:
+    """What tells a model from others: its place, and the state of its files, which may be written anew."""
+    if not os.path.isdir(name):
+        return (name,)
+    states = []
+    for entry in os.scandir(name):
+        if entry.is_file():
+            state = entry.stat()
+            states.append((entry.name, state.st_mtime_ns, state.st_size))
+    return os.path.realpath(name), *sorted(states)
 
 
 _causal_lms = SharedModels("model", AutoModelForCausalLM, CausalLM)

@@ -162,14 +162,14 @@ def check_tokenizer(argument: str, name: str, model: Any, tokenizer: Any) -> Non
         )
     embeddings = getattr(model.get_input_embeddings(), "weight", None)
     if embeddings is not None:
-        check_embedded(argument, embeddings.shape[0], max(ids) + 1)
+        check_embedded(f"`{argument}` {name!r}", embeddings.shape[0], max(ids) + 1)
 
 
-def check_embedded(argument: str, embedded: int, vocab_size: int) -> None:
-    """Raises `InvalidArgumentError` unless a model embeds as many tokens as its tokenizer has."""
+def check_embedded(subject: str, embedded: int, vocab_size: int) -> None:
+    """Raises `InvalidArgumentError`, about a subject, unless a model embeds as many tokens as its tokenizer has."""
     if vocab_size > embedded:
         raise InvalidArgumentError(
-            f"`{argument}` embeds {embedded} tokens but its tokenizer has ids up to {vocab_size - 1}: they do not "
+            f"{subject} embeds {embedded} tokens but its tokenizer has ids up to {vocab_size - 1}: they do not "
             "belong together. If tokens were added, resize the model with "
             "model.resize_token_embeddings(len(tokenizer)), train it and save both; if not, copy the tokenizer again."
         )
@@ -234,7 +234,9 @@ def _find_fault_of_weights(path: Path) -> str | None:
 
 def _shorten(error: Exception) -> str:
     """What another library says, on one line of a length that can be read."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if not isinstance(error, (OSError, ValueError, RuntimeError)):  # whose text says little, such as a missing key
+        text = f"{type(error).__name__}: {text}"
     if "Unrecognized configuration class" in text:
         found = re.search(r"class '[\w.]*?(\w+)'", text)
         return f"transformers has no such model of {found.group(1) if found else 'this kind'}."

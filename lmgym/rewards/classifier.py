@@ -36,7 +36,10 @@ class ClassifierReward:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         if model.config.num_labels not in (1, 2):
-            raise InvalidArgumentError(f"`reward` must be a model with 1 or 2 labels, got {model.config.num_labels}.")
+            name = f" {model.name_or_path!r}" if model.name_or_path else ""
+            raise InvalidArgumentError(
+                f"`reward`{name} must be a model with 1 or 2 labels, got {model.config.num_labels}."
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.reads_ids = False
