@@ -45,6 +45,11 @@ WHOLE = ("best_of_n", "dpo", "sft")  # pages with all there is
 FIXED = ("optimal", "reference", "uniform")  # on one page, without fields and metrics
 SB3 = tuple(sorted(path.stem for path in (ROOT / "conf" / "agent").glob("sb3_*.yaml")))  # on one page
 CONTINUES = "<!-- continues -->"
+TAKEN_FOR_GRANTED = {  # files that commands name
+    "prompts.txt": "the film was\n",
+    "mine/prompts.jsonl": '{"prompt": "1+1=", "answer": "2"}\n',
+    "mine/demonstrations.jsonl": '{"prompt": "1+1=", "completion": "2"}\n',
+}
 
 
 # --- reading a document -------------------------------------------------------------------------------------------
@@ -440,7 +445,10 @@ def composed(config: str, overrides: list[str], searchpath: Path, directory: Pat
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
 def test_commands_compose(document: Path, alone: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Modules exist and can be run, and every override is one that their config has, with a value that it takes."""
-    (tmp_path / "prompts.txt").write_text("the film was\n")
+    for name in ("model", "sft/checkpoint"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+    for name, content in TAKEN_FOR_GRANTED.items():
+        (tmp_path / name).write_text(content)
     install_files(document, alone, tmp_path)
     for command in commands(document, r"python -m benchmarks\."):
         assert (ROOT / "benchmarks" / f"{command.split()[0]}.py").is_file()
