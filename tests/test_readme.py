@@ -47,6 +47,8 @@ SB3 = tuple(sorted(path.stem for path in (ROOT / "conf" / "agent").glob("sb3_*.y
 CONTINUES = "<!-- continues -->"
 TAKEN_FOR_GRANTED = {  # files that commands name
     "prompts.txt": "the film was\n",
+    "mine/model/config.json": "{}",
+    "mine/sft/checkpoint/config.json": "{}",
     "mine/prompts.jsonl": '{"prompt": "1+1=", "answer": "2"}\n',
     "mine/demonstrations.jsonl": '{"prompt": "1+1=", "completion": "2"}\n',
 }
@@ -445,9 +447,8 @@ def composed(config: str, overrides: list[str], searchpath: Path, directory: Pat
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
 def test_commands_compose(document: Path, alone: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Modules exist and can be run, and every override is one that their config has, with a value that it takes."""
-    for name in ("model", "sft/checkpoint"):
-        (tmp_path / "mine" / name).mkdir(parents=True)
     for name, content in TAKEN_FOR_GRANTED.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     install_files(document, alone, tmp_path)
     for command in commands(document, r"python -m benchmarks\."):
