@@ -33,8 +33,9 @@ import lmgym
 from agents.command_line import run_command, shell_command
 from agents.config import validated
 from agents.files import RunFileError
+from agents.picture import curves
 from agents.recorder import METRICS_FILE, Recorder, read_rows
-from agents.report import curves, samples_table, table, write_json
+from agents.report import samples_table, table, write_json
 from agents.runs.directory import (
     CONFIG_FILE,
     changes_since,
@@ -210,8 +211,19 @@ def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, agent: 
         "backward_tokens": agent.tokens.backward,
         "agent": getattr(agent, "name", plan.agent_class.__name__),
         "task": plan.settings["task"],
+        "replaced": _replaced(plan.settings),
         "seed": plan.seed,
     }
+
+
+def _replaced(settings: dict[str, Any]) -> dict[str, str]:
+    """What stands in place of the task's own model, reward and prompts, in words."""
+    replaced = {}
+    for name in ("model", "reward", "prompts"):
+        value = settings.get(name)
+        if value is not None:
+            replaced[name] = value if isinstance(value, str) else f"({len(value)} given)"
+    return replaced
 
 
 def _graded(plan: Plan) -> Task:
@@ -282,15 +294,23 @@ def _scale(plan: Plan, before: Any, after: Any) -> Scale:
     return Scale(reference, lower, None, None, optimum)
 
 
+def response_of(episodes: Any, row: int) -> list[int]:
+    """Token ids of a response."""
+    return episodes.response_ids[row][episodes.response_mask[row]].tolist()
+
+
 def samples(lm: Any, before: Any, after: Any, count: int = 10) -> list[dict[str, Any]]:
-    """The first response to each of a few prompts, before training and after."""
+    """The first response to each of a few prompts, before training and after; of prompts where they differ, if any."""
     every = len(before.episodes) // max(1, len(before.episodes.prompt_index.unique()))
+    firsts = range(0, len(before.episodes), every)
+    changed = [i for i in firsts if response_of(before.episodes, i) != response_of(after.episodes, i)]
+    same = [i for i in firsts if i not in changed]
     rows = []
-    for i in range(0, min(len(before.episodes), count * every), every):
+    for i in sorted([*changed, *same][:count]):
         row: dict[str, Any] = {}
         for name, episodes in (("before", before.episodes), ("after", after.episodes)):
             prompt = episodes.prompt_ids[i][episodes.prompt_mask[i]].tolist()
-            response = episodes.response_ids[i][episodes.response_mask[i]].tolist()
+            response = response_of(episodes, i)
             row["prompt"] = lm.decode_prompt(prompt)
             row[name] = lm.completions([prompt], [response])[0]
             row[f"{name}_score"] = episodes.scores[i].item()

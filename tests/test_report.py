@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from agents import report
+from agents import picture, report
 from agents.recorder import Recorder
 
 
@@ -205,11 +206,11 @@ def test_responses_fit_the_terminal() -> None:
     }
     lines = report.samples_table([row, row]).splitlines()
     assert max(map(len, lines)) <= 100
-    assert lines[0] == "prompt           the film was"
-    assert lines[1].startswith("before   -0.31   dull dull")
-    assert lines[2].startswith("                 dull")
+    assert lines[:3] == ["         score   response", "", "prompt           the film was"]
+    assert lines[3].startswith("before   -0.31   dull dull")
+    assert lines[4].startswith("                 dull")
     assert lines.count("after   +12.00   (empty)") == 2
-    assert lines.count("") == 1
+    assert lines.count("") == 2
     assert sum(line.count("dull") for line in lines) == 120
 
 
@@ -218,7 +219,7 @@ def test_a_response_cannot_drive_the_terminal() -> None:
     text = report.samples_table([row])
     assert "\x1b" not in text
     assert "\r" not in text
-    assert [line[17:] for line in text.splitlines()] == ["a b", "[31mred", "x y"]
+    assert [line[17:] for line in text.splitlines()[2:]] == ["a b", "[31mred", "x y"]
 
 
 def test_json_is_whole_and_strict(tmp_path: Path) -> None:
@@ -255,26 +256,81 @@ NAMES = ["rollout/return", "rollout/score", "rollout/gold_score", "rollout/kl", 
 )
 def test_a_picture_of_whatever_was_recorded(tmp_path: Path, names: list[str], rows: int, summary: dict) -> None:
     metrics = write_metrics(tmp_path, names, rows)
-    report.curves(metrics, summary, tmp_path / "curves.png")
+    picture.curves(metrics, summary, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         assert image.format == "PNG"
         assert image.size == (1500, 960)
         assert len(image.convert("RGB").getcolors(1 << 24) or []) > 10, "an empty picture"
 
 
+def shown(figure: Any) -> list[str]:
+    """Titles of the axes that are visible."""
+    axes = [axes for axes in figure.axes if axes.get_visible()]
+    return [axes.get_title(loc) for axes in axes for loc in ("left", "right") if axes.get_title(loc)]
+
+
+def row(step: int, **values: float) -> dict[str, Any]:
+    return {"step": step, **{name.replace("__", "/"): value for name, value in values.items()}}
+
+
+def test_an_agent_that_learns_nothing_is_a_point_beside_the_reference() -> None:
+    figure = picture.figure_of([], SUMMARY)
+    figure.draw_without_rendering()
+    assert shown(figure)[-1] == "response length (tokens)"
+    for axes in figure.axes[2:]:
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["reference", "ppo"]
+        assert axes.get_lines(), "empty axes"
+
+
+def test_an_agent_that_fits_examples_shows_its_loss() -> None:
+    rows = [row(step, train__loss=2.0 / step, train__reference_loss=2.0) for step in (1, 2, 3)]
+    assert shown(picture.figure_of(rows, SUMMARY))[-1] == "loss"
+    rows = [row(step, train__loss=0.7, train__accuracy=0.5) for step in (1, 2, 3)]
+    assert shown(picture.figure_of(rows, SUMMARY))[-2:] == ["loss", "accuracy"]
+
+
+def test_what_was_neither_recorded_nor_graded_has_no_axes() -> None:
+    summary = changed()
+    for when in ("before", "after"):
+        del summary[when]["kl"]
+    rows = [row(1, rollout__return=0.1, rollout__score=0.1)]
+    figure = picture.figure_of(rows, summary)
+    assert shown(figure) == ["return per episode", "score", "response length (tokens)"]
+    figure.draw_without_rendering()
+    steps = [tick.get_text() for axes in figure.axes for tick in axes.get_xticklabels()]
+    assert not [text for text in steps if text.endswith("m")]  # thousandths of a token
+
+
+def test_the_title_names_what_stands_in_place_of_the_tasks_own() -> None:
+    replaced = {"model": os.sep.join(["", "home", "me", "models", "mine"]), "reward": "my_rewards:brevity"}
+    assert report.problem(SUMMARY) == "reviews"
+    named = "reviews with model models/mine, reward my_rewards:brevity"
+    assert report.problem(changed(replaced=replaced)) == named
+    assert named in report.table(changed(replaced=replaced)).splitlines()[0]
+    assert named in picture.figure_of([], changed(replaced=replaced)).get_suptitle()
+
+
+def test_less_than_the_reference_is_said_in_words() -> None:
+    worse = changed(after__return=interval(-36, 1), after__normalised=interval(-30, 1))
+    assert report.table(worse).endswith("-30.00 of the gain, worse than the reference")
+    assert picture.figure_of([], worse).get_suptitle() == "ppo on reviews, seed 3: J = -36.00, below the reference"
+    alike = changed(after__return=interval(0.04, 0.1), after__normalised=interval(-0.01, 0.1))
+    assert report.table(alike).endswith("-0.01 of the gain, no better than the reference")
+
+
 def test_a_value_that_was_not_finite_is_a_gap_in_the_curve() -> None:
     rows = [{"step": 1, "train/entropy": 2.0}, {"step": 2, "train/entropy": None}, {"step": 3, "train/entropy": 1.0}]
-    steps, values = report._series(rows, "train/entropy")
+    steps, values = picture._series(rows, "train/entropy")
     assert steps.tolist() == [1, 3]
     assert values.tolist() == [2.0, 1.0]
 
 
 def test_the_running_mean_keeps_a_constant_and_a_line_in_the_middle() -> None:
-    assert report._running_mean(np.full(200, 3.0)) == pytest.approx(np.full(200, 3.0))
+    assert picture._running_mean(np.full(200, 3.0)) == pytest.approx(np.full(200, 3.0))
     line = np.arange(200.0)
-    assert report._running_mean(line)[5:-5] == pytest.approx(line[5:-5])
-    assert report._running_mean(line)[0] == pytest.approx(2.5)  # the mean of 0..5, what there is of the window
-    assert report._running_mean(np.array([7.0])).tolist() == [7.0]
+    assert picture._running_mean(line)[5:-5] == pytest.approx(line[5:-5])
+    assert picture._running_mean(line)[0] == pytest.approx(2.5)  # the mean of 0..5, what there is of the window
+    assert picture._running_mean(np.array([7.0])).tolist() == [7.0]
 
 
 def test_the_picture_leaves_pyplot_alone(tmp_path: Path) -> None:
@@ -282,6 +338,6 @@ def test_the_picture_leaves_pyplot_alone(tmp_path: Path) -> None:
     from matplotlib import pyplot
 
     before = dict(matplotlib.rcParams)
-    report.curves(write_metrics(tmp_path, NAMES, 5), SUMMARY, tmp_path / "curves.png")
+    picture.curves(write_metrics(tmp_path, NAMES, 5), SUMMARY, tmp_path / "curves.png")
     assert pyplot.get_fignums() == []
     assert dict(matplotlib.rcParams) == before

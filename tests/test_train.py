@@ -179,6 +179,11 @@ def test_a_run_leaves_its_result_and_prints_it(finished: Finished) -> None:
     assert "Warning" not in finished.stderr
 
 
+class Sampled(SimpleNamespace):
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+
 EOS = 1
 
 
@@ -200,6 +205,18 @@ def test_a_run_leaves_responses_before_and_after(finished: Finished) -> None:
         for when in ("before", "after"):
             scores = [score_of(envs, words(row["prompt"]), words(row[when]) + end) for end in ([], [EOS])]
             assert any(row[f"{when}_score"] == pytest.approx(x, abs=1e-4) for x in scores)
+
+
+def test_responses_that_training_changed_are_shown_first() -> None:
+    def graded(responses: list[int]) -> Any:
+        ids, mask = torch.tensor([[1], [2], [3], [4]]), torch.ones(4, 1, dtype=torch.bool)
+        parts = {"prompt_index": torch.arange(4), "prompt_ids": ids, "prompt_mask": mask, "response_mask": mask}
+        response_ids = torch.tensor(responses)[:, None]
+        return SimpleNamespace(episodes=Sampled(**parts, response_ids=response_ids, scores=torch.zeros(4)))
+
+    lm = SimpleNamespace(decode_prompt=lambda ids: f"p{ids[0]}", completions=lambda p, r: [f"r{r[0][0]}"])
+    rows = agents.train.samples(lm, graded([1, 2, 3, 4]), graded([1, 2, 9, 4]), count=2)
+    assert [(row["prompt"], row["before"], row["after"]) for row in rows] == [("p1", "r1", "r1"), ("p3", "r3", "r9")]
 
 
 def test_evaluate_finds_the_same_numbers_again(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
