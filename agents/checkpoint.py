@@ -145,7 +145,7 @@ def recover(directory: Path) -> None:
     found = newest(directory)
     if found is not None and found != directory:
         os.replace(found, directory)
-    for path in _left(directory):
+    for path in (*_left(directory), *_left(directory.with_name(f".{directory.name}"))):  # of a save within a save too
         remove(path)
 
 

@@ -257,6 +257,58 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(tmp_path: Path, case: Case
     assert first.own_state().keys() == ({"average"} if case.kind is REINFORCE else set())
 
 
+class Judge:
+    """The reward of `tiny`, which may fail."""
+
+    fails = False
+
+    def __call__(self, *args: Any, **columns: Any) -> list[float]:
+        if self.fails:
+            raise ZeroDivisionError("the judge divides by zero")
+        return table_reward(*args, **columns)
+
+
+STEPPED = {f"{name} steps": (case, "steps") for name, case in CASES.items() if "group_size" not in case.config}
+COLLECTED = {name: (case, "episodes") for name, case in CASES.items()} | STEPPED
+
+
+@pytest.mark.parametrize(("case", "collect"), COLLECTED.values(), ids=COLLECTED)
+def test_what_is_saved_where_a_reward_raises_goes_on_to_the_same_curve(
+    tmp_path: Path, case: Case, collect: str
+) -> None:
+    """Whatever the batch that failed had drawn; and a batch is never saved in the midst of its update."""
+    judge = Judge()
+    small = {"batch_size": 8, "epochs": 2, "minibatches": 2, "collect": collect}
+    whole = learn(agent_of(case, **small), 4, total=120)
+    first, second = agent_of(case, task=tiny(reward=judge), **small), agent_of(case, **small)
+    curve = learn(first, 2, total=120)
+    judge.fails = True
+    with pytest.raises(ZeroDivisionError):
+        learn(first, 2, total=120)
+    assert first.at_rest
+    first.save(tmp_path / "checkpoint")
+    second.load(tmp_path / "checkpoint")
+    assert curve + learn(second, 2, total=120) == whole
+    judge.fails = False
+    first.load(tmp_path / "checkpoint")  # it forgets the batch that failed
+    assert curve + learn(first, 2, total=120) == whole
+
+
+def test_an_agent_is_not_at_rest_within_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = agent_of(CASES["ppo"])
+    learn(agent, 1)
+    step = agent.optimizer.step
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        step(*args, **kwargs)
+        raise MemoryError
+
+    monkeypatch.setattr(agent.optimizer, "step", failing)
+    with pytest.raises(MemoryError):
+        learn(agent, 1)
+    assert not agent.at_rest
+
+
 def test_the_moving_average_is_of_the_returns_of_the_batches_before(monkeypatch: pytest.MonkeyPatch) -> None:
     agent = agent_of(CASES["reinforce moving_average"], baseline_decay=0.75)
     expected, seen = 0.0, []

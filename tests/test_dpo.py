@@ -265,6 +265,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(mode: Any, policy: Any, file: st
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint"]
 
 
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_what_is_saved_where_a_batch_fails_goes_on_to_the_same_curve(
+    mode: Any, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"mode": mode, "batch_size": 4, "epochs": 3} | ({"rankings": file} if mode == "offline" else {})
+    whole_run, first, second = (tiny_dpo(seed=seed, **config) for seed in (1, 1, 9))
+    history = learn(whole_run, 4)
+    start = learn(first, 2)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(first, "describe", lambda _: 1 / 0)  # after the batch was drawn
+        learn(first, 1)
+    assert first.at_rest
+    first.save(tmp_path / "checkpoint")
+    second.load(tmp_path / "checkpoint")
+    assert start + learn(second, 2) == history
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(second, "_step", lambda _: 1 / 0)
+        learn(second, 1)
+    assert not second.at_rest
+
+
 def test_a_loaded_agent_acts_as_the_saved_one(tmp_path: Path) -> None:
     envs = tiny(num_envs=64)
     agent, other = tiny_dpo(envs), tiny_dpo(envs, seed=5)

@@ -11,14 +11,17 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import hydra
 import pytest
+from kills import survives
 from omegaconf import OmegaConf
 
 import agents.evaluate
 import agents.train
-from agents.checkpoint import MANIFEST, replacing, verify
+from agents import recorder
+from agents.checkpoint import MANIFEST, newest, replacing, verify
 from agents.files import RunFileError
 from agents.recorder import Recorder, read_rows
 from agents.runs import directory as directories
@@ -354,6 +357,38 @@ def test_where_saving_fails_too_the_first_error_is_raised_and_the_last_checkpoin
         learn(tmp_path, Counter(50, RewardError("the judge is ill")))
     assert "could not be saved: OSError: no space left" in capsys.readouterr().err
     assert saved(tmp_path) == 30
+
+
+# -- kills -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_kill_before_any_file_operation_of_a_run_costs_no_more_than_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice in a row, in the run and in what goes on from it; then it goes on to the same curve."""
+    monkeypatch.setattr(recorder, "_summary_writer", lambda *_: MagicMock())
+
+    def command() -> None:
+        if run.exists() and newest(run / CHECKPOINT) is not None:
+            with resumed_run(run):
+                learn(run, Counter(), 20, resume=True)
+        else:
+            with new_run(run, VALUES):
+                learn(run, Counter(), 20)
+
+    operation, reached = 0, 0
+    while operation == reached:  # until no process gets that far
+        operation += 1
+        run = tmp_path / str(operation)
+        for _ in range(2):
+            if not survives(command, operation, monkeypatch):
+                reached = operation
+        command()
+        assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == [10, 20]
+        assert saved(run) == 20
+        assert sorted(os.listdir(run)) == [CHECKPOINT, CONFIG_FILE, "metrics.jsonl"]
+        shutil.rmtree(run)
+    assert operation > 40
 
 
 # -- signals ---------------------------------------------------------------------------------------------------------

@@ -103,7 +103,8 @@ def _is_worth_keeping(directory: Path) -> bool:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Removes what a kill has left of files that were being written."""
+    """Puts the newest checkpoint in its place, and removes what a kill has left of what was being written."""
+    recover(directory / CHECKPOINT)
     for name in (*OWN, "evaluation.json"):
         if name != CHECKPOINT:
             for path in directory.glob(f".{glob.escape(name)}.*.tmp"):
@@ -123,7 +124,6 @@ def resumed_run(directory: Path) -> Iterator[None]:
     check_is_run(directory)
     with Lock(directory):
         _remove_leftovers(directory)
-        recover(directory / CHECKPOINT)
         yield
 
 

@@ -48,18 +48,24 @@ class Lock:
                 break
             os.close(descriptor)  # its owner has removed it between the two calls
         self._descriptor = descriptor
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        except BaseException:
+            os.close(descriptor)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._descriptor is not None
-        if self._is_there(self._descriptor):
-            with contextlib.suppress(OSError):  # a file that is open cannot be removed everywhere
-                self.path.unlink()
-        os.close(self._descriptor)
+        try:
+            if self._is_there(self._descriptor):
+                with contextlib.suppress(OSError):  # a file that is open cannot be removed everywhere
+                    self.path.unlink()
+        finally:
+            os.close(self._descriptor)
 
     def _take(self, descriptor: int) -> None:
         try:
