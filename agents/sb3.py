@@ -35,6 +35,7 @@ from agents.policies import PolicyConfig, make_policy
 from agents.policy import TrainablePolicy
 from agents.sb3_buffers import Stretches, StretchReplayBuffer, StretchRolloutBuffer
 from agents.sb3_env import PolicyKLCallback, VecEnvBridge
+from agents.sb3_episodes import memory_of, remember, running_episodes, take_up
 from agents.sb3_network import MaskedPolicy, PrefixPolicy, Trunk, critic_parameters, policy_class
 from agents.seeds import ACTIONS, SB3, SB3_NUMPY, WEIGHTS, row_seeds, stream_seed, torch_generator
 from lmgym.envs.vector import RLHFVectorEnv
@@ -357,7 +358,7 @@ class SB3Agent:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes weights and optimiser as safetensors and the rest as JSON, under a temporary name first.
 
-        `AutoModelForCausalLM` loads a fine-tuned actor. A replay buffer is not written, nor are the episodes in hand.
+        `AutoModelForCausalLM` loads a fine-tuned actor. A replay buffer is not written.
 
         Raises:
             NotFiniteError: for weights or moments that are not finite; what was there before stays.
@@ -381,11 +382,19 @@ class SB3Agent:
             "randomness": (self._randomness or _Randomness.now()).as_json(),
             "actions": self.model.action_space.np_random.bit_generator.state,
             "generator": self.generator.get_state().tolist(),
+            "seeds": list(self.model.env._seeds),  # of the first reset, where that is still to come
+            "updates": self.model._n_updates,
+            "episodes": running_episodes(self._inner) if self.model._last_obs is not None else None,
+            "report": self._report.get_state(),
+            "owed": self._kl.owed.tolist(),
         }
+        memory = memory_of(self.model)
+        if memory:
+            save_file(memory, directory / "memory.safetensors")
         (directory / "state.json").write_text(json.dumps(state))
 
     def load(self, directory: str | os.PathLike[str]) -> None:
-        """Reads back what `save` wrote; episodes begin anew, and a replay buffer is empty.
+        """Goes on from what `save` wrote: to the same curve, but for DQN and QRDQN, whose replay buffer is empty.
 
         Raises:
             InvalidArgumentError: for a checkpoint of another algorithm or shape.
@@ -405,16 +414,21 @@ class SB3Agent:
         optimizer = self.model.policy.optimizer
         moments = _nested(load_file(directory / "optimizer.safetensors", device=str(self.policy.device)))
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        self.model.num_timesteps, self.model._last_obs = state["num_timesteps"], None
-        self.model.env._reset_seeds()  # its streams of prompts go on, and are not seeded again
+        self.model.num_timesteps, self.model._n_updates = state["num_timesteps"], state["updates"]
+        self.model.env._seeds = state["seeds"]
         self.model.policy.set_training_mode(False)
         self.model.action_space.np_random.bit_generator.state = state["actions"]
         self._randomness = _Randomness.of_json(state["randomness"])
         self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
         self.tokens.forward, self.tokens.backward = state["tokens"]["forward"], state["tokens"]["backward"]
+        self._report.set_state(state["report"])
+        self._kl.owed = np.array(state["owed"])
+        self.model._last_obs = None  # a first rollout resets
+        if state["episodes"] is not None:
+            self.model._last_obs, self.model._last_episode_starts = take_up(self._inner, state["episodes"])
+        if (directory / "memory.safetensors").is_file():
+            remember(self.model, load_file(directory / "memory.safetensors", device=str(self.policy.device)))
         self._inner.set_state(state["env"])
-        self._report.restart()
-        self._kl.restart()
 
     @contextlib.contextmanager
     def _own_randomness(self) -> Iterator[None]:
@@ -456,6 +470,14 @@ class _Report(BaseCallback):
         self._rows: list[dict[str, float]] = []
         self._ended: list[dict[str, float]] = []
         self._steps = 0
+
+    def get_state(self) -> dict[str, Any]:
+        """The episodes in hand, as JSON values."""
+        return {"rows": self._rows, "ended": self._ended, "steps": self._steps}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Takes up what `get_state` gave."""
+        self._rows, self._ended, self._steps = state["rows"], state["ended"], state["steps"]
 
     def _on_training_start(self) -> None:
         self._started = time.perf_counter()

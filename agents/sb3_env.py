@@ -142,6 +142,9 @@ class PolicyKLCallback(BaseCallback):
     Args:
         kl_coef: beta, in units of the score a nat.
         dense: whether it is paid with every token, as by default, or with the last one for the whole episode.
+
+    Attributes:
+        owed: (N,) log pi of the tokens of each episode in hand that are not paid for yet.
     """
 
     def __init__(self, kl_coef: float, dense: bool = True) -> None:
@@ -151,15 +154,15 @@ class PolicyKLCallback(BaseCallback):
 
     def restart(self) -> None:
         """Forgets the episodes in hand."""
-        self._owed: npt.NDArray[np.float64] = np.zeros(0)
+        self.owed: npt.NDArray[np.float64] = np.zeros(0)
 
     def _on_step(self) -> bool:
         if "log_probs" in self.locals and self.kl_coef:
             log_probs, dones = self.locals["log_probs"].cpu().numpy().astype(np.float64), self.locals["dones"]
-            if len(self._owed) != len(log_probs):
-                self._owed = np.zeros(len(log_probs))
-            self._owed += log_probs
+            if len(self.owed) != len(log_probs):
+                self.owed = np.zeros(len(log_probs))
+            self.owed += log_probs
             paying = np.ones_like(dones) if self.dense else dones
-            self.locals["rewards"] -= self.kl_coef * self._owed * paying  # in place: the buffer stores this very array
-            self._owed[paying] = 0.0
+            self.locals["rewards"] -= self.kl_coef * self.owed * paying  # in place: the buffer stores this very array
+            self.owed[paying] = 0.0
         return True

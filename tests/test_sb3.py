@@ -37,6 +37,7 @@ from lmgym.evaluation import evaluate
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.sampling import Sampler
 from lmgym.optimum.tree import Tree
+from lmgym.tasks import make_task
 from lmgym.tasks.base import Task
 from lmgym.wrappers import VectorActionMask
 
@@ -796,3 +797,47 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     config = SB3Config(algorithm="TRPO", n_envs=2)  # can be read all the same
     with pytest.raises(InvalidArgumentError, match=r"needs the package sb3-contrib \(pip install sb3-contrib\)"):
         SB3Agent(tiny_envs(2), config)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("algorithm", ON_POLICY)
+def test_an_interrupted_run_goes_on_to_the_same_curve(algorithm: str, dense: bool, tmp_path: Path) -> None:
+    """Rollouts of 16 steps end within episodes of up to 32 tokens, which the resumed run goes on with."""
+    task = make_task("stop-16", dense_kl=dense)
+    sizes = {"A2C": {}, "TRPO": {"batch_size": 32}}.get(algorithm, {"batch_size": 32, "n_epochs": 1})
+
+    def agent(seed: int) -> SB3Agent:
+        envs = RLHFVectorEnv(4, autoreset_mode="SameStep", task=task, device="cpu")
+        return make(algorithm, envs, seed=seed, policy="mlp", width=8, layers=1, n_steps=8, **sizes)
+
+    def learn_until(made: SB3Agent, batches: int) -> list[dict[str, float]]:
+        history: list[dict[str, float]] = []
+
+        def keep(step: int, metrics: dict[str, float]) -> bool:
+            history.append({k: x for k, x in metrics.items() if not k.startswith("time/")} | {"step": step})
+            return len(history) < batches
+
+        made.learn(200, keep)
+        return history
+
+    whole = learn_until(agent(0), 6)
+    first = agent(0)
+    before = learn_until(first, 3)
+    lengths = first.envs.unwrapped.engine.lengths
+    assert bool((lengths > 0).any())  # there are episodes in hand
+    first.save(tmp_path / "checkpoint")
+    second = agent(1)
+    second.load(tmp_path / "checkpoint")
+    assert np.array_equal(second.envs.unwrapped.engine.lengths, lengths)
+    after = learn_until(second, 3)
+    assert [row.keys() for row in [*before, *after]] == [row.keys() for row in whole]
+    for found, expected in zip([*before, *after], whole, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6, nan_ok=True)
+
+
+def test_a_checkpoint_before_the_first_rollout_begins_as_a_new_run(tmp_path: Path) -> None:
+    first, second = make(), make(seed=1)
+    first.save(tmp_path / "checkpoint")
+    second.load(tmp_path / "checkpoint")
+    for found, expected in zip(learn(second, 256), learn(first, 256), strict=True):
+        assert found["rollout/return"] == pytest.approx(expected["rollout/return"], rel=1e-5)
