@@ -170,7 +170,7 @@ def test_a_samplers_yaml_has_every_field_and_no_other(sampler: str) -> None:
 
 @pytest.mark.parametrize("task", choices("task"))
 def test_a_tasks_yaml_has_every_argument_of_the_env_that_training_leaves_open(task: str) -> None:
-    values = OmegaConf.load(CONF / "task" / f"{task}.yaml")
+    values = composed(f"task={task}").task
     assert values.keys() == names(Settings) - {
         "device",
         "obs_format",

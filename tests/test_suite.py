@@ -36,9 +36,10 @@ from lmgym.testing import check_task
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(registered_tasks())
 EXACT = [task.name for task in lmgym.suite() if "test" in task.optima and task.optima["test"].exact]
-SAMPLED = sorted(set(NAMES) - set(EXACT))
 FAMILIES = ["anchor", "arithmetic", "brackets", "discount", "echo", "keyword"]
 FAMILIES += ["noise", "proxy", "rare", "reviews", "stop", "vocabulary"]
+BUILT_IN = [name for name in NAMES if name.partition("-")[0] in FAMILIES]  # a task of yours may have no stored optimum
+SAMPLED = sorted(set(BUILT_IN) - set(EXACT))
 ONE_EACH = sorted({name.partition("-")[0]: name for name in reversed(EXACT)}.values())  # the first of each family
 
 
@@ -53,7 +54,7 @@ def rollouts(task: Task, samples: int, agent: Any = None) -> Any:
 
 
 def test_every_family_of_the_suite_is_there() -> None:
-    assert sorted({name.partition("-")[0] for name in NAMES}) == FAMILIES
+    assert set(FAMILIES) <= {name.partition("-")[0] for name in NAMES}
 
 
 def test_names_and_versions_are_stable() -> None:
@@ -77,7 +78,7 @@ def test_the_suite_is_light() -> None:
         "import sys, lmgym; tasks = lmgym.suite();"
         "status = dict(line.split(':') for line in open('/proc/self/status'));"
         "print(len(tasks), int(status['VmHWM'].split()[0]) / 1024, 'torch' in sys.modules,"
-        " all(task.optima for task in tasks))"
+        f" all(task.optima for task in tasks if task.name in {BUILT_IN!r}))"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     count, megabytes, torch_loaded, known_optima = printed.split()
@@ -181,7 +182,7 @@ def test_the_stored_optimum_is_derived_again(name: str) -> None:
         assert found.reference == pytest.approx(stored.reference, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_every_optimum_is_bounded_from_both_sides(name: str) -> None:
     """Within 2 % of the gain, and what an upper bound takes for granted is said."""
     optima = make_task(name).optima

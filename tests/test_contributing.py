@@ -1,0 +1,69 @@
+"""CONTRIBUTING tells all that `make test` demands of a new task and a new agent: a copy of the checkout follows it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"```\w+\n(?:# ([\w/]+\.\w+)|<!-- (in )?([\w/]+\.md) -->)\n(.*?)```", re.S)
+# What runs over all tasks or all agents, or compares a list of them; the rest of the suite does not know the new ones.
+DEMANDING = "brief or vpg or ids_are_those or agents_listed or has_a_page or page_of_tasks or every_family or module"
+FILES = ("readme", "config", "suite", "project")
+
+
+def copied(to: Path) -> Path:
+    """The files of the checkout as they are now."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, to / name)
+    return to
+
+
+def follow(page: str, checkout: Path) -> list[str]:
+    """Writes the files that a page shows, and adds the rows; gives their names."""
+    written = []
+    for code_file, is_row, document, text in BLOCK.findall(page):
+        path = checkout / (code_file or document)
+        if is_row:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            last = max(i for i, line in enumerate(lines) if line.startswith("| [`optimal`]"))
+            path.write_text("\n".join([*lines[:last], text.strip(), *lines[last:]]) + "\n", encoding="utf-8")
+        else:
+            path.write_text(text, encoding="utf-8")
+        written.append(code_file or document)
+    return written
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="needs a checkout")
+def test_who_follows_contributing_passes_the_tests(tmp_path: Path) -> None:
+    checkout = copied(tmp_path / "checkout")
+    written = follow((checkout / "CONTRIBUTING.md").read_text(encoding="utf-8"), checkout)
+    assert {"lmgym/tasks/brief.py", "conf/task/brief.yaml", "agents/vpg.py", "docs/agents/vpg.md"} <= set(written)
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=checkout, capture_output=True, text=True, timeout=500, check=False
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        return done.stdout
+
+    run("agents.cards")
+    tests = [f"tests/test_{name}.py" for name in FILES]
+    out = run("pytest", "-v", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", DEMANDING, *tests)
+    for new in ("[brief] PASSED", "[vpg] PASSED", "test_the_page_of_tasks_is_the_one_the_task_files_make PASSED"):
+        assert new in out
