@@ -173,6 +173,8 @@ def test_a_reward_that_raises_or_returns_nonsense_is_explained_at_make(lm: Causa
     fields = {"model": lm, "prompts": ["the film was"], "max_new_tokens": 2, "device": "cpu"}
     with pytest.raises(RewardError, match="raises was called once to try it out, and raised IndexError"):
         make_env("lmgym/RLHF-v0", reward=raises, **fields)
+    with pytest.raises(RewardError, match="needs prompts that are conversations"):
+        make_env("lmgym/RLHF-v0", reward=lambda completions, **_: [c[0]["content"] for c in completions], **fields)
     with pytest.raises(RewardError, match="must return 2 scores, one a completion, and returned 1"):
         make_env("lmgym/RLHF-v0", reward=lambda **_: [0.0], **fields)
 

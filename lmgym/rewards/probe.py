@@ -65,10 +65,13 @@ def try_out(reward: Any, prompts: list[str], completions: list[str], columns: di
         except RewardError:
             raise
         except Exception as error:
+            hint = ""
+            if isinstance(error, TypeError) and isinstance(arguments["completions"][0], str):
+                hint = ' A function that reads completion[0]["content"] needs prompts that are conversations.'
             raise RewardError(
                 f"The reward function {_name(function)} was called once to try it out, and raised "
                 f"{type(error).__name__}: {error}. It was given prompts={arguments['prompts']!r}, "
-                f"completions={arguments['completions']!r} and the columns {sorted(arguments.keys() - _TEXTS)}."
+                f"completions={arguments['completions']!r} and the columns {sorted(arguments.keys() - _TEXTS)}.{hint}"
             ) from error
         finally:
             if state is not None:
