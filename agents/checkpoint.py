@@ -14,10 +14,12 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agents.files import RunFileError, checksum, create, hidden_sibling, read_json, remove, sync
-from lmgym.episodes import Episodes
+
+if TYPE_CHECKING:
+    from lmgym.episodes import Episodes
 
 MANIFEST = "manifest.json"
 _AGAIN = "Put back the one that was saved, or begin a new run."

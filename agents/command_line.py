@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -35,9 +36,25 @@ def run_command(main: Callable[[], Any]) -> None:
 
 
 def prepared(arguments: Sequence[str]) -> list[str]:
-    """Arguments in which a path may stand as it is: it is quoted for Hydra, whose grammar reads "=" and "," in it."""
+    """Arguments in which a path may stand as it is, and a whole number as 2e4.
+
+    A path is quoted for Hydra, whose grammar reads "=" and "," in it.
+    """
     multirun = bool({"-m", "--multirun"} & set(arguments))
-    return [_with_quoted_path(argument, multirun) for argument in arguments]
+    return [_with_quoted_path(_with_whole_numbers(argument), multirun) for argument in arguments]
+
+
+def _with_whole_numbers(argument: str) -> str:
+    """`total_timesteps=20000` of `total_timesteps=2e4`, which YAML reads as a float."""
+    key, equals, values = argument.partition("=")
+    return key + equals + ",".join(map(_whole_number, values.split(",")))
+
+
+def _whole_number(text: str) -> str:
+    if not re.fullmatch(r"[+-]?\d{1,9}(\.\d{0,9})?[eE]\+?\d{1,2}", text):
+        return text
+    number = Decimal(text)
+    return str(int(number)) if number == number.to_integral_value() else text
 
 
 def _with_quoted_path(argument: str, multirun: bool) -> str:

@@ -20,6 +20,42 @@ from lmgym.errors import InvalidArgumentError, LmGymError, unknown_name
 
 T = TypeVar("T")
 
+# What other libraries call a key, by the last part of its name.
+_OTHER_NAMES = {
+    "task": "env environment env_id env_name task_name",
+    "agent": "algo algorithm method trainer",
+    "total_timesteps": "steps timesteps total_steps num_steps max_steps total_tokens",
+    "checkpoint_every": "save_every save_steps save_freq checkpoint_freq",
+    "resume": "resume_from resume_from_checkpoint load checkpoint",
+    "hydra.run.dir": "out output output_dir out_dir run_dir log_dir save_dir",
+    "device": "gpu cuda",
+    "seed": "seeds random_seed",
+    "task.model": "model model_name model_name_or_path reference ref_model sft_model_path",
+    "task.reward": "reward reward_model reward_func reward_funcs reward_model_path",
+    "task.prompts": "prompts dataset dataset_name train_dataset prompt_file",
+    "task.kl_coef": "kl_coef kl_coeff beta init_kl_coef kl_beta kl_penalty",
+    "task.gamma": "gamma discount",
+    "task.max_new_tokens": "max_new_tokens max_tokens max_length response_length max_completion_length horizon",
+    "task.missing_eos_penalty": "missing_eos_penalty eos_penalty",
+    "agent.policy": "policy",
+    "agent.lr": "lr learning_rate step_size",
+    "agent.batch_size": "batch_size rollout_batch_size",
+    "agent.minibatches": "minibatches num_minibatches num_mini_batches n_minibatches",
+    "agent.micro_batch_size": "micro_batch_size per_device_train_batch_size",
+    "agent.epochs": "epochs n_epochs num_epochs num_ppo_epochs ppo_epochs update_epochs",
+    "agent.gae_lambda": "gae_lambda lam lambda_ gae",
+    "agent.clip_range": "clip_range cliprange clip_eps clip_coef clip_epsilon epsilon",
+    "agent.clip_range_value": "clip_range_value cliprange_value clip_range_vf",
+    "agent.entropy_coef": "entropy_coef ent_coef entropy_coeff",
+    "agent.vf_coef": "vf_coef value_coef value_loss_coef",
+    "agent.max_grad_norm": "max_grad_norm grad_clip clip_grad_norm",
+    "agent.lr_schedule": "lr_schedule lr_scheduler lr_scheduler_type scheduler",
+    "agent.group_size": "group_size num_generations responses_per_prompt rloo_k",
+    "evaluation.samples": "eval_samples num_eval_samples n_eval_episodes",
+    "evaluation.prompts": "eval_prompts",
+}
+SYNONYMS = {other: name for name, others in _OTHER_NAMES.items() for other in others.split()}
+
 
 def validated(kind: type[T], values: Mapping[str, Any], key: str) -> T:
     """Builds a dataclass from plain values.
@@ -76,6 +112,9 @@ def explained(error: CompactHydraException) -> str:
     cause = error.__cause__
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and isinstance(cause.parent_node, Mapping):
         name = str(cause.full_key)
+        meant = SYNONYMS.get(name.rpartition(".")[2].lower())
+        if meant is not None and meant != name:
+            return f"`{name}` is called `{meant}` here: {meant}=..."
         known = [str(key) for key in cause.parent_node if key not in ("hydra", "_target_")]
         more = f" To add it, write +{name}=..." if name.count(".") > 1 else ""
         if known:

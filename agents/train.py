@@ -52,7 +52,6 @@ from agents.runs.signals import Interrupt, Stoppable
 from agents.surroundings import prepare_process
 from agents.sweeps import given, register
 from agents.trust import import_installed, needed_trust, trust_argument, trusted_modules
-from lmgym.envs.fitting import fit_prompts
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError, check_int
 
@@ -110,7 +109,17 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
         LmGymError: naming the key, what was expected and what came.
     """
     values: dict[str, Any] = plain(cfg) if isinstance(cfg, DictConfig) else cfg
-    agent = dict(values["agent"])
+    evaluation = validated(EvaluationConfig, values["evaluation"], "evaluation")
+    for name in ("total_timesteps", "checkpoint_every"):
+        check_int(name, values[name], 1)
+    check_int("seed", values["seed"], 0)
+    settings = {**values["task"], "device": values["device"]}
+    try:
+        for split in {settings["split"], evaluation.split}:
+            Settings.of({**settings, "split": split}).resolve()
+    except LmGymError as error:
+        raise InvalidArgumentError(f"In `task`: {error}") from error
+    agent = dict(values["agent"])  # from here on torch is loaded
     if "_target_" not in agent:
         raise InvalidArgumentError("`agent` must be one of the files in conf/agent, got one without a `_target_`.")
     target = agent.pop("_target_")
@@ -125,17 +134,7 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
     from lmgym.models.sampling import Sampler
 
     sampler = validated(Sampler, values["sampler"], "sampler")
-    evaluation = validated(EvaluationConfig, values["evaluation"], "evaluation")
-    for name in ("total_timesteps", "checkpoint_every"):
-        check_int(name, values[name], 1)
-    check_int("seed", values["seed"], 0)
-    settings = {**values["task"], "device": values["device"]}
     resolve_device(settings["device"])
-    try:
-        for split in {settings["split"], evaluation.split}:
-            Settings.of({**settings, "split": split}).resolve()
-    except LmGymError as error:
-        raise InvalidArgumentError(f"In `task`: {error}") from error
     return Plan(
         settings,
         agent_class,
@@ -232,6 +231,8 @@ def _graded(plan: Plan) -> Task:
     settings = Settings.of({**plan.settings, "split": split})
     task = settings.resolve()
     if settings.on_long != "error":
+        from lmgym.envs.fitting import fit_prompts
+
         task = fit_prompts(task, task.reference("cpu"), settings.on_long)
     if count is not None and count < len(task.prompts[split]):
         task = replace(task, prompts={split: task.prompts[split][:count]}, optima={})

@@ -111,6 +111,23 @@ def test_a_file_is_named_as_it_is_and_other_values_are_hydras(tmp_path: Path) ->
     assert prepared(["-m", "resume=runs/a,runs/b"]) == ["-m", "resume=runs/a,runs/b"]  # a sweep
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("total_timesteps=2e4", "total_timesteps=20000"),
+        ("agent.batch_size=1.28E+2", "agent.batch_size=128"),
+        ("total_timesteps=1e4,2.5e3,7", "total_timesteps=10000,2500,7"),
+        ("agent.lr=1e-3", "agent.lr=1e-3"),
+        ("agent.lr=1.2345e2", "agent.lr=1.2345e2"),
+        ("seed=1.0", "seed=1.0"),
+        ("task.reward=a1e4", "task.reward=a1e4"),
+        ("agent.lr=1e999", "agent.lr=1e999"),
+    ],
+)
+def test_a_whole_number_may_have_an_exponent(given: str, expected: str) -> None:
+    assert prepared([given]) == [expected]
+
+
 def test_a_new_directory_may_hold_what_hydra_would_not_read() -> None:
     (argument,) = prepared(["hydra.run.dir=results, v2/lr=1"])
     assert read(argument) == "results, v2/lr=1"

@@ -16,7 +16,7 @@ from hydra.errors import CompactHydraException, ConfigCompositionException, Miss
 from omegaconf import DictConfig, OmegaConf
 
 import agents.train
-from agents.config import explained, validated
+from agents.config import SYNONYMS, explained, validated
 from agents.ppo import PPOConfig
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
@@ -257,6 +257,26 @@ def test_several_bad_values_of_an_agent_are_told_together() -> None:
     assert re.findall(r"`(agent\.\w+)`", str(error.value)) == ["agent.epochs", "agent.lr", "agent.critic"]
 
 
+def test_every_synonym_leads_to_a_key() -> None:
+    keys = set()
+    for agent in ("ppo", "rloo", "sb3_ppo"):
+        for name, part in composed(f"agent={agent}").items():
+            keys |= {name} | ({f"{name}.{inner}" for inner in part} if isinstance(part, DictConfig) else set())
+    assert set(SYNONYMS.values()) - keys == {"hydra.run.dir"}
+
+
+def test_a_config_is_refused_before_torch_is_imported() -> None:
+    program = (
+        "import sys, hydra, agents.train\n"
+        f"with hydra.initialize_config_dir({str(CONF)!r}, version_base='1.3'):\n"
+        "    for bad in 'seed=-1 total_timesteps=0 task.kl_coef=-1 evaluation.samples=0 task.split=tain'.split():\n"
+        "        try: agents.train.check(hydra.compose('train', [bad]))\n"
+        "        except agents.train.LmGymError: print(bad, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["False"] * 5
+
+
 @pytest.mark.parametrize(
     ("module", "override", "parts"),
     [
@@ -284,6 +304,10 @@ def test_a_bad_override_on_the_command_line(tmp_path: Path, module: str, overrid
             ["agent=sb3_ppo", "agent.kwargs.ent_coeff=1"],
             r"`agent.kwargs.ent_coeff` must .* Did you mean 'ent_coef'\? To add it, write \+agent.kwargs.ent_coeff=...",
         ),
+        (["agent.learning_rate=1"], r"`agent.learning_rate` is called `agent.lr` here: agent.lr=\.\.\."),
+        (["lr=1"], r"`lr` is called `agent.lr` here: .*"),
+        (["env=keyword-8"], r"`env` is called `task` here: .*"),
+        (["beta=0.1"], r"`beta` is called `task.kl_coef` here: .*"),
         (["agent@x=ppo"], r"Could not override 'agent@x'(.|\n)*"),
         (["seed.x=1"], r"Could not override 'seed.x'(.|\n)*"),
         (["hydra.job.chdir=abc"], r"Error merging override hydra.job.chdir=abc\nValue 'abc' .*(.|\n)*"),
