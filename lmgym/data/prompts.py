@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lmgym.data.conversations import is_conversation, render
@@ -104,3 +104,36 @@ def conversations_of(prompts: Sequence[str]) -> list[list[dict[str, str]]] | Non
             return None
         found.append([dict(message) for message in prompt.messages])
     return found
+
+
+class PromptIndex:
+    """Finds the row of a prompt by its token ids.
+
+    Args:
+        prompts: token ids and text of each.
+    """
+
+    def __init__(self, prompts: Iterable[tuple[Sequence[int], str]]) -> None:
+        self._rows: dict[tuple[int, ...], PromptText] = {}
+        self._shared: set[tuple[int, ...]] = set()
+        for ids, text in prompts:
+            row = text if isinstance(text, PromptText) else PromptText(text)
+            key = tuple(ids)
+            if self._rows.setdefault(key, row).columns != row.columns:
+                self._shared.add(key)
+        names = dict.fromkeys(name for row in self._rows.values() for name in row.columns)
+        self._no_values: dict[str, Any] = dict.fromkeys(names)
+
+    def find(self, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> PromptText:
+        """The row; of a prompt from elsewhere its text, by `decode`, with the same columns and None in each.
+
+        Raises:
+            InvalidArgumentError: for ids that two rows with other columns share, where nothing says which is meant.
+        """
+        key = tuple(ids)
+        if key in self._shared:
+            raise InvalidArgumentError(
+                f"`prompts` must not have the prompt {self._rows[key]!r} in two rows with other columns where one is "
+                "looked up by its tokens."
+            )
+        return self._rows.get(key) or PromptText(decode(ids), self._no_values)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lmgym.data.prompts import PromptText
+from lmgym.data.prompts import PromptIndex, PromptText
 from lmgym.data.rows import check_text
 from lmgym.envs.arguments import as_token_ids, is_integer
 from lmgym.errors import InvalidArgumentError, shorten
@@ -79,13 +80,17 @@ class PromptSet:
         """A prompt from outside the split, as token ids."""
         return self._checked("prompt_ids", as_token_ids("prompt_ids", ids))
 
+    @cached_property
+    def _index(self) -> PromptIndex:
+        return self._task.prompt_index(self._lm)
+
     def _checked(self, argument: str, ids: list[int]) -> Prompt:
         if not 1 <= len(ids) <= self.width:
             raise InvalidArgumentError(f"`{argument}` must have 1 to {self.width} tokens, got {len(ids)}.")
         for i in ids:
             if not self._lm.is_legal(i):
                 raise InvalidArgumentError(f"`{argument}` must hold token ids of the tokenizer, and {i} is none.")
-        return Prompt(tuple(ids), self._task.texts_of([ids], self._lm)[0], -1)
+        return Prompt(tuple(ids), self._index.find(ids, self._lm.decode_prompt), -1)
 
 
 def _warn_of_changes(argument: str, lm: CausalLM, texts: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
-from lmgym.data.prompts import PromptText, read_prompts
+from lmgym.data.prompts import PromptIndex, PromptText, read_prompts
 from lmgym.data.rows import check_text
 from lmgym.errors import (
     InvalidArgumentError,
@@ -230,25 +231,13 @@ class Task:
         Raises:
             InvalidArgumentError: for ids that two rows with other columns share, where nothing says which is meant.
         """
-        rows: dict[tuple[int, ...], PromptText] = {}
-        shared: set[tuple[int, ...]] = set()
-        for texts in self.prompts.values():
-            for ids, text in zip(lm.encode_all(tuple(texts)), texts, strict=True):
-                row = text if isinstance(text, PromptText) else PromptText(text)
-                key = tuple(ids)
-                if rows.setdefault(key, row).columns != row.columns:
-                    shared.add(key)
-        names = dict.fromkeys(name for row in rows.values() for name in row.columns)
-        found: list[str] = []
-        for prompt in prompt_ids:
-            key = tuple(prompt)
-            if key in shared:
-                raise InvalidArgumentError(
-                    f"`prompts` must not have the prompt {rows[key]!r} in two rows with other columns where one is "
-                    "looked up by its tokens."
-                )
-            found.append(rows.get(key) or PromptText(lm.decode_prompt(prompt), dict.fromkeys(names)))
-        return found
+        index = self.prompt_index(lm)
+        return [index.find(ids, lm.decode_prompt) for ids in prompt_ids]
+
+    def prompt_index(self, lm: CausalLM) -> PromptIndex:
+        """What finds the prompts of all splits by their token ids."""
+        encoded = [zip(lm.encode_all(tuple(texts)), texts, strict=True) for texts in self.prompts.values()]
+        return PromptIndex(itertools.chain(*encoded))
 
     def validate(self) -> None:
         """Checks what can only be known with the parts loaded: prompts encode and fit, and scores are finite.
