@@ -27,6 +27,12 @@ class Observation(TypedDict):
     attention_mask: npt.NDArray[np.int8]
 
 
+_AS_GENERATED = {
+    "skip_special_tokens": True,
+    "clean_up_tokenization_spaces": False,
+}  # no blank before a mark is dropped
+
+
 @dataclass(frozen=True)
 class Episodes:
     """A batch of finished episodes, each row on its own.
@@ -107,10 +113,10 @@ class Episodes:
         for i in range(len(self)):
             prompt = self.prompt_ids[i][self.prompt_mask[i]].tolist()
             response = self.response_ids[i][self.response_mask[i]].tolist()
-            before = tokenizer.decode(prompt, skip_special_tokens=True)
-            both = tokenizer.decode([*prompt, *response], skip_special_tokens=True)
+            before = tokenizer.decode(prompt, **_AS_GENERATED)
+            both = tokenizer.decode([*prompt, *response], **_AS_GENERATED)
             if not both.startswith(before):  # such as half a character at the border
-                both = before + tokenizer.decode(response, skip_special_tokens=True)
+                both = before + tokenizer.decode(response, **_AS_GENERATED)
             texts.append((before, both[len(before) :]))
         return texts
 
