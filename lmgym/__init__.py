@@ -15,10 +15,13 @@ from lmgym.tasks.base import StoredOptimum, Task, suite
 __version__ = "0.1.0"
 __all__ = ["register_task", "suite"]
 
-_TOKEN = {"entry_point": "lmgym.envs.token:RLHFEnv", "vector_entry_point": "lmgym.envs.vector:RLHFVectorEnv"}
+_TOKEN = {
+    "entry_point": "lmgym.wrappers.inside:make_token_env",
+    "vector_entry_point": "lmgym.wrappers.inside:make_token_vector_env",
+}
 _BANDIT = {
-    "entry_point": "lmgym.envs.bandit:RLHFBanditEnv",
-    "vector_entry_point": "lmgym.envs.bandit:RLHFBanditVectorEnv",
+    "entry_point": "lmgym.wrappers.inside:make_bandit_env",
+    "vector_entry_point": "lmgym.wrappers.inside:make_bandit_vector_env",
 }
 
 

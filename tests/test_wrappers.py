@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -30,11 +31,13 @@ from lmgym.models.sampling import Sampler
 from lmgym.wrappers import (
     ActionMask,
     EmbeddingObservation,
+    OneHotObservation,
     PolicyKL,
     TextObservation,
     TopKActions,
     VectorActionMask,
     VectorEmbeddingObservation,
+    VectorOneHotObservation,
     VectorPolicyKL,
     VectorTextObservation,
     VectorTopKActions,
@@ -46,19 +49,26 @@ MODES = [mode.value for mode in AutoresetMode]
 Parts = dict[str, Any]
 Wrap = Callable[[Any], Any]
 
+embedding = partial(EmbeddingObservation, allow_partial=True)
+vector_embedding = partial(VectorEmbeddingObservation, allow_partial=True)
 TWINS: dict[str, tuple[Wrap, Wrap]] = {
     "top_k": (lambda e: TopKActions(e, K), lambda e: VectorTopKActions(e, K)),
     "mask_k": (lambda e: ActionMask(e, top_k=K), lambda e: VectorActionMask(e, top_k=K)),
     "mask_p": (lambda e: ActionMask(e, top_p=0.8), lambda e: VectorActionMask(e, top_p=0.8)),
-    "embedding": (EmbeddingObservation, VectorEmbeddingObservation),
+    "embedding": (embedding, vector_embedding),
+    "onehot": (OneHotObservation, VectorOneHotObservation),
+    "onehot_of_top_k": (
+        lambda e: OneHotObservation(TopKActions(e, K)),
+        lambda e: VectorOneHotObservation(VectorTopKActions(e, K)),
+    ),
     "text": (TextObservation, VectorTextObservation),
     "embedding_of_top_k": (
-        lambda e: EmbeddingObservation(TopKActions(e, K)),
-        lambda e: VectorEmbeddingObservation(VectorTopKActions(e, K)),
+        lambda e: embedding(TopKActions(e, K)),
+        lambda e: vector_embedding(VectorTopKActions(e, K)),
     ),
     "top_k_of_embedding": (
-        lambda e: TopKActions(EmbeddingObservation(e), K),
-        lambda e: VectorTopKActions(VectorEmbeddingObservation(e), K),
+        lambda e: TopKActions(embedding(e), K),
+        lambda e: VectorTopKActions(vector_embedding(e), K),
     ),
     "kl_of_top_k": (lambda e: PolicyKL(TopKActions(e, K)), lambda e: VectorPolicyKL(VectorTopKActions(e, K))),
 }

@@ -166,6 +166,11 @@ class AutomatonReward:
             self._made[key] = made
         return self._made[key]
 
+    @property
+    def of_all_prompts(self) -> Automaton | None:
+        """The automaton, where one scores the responses to all prompts."""
+        return self._automaton if isinstance(self._automaton, Automaton) else None
+
     def score_range(self, prompt_ids: Sequence[int], max_new_tokens: int) -> tuple[float, float]:
         """What no score of a response to a prompt is below, and above."""
         return self.for_prompt(prompt_ids).score_range(max_new_tokens)

@@ -17,6 +17,8 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from lmgym.envs.engine import Engine, stepping_engine_of
+from lmgym.errors import InvalidArgumentError
+from lmgym.models.markov import MarkovLM
 from lmgym.wrappers.vector import TokenVectorWrapper
 
 Floats = npt.NDArray[np.float32]
@@ -28,17 +30,21 @@ class EmbeddingObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArg
     It comes from the forward that the env's own reward is paid by, so it costs none. A terminated state has no next
     token and no value: it is all zeros. A truncated one has a value to bootstrap from, and costs a forward.
 
+    A table of transitions knows the last one or two tokens alone, not how many there are nor what the reward has seen
+    of them: two states look alike, and no agent can tell them apart. Such a reference is refused, unless that is meant.
+
     Args:
         env: an env of tokens whose reference runs at every step (`kl_coef > 0`, `dense_kl=True`).
+        allow_partial: takes a table all the same; the problem is then partially observed.
 
     Raises:
         InvalidArgumentError: for another env.
     """
 
-    def __init__(self, env: gym.Env[Any, Any]) -> None:
-        RecordConstructorArgs.__init__(self)
+    def __init__(self, env: gym.Env[Any, Any], *, allow_partial: bool = False) -> None:
+        RecordConstructorArgs.__init__(self, allow_partial=allow_partial)
         super().__init__(env)
-        self.observation_space = _space(stepping_engine_of(env))
+        self.observation_space = _space(stepping_engine_of(env), allow_partial)
 
     def reset(self, **kwargs: Any) -> tuple[Floats, dict[str, Any]]:
         """Resets, and observes the prompt."""
@@ -58,9 +64,9 @@ class EmbeddingObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArg
 class VectorEmbeddingObservation(TokenVectorWrapper):
     """`EmbeddingObservation` for vector envs: `Box float32 (N, D)`, and (D,) arrays in `infos["final_obs"]`."""
 
-    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
+    def __init__(self, env: VectorEnv[Any, Any, Any], *, allow_partial: bool = False) -> None:
         super().__init__(env)
-        self.single_observation_space = _space(stepping_engine_of(env))
+        self.single_observation_space = _space(stepping_engine_of(env), allow_partial)
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)
         self._observations = np.zeros(self.observation_space.shape or (), np.float32)
 
@@ -95,7 +101,12 @@ class VectorEmbeddingObservation(TokenVectorWrapper):
             self._observations[engine.running] = _as_array(engine.reference_hidden())[engine.running]
 
 
-def _space(engine: Engine) -> spaces.Box:
+def _space(engine: Engine, allow_partial: bool) -> spaces.Box:
+    if isinstance(engine.lm.model, MarkovLM) and not allow_partial:
+        raise InvalidArgumentError(
+            "`env` must have a reference whose hidden state tells states apart, and a table of transitions knows the "
+            "last tokens alone: take OneHotObservation, or `allow_partial=True` for a partially observed problem."
+        )
     engine.keep_hidden()
     width = engine.lm.model.get_output_embeddings().in_features
     return spaces.Box(-np.inf, np.inf, (width,), np.float32)  # no bound holds for every model
