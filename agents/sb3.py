@@ -1,6 +1,6 @@
 """Algorithms of Stable-Baselines3 and sb3-contrib on the token MDP, each as an agent: `SB3Agent`.
 
-The env that they step is in agents/sb3_env.py, the network that they learn on in agents/sb3_network.py, and the buffers
+The env that they step is in lmgym/sb3, the network that they learn on in agents/sb3_network.py, and the buffers
 that they draw minibatches from in agents/sb3_buffers.py.
 """
 
@@ -34,7 +34,6 @@ from agents.master_weights import MasterWeights
 from agents.policies import PolicyConfig, make_policy
 from agents.policy import TrainablePolicy
 from agents.sb3_buffers import Stretches, StretchReplayBuffer, StretchRolloutBuffer
-from agents.sb3_env import PolicyKLCallback, VecEnvBridge
 from agents.sb3_episodes import memory_of, remember, running_episodes, take_up
 from agents.sb3_network import MaskedPolicy, PrefixPolicy, Trunk, critic_parameters, policy_class
 from agents.seeds import ACTIONS, SB3, SB3_NUMPY, WEIGHTS, row_seeds, stream_seed, torch_generator
@@ -42,6 +41,7 @@ from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number, unknown_name
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler, check_finite_log_probs, inverse_cdf
+from lmgym.sb3 import PolicyKLCallback, VecEnvBridge
 from lmgym.wrappers import VectorActionMask
 
 Algorithm = Literal["PPO", "A2C", "DQN", "TRPO", "QRDQN", "MaskablePPO", "RecurrentPPO"]

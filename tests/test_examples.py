@@ -21,9 +21,11 @@ TINY = {
     "custom_agent": ["--steps", "4000"],
     "custom_reward": ["--samples", "2", "--prompts", "4"],
     "custom_task": ["--samples", "500"],
+    "discrete_sac": ["--steps", "320"],
     "dqn_mlp": ["--steps", "40", "--episodes", "2"],
     "mcts": ["--simulations", "20", "--prompts", "1"],
     "ppo_single_file": ["--steps", "1024"],
+    "sb3_ppo_mlp": ["--steps", "2048", "--samples", "16"],
 }
 
 

@@ -215,7 +215,8 @@ def test_the_worked_examples_train(alone: pytest.MonkeyPatch, tmp_path: Path) ->
 
 def test_the_keyword_arguments_are_those_of_the_settings() -> None:
     written = {name: cells[0] for name, cells in table(README, "keyword").items()}
-    assert written == {field.name: as_written(field.default) for field in dataclasses.fields(Settings)}
+    settings = {field.name: as_written(field.default) for field in dataclasses.fields(Settings)}
+    assert written == settings | {"top_k": as_written(None)}  # which `lmgym.wrappers.inside` takes
 
 
 def test_the_keyword_arguments_of_the_vector_env_are_those_of_its_signature() -> None:

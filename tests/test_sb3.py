@@ -29,7 +29,6 @@ from agents.checkpoint import TokenCount
 from agents.policy import ActorCritic
 from agents.sb3 import SB3Agent, SB3Config
 from agents.sb3_buffers import StretchReplayBuffer
-from agents.sb3_env import VecEnvBridge
 from agents.sb3_network import Trunk
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, UnknownNameError
@@ -37,6 +36,7 @@ from lmgym.evaluation import evaluate
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.sampling import Sampler
 from lmgym.optimum.tree import Tree
+from lmgym.sb3 import VecEnvBridge
 from lmgym.tasks import make_task
 from lmgym.tasks.base import Task
 from lmgym.wrappers import VectorActionMask

@@ -1,4 +1,4 @@
-"""The token MDP as Stable-Baselines3 steps it, for any algorithm of its kind: `VecEnvBridge` and `PolicyKLCallback`.
+"""The token MDP as Stable-Baselines3 steps it.
 
 Shapes: N rows, V vocabulary.
 """
@@ -11,7 +11,6 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from lmgym.errors import InvalidArgumentError
@@ -21,7 +20,7 @@ class VecEnvBridge(VecEnv):
     """A vector env of the token MDP as Stable-Baselines3's `VecEnv`: what `DummyVecEnv` makes of single envs.
 
     Args:
-        envs: `RLHFVectorEnv` in "SameStep" autoreset, or a wrapper around one.
+        envs: `gym.make_vec(..., autoreset_mode="SameStep")`, or a wrapper around it.
 
     Raises:
         InvalidArgumentError: for another autoreset mode.
@@ -54,9 +53,11 @@ class VecEnvBridge(VecEnv):
         return observation
 
     def step_async(self, actions: npt.NDArray[np.int64]) -> None:
+        """Takes the actions of the next step."""
         self._actions = actions
 
     def step_wait(self) -> tuple[Any, npt.NDArray[np.float32], npt.NDArray[np.bool_], list[dict[str, Any]]]:
+        """Steps; the rows that ended begin anew, and have their last observation in their info."""
         observation, rewards, terminated, truncated, infos = self.envs.step(self._actions)
         rows = _by_row(infos, self.num_envs)
         for i, row in enumerate(rows):
@@ -118,6 +119,7 @@ class VecEnvBridge(VecEnv):
         return self.envs.render()
 
     def close(self) -> None:
+        """Closes the vector env."""
         self.envs.close()
 
 
@@ -131,38 +133,3 @@ def _by_row(infos: Mapping[str, Any], rows: int) -> list[dict[str, Any]]:
         for i in np.flatnonzero(infos[f"_{name}"]):
             result[i][name] = column[i]
     return result
-
-
-class PolicyKLCallback(BaseCallback):
-    """Subtracts `kl_coef * log pi(a|s)` from the rewards of an on-policy algorithm, before the buffer stores them.
-
-    The env's reward already holds the other half, `kl_coef * log pi_ref(a|s)`. An algorithm without log-probs (DQN)
-    takes an action for certain: log pi is 0, and there is nothing to subtract.
-
-    Args:
-        kl_coef: beta, in units of the score a nat.
-        dense: whether it is paid with every token, as by default, or with the last one for the whole episode.
-
-    Attributes:
-        owed: (N,) log pi of the tokens of each episode in hand that are not paid for yet.
-    """
-
-    def __init__(self, kl_coef: float, dense: bool = True) -> None:
-        super().__init__()
-        self.kl_coef, self.dense = kl_coef, dense
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets the episodes in hand."""
-        self.owed: npt.NDArray[np.float64] = np.zeros(0)
-
-    def _on_step(self) -> bool:
-        if "log_probs" in self.locals and self.kl_coef:
-            log_probs, dones = self.locals["log_probs"].cpu().numpy().astype(np.float64), self.locals["dones"]
-            if len(self.owed) != len(log_probs):
-                self.owed = np.zeros(len(log_probs))
-            self.owed += log_probs
-            paying = np.ones_like(dones) if self.dense else dones
-            self.locals["rewards"] -= self.kl_coef * self.owed * paying  # in place: the buffer stores this very array
-            self.owed[paying] = 0.0
-        return True
