@@ -61,5 +61,6 @@ def _find_optimum(task: Task, split: str) -> StoredOptimum:
 _tasks.solve_with(_find_optimum)
 register(id="lmgym/RLHF-v0", **_TOKEN)  # type: ignore[arg-type]
 register(id="lmgym/RLHFBandit-v0", **_BANDIT)  # type: ignore[arg-type]
+register(id="lmgym/RLHFText-v0", entry_point="lmgym.wrappers.inside:make_text_env")
 for _task in _tasks.registered_tasks().values():
     _register(_task)

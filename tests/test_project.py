@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports from its own layer and from lower ones (to the left).
 LAYERS = (
     "errors, episodes, forking < kl, intervals, data < models < rewards < feedback < tasks < optimum < envs < wrappers"
-    " < rollout < evaluation, scores, testing < sb3 < agents"
+    " < rollout < evaluation, scores, testing, trl < sb3 < agents"
 )
 HEIGHT = {name.strip(): height for height, layer in enumerate(LAYERS.split("<")) for name in layer.split(",")}
 NAMES_OF_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc"}

@@ -15,6 +15,8 @@ from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import check_choice
 from lmgym.wrappers.embedding_observation import EmbeddingObservation, VectorEmbeddingObservation
 from lmgym.wrappers.one_hot_observation import OneHotObservation, VectorOneHotObservation
+from lmgym.wrappers.text_actions import TextActions
+from lmgym.wrappers.text_observation import TextObservation
 from lmgym.wrappers.top_k_actions import TopKActions, VectorTopKActions
 
 Wrap = Callable[[Any], Any]
@@ -51,6 +53,16 @@ class EnvMaker:
         return wrap(env) if wrap else env
 
 
+class TextEnvMaker:
+    """Makes the env whose observations and actions are texts, for Gymnasium's registry."""
+
+    metadata = RLHFBanditEnv.metadata
+
+    def __call__(self, **kwargs: Any) -> Any:
+        """Makes an env of the arguments of the bandit."""
+        return TextObservation(TextActions(RLHFBanditEnv(**kwargs)))
+
+
 _SINGLE: dict[str, Wrap] = {"embedding": EmbeddingObservation, "onehot": OneHotObservation}
 _VECTOR: dict[str, Wrap] = {"embedding": VectorEmbeddingObservation, "onehot": VectorOneHotObservation}
 
@@ -58,3 +70,4 @@ make_token_env = EnvMaker(RLHFEnv, _SINGLE, TopKActions)
 make_token_vector_env = EnvMaker(RLHFVectorEnv, _VECTOR, VectorTopKActions)
 make_bandit_env = EnvMaker(RLHFBanditEnv, _SINGLE, TopKActions)
 make_bandit_vector_env = EnvMaker(RLHFBanditVectorEnv, _VECTOR, VectorTopKActions)
+make_text_env = TextEnvMaker()

@@ -34,7 +34,7 @@ class TextObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         RecordConstructorArgs.__init__(self)
         super().__init__(env)
-        self.observation_space = self._space = _space(engine_of(env))
+        self.observation_space = self._space = text_space(engine_of(env))
 
     def reset(self, **kwargs: Any) -> tuple[str, dict[str, Any]]:
         """Resets, and observes the prompt."""
@@ -55,7 +55,7 @@ class VectorTextObservation(TokenVectorWrapper):
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
         super().__init__(env)
-        self.single_observation_space = self._space = _space(engine_of(env))
+        self.single_observation_space = self._space = text_space(engine_of(env))
         self.observation_space = batch_space(self._space, env.num_envs)
 
     def reset(
@@ -92,7 +92,8 @@ def _texts(engine: Engine) -> list[str]:
     return [whole.get(row, "") for row in range(engine.num_rows)]
 
 
-def _space(engine: Engine) -> spaces.Text:
+def text_space(engine: Engine) -> spaces.Text:
+    """The texts that prompt and response can be."""
     vocabulary: dict[str, int] = engine.lm.tokenizer.get_vocab()
     tokens = engine.lm.tokenizer.batch_decode([[i] for i in vocabulary.values()], skip_special_tokens=True)
     longest = 1 + max(map(len, vocabulary))  # a token is written with a blank at most
