@@ -36,7 +36,9 @@ LIBRARIES = {
     "rllib": Library(("ray[rllib]",), "rllib_ppo.py"),
     "d3rlpy": Library(("d3rlpy", "minari[create,hdf5]"), "minari_d3rlpy.py", ("gymnasium==1.4.0",)),
     "imitation": Library(
-        ("imitation",), "imitation_preferences.py", ("gymnasium==1.4.0", "stable-baselines3==2.9.2")
+        ("imitation",),
+        "imitation_preferences.py",
+        ("gymnasium==1.4.0", "stable-baselines3==2.9.2", "huggingface_hub==2.4.0"),
     ),
     "trl": Library(("trl", "datasets"), "trl_grpo.py"),
 }  # fmt: skip
