@@ -33,6 +33,7 @@ import lmgym
 from agents.command_line import run_command, shell_command
 from agents.config import validated
 from agents.files import RunFileError
+from agents.help_page import help_page
 from agents.picture import curves
 from agents.recorder import METRICS_FILE, Recorder, read_rows
 from agents.report import samples_table, table, write_json
@@ -498,4 +499,7 @@ def main(cfg: DictConfig) -> float:
 if __name__ == "__main__":
     from agents.train import main  # under its own name, by which processes of a multirun find what they run
 
-    run_command(main)
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_page(CONF, sys.argv[1:]))
+    else:
+        run_command(main)

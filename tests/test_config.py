@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import agents.train
 from agents.config import SYNONYMS, explained, validated
+from agents.help_page import help_page
 from agents.ppo import PPOConfig
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
@@ -255,6 +256,19 @@ def test_several_bad_values_of_an_agent_are_told_together() -> None:
     with pytest.raises(InvalidArgumentError) as error:
         agents.train.check(composed("agent.lr=abc", "agent.epochs=many", "agent.critic=actor"))
     assert re.findall(r"`(agent\.\w+)`", str(error.value)) == ["agent.epochs", "agent.lr", "agent.critic"]
+
+
+def test_the_help_has_a_line_for_every_key_agent_and_task() -> None:
+    page = help_page(CONF, ["agent=rloo", "--help"])
+    lines = page.splitlines()
+    assert max(map(len, lines)) <= 120
+    rows = [line.split(maxsplit=1) for line in lines if line.startswith("  ")]
+    described = {name.rstrip(":"): text for name, *text in rows}
+    cfg = composed("agent=rloo")
+    kinds = {name for name in cfg if name not in ("task", "agent", "sampler", "experiment")}
+    expected = {*kinds, *cfg.task, *cfg.agent, *choices("agent"), *choices("task"), *choices("sampler")} - {"_target_"}
+    assert {name for name in expected if not described.get(name)} <= {"evaluation"}
+    assert "group_size: 4 # responses to each prompt" in page
 
 
 def test_every_synonym_leads_to_a_key() -> None:

@@ -1,0 +1,111 @@
+"""What `python -m agents.train --help` prints: every key in a line, and the agents and tasks there are."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import itertools
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from lmgym.envs.settings import Settings
+from lmgym.tasks import registered_tasks
+
+_WIDTH = 118
+
+
+def help_page(conf: Path, arguments: Sequence[str]) -> str:
+    """The whole page.
+
+    Args:
+        conf: the directory of configs. arguments: of the command; the keys of the agent that they name are listed.
+    """
+    named = [argument.partition("=")[2] for argument in arguments if argument.startswith("agent=")]
+    agent = named[-1] if named and (conf / "agent" / f"{named[-1]}.yaml").is_file() else "ppo"
+    run_keys = (conf / "train.yaml").read_text(encoding="utf-8").partition("\nseed:")[2].partition("\nhydra:")[0]
+    samplers = {path.stem: _comment(path) for path in sorted((conf / "sampler").glob("*.yaml"))}
+    presets = {path.stem: _comment(path) for path in sorted((conf / "experiment").glob("*.yaml"))}
+    agents = {path.stem: _blurb(path) for path in sorted((conf / "agent").glob("*.yaml"))}
+    parts = [
+        "python -m agents.train [task=NAME] [agent=NAME] [key=value ...]     (-m key=a,b runs several)",
+        f"The run:\n{_indented(f'seed:{run_keys}')}",
+        f"task=NAME, or NAME-SETTING:\n{_listed(_tasks())}",
+        f"agent=NAME:\n{_listed(agents)}",
+        f"sampler=NAME, the law that tokens are drawn from:\n{_listed(samplers)}",
+        f"experiment=NAME, numbers of well-known code:\n{_listed(presets)}",
+        f"Keys task.KEY (null keeps the task's own):\n{_listed(_task_keys())}",
+        f"Keys agent.KEY of agent={agent} (of another: agent=NAME --help):\n{_indented(_agent_keys(conf, agent))}",
+        "Hydra's own options: --hydra-help",
+    ]
+    return "\n\n".join(parts)
+
+
+def _tasks() -> dict[str, str]:
+    tasks = {}
+    for family, group in itertools.groupby(registered_tasks().values(), lambda task: task.name.partition("-")[0]):
+        settings = list(group)
+        build = settings[0].build
+        module = sys.modules[getattr(build, "func", build).__module__]
+        names = ", ".join(task.name.partition("-")[2] for task in settings if "-" in task.name)
+        first = (module.__doc__ or "").strip().splitlines()[0]
+        tasks[family] = f"({names}) {first}" if names else first
+    return tasks
+
+
+def _task_keys() -> dict[str, str]:
+    found = re.findall(r"^    (\w+): (.+)$", inspect.getdoc(Settings) or "", re.MULTILINE)
+    run_alone = ("device", "obs_format", "render_mode", "text_info")
+    return {name: text for name, text in found if name not in run_alone}
+
+
+def _blurb(path: Path) -> str:
+    """The first line on the class that a config names, read without importing it."""
+    module, _, name = yaml.safe_load(path.read_text(encoding="utf-8"))["_target_"].rpartition(".")
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return ""
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return (ast.get_docstring(node) or "").partition("\n")[0]
+    return ""
+
+
+def _comment(path: Path) -> str:
+    """The comment that a config begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    text = [line.lstrip("# ") for line in lines]
+    return next((line for line in text if not line.startswith("@package")), "")
+
+
+def _agent_keys(conf: Path, agent: str) -> str:
+    """The keys of an agent, those that it shares with others first."""
+    text = (conf / "agent" / f"{agent}.yaml").read_text(encoding="utf-8")
+    shared = ""
+    if "common/on_policy" in text:
+        shared = (conf / "agent" / "common" / "on_policy.yaml").read_text(encoding="utf-8")
+    lines = [*shared.splitlines(), *text.splitlines()]
+    own = re.compile(r"defaults:|  - |_target_|#")
+    latest: dict[str, str] = {}  # an agent's own number goes over the shared one
+    for line in lines:
+        if line.strip() and not own.match(line):
+            latest[line.partition(":")[0]] = line
+    return "\n".join(latest.values())
+
+
+def _indented(text: str) -> str:
+    return "\n".join(_cut(f"  {line}") for line in text.splitlines())
+
+
+def _listed(rows: dict[str, str]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(_cut(f"  {name:{width}}  {text}") for name, text in rows.items())
+
+
+def _cut(line: str) -> str:
+    line = line.rstrip()
+    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 3].rstrip()}..."
