@@ -22,6 +22,7 @@ import numpy as np
 from lmgym.data.prompts import columns_of, conversations_of
 from lmgym.errors import RewardError
 
+TOKEN_IDS = ("prompt_ids", "completion_ids")  # lists of ints: a plain copy is enough
 _IMMUTABLE = (str, bytes, int, float, bool, type(None))
 
 
@@ -55,14 +56,15 @@ def handed_over(reward: Any, prompts: list[str], completions: list[str], columns
     if conversations is not None:
         given["prompts"] = conversations
         given["completions"] = [[{"role": "assistant", "content": completion}] for completion in completions]
-    return given | {name: [_copied(value) for value in values] for name, values in columns.items()}
+    for name, values in columns.items():
+        copied = list if name in TOKEN_IDS else _copied
+        given[name] = [copied(value) for value in values]
+    return given
 
 
 def _copied(value: Any) -> Any:
     if isinstance(value, _IMMUTABLE):
         return value
-    if isinstance(value, list) and all(type(item) is int for item in value):  # token ids: the quick way
-        return value.copy()
     return copy.deepcopy(value)
 
 
