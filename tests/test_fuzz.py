@@ -177,7 +177,7 @@ def test_places_of_prompts_that_are_none_are_refused(env: Any, index: Any) -> No
 def test_actions_that_are_none_are_refused(env: Any, envs: Any, action: Any) -> None:
     for one in (env, envs):
         one.reset()
-        with pytest.raises(InvalidActionError, match="`action` must be integer token ids"):
+        with pytest.raises(InvalidActionError, match="`action` must be"):
             one.step(action)
 
 
