@@ -9,7 +9,7 @@ Shapes: X prompts, S answers a prompt, n candidates an answer, M = S n, R respon
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,6 +107,7 @@ class BestOfN(FixedAgent):
         prompts: int | None = None,
         sampler: Sampler | None = None,
         generator: torch.Generator | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> Evaluation:
         """Grades the agent as `lmgym.evaluation.evaluate` grades a policy, its KL estimated from ranks.
 
@@ -121,6 +122,7 @@ class BestOfN(FixedAgent):
             prompts: how many prompts; None is all.
             sampler: the law that candidates are drawn from; the agent's own if None.
             generator: a CPU generator; the agent's own if None.
+            progress: called with the number of answers of every batch that has been sampled.
 
         Returns:
             The metrics of `lmgym.evaluation.evaluate`, and `kl_bound`, what `kl` is at most where candidates are of the
@@ -132,7 +134,7 @@ class BestOfN(FixedAgent):
         wanted = [available[i] for i in range(count) for _ in range(samples)]
         generator = generator or self.generator
         with noise_from(generator, envs.engine.reward):
-            chosen, scores = self._choose(envs, wanted, sampler or self.sampler, generator)
+            chosen, scores = self._choose(envs, wanted, sampler or self.sampler, generator, progress)
         ratios = torch.cat(
             [
                 log_ratio_of_best(best, drawn, self.config.n)
@@ -163,7 +165,12 @@ class BestOfN(FixedAgent):
         return Evaluation(metrics, None, chosen, "log-ratios of the best of n are estimated from ranks")
 
     def _choose(
-        self, envs: RLHFVectorEnv, prompts: Sequence[Prompt], sampler: Sampler, generator: torch.Generator
+        self,
+        envs: RLHFVectorEnv,
+        prompts: Sequence[Prompt],
+        sampler: Sampler,
+        generator: torch.Generator,
+        progress: Callable[[int], object] | None = None,
     ) -> tuple[Episodes, Tensor]:
         """The best candidate for each of B prompts, and the scores (B, n) of all."""
         n, reference = self.config.n, CausalPolicy(envs.engine.lm)
@@ -177,6 +184,8 @@ class BestOfN(FixedAgent):
             scores.append(candidates.scores.view(-1, n))
             first = torch.arange(len(scores[-1])) * n
             parts.append(candidates[first + scores[-1].argmax(1)])  # of equal ones the first
+            if progress is not None:
+                progress(len(parts[-1]))
         return Episodes.concatenate(parts), torch.cat(scores)
 
 

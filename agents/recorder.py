@@ -159,6 +159,13 @@ def _summary_writer(directory: Path, resume_at: int | None) -> Any:
     return SummaryWriter(log_dir=str(directory), purge_step=purge_step, flush_secs=10)
 
 
+def grading_bar(total: int) -> Any:
+    """A bar that counts the episodes of a grading, and goes away when it is through."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="grading", unit="ep", leave=False, dynamic_ncols=True, mininterval=_seconds_between())
+
+
 def _progress_bar(total: int, initial: int, progress: bool) -> Any:
     from tqdm import tqdm
 
@@ -170,6 +177,10 @@ def _progress_bar(total: int, initial: int, progress: bool) -> Any:
         unit_scale=True,
         dynamic_ncols=True,
         bar_format=_BAR_FORMAT,
-        # In a log file every refresh is one more line.
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        mininterval=_seconds_between(),
     )
+
+
+def _seconds_between() -> float:
+    """How often a bar is drawn anew: in a log file every time is one more line."""
+    return 0.1 if sys.stderr.isatty() else 10.0

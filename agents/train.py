@@ -35,7 +35,7 @@ from agents.config import validated
 from agents.files import RunFileError
 from agents.help_page import help_page
 from agents.picture import curves
-from agents.recorder import METRICS_FILE, Recorder, read_rows
+from agents.recorder import METRICS_FILE, Recorder, grading_bar, read_rows
 from agents.report import samples_table, table, write_json
 from agents.runs.directory import (
     CONFIG_FILE,
@@ -178,7 +178,16 @@ def grade(plan: Plan, graded: Any) -> Any:
     samples = config.samples or math.ceil(EVALUATION_EPISODES / (config.prompts or len(envs.engine.prompts)))
     policy = getattr(graded, "policy", graded)
     grading = getattr(graded, "evaluate", None) or functools.partial(evaluate, policy, exact=True)
-    return grading(envs, samples=samples, prompts=config.prompts, sampler=plan.sampler, generator=generator)
+    count = min(config.prompts or len(envs.engine.prompts), len(envs.engine.prompts))
+    with grading_bar(count * samples) as bar:
+        return grading(
+            envs,
+            samples=samples,
+            prompts=config.prompts,
+            sampler=plan.sampler,
+            generator=generator,
+            progress=bar.update,
+        )
 
 
 def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, agent: Any) -> dict[str, Any]:

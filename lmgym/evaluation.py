@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,6 +70,7 @@ def evaluate(
     sampler: Sampler | None = None,
     generator: torch.Generator | None = None,
     exact: bool = False,
+    progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
     """Samples every prompt of the env's split (or the first `prompts` of them) a number of times, and grades.
 
@@ -83,6 +84,7 @@ def evaluate(
             afterwards from where it stood.
         exact: give return, score and KL without sampling where that is possible (`lmgym.optimum.exact`): of the
             reference and of pi* on tables and automata, and of any policy where all responses can be written down.
+        progress: called with the number of episodes of every batch that has been sampled, such as a bar's `update`.
 
     Raises:
         LogProbError: if the KL comes out impossibly negative.
@@ -93,10 +95,11 @@ def evaluate(
     count = len(available) if prompts is None else min(prompts, len(available))
     wanted = [available[i] for i in range(count) for _ in range(samples)]
     with noise_from(generator, envs.engine.reward):
-        parts = [
-            collect(envs, policy, wanted[start : start + _BATCH], sampler, generator)
-            for start in range(0, len(wanted), _BATCH)
-        ]
+        parts = []
+        for start in range(0, len(wanted), _BATCH):
+            parts.append(collect(envs, policy, wanted[start : start + _BATCH], sampler, generator))
+            if progress is not None:
+                progress(len(parts[-1]))
     sampled = Episodes.concatenate(parts)
     episodes = without_noise(envs.engine, wanted, sampled)
     task = envs.task

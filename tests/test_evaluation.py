@@ -349,3 +349,11 @@ def test_the_interval_is_over_prompts_where_only_some_are_graded_or_once(problem
 
 def assert_close(found: Interval, expected: Interval) -> None:
     assert (found.mean, found.low, found.high) == pytest.approx((expected.mean, expected.low, expected.high), abs=1e-5)
+
+
+def test_the_episodes_of_a_grading_are_counted_as_they_come(problem: TinyProblem) -> None:
+    counts: list[int] = []
+    envs = envs_of(problem)
+    evaluate(CausalPolicy(problem.lm), envs, samples=200, generator=rng(), progress=counts.append)
+    assert sum(counts) == 200 * len(problem.prompts)
+    assert len(counts) > 1
