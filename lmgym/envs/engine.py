@@ -43,7 +43,7 @@ class Transition:
     """What one step of the MDP gave. Rows that were not live are 0 or False throughout.
 
     Attributes:
-        rewards: (N,) the env's own half of the reward (design, section 1).
+        rewards: (N,) the env's own half of the reward (README, "The MDP").
         ref_log_probs: (N,) nats, log pi_ref of the tokens this step paid for; None where it paid for none.
         terminated: (N,). truncated: (N,).
         ended: rows (n,) whose episode ended, in order; the lists below belong to them.

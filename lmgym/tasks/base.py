@@ -88,7 +88,7 @@ class StoredOptimum:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One token MDP (design, section 1).
+    """One token MDP (README, "The MDP").
 
     Attributes:
         name: what it is called.
