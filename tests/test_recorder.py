@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ def test_resuming_drops_the_rows_that_will_be_written_again(tmp_path: Path) -> N
     with Recorder(tmp_path, total=40, progress=False) as recorder:
         for step in (10, 20, 30):
             recorder.record(step, {"rollout/return": float(step)})
+    time.sleep(1)  # TensorBoard reads files in the order of their names, which begin with the second they were made in
     with Recorder(tmp_path, total=40, resume_at=20, progress=False) as recorder:
         assert [row["step"] for row in lines(tmp_path)] == [10, 20]
         for step in (30, 40):
