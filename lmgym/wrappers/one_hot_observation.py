@@ -126,7 +126,8 @@ class _Encoding:
         if encoding.size > MAX_ENTRIES:
             raise InvalidArgumentError(
                 f"`env` must have at most {MAX_ENTRIES} entries in an observation of ones and zeros, got "
-                f"{encoding.size}, for a vocabulary of {encoding.vocab_size}: take EmbeddingObservation."
+                f"{encoding.size}, for a vocabulary of {encoding.vocab_size}: take EmbeddingObservation, where the "
+                "reference is a table with `allow_partial=True`."
             )
         return encoding
 
