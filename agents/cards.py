@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 import textwrap
@@ -95,5 +96,6 @@ def _optimum(known: StoredOptimum | None) -> tuple[str, str, str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # it takes no argument, and says so
     write_atomically(PAGE, page())
     print(PAGE)

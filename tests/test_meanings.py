@@ -102,6 +102,10 @@ def test_a_word_as_an_action_is_answered_with_its_id(env: Any) -> None:
         env.step("good film")
     with pytest.raises(InvalidActionError, match="has no token for it"):
         env.step("zzz")
+    table = gym.make("lmgym/Keyword-8-v0")  # whose tokenizer has no token for what it does not know
+    table.reset(seed=0)
+    with pytest.raises(InvalidActionError, match="has no token for it"):
+        table.step("zzz")
     assert env.text() == "the film was"  # nothing was stepped
     envs = gym.make_vec(ID, num_envs=2, task=TINY.task, split="train")
     envs.reset(seed=0)

@@ -68,7 +68,7 @@ def _say_ids(lm: CausalLM, text: str) -> str:
     if text in vocabulary:
         return f"Its id is {vocabulary[text]}."
     unknown = {lm.tokenizer.unk_token_id}
-    found = {t: list(lm.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (text, f" {text}")}
+    found = {t: _ids_of(lm, t) for t in (text, f" {text}")}
     found = {t: ids for t, ids in found.items() if ids and not unknown & set(ids)}
     single = {ids[0]: t for t, ids in reversed(found.items()) if len(ids) == 1}
     if single:
@@ -76,3 +76,11 @@ def _say_ids(lm: CausalLM, text: str) -> str:
     if found:
         return f"Its ids are {next(iter(found.values()))}: step them one by one."
     return "The tokenizer has no token for it."
+
+
+def _ids_of(lm: CausalLM, text: str) -> list[int]:
+    """Ids of a text; none where the tokenizer has no word for a part of it, nor a token that stands for any."""
+    try:
+        return list(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception:  # tokenizers raises nothing narrower
+        return []
