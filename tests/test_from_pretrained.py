@@ -297,7 +297,7 @@ def test_a_checkpoint_of_lora_loads_as_one_whole_model(causal_dir: Path, modules
     policy = adapted(causal_dir, tmp_path / "first", modules)
     lm = load_causal_lm(str(tmp_path / "first"), "cpu")
     assert torch.equal(torch.random.get_rng_state(), state)
-    torch.testing.assert_close(logits_of(lm.model), logits_of(policy.actor), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(lm.model), logits_of(policy.actor), rtol=0, atol=1e-4)
     base = load_causal_lm(str(causal_dir), "cpu").model
     assert (logits_of(lm.model) - logits_of(base)).abs().max() > 1e-3
     assert not hasattr(lm.model, "peft_config")
@@ -311,7 +311,7 @@ def test_an_adapter_on_an_adapter_finds_both(model_dir: str, tmp_path: Path) -> 
     adapted(Path(model_dir), tmp_path / "first")
     policy = adapted(tmp_path / "first", tmp_path / "second")
     lm = load_causal_lm(str(tmp_path / "second"), "cpu")
-    torch.testing.assert_close(logits_of(lm.model), logits_of(policy.actor), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(lm.model), logits_of(policy.actor), rtol=0, atol=1e-4)
     env = gym.make("lmgym/RLHF-v0", task="keyword-8", model=lm, prompts=["the film"], max_new_tokens=2, device="cpu")
     env.reset(seed=0)
     assert CausalPolicy(lm).device.type == "cpu"
