@@ -8,9 +8,11 @@ from unittest.mock import MagicMock
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from lmgym.errors import InvalidArgumentError
+from lmgym.models import adapters
 from lmgym.models.adapters import tokenizer_source
 from lmgym.models.causal import load_causal_lm
 from lmgym.models.hub import TIMEOUT, locate
@@ -50,6 +52,14 @@ def test_a_model_of_the_hub_is_loaded_by_its_name(hub: Any) -> None:
     assert locate("model", "some/model") == "some/model"
     hub(refusal(HfHubHTTPError, 429))
     assert locate("model", "some/model") == "some/model"
+
+
+def test_a_model_and_its_tokenizer_are_asked_for_once(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("is_adapter", "_load", "load_tokenizer", "check_tokenizer"):
+        monkeypatch.setattr(adapters, name, lambda *_: None)
+    asked = hub(None)
+    adapters.load_pretrained("model", "some/model", None, torch.float32)
+    assert asked == ["some/model"]
 
 
 def test_a_name_that_the_hub_does_not_know_is_told(hub: Any) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from lmgym.data.conversations import check_messages, is_conversation, render_answer
 from lmgym.data.rows import Row, check_text, column
 from lmgym.errors import InvalidArgumentError, shorten
+from lmgym.models.texts import common_length
 
 PAIR = ("chosen", "rejected")
 
@@ -40,14 +40,8 @@ def read_pair(argument: str, row: Row, tokenizer: Any) -> tuple[str, str, str]:
 
 def _common_start(chosen: str, rejected: str) -> int:
     """Characters that both texts begin with; a space before the first difference belongs to the answers."""
-    start = _shared(chosen, rejected)
+    start = common_length(chosen, rejected)
     return start - 1 if start and chosen[start - 1] == " " else start
-
-
-def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many items two sequences have in common from their start on."""
-    together = zip(first, second, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], together))
 
 
 def _read_conversations(
@@ -59,7 +53,7 @@ def _read_conversations(
         asked = check_messages(argument, prompt, row.place)
         sides = [side[len(asked) :] if side[: len(asked)] == asked else side for side in sides]
     else:
-        shared = _shared(*sides)
+        shared = common_length(*sides)
         asked = sides[0][:shared]
         sides = [side[shared:] for side in sides]
     if not asked or not all(sides):

@@ -39,7 +39,7 @@ def load_pretrained(argument: str, name: str, auto_class: Any, dtype: torch.dtyp
         LmGymError: naming what is missing, damaged or does not belong together.
     """
     name = locate(argument, name)
-    source = tokenizer_source(argument, name)
+    source = _tokenizer_source(argument, name)
     model = _load(argument, name, auto_class, dtype)
     tokenizer = load_tokenizer(argument, source)
     check_tokenizer(argument, source, model, tokenizer)
@@ -48,7 +48,11 @@ def load_pretrained(argument: str, name: str, auto_class: Any, dtype: torch.dtyp
 
 def tokenizer_source(argument: str, name: str) -> str:
     """Where the tokenizer of a model is: with it, or with the base of an adapter that has none of its own."""
-    name = locate(argument, name)
+    return _tokenizer_source(argument, locate(argument, name))
+
+
+def _tokenizer_source(argument: str, name: str) -> str:
+    """The same for what has been located: the hub is not asked for it again."""
     while is_adapter(name) and not has_file(name, "tokenizer_config.json"):
         name = base_of(argument, name)
     return name

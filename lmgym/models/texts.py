@@ -7,6 +7,7 @@ together.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,9 @@ class Texts:
         if texts not in self._encoded:
             try:
                 whole = self.tokenizer(list(texts))["input_ids"]
-                bare = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+                bare = whole
+                if self._adds_tokens():
+                    bare = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
             except Exception:
                 whole, bare = [], [[]]
             if all(bare):
@@ -108,6 +111,11 @@ class Texts:
             self._changes[texts] = changes
         return self._changes[texts]
 
+    def _adds_tokens(self) -> bool:
+        """Whether the tokenizer puts tokens of its own around a text; True where it cannot say."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return backend is None or backend.num_special_tokens_to_add(False) > 0
+
     def _bare(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -153,7 +161,7 @@ class Texts:
         for t, token in enumerate(response_ids):
             start = end
             last = t == len(texts) - 1  # half a character that nothing completes belongs to it
-            end = len(texts[-1]) if last else max(start, _common_length(texts[t], texts[-1]))
+            end = len(texts[-1]) if last else max(start, common_length(texts[t], texts[-1]))
             name = f" {self.tokenizer.convert_ids_to_tokens(token)}" if token in special else ""
             pieces.append(texts[-1][start:end] + name)
         return pieces
@@ -174,12 +182,10 @@ class Texts:
         return list(backend.decode_batch(rows, skip_special_tokens=True))
 
 
-def _common_length(text: str, other: str) -> int:
-    """Characters that two texts begin with alike."""
-    for i, (one, two) in enumerate(zip(text, other, strict=False)):
-        if one != two:
-            return i
-    return min(len(text), len(other))
+def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items, such as characters, two sequences have in common from their start on."""
+    together = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], together))
 
 
 def _started_once(whole: Sequence[int], bare: Sequence[int]) -> list[int]:

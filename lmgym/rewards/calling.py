@@ -6,7 +6,6 @@ back, so that no reward changes what the environment does next.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import copy
 import functools
@@ -15,12 +14,15 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lmgym.data.prompts import columns_of, conversations_of
 from lmgym.errors import RewardError
+
+if TYPE_CHECKING:
+    import asyncio
 
 TOKEN_IDS = ("prompt_ids", "completion_ids")  # lists of ints: a plain copy is enough
 _IMMUTABLE = (str, bytes, int, float, bool, type(None))
@@ -37,7 +39,7 @@ def call(reward: Any, prompts: list[str], completions: list[str], columns: dict[
     with _settings_kept():
         returned = reward(**arguments)
         if inspect.isawaitable(returned):
-            returned = asyncio.run_coroutine_threadsafe(_as_coroutine(returned), _event_loop(os.getpid())).result()
+            returned = _wait_for(returned)
     return returned
 
 
@@ -100,6 +102,13 @@ def _settings_kept() -> Iterator[None]:
             )
 
 
+def _wait_for(awaitable: Any) -> Any:
+    """What an awaitable gives in the end."""
+    import asyncio  # here and below: importing it takes a while, and few rewards are async
+
+    return asyncio.run_coroutine_threadsafe(_as_coroutine(awaitable), _event_loop(os.getpid())).result()
+
+
 async def _as_coroutine(awaitable: Any) -> Any:
     return await awaitable
 
@@ -110,6 +119,8 @@ def _event_loop(process: int) -> asyncio.AbstractEventLoop:
 
     It goes on between calls, so that a client that a reward holds stays usable.
     """
+    import asyncio
+
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name=f"lmgym-rewards-{process}", daemon=True).start()
     return loop
