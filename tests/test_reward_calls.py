@@ -268,23 +268,28 @@ def test_a_reward_that_changes_its_arguments_changes_nothing(lm: CausalLM) -> No
         assert seen[-1][2:] == ([[5, 6]], [{"a": [1]}], [["b"]])
 
 
-@pytest.mark.parametrize("env_id", ["lmgym/RLHF-v0", "lmgym/RLHFBandit-v0"])
-def test_after_a_reward_raised_a_step_asks_for_a_reset(lm: CausalLM, env_id: str) -> None:
-    broken = False
+class Judge:
+    """A reward that raises while it is away."""
 
-    def reward(prompts: list[str], **_: Any) -> list[float]:
-        if broken:
+    away = False
+
+    def __call__(self, prompts: list[str], **_: Any) -> list[float]:
+        if self.away:
             raise OSError("the judge is away")
         return [1.0] * len(prompts)
 
+
+@pytest.mark.parametrize("env_id", ["lmgym/RLHF-v0", "lmgym/RLHFBandit-v0"])
+def test_after_a_reward_raised_a_step_asks_for_a_reset(lm: CausalLM, env_id: str) -> None:
+    reward = Judge()
     fields = {"model": lm, "reward": reward, "prompts": ["the film was"], "max_new_tokens": 1, "kl_coef": 0.0}
     env = gym.make(env_id, device="cpu", **fields)
     action = 5 if env_id.startswith("lmgym/RLHF-") else np.array([5])
     env.reset(seed=0)
-    broken = True
+    reward.away = True
     with pytest.raises(OSError, match="away"):
         env.step(action)
-    broken = False
+    reward.away = False
     with pytest.raises(gym.error.ResetNeeded):
         env.step(action)
     env.reset()
@@ -293,20 +298,14 @@ def test_after_a_reward_raised_a_step_asks_for_a_reset(lm: CausalLM, env_id: str
 
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
 def test_after_a_reward_raised_every_row_asks_for_a_reset(lm: CausalLM, mode: str) -> None:
-    broken = False
-
-    def reward(prompts: list[str], **_: Any) -> list[float]:
-        if broken:
-            raise OSError("the judge is away")
-        return [1.0] * len(prompts)
-
+    reward = Judge()
     fields = {"model": lm, "reward": reward, "prompts": ["the film was"], "max_new_tokens": 2}
     envs = gym.make_vec("lmgym/RLHF-v0", num_envs=2, autoreset_mode=mode, device="cpu", **fields)
     envs.reset(seed=0)
-    broken = True
+    reward.away = True
     with pytest.raises(OSError, match="away"):
         envs.step(np.array([1, 5]))  # row 0 ends, row 1 goes on
-    broken = False
+    reward.away = False
     with pytest.raises(gym.error.ResetNeeded):
         envs.step(np.array([5, 5]))
     envs.reset(options={"reset_mask": np.array([True, False])})

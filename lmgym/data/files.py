@@ -18,7 +18,7 @@ from lmgym.errors import InvalidArgumentError
 Item = tuple[str, object]
 """Where an item is in its file ("line 3"), and the item: a text, or what JSON or a table has there."""
 
-LFS_POINTER = "version https://git-lfs.github.com/spec/"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_file(argument: str, path: str) -> list[Item]:
@@ -55,16 +55,15 @@ def _read_text(argument: str, path: str) -> str:
             data: bytes = file.read()
     except (OSError, EOFError, zlib.error) as error:
         raise InvalidArgumentError(f"`{argument}` file {path!r} cannot be read: {error}.") from error
+    if data.startswith(LFS_POINTER):
+        raise InvalidArgumentError(f"`{argument}` file {path!r} is a git-lfs pointer: get the file by `git lfs pull`.")
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise InvalidArgumentError(
             f"`{argument}` file {path!r} must be UTF-8, and line {line} is not: save it as UTF-8."
         ) from error
-    if text.startswith(LFS_POINTER):
-        raise InvalidArgumentError(f"`{argument}` file {path!r} is a git-lfs pointer: get the file by `git lfs pull`.")
-    return text
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:

@@ -21,12 +21,12 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 from transformers.utils import logging as hf_logging
 
+from lmgym.data.files import LFS_POINTER
 from lmgym.errors import InvalidArgumentError, LmGymError
 
 SETTINGS = ("config", "generation_config", "tokenizer_config", "special_tokens_map", "added_tokens", "adapter_config")
 _NAMED_WEIGHTS = 4  # weights that a message names
 _LONGEST_REASON = 300  # characters of another library's message
-_LFS_POINTER = b"version https://git-lfs.github.com/spec"
 
 
 @contextlib.contextmanager
@@ -189,7 +189,7 @@ def _is_pointer(path: Path) -> bool:
     if path.stat().st_size > 1024:
         return False
     with path.open("rb") as file:
-        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def _find_damage(directory: Path) -> str | None:

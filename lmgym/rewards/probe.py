@@ -25,7 +25,7 @@ def check_methods(reward: Any) -> None:
         method = getattr(reward, name, None)
         if method is None:
             continue
-        if not callable(method) or not _takes(method, arguments, {}):
+        if not callable(method) or not _takes(method, arguments):
             raise InvalidArgumentError(
                 f"`reward.{name}` must be a method that the environment can call {when}, got {method!r}. "
                 "An attribute that means something else needs another name."
@@ -96,12 +96,12 @@ def check_signature(function: Any, arguments: dict[str, Any]) -> None:
         return
 
 
-def _takes(method: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+def _takes(method: Any, arguments: tuple[Any, ...]) -> bool:
     try:
-        inspect.signature(method).bind(*arguments, **keywords)
+        inspect.signature(method).bind(*arguments)
     except TypeError:
         return False
-    except ValueError:
+    except ValueError:  # a builtin without a signature
         return True
     return True
 
