@@ -545,7 +545,7 @@ class OnPolicyAgent(ABC):
         state = dict(self._before_batch or self._state())
         training = {"optimizer": self.optimizer.state_dict(), "generator": state.pop("generator")}
         torch.save(training, directory / "training.pt")
-        (directory / "state.json").write_text(json.dumps(state))
+        (directory / "state.json").write_text(json.dumps(state, default=np.ndarray.tolist))
 
     def _state(self) -> dict[str, Any]:
         """What changes from batch to batch but for the weights and what the optimiser knows of them."""
@@ -554,7 +554,7 @@ class OnPolicyAgent(ABC):
             "tokens": asdict(self.tokens),
             "kl_coef": self.kl.value,
             "config": asdict(self.config),
-            "env": self.envs.get_state(),
+            "env": self.envs.streams(),
             "own": self.own_state(),
             "generator": self.generator.get_state(),
         }

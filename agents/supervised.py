@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -200,7 +201,7 @@ class SupervisedAgent(ABC, Generic[Examples]):
         state = dict(self._before_batch or self._state())
         training = {name: state.pop(name) for name in ("generator", "order")}
         torch.save({"optimizer": self.optimizer.state_dict(), **training}, directory / "training.pt")
-        (directory / "state.json").write_text(json.dumps(state))
+        (directory / "state.json").write_text(json.dumps(state, default=np.ndarray.tolist))
 
     def _state(self) -> dict[str, Any]:
         """What changes from batch to batch but for the weights and what the optimiser knows of them."""
@@ -209,7 +210,7 @@ class SupervisedAgent(ABC, Generic[Examples]):
             "tokens": asdict(self.tokens),
             "passes": self._passes,
             "config": asdict(self.config),
-            "env": self.envs.get_state(),
+            "env": self.envs.streams(),
             "generator": self.generator.get_state(),
             "order": self._order.clone(),
         }

@@ -225,6 +225,16 @@ def test_the_stream_of_prompts_can_be_put_back(parts: Parts, order: str) -> None
         envs.set_state({"prompts": state["prompts"][:3]})
 
 
+def test_streams_that_were_taken_stay_where_they_were(parts: Parts) -> None:
+    envs = native(parts, prompt_order="shuffle")
+    envs.reset(seed=3)
+    taken, as_json = envs.streams(), json.dumps(envs.get_state())
+    expected = [prompt.index for prompt in envs.next_prompts(40)]
+    assert json.dumps(taken, default=np.ndarray.tolist) == as_json
+    envs.set_state(taken)
+    assert [prompt.index for prompt in envs.next_prompts(40)] == expected
+
+
 # --- the skin ----------------------------------------------------------------------
 
 

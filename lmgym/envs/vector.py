@@ -275,18 +275,24 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
 
         They are each row's stream of prompts, and the reward's noise where it has any. Running episodes are no part.
         """
+        state = self.streams()
+        for row in state["prompts"]:
+            row["epoch"] = None if row["epoch"] is None else row["epoch"].tolist()
+        return state
+
+    def streams(self) -> dict[str, Any]:
+        """`get_state` with the rows' orders of prompts as the arrays that the env has: cheap enough for every batch."""
         prompts = []
         for order, rng in zip(self._orders, self._rngs, strict=True):
             epoch, place = order.position
-            drawn = None if epoch is None else epoch.tolist()
-            prompts.append({"epoch": drawn, "place": place, "rng": rng.bit_generator.state})
+            prompts.append({"epoch": epoch, "place": place, "rng": rng.bit_generator.state})
         state: dict[str, Any] = {"prompts": prompts}
         if hasattr(self.engine.reward, "get_state"):
             state["reward"] = self.engine.reward.get_state()
         return state
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Puts the streams back where `get_state` found them.
+        """Puts the streams back where `get_state`, or `streams`, found them.
 
         Raises:
             InvalidArgumentError: for the state of another number of rows.
