@@ -122,10 +122,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         RunFileError: as `read_text`, and for one that holds anything else.
     """
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
-    except RunFileError:
-        raise
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RunFileError(f"`{path}` must be JSON, and is damaged: {error}.") from error
     if not isinstance(value, dict):

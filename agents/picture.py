@@ -11,7 +11,7 @@ import numpy as np
 
 from agents.files import write_atomically
 from agents.recorder import read_rows
-from agents.report import is_known, optimum_bounds, problem, share_of_gain, two_decimals
+from agents.report import is_known, optimum_bounds, problem, reference_of, share_of_gain, two_decimals
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +87,7 @@ def _has(rows: Rows, summary: Mapping[str, Any], name: str) -> bool:
 def _draw_return(axes: Axes, rows: Rows, summary: Mapping[str, Any]) -> None:
     _dress(axes, "return per episode")
     _line(axes, rows, "rollout/return", _BLUE)
-    reference = (summary.get("optimum") or {}).get("reference") or summary["before"].get("return")
+    reference = reference_of(summary)
     if is_known(reference):
         axes.axhline(reference["mean"], color=_MUTED, linewidth=1.2, linestyle=":")
         _note(axes, reference["mean"], f"reference {two_decimals(reference['mean'])}", above=False)

@@ -188,7 +188,7 @@ def _grade(summary: Mapping[str, Any]) -> str:
 
 def _below(summary: Mapping[str, Any], share: float) -> str:
     """What a share below 0 means, in words."""
-    reference = (summary.get("optimum") or {}).get("reference") or summary["before"].get("return")
+    reference = reference_of(summary)
     if share >= 0 or not is_known(reference):
         return ""
     better = summary["after"]["return"]["high"] >= reference["low"]  # it may be, as far as one knows
@@ -198,13 +198,11 @@ def _below(summary: Mapping[str, Any], share: float) -> str:
 def _width(summary: Mapping[str, Any]) -> float:
     """How far the bounds of V* are apart, as a share of the gain (`StoredOptimum.width`); 0 where one is not known."""
     optimum = summary.get("optimum") or {}
-    lower, upper = optimum.get("lower"), optimum.get("upper")
-    reference = optimum.get("reference") or summary["before"].get("return")
-    if not (is_known(lower) and is_known(upper) and is_known(reference)):
+    upper = optimum.get("upper")
+    gain = _gain(summary)
+    if gain is None or not is_known(upper):
         return 0.0
-    value = optimum.get("value")
-    gain = (lower["mean"] if value is None else value) - reference["mean"]
-    return (upper["mean"] - lower["mean"]) / gain if gain > 0 else 0.0
+    return (upper["mean"] - optimum["lower"]["mean"]) / gain
 
 
 def share_of_gain(summary: Mapping[str, Any]) -> float | None:
@@ -212,14 +210,28 @@ def share_of_gain(summary: Mapping[str, Any]) -> float | None:
     normalised = summary["after"].get("normalised")
     if is_known(normalised):
         return normalised["mean"]
+    reference = reference_of(summary)
+    after = summary["after"].get("return")
+    gain = _gain(summary)
+    if gain is None or not (is_known(reference) and is_known(after)):
+        return None
+    return (after["mean"] - reference["mean"]) / gain
+
+
+def reference_of(summary: Mapping[str, Any]) -> Interval | None:
+    """J_ref, or where it is not known the return that the run measured before training."""
+    return (summary.get("optimum") or {}).get("reference") or summary["before"].get("return")
+
+
+def _gain(summary: Mapping[str, Any]) -> float | None:
+    """V* - J_ref, V* being the 1 of the share, or its lower bound; None where one is not known, or nothing to gain."""
     optimum = summary.get("optimum") or {}
-    before, after = optimum.get("reference") or summary["before"].get("return"), summary["after"].get("return")
-    lower = optimum.get("lower")
-    if not (is_known(before) and is_known(after) and is_known(lower)):
+    reference, lower = reference_of(summary), optimum.get("lower")
+    if not (is_known(reference) and is_known(lower)):
         return None
     value = optimum.get("value")
-    gain = (lower["mean"] if value is None else value) - before["mean"]
-    return (after["mean"] - before["mean"]) / gain if gain > 0 else None
+    gain = (lower["mean"] if value is None else value) - reference["mean"]
+    return gain if gain > 0 else None
 
 
 # --- responses ---------------------------------------------------------------------------------------------------

@@ -461,7 +461,10 @@ class _Report(BaseCallback):
 
     def __init__(self, gamma: float, every: int, tokens: TokenCount, check: Callable[[], None]) -> None:
         super().__init__()
-        self.gamma, self.every, self.tokens, self.check = gamma, every, tokens, check
+        self.gamma = gamma
+        self.every = every
+        self.tokens = tokens
+        self.check = check
         self.receiver: Callback | None = None
         self.restart()
 
@@ -477,7 +480,9 @@ class _Report(BaseCallback):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes up what `get_state` gave."""
-        self._rows, self._ended, self._steps = state["rows"], state["ended"], state["steps"]
+        self._rows = state["rows"]
+        self._ended = state["ended"]
+        self._steps = state["steps"]
 
     def _on_training_start(self) -> None:
         self._started = time.perf_counter()

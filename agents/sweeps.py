@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from agents.files import read_json
 from agents.trust import read_config
 from lmgym.intervals import Interval
 from lmgym.tasks import registered_tasks
@@ -124,7 +124,7 @@ def _read(directory: Path) -> dict[str, Any]:
         "name": directory.name,
         "number": int(number[1]) if number else math.inf,
         "settings": _flat(read_config(directory / "config.yaml")),
-        "summary": json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
+        "summary": read_json(summary) if summary.is_file() else None,
     }
 
 
@@ -179,7 +179,9 @@ def _estimate(interval: Mapping[str, float | None] | None) -> str:
     """`0.966 ± 0.008`, or "-" where nothing is known; null stands in summary.json for a number that was not finite."""
     if interval is None or interval["mean"] is None:
         return "-"
-    mean, low, high = interval["mean"], interval["low"], interval["high"]
+    mean = interval["mean"]
+    low = interval["low"]
+    high = interval["high"]
     if low is None or high is None:
         return f"{mean:.3f}"
     return f"{mean:.3f} ± {max(high - mean, mean - low):.3f}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import json
 import math
 import platform
 import signal
@@ -32,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 import lmgym
 from agents.command_line import run_command, shell_command
 from agents.config import validated
-from agents.files import RunFileError
+from agents.files import RunFileError, read_json
 from agents.help_page import help_page
 from agents.picture import curves
 from agents.recorder import METRICS_FILE, Recorder, grading_bar, read_rows
@@ -502,7 +501,7 @@ def main(cfg: DictConfig) -> float:
         refuse(error, directory)
     if code:
         sys.exit(code)
-    return float(json.loads((directory / "summary.json").read_text(encoding="utf-8"))["after"]["return"]["mean"])
+    return float(read_json(directory / "summary.json")["after"]["return"]["mean"])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from agents.runs.lock import Lock
 from agents.trust import config_text, read_config
 from lmgym.errors import InvalidArgumentError, LmGymError
 
-CONFIG_FILE, VERSIONS, CHECKPOINT = "config.yaml", "versions.json", "checkpoint"
+CONFIG_FILE = "config.yaml"
+VERSIONS = "versions.json"
+CHECKPOINT = "checkpoint"
 OWN = (CONFIG_FILE, VERSIONS, METRICS_FILE, TENSORBOARD, CHECKPOINT, "summary.json", "samples.json", "curves.png")
 _HEADER = "# The config of a run of lmgym. A checkpoint beside it was saved with these numbers."
 _SECTIONS = ("task", "agent", "sampler", "evaluation")

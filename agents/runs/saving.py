@@ -29,8 +29,13 @@ class Saver:
     """
 
     def __init__(self, agent: Any, directory: Path, every: int, notes: Mapping[str, Any], go_on: str) -> None:
-        self.agent, self.directory, self.every, self.notes, self.go_on = agent, directory, every, notes, go_on
-        self._seconds, self._started = 0.0, time.perf_counter()
+        self.agent = agent
+        self.directory = directory
+        self.every = every
+        self.notes = notes
+        self.go_on = go_on
+        self._seconds = 0.0
+        self._started = time.perf_counter()
         self._saved_at = 0
         self._is_recorded = True
 
