@@ -38,6 +38,8 @@ if __name__ == "__main__":
         model = PPO("MlpPolicy", VecEnvBridge(make(64, "train")), gamma=1.0, seed=args.seed, device="cpu", **options)
         model.learn(args.steps, callback=callback)
         grade = evaluate(model, make(args.samples, "test"), samples=args.samples, seed=args.seed)
-        j, kl, share = grade.metrics["return"].mean, grade.metrics["kl"].mean, grade.normalised
+        j = grade.metrics["return"].mean
+        kl = grade.metrics["kl"].mean
+        share = grade.normalised
         interval = f"[{share.low:.3f}, {share.high:.3f}]"
         print(f"{name}: J {j:+.4f}, KL {kl:.3f}, normalised {share.mean:.3f} {interval}")

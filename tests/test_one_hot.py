@@ -40,7 +40,9 @@ def test_the_layout(task: str) -> None:
     env = OneHotObservation(gym.make(env_id(task), device="cpu"))
     assert env.observation_space == gym.spaces.Box(0, 1, (LAYOUTS[task],), np.float32)
     observation, _ = env.reset(seed=0)
-    rng, ended, steps = np.random.default_rng(0), False, 0
+    rng = np.random.default_rng(0)
+    ended = False
+    steps = 0
     while not ended:
         assert env.observation_space.contains(observation)
         assert observation[: env.unwrapped.engine.horizon + 1].argmax() == steps

@@ -64,7 +64,7 @@ def as_token_ids(argument: str, ids: Any) -> list[int]:
     if hasattr(ids, "tolist"):
         try:
             array = ids.tolist()
-        except Exception:  # such as a tensor on the device "meta"
+        except RuntimeError:  # such as a tensor on the device "meta"
             array = None
     if not isinstance(array, Sequence) or isinstance(array, (str, bytes)) or not all(is_integer(i) for i in array):
         raise InvalidArgumentError(f"`{argument}` must be a sequence of token ids, got {shorten(ids)}.")

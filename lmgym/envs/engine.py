@@ -110,7 +110,8 @@ class Engine:
     Attributes:
         task: the MDP. lm: its reference. reward: what it pays at the end. prompts: the split's prompts.
         input_ids: (N, L) int64 and attention_mask: (N, L) int8, the observations; `lengths` (N,) tokens chosen so far.
-        is_eos: (V,) bool.
+        is_eos: (V,) bool. is_legal: (V,) bool, the tokens that the tokenizer has.
+        prompt_texts: (N,) object, what `info` tells of the prompts that rows began with, "" where there is none.
         running: (N,) bool, rows inside an episode.
         returns, discounted: (N,) sum of the rewards of the episode so far, without and with gamma.
         starts: (N,) response tokens that came with the reset, which nobody pays for.
@@ -142,8 +143,9 @@ class Engine:
             )
         self.is_eos = np.zeros(self.lm.vocab_size, dtype=np.bool_)
         self.is_eos[sorted(self.lm.eos_token_ids)] = True
-        self._legal = np.array([self.lm.is_legal(i) for i in range(self.lm.vocab_size)])
-        self._all_legal = bool(self._legal.all())
+        self.is_legal = np.ones(self.lm.vocab_size, dtype=np.bool_)
+        self.is_legal[self.lm.holes] = False
+        self._all_legal = bool(self.is_legal.all())
         self.input_ids = np.full((num_rows, self.width + self.horizon), self.lm.pad_token_id, dtype=np.int64)
         self.attention_mask = np.zeros(self.input_ids.shape, dtype=np.int8)
         self.lengths = np.zeros(num_rows, dtype=np.int64)
@@ -153,6 +155,7 @@ class Engine:
         self.discounted = np.zeros(num_rows)
         self.ref_log_probs = np.full((num_rows, self.horizon), np.nan)
         self.current: list[Prompt | None] = [None] * num_rows
+        self.prompt_texts = np.full(num_rows, "", dtype=object)
         self._discounts = task.gamma ** np.arange(self.horizon + 1)
         self._stepwise = task.kl_coef > 0 and task.dense_kl
         self._reader = Reader(self.lm, num_rows, self.width + self.horizon) if self._stepwise else None
@@ -163,7 +166,7 @@ class Engine:
         """Calls reward functions once, for the answer of one token to two prompts."""
         prompts = [self.prompts[0], self.prompts[len(self.prompts) - 1]]
         texts, ids = [p.text for p in prompts], [list(p.ids) for p in prompts]
-        words = [i for i in reversed(ids[0]) if not self.is_eos[i]] or np.flatnonzero(self._legal).tolist()
+        words = [i for i in reversed(ids[0]) if not self.is_eos[i]] or np.flatnonzero(self.is_legal).tolist()
         responses = [[words[0]], [words[0]]]
         columns: dict[str, Any] = {"prompt_ids": ids, "completion_ids": responses}
         for reward in (self.reward, self.task.gold):
@@ -187,6 +190,7 @@ class Engine:
         self.attention_mask[rows[places], columns] = 1
         for row, prompt in zip(rows.tolist(), prompts, strict=True):
             self.current[row] = prompt
+            self.prompt_texts[row] = str(prompt.text)
         self.lengths[rows] = self.starts[rows] = 0
         self.running[rows] = True
         self.returns[rows] = self.discounted[rows] = 0.0
@@ -214,6 +218,7 @@ class Engine:
         """Ends every episode without an outcome: rows are as before their first start."""
         self.running[:] = False
         self.current = [None] * self.num_rows
+        self.prompt_texts[:] = ""
 
     @contextlib.contextmanager
     def _abandoned_on_error(self) -> Iterator[None]:
@@ -266,7 +271,7 @@ class Engine:
         """Raises `InvalidActionError` unless every live row's action is a token id of the tokenizer."""
         inside = (actions >= 0) & (actions < self.lm.vocab_size)
         if not self._all_legal:
-            inside &= self._legal[np.where(inside, actions, 0)]
+            inside &= self.is_legal[np.where(inside, actions, 0)]
         if not (inside | ~live).all():
             bad = int(actions[np.flatnonzero(~inside & live)[0]])
             raise InvalidActionError(f"`action` must be a token id from 0 to {self.lm.vocab_size - 1}, got {bad}.")

@@ -33,7 +33,7 @@ def info_columns(engine: Engine, text_info: bool, step: Transition | None = None
         return columns
     told = np.ones(engine.num_rows, dtype=np.bool_) if rows is None else rows
     if step.ref_log_probs is not None:
-        columns["ref_log_prob"][told] = step.ref_log_probs[told]
+        columns["ref_log_prob"] = np.where(told, step.ref_log_probs, 0.0)
     if step.outcomes is not None:
         chosen = told[step.ended]
         for name, values in step.outcomes.columns().items():
@@ -51,8 +51,7 @@ def _at_reset(engine: Engine, text_info: bool) -> Columns:
         numbers.append("gold_score")
     columns: Columns = {name: np.zeros(engine.num_rows) for name in numbers}
     if text_info:
-        prompts = ["" if prompt is None else str(prompt.text) for prompt in engine.current]
-        columns["prompt"] = np.array(prompts, dtype=object)
+        columns["prompt"] = engine.prompt_texts.copy()
         columns["response"] = np.full(engine.num_rows, "", dtype=object)
         columns["finish_reason"] = np.full(engine.num_rows, "", dtype=object)
     return columns
@@ -66,9 +65,11 @@ def row_info(columns: Columns) -> dict[str, Any]:
 def vector_infos(columns: Columns, rows: Bools) -> dict[str, Any]:
     """Infos of some rows (N,) as Gymnasium's vector envs shape them: arrays, 0 or None elsewhere, each with a mask."""
     infos: dict[str, Any] = {}
+    others = np.flatnonzero(~rows)
     for name, column in columns.items():
-        nothing: Any = None if column.dtype == object else 0
-        infos[name] = np.where(rows.reshape(-1, *[1] * (column.ndim - 1)), column, nothing).astype(column.dtype)
+        infos[name] = column.copy()
+        if len(others):
+            infos[name][others] = None if column.dtype == object else 0
         infos[f"_{name}"] = rows.copy()
     return infos
 

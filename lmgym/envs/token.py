@@ -253,6 +253,8 @@ def choose_prompt(
 ) -> tuple[Prompt, Sequence[int]]:
     """The prompt, and the response prefix, that reset options ask for."""
     options = as_options(options)
+    if not options:
+        return order.take(), ()
     for name in options:
         if name not in known:
             raise unknown_name("options", name, known)

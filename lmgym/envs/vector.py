@@ -238,7 +238,7 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
     def _infos(self, rows: npt.NDArray[np.bool_], step: Transition | None = None) -> dict[str, Any]:
         """Infos of rows (N,) bool, those that a step has just begun anew as they begin."""
         told = None
-        if step is not None and self.autoreset_mode == AutoresetMode.SAME_STEP:
+        if step is not None and len(step.ended) and self.autoreset_mode == AutoresetMode.SAME_STEP:
             told = np.ones(self.num_envs, dtype=np.bool_)
             told[step.ended] = False
         return vector_infos(info_columns(self._engine, self.settings.text_info, step, told), rows)

@@ -73,10 +73,7 @@ class VecEnvBridge(VecEnv):
         for layer in self._layers():
             if hasattr(layer, "action_masks"):
                 return np.asarray(layer.action_masks())
-        lm = cast(Any, self.envs.unwrapped).engine.lm
-        legal = np.ones((self.num_envs, lm.vocab_size), dtype=np.bool_)
-        legal[:, lm.holes] = False
-        return legal
+        return np.repeat(cast(Any, self.envs.unwrapped).engine.is_legal[None], self.num_envs, axis=0)
 
     def _layers(self) -> Iterator[Any]:
         layer: Any = self.envs

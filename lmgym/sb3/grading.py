@@ -98,7 +98,9 @@ def _episodes(envs: VectorEnv[Any, Any, Any], base: RLHFVectorEnv, index: int, a
     task, rows = base.task, envs.num_envs
     observation, infos = envs.reset(options={"prompt_index": index})
     found = {name: np.zeros(rows) for name in ("return", "score", "kl", "length")}
-    owed, running, t = np.zeros(rows), np.ones(rows, dtype=np.bool_), 0
+    owed = np.zeros(rows)
+    running = np.ones(rows, dtype=np.bool_)
+    t = 0
     while running.any():
         actions, log_probs = act(observation, infos)
         observation, rewards, terminated, truncated, infos = envs.step(actions)

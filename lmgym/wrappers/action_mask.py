@@ -105,9 +105,7 @@ def action_masks(engine: Engine, sampler: Sampler) -> Bools:
 
 def _legal(engine: Engine) -> Bools:
     """(N, V) bool: the tokens of the tokenizer."""
-    legal = np.ones(engine.lm.vocab_size, dtype=np.bool_)
-    legal[engine.lm.holes] = False
-    return np.repeat(legal[None], engine.num_rows, axis=0)
+    return np.repeat(engine.is_legal[None], engine.num_rows, axis=0)
 
 
 def kept(logits: Tensor, sampler: Sampler, is_eos: Bools | Tensor) -> Tensor:

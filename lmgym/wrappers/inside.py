@@ -35,7 +35,9 @@ class EnvMaker:
         self, env_class: Callable[..., Any], wrappers: dict[str, Wrap], top_k: Callable[[Any, int], Any]
     ) -> None:
         self.metadata: dict[str, Any] = env_class.metadata  # type: ignore[attr-defined]
-        self._class, self._wrappers, self._top_k = env_class, wrappers, top_k
+        self._class = env_class
+        self._wrappers = wrappers
+        self._top_k = top_k
 
     def __call__(self, *, obs_format: str = "dict", top_k: int | None = None, **kwargs: Any) -> Any:
         """Makes an env.

@@ -61,9 +61,8 @@ class VectorPolicyKL(TokenVectorWrapper):
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Resets the rows, or those of `options["reset_mask"]`."""
-        mask = (kwargs.get("options") or {}).get("reset_mask")
         result = self.env.reset(**kwargs)
-        rows = slice(None) if mask is None else mask
+        rows = self._rows(kwargs.get("options"))
         self._resetting[rows], self._owed[rows] = False, 0.0
         return result
 

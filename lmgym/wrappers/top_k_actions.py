@@ -145,7 +145,7 @@ def _mass_without(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _eos_ids(engine: Engine) -> Ints:
-    return np.array([i for i in np.flatnonzero(engine.is_eos) if engine.lm.is_legal(int(i))], dtype=np.int64)
+    return np.flatnonzero(engine.is_eos & engine.is_legal)
 
 
 def _check_k(engine: Engine, k: Any) -> Engine:
