@@ -20,7 +20,7 @@ THREADS ?= 1
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.lmgym-installed
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
-SOURCES := lmgym agents tests benchmarks examples
+SOURCES := lmgym agents builders tests benchmarks examples
 
 define CHECK_PYTHON
 import sys

@@ -8,6 +8,6 @@ __all__ = ["load_agent", "load_policy"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'agents' has no attribute {name!r}")
-    from agents import loading  # torch loads here
+    from agents.runs import loading  # torch loads here
 
     return getattr(loading, name)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agents.files import RunFileError, checksum, create, hidden_sibling, read_json, remove, sync
+from lmgym.files import RunFileError, checksum, create, hidden_sibling, read_json, remove, sync
 
 if TYPE_CHECKING:
     from lmgym.episodes import Episodes

@@ -14,16 +14,16 @@ if __name__ == "__main__":
 import hydra
 from omegaconf import DictConfig
 
-from agents.command_line import run_command
-from agents.files import RunFileError, read_json
-from agents.report import table, write_json
+from agents.runs.command_line import run_command
 from agents.runs.directory import changes_since, read_checkpoint
 from agents.runs.inputs import notes_of
+from agents.runs.report import table, write_json
 from agents.runs.signals import Stoppable
-from agents.surroundings import prepare_process
+from agents.runs.surroundings import prepare_process
+from agents.runs.trust import trusted_modules
 from agents.train import CONF, build, check_saved, grade, saved_config, summarise
-from agents.trust import trusted_modules
 from lmgym.errors import InvalidArgumentError, LmGymError
+from lmgym.files import RunFileError, read_json
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")

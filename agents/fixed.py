@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.base import Callback, check_dict_observations
 from agents.checkpoint import TokenCount, replacing
+from agents.on_policy import Callback, check_dict_observations
 from agents.seeds import ACTIONS, torch_generator
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.models.policy import Policy

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agents.base import Callback, check_dict_observations
 from agents.checkpoint import TokenCount, replacing
 from agents.finite import GRAD_NORM, check_saving, check_step, check_weights
 from agents.fixed import act
 from agents.master_weights import MasterWeights
-from agents.policies import PolicyConfig, make_policy
+from agents.on_policy import Callback, check_dict_observations
+from agents.policies.choice import PolicyConfig, make_policy
 from agents.seeds import ACTIONS, WEIGHTS, row_seeds, stream_seed, torch_generator
 from lmgym.envs.engine import Engine
 from lmgym.envs.prompts import Prompt

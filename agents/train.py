@@ -29,13 +29,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import lmgym
-from agents.command_line import run_command, shell_command
-from agents.config import validated
-from agents.files import RunFileError, read_json
-from agents.help_page import help_page
-from agents.picture import curves
-from agents.recorder import METRICS_FILE, Recorder, grading_bar, read_rows
-from agents.report import samples_table, table, write_json
+from agents.runs.command_line import run_command, shell_command
+from agents.runs.config import validated
 from agents.runs.directory import (
     CONFIG_FILE,
     changes_since,
@@ -46,17 +41,22 @@ from agents.runs.directory import (
     resumed_run,
     write_config,
 )
+from agents.runs.help_page import help_page
 from agents.runs.inputs import notes_of
+from agents.runs.picture import curves
+from agents.runs.recorder import METRICS_FILE, Recorder, grading_bar, read_rows
+from agents.runs.report import samples_table, table, write_json
 from agents.runs.saving import Saver
 from agents.runs.signals import Interrupt, Stoppable
-from agents.surroundings import prepare_process
-from agents.sweeps import given, register
-from agents.trust import import_installed, needed_trust, trust_argument, trusted_modules
+from agents.runs.surroundings import prepare_process
+from agents.runs.sweeps import given, register
+from agents.runs.trust import import_installed, needed_trust, trust_argument, trusted_modules
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError, check_int
+from lmgym.files import RunFileError, read_json
 
 if TYPE_CHECKING:
-    from agents.base import OnPolicyAgent
+    from agents.on_policy import OnPolicyAgent
     from lmgym.intervals import Interval
     from lmgym.tasks import StoredOptimum, Task
 

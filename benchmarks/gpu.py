@@ -292,7 +292,7 @@ def measure_ppo(small: bool) -> Iterator[dict[str, Any]]:
 
 
 def _ppo_agent(shape: Shape, dtype: torch.dtype, batch: int, horizon: int) -> Any:
-    from agents.ppo import PPO, PPOConfig
+    from agents.algorithms.ppo import PPO, PPOConfig
 
     envs = make_envs(shape, dtype, horizon, 0.05)
     return PPO(envs, PPOConfig(batch_size=batch, micro_batch_size=min(batch, 16), lr=1e-6), seed=0)

@@ -16,7 +16,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from agents.surroundings import prepare_process
+from agents.runs.surroundings import prepare_process
 from agents.train import check, train
 from lmgym.intervals import t_quantile
 

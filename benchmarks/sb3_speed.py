@@ -1,4 +1,4 @@
-"""What SB3's algorithms cost a token as `agents/sb3.py` runs them: `python -m benchmarks.sb3_speed`.
+"""What SB3's algorithms cost a token as `agents/sb3/agent.py` runs them: `python -m benchmarks.sb3_speed`.
 
 Each agent at its yaml's numbers (learning from 100 tokens on), against itself with every state read alone, minibatches
 of single steps and sb3-contrib's own gradients of TRPO. The two are interleaved; medians of CPU seconds of the process
@@ -20,7 +20,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from agents.sb3 import SB3Agent, SB3Config
+from agents.sb3.agent import SB3Agent, SB3Config
 from lmgym.envs.vector import RLHFVectorEnv
 
 _AGENTS = Path(__file__).parents[1] / "conf" / "agent"
@@ -28,7 +28,7 @@ _ALL = ("sb3_ppo", "sb3_a2c", "sb3_maskable_ppo", "sb3_recurrent_ppo", "sb3_dqn"
 
 
 def alone(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `agents.sb3_network._shared` returns, with a sequence for every state."""
+    """What `agents.sb3.network._shared` returns, with a sequence for every state."""
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
     every = torch.arange(len(ids), device=ids.device)
     return torch.where(mask, ids, -1).gather(1, order), every, (mask.sum(1) - 1).clamp(min=0), every
@@ -40,7 +40,7 @@ def each_alone(shared: bool) -> Iterator[None]:
     if shared:
         yield
         return
-    with patch("agents.sb3_network._shared", alone), patch("agents.sb3._one_backward", lambda trpo: trpo):
+    with patch("agents.sb3.network._shared", alone), patch("agents.sb3.agent._one_backward", lambda trpo: trpo):
         yield
 
 

@@ -24,10 +24,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from agents.optimum import chosen
-from agents.report import passes_the_bound
+from agents.runs.report import passes_the_bound
 from benchmarks.learning import beside, best, estimate, interval
 from benchmarks.pages import fill, has_markers, markers
+from builders.optima import chosen
 from lmgym.intervals import Interval
 from lmgym.optimum import known
 from lmgym.scores import normalised, reference_return

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"```\w+\n(?:# ([\w/]+\.\w+)|<!-- (in )?([\w/]+\.md) -->)\n(.*?)```", re.S)
 # What runs over all tasks or all agents, or compares a list of them; the rest of the suite does not know the new ones.
 DEMANDING = "brief or vpg or ids_are_those or agents_listed or has_a_page or page_of_tasks or every_family or module"
-FILES = ("readme", "config", "suite", "project")
+FILES = ("test_readme", "agents/runs/test_config", "test_suite", "test_project")
 
 
 def copied(to: Path) -> Path:
@@ -53,7 +53,9 @@ def follow(page: str, checkout: Path) -> list[str]:
 def test_who_follows_contributing_passes_the_tests(tmp_path: Path) -> None:
     checkout = copied(tmp_path / "checkout")
     written = follow((checkout / "CONTRIBUTING.md").read_text(encoding="utf-8"), checkout)
-    assert {"lmgym/tasks/brief.py", "conf/task/brief.yaml", "agents/vpg.py", "docs/agents/vpg.md"} <= set(written)
+    assert {"lmgym/tasks/brief.py", "conf/task/brief.yaml", "agents/algorithms/vpg.py", "docs/agents/vpg.md"} <= set(
+        written
+    )
 
     def run(*command: str) -> str:
         done = subprocess.run(
@@ -62,8 +64,8 @@ def test_who_follows_contributing_passes_the_tests(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
         return done.stdout
 
-    run("agents.cards")
-    tests = [f"tests/test_{name}.py" for name in FILES]
+    run("builders.cards")
+    tests = [f"tests/{name}.py" for name in FILES]
     out = run("pytest", "-v", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", DEMANDING, *tests)
     for new in ("[brief] PASSED", "[vpg] PASSED", "test_the_page_of_tasks_is_the_one_the_task_files_make PASSED"):
         assert new in out

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.files import RunFileError, create, open_to_append, read_json, read_text, remove, write_atomically
+from lmgym.files import RunFileError, create, open_to_append, read_json, read_text, remove, write_atomically
 
 
 def test_a_failed_atomic_write_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

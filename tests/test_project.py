@@ -16,16 +16,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports from its own layer and from lower ones (to the left).
 LAYERS = (
-    "errors, episodes, forking < kl, intervals, data < models < rewards < feedback < tasks < optimum < envs < wrappers"
-    " < rollout < evaluation, scores, testing, trl < sb3 < agents"
+    "errors, episodes, forking < files, kl, intervals, data < models < rewards < feedback < tasks < optimum < envs"
+    " < wrappers < rollout < evaluation, scores, testing, trl < sb3 < agents.checkpoint, agents.seeds, agents.finite,"
+    " agents.losses, agents.advantages, agents.master_weights < agents.policies < agents.on_policy < agents.fixed"
+    " < agents.supervised < agents.algorithms, agents.sb3 < agents.runs, agents < builders"
 )
 HEIGHT = {name.strip(): height for height, layer in enumerate(LAYERS.split("<")) for name in layer.split(",")}
 NAMES_OF_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name to file of everything in `lmgym` and `agents`."""
-    files = [file for package in ("lmgym", "agents") for file in sorted((ROOT / package).rglob("*.py"))]
+    """Dotted name to file of everything in `lmgym`, `agents` and `builders`."""
+    files = [file for package in ("lmgym", "agents", "builders") for file in sorted((ROOT / package).rglob("*.py"))]
     return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
 
 
@@ -35,7 +37,10 @@ def modules() -> dict[str, Path]:
 def part(module: str) -> str:
     """The piece of the house that a module belongs to; "" is the package `lmgym` itself, which only registers."""
     names = module.split(".")
-    return "agents" if names[0] == "agents" else ".".join(names[1:2])
+    room = ".".join(names[:2])
+    if names[0] == "agents":
+        return room if room in HEIGHT else "agents"
+    return "builders" if names[0] == "builders" else ".".join(names[1:2])
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[str]:
@@ -50,7 +55,7 @@ def imports(source: str, module: str, is_package: bool = False) -> Iterator[str]
             found = [f"{origin}.{alias.name}" if origin == "lmgym" else origin for alias in node.names]
         else:
             continue
-        yield from (name for name in found if name.split(".")[0] in ("lmgym", "agents"))
+        yield from (name for name in found if name.split(".")[0] in ("lmgym", "agents", "builders"))
 
 
 def upward_imports(source: str, module: str, is_package: bool = False) -> list[str]:
@@ -60,7 +65,8 @@ def upward_imports(source: str, module: str, is_package: bool = False) -> list[s
         f"{module} -> {name}"
         for name in imports(source, module, is_package)
         # Only agents may import the package itself: importing it is what registers the environments.
-        if (part(name) not in HEIGHT and own != "agents") or HEIGHT.get(part(name), 0) > HEIGHT.get(own, 0)
+        if (part(name) not in HEIGHT and HEIGHT[own] < HEIGHT["agents.checkpoint"])
+        or HEIGHT.get(part(name), 0) > HEIGHT.get(own, 0)
     ]
 
 
@@ -81,12 +87,12 @@ def test_modules_import_from_their_own_layer_and_lower_ones() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("lmgym.models.causal", "from lmgym.envs.token import RLHFEnv"),
+        ("lmgym.models.causal", "from lmgym.envs.single import RLHFEnv"),
         ("lmgym.models.causal", "from lmgym import envs"),
         ("lmgym.models.causal", "from ..envs import token"),
         ("lmgym.models.causal", "def f():\n    import lmgym.tasks.base"),
         ("lmgym.models.causal", "import lmgym"),
-        ("lmgym.scores", "from agents import ppo"),
+        ("lmgym.scores", "from agents.algorithms import ppo"),
         ("lmgym.errors", "from .kl import k1"),
     ],
 )
@@ -97,10 +103,13 @@ def test_an_upward_import_is_seen(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("lmgym.envs.token", "from lmgym.models.causal import CausalLM\nfrom lmgym import kl, errors\nimport torch"),
-        ("lmgym.envs.token", "from . import vector\nfrom ..errors import LmGymError"),
+        ("lmgym.envs.single", "from lmgym.models.causal import CausalLM\nfrom lmgym import kl, errors\nimport torch"),
+        ("lmgym.envs.single", "from . import vector\nfrom ..errors import LmGymError"),
         ("lmgym.episodes", "from lmgym.errors import LmGymError"),
-        ("agents.ppo", "import lmgym\nfrom agents.base import Agent\nfrom lmgym.testing import check_task"),
+        (
+            "agents.algorithms.ppo",
+            "import lmgym\nfrom agents.on_policy import Agent\nfrom lmgym.testing import check_task",
+        ),
     ],
 )
 def test_a_downward_import_is_fine(module: str, source: str) -> None:
@@ -109,9 +118,9 @@ def test_a_downward_import_is_fine(module: str, source: str) -> None:
 
 def test_lmgym_never_imports_agents() -> None:
     for module, file in modules().items():
-        if not module.startswith("agents"):
+        if module.startswith("lmgym"):
             names = imports(file.read_text(encoding="utf-8"), module, file.name == "__init__.py")
-            assert "agents" not in {name.split(".")[0] for name in names}, module
+            assert not {"agents", "builders"} & {name.split(".")[0] for name in names}, module
 
 
 # --- names -------------------------------------------------------------------------------------------------------
@@ -123,7 +132,7 @@ def test_every_module_is_called_after_what_it_holds() -> None:
 
 def test_no_module_has_a_name_of_the_standard_library() -> None:
     shadowing = {module for module in modules() if set(module.split(".")) & sys.stdlib_module_names}
-    assert shadowing <= {"lmgym.envs.token"}  # the one exception, harmless because nobody runs a file of that folder
+    assert shadowing <= {"lmgym.envs.single"}  # the one exception, harmless because nobody runs a file of that folder
 
 
 # --- importing ---------------------------------------------------------------------------------------------------
@@ -211,9 +220,9 @@ SEEDERS = {
 }
 
 
-# Who may import by a name: of all that, `agents.trust.named_code` tells what comes from a config.
+# Who may import by a name: of all that, `agents.runs.trust.named_code` tells what comes from a config.
 IMPORTERS = {
-    "importlib.import_module": {"lmgym/tasks/base.py", "lmgym/rewards/base.py", "agents/sb3.py"},
+    "importlib.import_module": {"lmgym/tasks/base.py", "lmgym/rewards/base.py", "agents/sb3/agent.py"},
     "hydra.utils.get_class": {"agents/train.py"},
     "hydra.utils.get_object": set(),
     "hydra.utils.get_method": set(),
@@ -264,7 +273,7 @@ class ForbiddenCalls(ast.NodeVisitor):
         if keywords.get("trust_remote_code", "False" if not loads else None) != "False":
             self._add(node, f"{name} without trust_remote_code=False asks whether to run what it loads, or runs it")
         if name in IMPORTERS and self._file not in IMPORTERS[name]:
-            self._add(node, f"{name} may import what a run directory names: see agents/trust.py")
+            self._add(node, f"{name} may import what a run directory names: see agents/runs/trust.py")
         if name in SEEDERS and not (self._forks and name.startswith("torch.")):
             self._add(node, f"{name} {SEEDERS[name]}")
         self.generic_visit(node)

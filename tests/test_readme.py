@@ -26,13 +26,13 @@ from omegaconf import DictConfig, OmegaConf
 
 import lmgym
 from agents import train
-from agents.base import OnPolicyConfig
-from agents.best_of_n import BestOfN, BestOfNConfig
-from agents.dpo import DPO, DPOConfig
-from agents.ppo import PPOConfig
-from agents.sft import SFT, SFTConfig
+from agents.algorithms.best_of_n import BestOfN, BestOfNConfig
+from agents.algorithms.dpo import DPO, DPOConfig
+from agents.algorithms.ppo import PPOConfig
+from agents.algorithms.sft import SFT, SFTConfig
+from agents.on_policy import OnPolicyConfig
 from lmgym.envs.settings import Settings
-from lmgym.envs.token import RESET_OPTIONS
+from lmgym.envs.single import RESET_OPTIONS
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.feedback.preferences import Rankings
 from lmgym.tasks import base

@@ -18,10 +18,11 @@ from conftest import table_reward, word_count
 from hydra import compose, initialize_config_dir
 
 import lmgym
-from agents import cards, optimum, train
-from agents.best_of_n import BestOfN, BestOfNConfig
-from agents.optimal import Optimal
-from agents.rloo import RLOO, RLOOConfig
+from agents import train
+from agents.algorithms.best_of_n import BestOfN, BestOfNConfig
+from agents.algorithms.optimal import Optimal
+from agents.algorithms.rloo import RLOO, RLOOConfig
+from builders import cards, optima
 from lmgym.errors import InvalidActionError, InvalidArgumentError, LmGymError, UnknownNameError
 from lmgym.evaluation import evaluate
 from lmgym.kl import token_rewards
@@ -312,7 +313,7 @@ def test_where_nothing_is_known_nothing_is_said() -> None:
 
 
 def test_one_command_derives_and_compares(capsys: pytest.CaptureFixture[str]) -> None:
-    optimum.main(["stop", "keyword-8"])
+    optima.main(["stop", "keyword-8"])
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 * 7
     assert printed[0].startswith("stop-4 ")
@@ -323,23 +324,23 @@ def test_a_stale_optimum_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     stored["stop-4"]["splits"]["test"]["value"] += 0.01
     (tmp_path / "stop").mkdir()
     (tmp_path / "stop" / "optima.json").write_text(json.dumps(stored))
-    for module in (base, optimum):
+    for module in (base, optima):
         monkeypatch.setattr(module, "ARTEFACTS", str(tmp_path))
     base._stored.cache_clear()
     try:
         with pytest.raises(SystemExit, match="Not as stored: stop-4"):
-            optimum.main(["stop"])
-        optimum.main(["stop-4", "--write"])
+            optima.main(["stop"])
+        optima.main(["stop-4", "--write"])
         base._stored.cache_clear()
-        optimum.main(["stop"])
+        optima.main(["stop"])
     finally:
         base._stored.cache_clear()
     with pytest.raises(SystemExit, match="Did you mean 'keyword-8'"):
-        optimum.main(["keyword-9"])
+        optima.main(["keyword-9"])
 
 
 def test_the_page_of_tasks_is_the_one_the_task_files_make() -> None:
-    assert (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8") == cards.page(), "run `python -m agents.cards`"
+    assert (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8") == cards.page(), "run `python -m builders.cards`"
 
 
 def test_every_family_has_a_config() -> None:

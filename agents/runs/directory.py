@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from agents.checkpoint import Manifest, newest, read_manifest, recover, verify
-from agents.files import RunFileError, read_text, remove, write_atomically
-from agents.recorder import METRICS_FILE, TENSORBOARD
+from lmgym.files import RunFileError, read_text, remove, write_atomically
+from agents.runs.recorder import METRICS_FILE, TENSORBOARD
 from agents.runs.inputs import changes
 from agents.runs.lock import Lock
-from agents.trust import config_text, read_config
+from agents.runs.trust import config_text, read_config
 from lmgym.errors import InvalidArgumentError, LmGymError
 
 CONFIG_FILE = "config.yaml"

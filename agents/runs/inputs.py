@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from agents.files import RunFileError, checksum
+from lmgym.files import RunFileError, checksum
 
 COMPARED = ("task", "agent", "sampler", "seed")  # parts of a config; the others may change, or are of the machine
 _DIRECTORIES = ("task.model", "task.reward")  # which may be directories

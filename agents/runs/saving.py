@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agents.checkpoint import newest, read_manifest, replacing
-from agents.recorder import Recorder
+from agents.runs.recorder import Recorder
 from agents.runs.directory import CHECKPOINT, read_checkpoint
 from agents.runs.signals import Interrupt
 from lmgym.errors import LmGymError, NotFiniteError

@@ -13,7 +13,7 @@ from lmgym.envs.arguments import as_actions
 from lmgym.envs.engine import Transition
 from lmgym.envs.meanings import refuse_text
 from lmgym.envs.settings import Settings
-from lmgym.envs.token import RESET_OPTIONS, RLHFEnv
+from lmgym.envs.single import RESET_OPTIONS, RLHFEnv
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError
 

@@ -19,7 +19,7 @@ from lmgym.envs.meanings import read_episode, refuse_text
 from lmgym.envs.prompts import Prompt, PromptOrder
 from lmgym.envs.rendering import to_rgb, to_text
 from lmgym.envs.settings import Settings
-from lmgym.envs.token import (
+from lmgym.envs.single import (
     RESET_OPTIONS,
     check_running,
     choose_prompt,

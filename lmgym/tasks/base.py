@@ -354,7 +354,7 @@ def _stored(family: str) -> dict[str, Any]:
 
 
 def stored_optima(name: str, version: int) -> dict[str, StoredOptimum]:
-    """What `python -m agents.optimum` has stored of a built-in task, by split; empty where that is nothing."""
+    """What `python -m builders.optima` has stored of a built-in task, by split; empty where that is nothing."""
     stored = _stored(name.partition("-")[0]).get(name, {})
     if stored.get("version") != version:
         return {}

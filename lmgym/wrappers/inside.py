@@ -10,7 +10,7 @@ from typing import Any
 
 from lmgym.envs.bandit import RLHFBanditEnv, RLHFBanditVectorEnv
 from lmgym.envs.settings import OBS_FORMATS
-from lmgym.envs.token import RLHFEnv
+from lmgym.envs.single import RLHFEnv
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import check_choice
 from lmgym.wrappers.embedding_observation import EmbeddingObservation, VectorEmbeddingObservation

@@ -17,7 +17,7 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from lmgym.envs.engine import Engine, engine_of
-from lmgym.envs.token import observation_space
+from lmgym.envs.single import observation_space
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.markov import MarkovLM
 from lmgym.rewards.automaton import Automaton, AutomatonReward

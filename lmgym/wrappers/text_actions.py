@@ -13,7 +13,7 @@ from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 
 from lmgym.envs.engine import Engine, engine_of
-from lmgym.envs.token import check_running
+from lmgym.envs.single import check_running
 from lmgym.errors import InvalidActionError, InvalidArgumentError
 from lmgym.wrappers.text_observation import text_space
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from lmgym.envs.arguments import to_array
 from lmgym.envs.engine import Engine, stepping_engine_of
 from lmgym.envs.infos import Columns, add_columns, row_info
-from lmgym.envs.token import check_running
+from lmgym.envs.single import check_running
 from lmgym.errors import InvalidActionError, InvalidArgumentError, check_int
 from lmgym.wrappers.vector import TokenVectorWrapper
 

@@ -19,11 +19,11 @@ from conftest import gpt2, word_tokenizer
 from torch import Tensor, nn
 
 import agents.advantages
-import agents.base
 import agents.losses
-import agents.policy
+import agents.on_policy
+import agents.policies.actor_critic
 import lmgym.models.causal
-from agents.ppo import PPO, PPOConfig
+from agents.algorithms.ppo import PPO, PPOConfig
 from lmgym import kl, rollout
 from lmgym.envs.engine import Engine
 from lmgym.envs.vector import RLHFVectorEnv
@@ -76,7 +76,7 @@ def ppo_at_work(envs: RLHFVectorEnv | None = None, *, sampler: Sampler | None = 
 
 def sampled(agent: PPO) -> Episodes:
     """A batch, without the checks that a run makes on it."""
-    return agents.base.collect(agent.envs, agent.policy, agent.config.batch_size, agent.sampler, agent.generator)
+    return agents.on_policy.collect(agent.envs, agent.policy, agent.config.batch_size, agent.sampler, agent.generator)
 
 
 def responses_of(episodes: Episodes) -> list[tuple[list[int], list[int]]]:
@@ -108,7 +108,7 @@ def assert_near(got: Any, expected: Any, tolerance: float = 1e-4) -> None:
 def rewards_are_rebuilt_by_hand() -> None:
     agent = ppo_at_work()
     episodes = sampled(agent)
-    rewards = agents.base.token_rewards(episodes, KL_COEF)
+    rewards = agents.on_policy.token_rewards(episodes, KL_COEF)
     for i, (prompt, response) in enumerate(responses_of(episodes)):
         ref = plain_log_probs(agent.envs.engine.lm.model, prompt, response)
         own = plain_log_probs(agent.policy.actor, prompt, response)
@@ -125,7 +125,7 @@ def the_kl_is_rebuilt_by_hand() -> None:
         (plain_log_probs(agent.policy.actor, *row) - plain_log_probs(agent.envs.engine.lm.model, *row)).sum().item()
         for row in responses_of(episodes)
     ]
-    assert_near(agents.base.episode_kl(episodes), expected)
+    assert_near(agents.on_policy.episode_kl(episodes), expected)
 
 
 def an_episode_ends_with_its_first_eos() -> None:
@@ -291,7 +291,7 @@ def policy_moved_after_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
                 parameter.mul_(0.9)
         return episodes
 
-    monkeypatch.setattr(agents.base, "collect", collect)
+    monkeypatch.setattr(agents.on_policy, "collect", collect)
 
 
 class Mutant(NamedTuple):
@@ -355,12 +355,12 @@ MUTANTS = [
     ),
     Mutant(
         "truncation handled as termination",
-        rewrite(agents.base.OnPolicyAgent.gae, "not bool(episodes.terminated.all())", "False"),
+        rewrite(agents.on_policy.OnPolicyAgent.gae, "not bool(episodes.terminated.all())", "False"),
         a_truncated_episode_has_a_future,
     ),
     Mutant(
         "termination handled as truncation",
-        rewrite(agents.base.OnPolicyAgent.gae, "torch.where(episodes.terminated, 0.0, self", "(self"),
+        rewrite(agents.on_policy.OnPolicyAgent.gae, "torch.where(episodes.terminated, 0.0, self", "(self"),
         a_truncated_episode_has_a_future,
     ),
     Mutant(
@@ -386,28 +386,28 @@ MUTANTS = [
     Mutant(
         "pad counted in the mean of the loss",
         rewrite(
-            agents.base.OnPolicyAgent._step, "episodes.lengths[rows].sum()", "episodes.response_mask[rows].numel()"
+            agents.on_policy.OnPolicyAgent._step, "episodes.lengths[rows].sum()", "episodes.response_mask[rows].numel()"
         ),
         padding_does_not_change_the_update,
     ),
     Mutant(
         "mean of the means of micro-batches",
-        rewrite(agents.base.OnPolicyAgent._read, "/ total", "/ len(read.values)"),
+        rewrite(agents.on_policy.OnPolicyAgent._read, "/ total", "/ len(read.values)"),
         accumulation_does_not_change_the_update,
     ),
     Mutant(
         "dropout left on in the update",
-        rewrite(agents.policy._trainable, "copied.eval()", "copied.train()"),
+        rewrite(agents.policies.actor_critic._trainable, "copied.eval()", "copied.train()"),
         two_reads_of_one_policy_agree,
     ),
     Mutant(
         "dropout left on while sampling",
-        rewrite(agents.policy._trainable, "copied.eval()", "copied.train()"),
+        rewrite(agents.policies.actor_critic._trainable, "copied.eval()", "copied.train()"),
         log_probs_are_of_the_law_that_sampled,
     ),
     Mutant(
         "reference not frozen",
-        rewrite(agents.policy._trainable, "copy.deepcopy(model)", "model"),
+        rewrite(agents.policies.actor_critic._trainable, "copy.deepcopy(model)", "model"),
         the_reference_stays_what_it_was,
     ),
     Mutant(

@@ -1,0 +1,202 @@
+"""Direct preference optimisation (Rafailov et al. 2023): the policy itself is fitted to preferences, as a reward model.
+
+Shapes: B responses, n pairs, K ranked completions a prompt.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agents.on_policy import share_prompts
+from agents.supervised import SupervisedAgent, SupervisedConfig, named_row, response_ids, unscored, with_reference
+from lmgym.envs.engine import Engine
+from lmgym.envs.vector import RLHFVectorEnv
+from lmgym.episodes import Episodes
+from lmgym.errors import InvalidArgumentError, check_choice, check_number
+from lmgym.feedback.annotators import preference_probability
+from lmgym.feedback.preferences import Rankings
+from lmgym.kl import check_sampled_law, discounted_return, episode_kl, token_rewards
+from lmgym.models.sampling import Sampler
+from lmgym.rollout import collect
+
+Mode = Literal["online", "offline"]
+Labels = Literal["bradley_terry", "argmax"]
+
+
+@dataclass(frozen=True)
+class DPOConfig(SupervisedConfig):
+    """DPO's own numbers. An example is a pair."""
+
+    mode: Mode = "online"  # pairs sampled from the policy as it is, labelled by the task's score; or those of a file
+    rankings: str | None = None  # a file that `lmgym.feedback.preferences.Rankings` wrote, for offline
+    labels: Labels = "bradley_terry"  # online: preferred at random, with probability sigmoid(score - other), or always
+    beta: float | None = None  # units of the score a nat; null is the task's kl_coef
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("mode", self.mode, get_args(Mode))
+        check_choice("labels", self.labels, get_args(Labels))
+        if self.beta is not None:
+            check_number("beta", self.beta, 0, open_low=True)
+        if (self.rankings is None) != (self.mode == "online"):
+            expected = "null where `mode` is 'online'" if self.mode == "online" else "a file where `mode` is 'offline'"
+            raise InvalidArgumentError(f"`rankings` must be {expected}, got {self.rankings!r}.")
+        if self.rankings is not None and not os.path.isfile(self.rankings):
+            raise InvalidArgumentError(f"`rankings` must be a file, and there is none at {self.rankings!r}.")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of responses to one prompt each.
+
+    Attributes:
+        episodes: B responses; one may be in several pairs. `ref_log_probs` are those of the reference.
+        chosen: (n,) int64 rows of the preferred ones. rejected: (n,) of the others.
+    """
+
+    episodes: Episodes
+    chosen: Tensor
+    rejected: Tensor
+
+    def __post_init__(self) -> None:
+        both = torch.stack([self.chosen, self.rejected], dim=1).flatten()
+        same = share_prompts(self.episodes[both], 2)
+        if not same.all():
+            raise InvalidArgumentError(
+                f"`chosen` and `rejected` must be responses to one prompt, and in {int((~same).sum())} of {len(same)} "
+                "pairs they are not."
+            )
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+
+class DPO(SupervisedAgent[Pairs]):
+    """Learns from pairs of responses, one of which was preferred; no reward model and no critic.
+
+    Raises:
+        InvalidArgumentError: for a file of rankings that does not fit the task, and at a beta of 0.
+    """
+
+    Config = DPOConfig
+    config: DPOConfig
+
+    def __init__(
+        self, envs: RLHFVectorEnv, config: DPOConfig | None = None, *, seed: int = 0, sampler: Sampler | None = None
+    ) -> None:
+        super().__init__(envs, config, seed=seed, sampler=sampler)
+        self.beta = envs.kl_coef if self.config.beta is None else self.config.beta
+        if self.beta == 0:
+            raise InvalidArgumentError("`beta` must be given where the task's `kl_coef` is 0, got null.")
+        rankings = self.config.rankings
+        self._file = None if rankings is None else pairs_of(Rankings.load(rankings, envs.tokenizer), envs.engine)
+        if self._file is not None:
+            self.tokens.read(self._file.episodes)  # by the reference
+
+    @property
+    def file_size(self) -> int | None:
+        """Pairs of the file."""
+        return None if self._file is None else len(self._file)
+
+    def sample(self) -> tuple[Pairs, int]:
+        """Two responses of the policy to each of `batch_size` prompts, labelled by their scores."""
+        prompts = [prompt for prompt in self.envs.next_prompts(self.config.batch_size) for _ in range(2)]
+        episodes = collect(self.envs, self.policy, prompts, self.sampler, self.generator)
+        self.tokens.read(episodes)
+        if self.envs.kl_coef > 0:
+            check_sampled_law(episode_kl(episodes))
+        else:
+            self.tokens.read(episodes)
+            episodes = with_reference(self.envs.engine, episodes)
+        scores = episodes.scores.double().view(-1, 2)
+        if self.config.labels == "argmax":
+            first = (scores[:, 0] - scores[:, 1]).sign() / 2 + 0.5  # a tie is a coin toss
+        else:
+            first = torch.from_numpy(preference_probability(scores[:, 0], scores[:, 1], 1.0))
+        uniforms = torch.rand(len(first), generator=self.generator, dtype=torch.float64)
+        chosen = 2 * torch.arange(len(first)) + (uniforms >= first)
+        return Pairs(episodes, chosen, chosen ^ 1), episodes.num_tokens
+
+    def select(self, rows: Tensor) -> tuple[Pairs, int]:
+        """Pairs of the file, and the tokens of both sides."""
+        assert self._file is not None
+        pairs = Pairs(self._file.episodes, self._file.chosen[rows], self._file.rejected[rows])
+        return pairs, int(pairs.episodes.lengths[torch.cat([pairs.chosen, pairs.rejected])].sum())
+
+    def describe(self, examples: Pairs) -> dict[str, float]:
+        """Of pairs that the policy has just sampled, what they are worth; of a file nothing."""
+        if self._file is not None:
+            return {}
+        task, episodes = self.envs.task, examples.episodes
+        returns = discounted_return(token_rewards(episodes, task.kl_coef, dense=task.dense_kl), task.gamma)
+        metrics = {"rollout/return": returns.mean().item(), "rollout/score": episodes.scores.mean().item()}
+        if episodes.gold_scores is not None:
+            metrics["rollout/gold_score"] = episodes.gold_scores.mean().item()
+        metrics["rollout/kl"] = episode_kl(episodes).mean().item()
+        return metrics | {"rollout/length": episodes.lengths.float().mean().item()}
+
+    def loss(self, examples: Pairs) -> tuple[Tensor, dict[str, float]]:
+        """The mean of `dpo_loss` over pairs."""
+        both = examples.episodes[torch.cat([examples.chosen, examples.rejected])]
+        chosen, rejected = self.log_ratios(both).chunk(2)
+        self.tokens.read(both, backward=1)
+        margins = self.beta * (chosen - rejected).detach()
+        accuracy = ((margins.sign() + 1) / 2).mean().item()
+        metrics = {"train/accuracy": accuracy, "train/margin": margins.mean().item()}
+        return dpo_loss(chosen, rejected, self.beta).mean(), metrics
+
+    def log_ratios(self, episodes: Episodes) -> Tensor:
+        """(B,) log pi(y|x) / pi_ref(y|x), nats a response; differentiable."""
+        episodes = episodes.to(self.policy.device)
+        gaps = self.log_probs(episodes) - episodes.ref_log_probs[episodes.response_mask]
+        return gaps.new_zeros(len(episodes)).index_add(0, episodes.response_mask.nonzero()[:, 0], gaps)
+
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """-log sigmoid(beta (h_chosen - h_rejected)), h = log pi / pi_ref (Rafailov et al. 2023, eq. 7).
+
+    Args:
+        chosen: (n,) log pi(y|x) / pi_ref(y|x) in nats of the preferred responses. rejected: (n,) of the others.
+        beta: units of the score a nat, > 0.
+
+    Returns:
+        (n,) nats; log 2 where pi is the reference.
+    """
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+def pairs_of(rankings: Rankings, engine: Engine) -> Pairs:
+    """Every pair of every ranking, as token ids, with the reference's log-probs.
+
+    Args:
+        rankings: K completions to each prompt; all K (K - 1) / 2 pairs count alike.
+        engine: of the task.
+
+    Raises:
+        InvalidArgumentError: for a prompt or a completion that is none of the task's.
+    """
+    if not len(rankings):
+        raise InvalidArgumentError("`rankings` must hold at least one prompt, got none.")
+    prompts, responses = [], []
+    for row, (text, completions) in enumerate(zip(rankings.prompts, rankings.completions, strict=True), 1):
+        with named_row(f"Row {row} of `rankings`"):
+            prompt = engine.prompts.of_text(text)
+            prompts += [prompt] * len(completions)
+            responses += [response_ids(engine, text, prompt, completion) for completion in completions]
+    k = rankings.num_ranked
+    chosen, rejected = zip(
+        *(
+            (k * row + order[better], k * row + order[worse])
+            for row, order in enumerate(rankings.ranking)
+            for better, worse in itertools.combinations(range(k), 2)
+        ),
+        strict=True,
+    )
+    return Pairs(unscored(engine, prompts, responses), torch.tensor(chosen), torch.tensor(rejected))

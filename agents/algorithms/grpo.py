@@ -1,0 +1,77 @@
+"""Group-relative policy optimisation (Shao et al. 2024), and Dr. GRPO (Liu et al. 2025) by its two removals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from agents.advantages import group_standardised
+from agents.losses import KLEstimator, clipped_policy_loss, kl_estimate
+from agents.on_policy import GroupConfig, Minibatch, OnPolicyAgent
+from lmgym.episodes import Episodes
+from lmgym.errors import check_bool, check_choice, check_number
+from lmgym.kl import discounted_return, token_rewards
+
+
+@dataclass(frozen=True)
+class GRPOConfig(GroupConfig):
+    """GRPO's own numbers."""
+
+    group_size: int = 8
+    clip_range: float = 0.2  # of the ratio
+    kl_estimator: KLEstimator = "k3"  # of the KL in the loss, token by token
+    scale_by_std: bool = True  # divide a group's advantages by their standard deviation; Dr. GRPO does not
+    length_mean: bool = True  # mean over a response's tokens; Dr. GRPO divides by the horizon instead
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("clip_range", self.clip_range, 0, open_low=True)
+        check_choice("kl_estimator", self.kl_estimator, get_args(KLEstimator))
+        for name in ("scale_by_std", "length_mean"):
+            check_bool(name, getattr(self, name))
+
+
+class GRPO(OnPolicyAgent):
+    """The clipped surrogate on standardised scores of a group, with the KL in the loss instead of the reward."""
+
+    Config = GRPOConfig
+    config: GRPOConfig
+
+    @property
+    def uses_critic(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def reads_reference(self) -> bool:
+        """For the exact KL only, where it has a price."""
+        return self.config.kl_estimator == "exact" and self.envs.kl_coef > 0
+
+    def rewards(self, episodes: Episodes) -> Tensor:
+        """The score alone, at the end."""
+        return token_rewards(episodes, 0.0)
+
+    def advantages(self, episodes: Episodes, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """(R_i - mean R) / std R of the group, the same at every token (Shao et al. 2024, section 4.1.2)."""
+        returns = discounted_return(rewards, self.envs.gamma)
+        advantages = group_standardised(returns, self.config.group_size, scale=self.config.scale_by_std).unsqueeze(1)
+        return torch.where(episodes.response_mask, advantages, 0.0), torch.zeros_like(rewards)
+
+    def loss(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_clip + kl_coef * KL(pi || pi_ref), means over episodes (Shao et al. 2024, eq. 3, negated)."""
+        config = self.config
+        ratio = batch.log_probs, batch.old_log_probs, batch.advantages
+        weights = batch.episode_weights / (batch.lengths if config.length_mean else self.envs.engine.horizon)
+        loss = clipped_policy_loss(*ratio, weights, config.clip_range).loss
+        metrics = {"train/policy_loss": loss.detach()}
+        if self.envs.kl_coef > 0:  # without a price the reference is never asked
+            laws = batch.log_probs, batch.ref_log_probs, batch.log_law, batch.ref_log_law
+            kl = (weights * kl_estimate(config.kl_estimator, *laws)).sum()
+            loss = loss + self.kl.value * kl
+            metrics["train/kl_loss"] = kl.detach()
+        with torch.no_grad():
+            tokens = clipped_policy_loss(*ratio, batch.weights, config.clip_range)
+        return loss, metrics | {"train/clip_fraction": tokens.clip_fraction, "train/approx_kl": tokens.approx_kl}

@@ -1,0 +1,150 @@
+"""Natural language policy optimisation (Ramamurthy et al. 2023): PPO among the likely tokens of a policy of late."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents.algorithms.ppo import PPO, PPOConfig
+from agents.policies.actor_critic import MaskedState, Read, TrainablePolicy, read_logits
+from agents.policies.choice import make_policy
+from lmgym.episodes import Episodes
+from lmgym.errors import check_int, check_number
+from lmgym.models.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class NLPOConfig(PPOConfig):
+    """NLPO's own numbers."""
+
+    mask_top_p: float = 0.9  # mass of the mask policy's likeliest tokens, which alone may be chosen; 1 is PPO
+    mask_update_every: int = 5  # batches between copies of the policy into the mask policy
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("mask_top_p", self.mask_top_p, 0, 1, open_low=True)
+        check_int("mask_update_every", self.mask_update_every, 1)
+
+
+class NLPO(PPO):
+    """PPO whose law has probability 0 off the top-p set of a mask policy, which follows it every few batches."""
+
+    Config = NLPOConfig
+    config: NLPOConfig
+    policy: MaskedPolicy
+    batches = 0  # since the start
+
+    def new_policy(self, seed: int) -> MaskedPolicy:
+        """The policy and its mask policy, both the reference at first."""
+        mask = make_policy(self.envs, self.config, seed)
+        return MaskedPolicy(super().new_policy(seed), mask, self.config.mask_top_p)
+
+    @property
+    def unmasked(self) -> TrainablePolicy:
+        """The policy among all tokens."""
+        return self.policy.policy
+
+    def _update(self, episodes: Episodes) -> dict[str, float]:
+        metrics = super()._update(episodes)
+        self.batches += 1
+        if self.batches % self.config.mask_update_every == 0:
+            self.policy.refresh()
+        return metrics
+
+    def _check_start(self, episodes: Episodes) -> None:
+        """The policy starts as the reference among the reference's own likeliest tokens."""
+        device = self.policy.device
+        start = torch.zeros_like(episodes.log_probs)
+        for rows in torch.arange(len(episodes)).split(self.config.micro_batch_size):
+            few = episodes[rows].to(device)
+            logits = read_logits(self.envs.engine.lm, few)
+            chosen = few.response_ids[few.response_mask].unsqueeze(1)
+            law = among(logits, logits, self.config.mask_top_p, chosen).float().log_softmax(-1)
+            part = torch.zeros_like(few.log_probs)
+            part[few.response_mask] = law.gather(1, chosen).squeeze(1)
+            start[rows] = part.to(start.device)
+        super()._check_start(replace(episodes, ref_log_probs=start))
+
+    def own_state(self) -> dict[str, Any]:
+        """The batches so far, for the next copy."""
+        return {"batches": self.batches}
+
+    def restore_own_state(self, state: dict[str, Any]) -> None:
+        """Takes the count up again."""
+        self.batches = state["batches"]
+
+
+def among(logits: Tensor, mask_logits: Tensor, top_p: float, chosen: Tensor | None = None) -> Tensor:
+    """Logits with -inf off the smallest set of the mask's likeliest tokens whose mass reaches `top_p`.
+
+    Args:
+        logits: (n, V). mask_logits: (n, V).
+        chosen: (n, 1) tokens drawn among that set: they stay, where rounding would have one on its edge fall out.
+
+    Returns:
+        (n, V); differentiable in `logits`.
+    """
+    out = Sampler(top_p=top_p).law(mask_logits.detach(), 0) == -torch.inf
+    if chosen is not None:
+        out = out.scatter(1, chosen, False)
+    return logits.masked_fill(out, -torch.inf)
+
+
+class MaskedPolicy(TrainablePolicy):
+    """A policy whose law is that of another among the top-p set of a third, the mask policy.
+
+    Args:
+        policy: what learns; its checkpoint is the unmasked one.
+        mask: the mask policy, frozen here; of the same kind.
+        top_p: mass of the set.
+    """
+
+    def __init__(self, policy: TrainablePolicy, mask: TrainablePolicy, top_p: float) -> None:
+        super().__init__()
+        self.policy, self.mask, self.top_p = policy, mask.requires_grad_(False), top_p
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.policy.dtype
+
+    def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> MaskedState:
+        prompts = prompt_ids, prompt_mask, max_new_tokens
+        return MaskedState(self.policy.begin(*prompts), self.mask.begin(*prompts), partial(among, top_p=self.top_p))
+
+    def read_at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Read:
+        return self._masked(self.policy.read_at(ids, rows, columns), self.mask.read_at(ids, rows, columns))
+
+    def read(self, episodes: Episodes) -> Read:
+        """Logits and values at every chosen token, which itself is never off the support; differentiable."""
+        chosen = episodes.response_ids[episodes.response_mask].unsqueeze(1)
+        with torch.no_grad():
+            mask = self.mask.read(episodes)
+        return self._masked(self.policy.read(episodes), mask, chosen)
+
+    def _masked(self, own: Read, mask: Read, chosen: Tensor | None = None) -> Read:
+        return Read(among(own.logits, mask.logits, self.top_p, chosen), own.values, own.hidden)
+
+    def refresh(self) -> None:
+        """Copies the policy into the mask policy, but for its critic."""
+        law = {k: x for k, x in self.policy.state_dict().items() if k.split(".")[0] not in ("critic", "value_head")}
+        self.mask.load_state_dict(law, strict=False)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the policy, and the mask policy into `mask/`."""
+        self.policy.save(directory)
+        (Path(directory) / "mask").mkdir()
+        self.mask.save(Path(directory) / "mask")
+
+    def load(self, directory: str | os.PathLike[str]) -> None:
+        self.policy.load(directory)
+        self.mask.load(Path(directory) / "mask")

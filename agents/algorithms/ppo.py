@@ -1,0 +1,151 @@
+"""Proximal policy optimisation (Schulman et al. 2017) with the KL penalty in the reward (Ziegler et al. 2019).
+
+`conf/experiment/` has the choices that well-known code makes among these numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from agents.advantages import whiten
+from agents.losses import clipped_policy_loss, clipped_value_loss
+from agents.on_policy import Minibatch, OnPolicyAgent, OnPolicyConfig
+from agents.policies.actor_critic import TrainablePolicy
+from lmgym.data.rows import read_texts
+from lmgym.envs.vector import RLHFVectorEnv
+from lmgym.episodes import Episodes
+from lmgym.errors import InvalidArgumentError, check_bool, check_choice, check_int, check_number
+from lmgym.kl import entropy
+from lmgym.models.causal import token_log_probs
+from lmgym.models.sampling import Sampler
+from lmgym.rewards.sequence import right_padded
+
+
+@dataclass(frozen=True)
+class PPOConfig(OnPolicyConfig):
+    """PPO's own numbers."""
+
+    gae_lambda: float = 0.95  # 0 is one-step TD, 1 is Monte Carlo
+    clip_range: float = 0.2  # of the ratio
+    clip_range_high: float | None = None  # of the ratio upwards; null is clip_range
+    dual_clip: float | None = None  # times a negative advantage is the most that its token adds to the loss; null: any
+    clip_range_value: float | None = 0.2  # of the value around its old one; null does not clip
+    vf_coef: float = 0.5  # weight of the value loss
+    entropy_coef: float = 0.0  # weight of an entropy bonus
+    loss_mean: Literal["token", "episode"] = "token"  # over tokens, or over episodes of their means over tokens
+    whiten_rewards: bool = False  # to standard deviation 1 over the batch, the mean kept
+    whiten_advantages: Literal["batch", "minibatch", "none"] = "batch"  # to mean 0 and standard deviation 1
+    target_kl: float | None = None  # nats a token between the old policy and the new: past 1.5 times it a batch is left
+    ptx_coef: float = 0.0  # weight of -log p of texts, nats a token: InstructGPT's pre-training mix
+    ptx_texts: str | None = None  # those texts: a file, one a line, or JSON lines with "text"
+    ptx_batch_size: int = 16  # texts an optimiser step
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("gae_lambda", self.gae_lambda, 0, 1)
+        check_choice("loss_mean", self.loss_mean, ("token", "episode"))
+        check_bool("whiten_rewards", self.whiten_rewards)
+        check_choice("whiten_advantages", self.whiten_advantages, ("batch", "minibatch", "none"))
+        for name in ("vf_coef", "entropy_coef", "ptx_coef"):
+            check_number(name, getattr(self, name), 0)
+        check_number("clip_range", self.clip_range, 0, open_low=True)
+        for name in ("clip_range_high", "clip_range_value", "target_kl"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, open_low=True)
+        if self.dual_clip is not None:
+            check_number("dual_clip", self.dual_clip, 1, open_low=True)
+        check_int("ptx_batch_size", self.ptx_batch_size, 1)
+        if (self.ptx_texts is None) != (self.ptx_coef == 0):
+            expected = "null where `ptx_coef` is 0" if self.ptx_coef == 0 else "a file where `ptx_coef` is above 0"
+            raise InvalidArgumentError(f"`ptx_texts` must be {expected}, got {self.ptx_texts!r}.")
+        if self.ptx_texts is not None:
+            read_texts("ptx_texts", self.ptx_texts, "text")
+
+
+class PPO(OnPolicyAgent):
+    """The clipped surrogate on GAE advantages, with a clipped value loss."""
+
+    Config = PPOConfig
+    config: PPOConfig
+
+    def __init__(
+        self, envs: RLHFVectorEnv, config: PPOConfig, *, seed: int = 0, sampler: Sampler | None = None
+    ) -> None:
+        super().__init__(envs, config, seed=seed, sampler=sampler)
+        self._texts = [] if config.ptx_texts is None else self._pieces(config.ptx_texts)
+
+    @property
+    def unmasked(self) -> TrainablePolicy:
+        """What learns from texts."""
+        return self.policy
+
+    def rewards(self, episodes: Episodes) -> Tensor:
+        """(B, T) both halves of the KL and the score, scaled over the batch on demand (Ziegler et al. 2019's code)."""
+        rewards = super().rewards(episodes)
+        return whiten(rewards, episodes.response_mask, shift_mean=False) if self.config.whiten_rewards else rewards
+
+    def advantages(self, episodes: Episodes, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """GAE over the tokens of each episode; one that was truncated is bootstrapped with V of its last state."""
+        advantages, returns = self.gae(episodes, rewards, self.config.gae_lambda)
+        over_batch = self.config.whiten_advantages == "batch"
+        return whiten(advantages, episodes.response_mask) if over_batch else advantages, returns
+
+    def minibatch_advantages(self, advantages: Tensor, mask: Tensor) -> Tensor:
+        """Whitened over the minibatch alone, on demand."""
+        return whiten(advantages, mask) if self.config.whiten_advantages == "minibatch" else advantages
+
+    def loss(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_clip + vf_coef * L_value - entropy_coef * entropy (Schulman et al. 2017, eq. 9, negated)."""
+        config = self.config
+        weights = batch.weights if config.loss_mean == "token" else batch.episode_weights / batch.lengths
+        ratio = batch.log_probs, batch.old_log_probs, batch.advantages
+        clips = config.clip_range, config.clip_range_high, config.dual_clip
+        policy = clipped_policy_loss(*ratio, weights, *clips)
+        value = clipped_value_loss(batch.values, batch.old_values, batch.returns, weights, config.clip_range_value)
+        loss = policy.loss + config.vf_coef * value
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * (weights * entropy(batch.log_law)).sum()
+        return loss, {
+            "train/policy_loss": policy.loss.detach(),
+            "train/value_loss": value.detach(),
+            "train/clip_fraction": policy.clip_fraction,
+            "train/approx_kl": policy.approx_kl,
+        }
+
+    def auxiliary_loss(self) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """ptx_coef times the mean of -log p over the tokens of some texts (Ouyang et al. 2022, eq. 2, negated)."""
+        if not self._texts:
+            return None
+        drawn = torch.randint(len(self._texts), (self.config.ptx_batch_size,), generator=self.generator)
+        ids, mask = (x.to(self.policy.device) for x in right_padded([self._texts[i] for i in drawn], 0))
+        rows, columns = mask[:, 1:].nonzero(as_tuple=True)  # the place before each token but the first
+        loss = -token_log_probs(self.unmasked.read_at(ids, rows, columns).logits, ids[rows, columns + 1]).mean()
+        self.tokens.forward += int(mask.sum())
+        self.tokens.backward += int(mask.sum())
+        return self.config.ptx_coef * loss, {"train/ptx_loss": loss.detach()}
+
+    def stop_early(self, metrics: dict[str, float]) -> bool:
+        """Whether the last step has moved the policy past 1.5 times `target_kl`; that step stays.
+
+        The limit is SB3's, which measures the KL before a step, and leaves that step out.
+        """
+        return self.config.target_kl is not None and metrics["train/approx_kl"] > 1.5 * self.config.target_kl
+
+    def _pieces(self, path: str) -> list[list[int]]:
+        """Token ids of the texts of a file, an end token behind each, cut to what an episode has room for."""
+        lm, room = self.envs.engine.lm, self.envs.engine.width + self.envs.engine.horizon
+        end = [] if lm.tokenizer.eos_token_id is None else [lm.tokenizer.eos_token_id]
+        try:
+            texts = [lm.encode(text) for text in read_texts("ptx_texts", path, "text")]
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"`ptx_texts` must hold texts of the task's tokenizer: {error}") from error
+        whole = [ids if ids[-1:] == end else ids + end for ids in texts]
+        pieces = [ids[start : start + room] for ids in whole for start in range(0, len(ids), room)]
+        pieces = [ids for ids in pieces if len(ids) > 1]
+        if not pieces:
+            raise InvalidArgumentError(f"`ptx_texts` must hold a text of two tokens or more, and {path!r} has none.")
+        return pieces

@@ -1,0 +1,82 @@
+"""REINFORCE (Williams 1992; Sutton & Barto 2018, section 13.4), the KL in the reward, with a choice of baselines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from agents.advantages import leave_one_out, returns_to_go
+from agents.losses import policy_gradient_loss, value_loss
+from agents.on_policy import Minibatch, OnPolicyAgent, OnPolicyConfig
+from lmgym.episodes import Episodes
+from lmgym.errors import check_choice, check_number
+
+Baseline = Literal["none", "mean", "moving_average", "value"]
+
+
+@dataclass(frozen=True)
+class REINFORCEConfig(OnPolicyConfig):
+    """REINFORCE's own numbers. More than one step a batch is no longer on-policy."""
+
+    batch_size: int = 64
+    epochs: int = 1
+    minibatches: int = 1
+    lr: float = 2e-3
+    baseline: Baseline = "value"  # what is taken off a return
+    baseline_decay: float = 0.9  # of the moving average, a batch
+    vf_coef: float = 0.5  # weight of the value loss, for the learned baseline
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("baseline", self.baseline, get_args(Baseline))
+        check_number("baseline_decay", self.baseline_decay, 0, 1)
+        check_number("vf_coef", self.vf_coef, 0)
+
+
+class REINFORCE(OnPolicyAgent):
+    """The gradient of J from whole episodes: sum_t gamma^t (G_t - b_t) grad log pi(a_t|s_t)."""
+
+    Config = REINFORCEConfig
+    config: REINFORCEConfig
+    average = 0.0  # of the returns of earlier batches
+
+    @property
+    def uses_critic(self) -> bool:
+        """With the learned baseline only."""
+        return self.config.baseline == "value"
+
+    def advantages(self, episodes: Episodes, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns-to-go less a baseline that does not depend on the episode's own actions from t on: no bias."""
+        mask, kind = episodes.response_mask, self.config.baseline
+        returns = returns_to_go(rewards, mask, self.envs.gamma)
+        if kind == "value":
+            assert episodes.values is not None
+            baseline = episodes.values
+        elif kind == "mean":
+            baseline = leave_one_out(returns, mask)
+        else:
+            baseline = torch.full_like(returns, self.average if kind == "moving_average" else 0.0)
+        decay = self.config.baseline_decay
+        self.average = decay * self.average + (1 - decay) * returns[:, 0].mean().item()
+        return torch.where(mask, returns - baseline, 0.0), returns
+
+    def loss(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """- mean over episodes of sum_t gamma^t A_t log pi(a_t|s_t), and the squared error of a learned baseline."""
+        weights = batch.episode_weights * self.envs.gamma**batch.places
+        policy = policy_gradient_loss(batch.log_probs, batch.advantages, weights)
+        metrics = {"train/policy_loss": policy.detach()}
+        if not self.uses_critic:
+            return policy, metrics
+        value = value_loss(batch.values, batch.returns, batch.weights)
+        return policy + self.config.vf_coef * value, metrics | {"train/value_loss": value.detach()}
+
+    def own_state(self) -> dict[str, Any]:
+        """The moving average."""
+        return {"average": self.average}
+
+    def restore_own_state(self, state: dict[str, Any]) -> None:
+        """Takes the moving average up again."""
+        self.average = state["average"]

@@ -1,0 +1,47 @@
+"""REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024): a response is judged by its prompt's others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agents.advantages import group_leave_one_out
+from agents.losses import policy_gradient_loss
+from agents.on_policy import GroupConfig, Minibatch, OnPolicyAgent
+from lmgym.episodes import Episodes
+from lmgym.kl import discounted_return
+
+
+@dataclass(frozen=True)
+class RLOOConfig(GroupConfig):
+    """RLOO's own numbers. More than one step a batch is no longer on-policy."""
+
+    batch_size: int = 32
+    epochs: int = 1
+    minibatches: int = 1
+    lr: float = 1e-3
+
+
+class RLOO(OnPolicyAgent):
+    """The whole response is one action; its baseline is the mean return of the group's other responses."""
+
+    Config = RLOOConfig
+    config: RLOOConfig
+
+    @property
+    def uses_critic(self) -> bool:
+        """No."""
+        return False
+
+    def advantages(self, episodes: Episodes, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """R_i - mean of the others' R_j, the same at every token (Ahmadian et al. 2024, section 2.3)."""
+        returns = discounted_return(rewards, self.envs.gamma)
+        advantages = group_leave_one_out(returns, self.config.group_size).unsqueeze(1)
+        return torch.where(episodes.response_mask, advantages, 0.0), torch.zeros_like(rewards)
+
+    def loss(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """- mean over episodes of A_i log pi(y_i|x)."""
+        policy = policy_gradient_loss(batch.log_probs, batch.advantages, batch.episode_weights)
+        return policy, {"train/policy_loss": policy.detach()}

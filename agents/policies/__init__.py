@@ -1,0 +1,1 @@
+"""Networks that learn, and which of them an agent has."""

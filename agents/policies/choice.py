@@ -1,0 +1,90 @@
+"""Which policy an agent learns: the choice that all of them share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from agents.policies.actor_critic import ActorCritic, Critic
+from agents.policies.lora import ALL_LINEAR, LoRAPolicy, check_peft, module_names
+from agents.policies.residual import Network, ResidualPolicy
+from lmgym.envs.vector import RLHFVectorEnv
+from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number
+from lmgym.rewards.classifier import ClassifierReward
+
+Kind = Literal["auto", "finetune", "lora", Network]
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """What every agent has that learns a policy."""
+
+    policy: Kind = "auto"  # a copy of the reference, an adapter in it, or a residual on its logits
+    width: int = 64  # of a residual network's hidden states
+    layers: int = 2  # of a residual network
+    lora_rank: int = 16  # r of an adapter
+    lora_alpha: float = 32.0  # of an adapter: alpha / r times B A is added to a weight
+    lora_modules: str = ALL_LINEAR  # layers that get an adapter, or names separated by commas
+
+    def __post_init__(self) -> None:
+        check_choice("policy", self.policy, ("auto", "finetune", "lora", *get_args(Network)))
+        for name in ("width", "layers", "lora_rank"):
+            check_int(name, getattr(self, name), 1)
+        check_number("lora_alpha", self.lora_alpha, 0, open_low=True)
+        module_names(self.lora_modules)
+        if self.policy == "lora":
+            check_peft()
+
+
+def make_policy(
+    envs: RLHFVectorEnv, config: PolicyConfig, seed: int, critic: Critic = "shared"
+) -> ActorCritic | ResidualPolicy:
+    """The policy that a config asks for, which starts as the reference.
+
+    Args:
+        envs: has the reference. config: the kind and its shape. seed: of the weights of a residual or an adapter.
+        critic: where the value head sits.
+
+    Raises:
+        InvalidArgumentError: for a table to fine-tune or to adapt, layers that cannot be adapted, or a critic that a
+            residual does not have.
+    """
+    lm, kind = envs.engine.lm, config.policy
+    is_table = lm.model.config.model_type == "lmgym_markov"
+    if kind in ("finetune", "lora") and is_table:
+        learner = "a copy of it" if kind == "finetune" else "an adapter in it"
+        raise InvalidArgumentError(
+            f"`policy` must be 'auto' or one of {list(get_args(Network))}, got {kind!r}: the reference is a table of "
+            f"transition probabilities, in which a state is no more than the last tokens, so that {learner} cannot "
+            "learn."
+        )
+    if kind == "auto":
+        kind = "transformer" if is_table else "finetune"
+    if kind == "finetune":
+        return ActorCritic(lm, critic, _reward_model(envs))
+    if kind == "lora":
+        return LoRAPolicy(
+            lm,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            modules=config.lora_modules,
+            seed=seed,
+            critic=critic,
+            reward_model=_reward_model(envs),
+        )
+    if critic != "shared":
+        raise InvalidArgumentError(
+            f"`critic` must be 'shared' where the policy is a residual ({kind!r}), got {critic!r}."
+        )
+    positions = envs.engine.width + envs.engine.horizon
+    return ResidualPolicy(lm, kind, width=config.width, layers=config.layers, positions=positions, seed=seed)
+
+
+def _reward_model(envs: RLHFVectorEnv) -> torch.nn.Module | None:
+    """The model behind the reward, where it reads the policy's own tokens; None where there is none to copy."""
+    reward = envs.engine.reward
+    if isinstance(reward, ClassifierReward) and reward.reads_ids:
+        return reward.model
+    return None

@@ -1,0 +1,106 @@
+"""The command line around Hydra: paths as they are, commands that can be pasted, and errors in a line."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from agents.runs.config import short_errors
+from agents.runs.surroundings import prepare_process
+from agents.runs.sweeps import show_multirun
+
+RUN_DIRECTORIES = ("run", "resume")  # keys whose values are paths and nothing else
+_NEW_DIRECTORIES = ("hydra.run.dir", "hydra.sweep.dir")
+
+
+def run_command(main: Callable[[], Any]) -> None:
+    """Calls a Hydra main with the arguments of this process; ends in a line where they cannot be."""
+    prepare_process()
+    sys.argv[1:] = prepared(sys.argv[1:])
+    with short_errors():
+        try:
+            main()
+        finally:
+            show_multirun()
+
+
+def prepared(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which a path may stand as it is, and a whole number as 2e4.
+
+    A path is quoted for Hydra, whose grammar reads "=" and "," in it.
+    """
+    multirun = bool({"-m", "--multirun"} & set(arguments))
+    return [_with_quoted_path(_with_whole_numbers(argument), multirun) for argument in arguments]
+
+
+def _with_whole_numbers(argument: str) -> str:
+    """`total_timesteps=20000` of `total_timesteps=2e4`, which YAML reads as a float."""
+    key, equals, values = argument.partition("=")
+    return key + equals + ",".join(map(_whole_number, values.split(",")))
+
+
+def _whole_number(text: str) -> str:
+    if not re.fullmatch(r"[+-]?\d{1,9}(\.\d{0,9})?[eE]\+?\d{1,2}", text):
+        return text
+    number = Decimal(text)
+    return str(int(number)) if number == number.to_integral_value() else text
+
+
+def _with_quoted_path(argument: str, multirun: bool) -> str:
+    key, equals, value = argument.partition("=")
+    if not equals or not value:
+        return argument
+    quoted = f"{key}={hydra_text(value)}"
+    if os.path.exists(value):
+        special = re.search(r"[^A-Za-z0-9_./:-]", value)
+        return quoted if key in RUN_DIRECTORIES or special else argument
+    if key in RUN_DIRECTORIES and not multirun:
+        return argument if _is_null_or_quoted_path(argument) else quoted
+    if key in _NEW_DIRECTORIES and "${" not in value:
+        meant = _parsed(argument)
+        return argument if meant is not None and not meant.is_sweep_override() else quoted
+    return argument
+
+
+def _is_null_or_quoted_path(argument: str) -> bool:
+    """Whether Hydra reads null in an argument, or a path that is there: one that was quoted for Hydra."""
+    meant = _parsed(argument)
+    if meant is None or meant.is_sweep_override():
+        return False
+    try:
+        value = OmegaConf.create({"value": meant.value()}).value
+    except OmegaConfBaseException:
+        return False
+    return value is None or os.path.exists(str(value))
+
+
+def _parsed(argument: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_overrides([argument])[0]
+    except HydraException:
+        return None
+
+
+def hydra_text(text: str) -> str:
+    """A text as the value of an override, from which Hydra and OmegaConf make that same text.
+
+    Hydra reads quotes, and backslashes in front of them; OmegaConf reads `${...}`, and backslashes in front of it.
+    """
+    literal = re.sub(r"(\\*)\$\{", lambda match: rf"{2 * match[1]}\${{", text)
+    return QuotedString(literal, Quote.single).with_quotes()
+
+
+def shell_command(module: str, *arguments: str) -> str:
+    """The command that runs a module with these arguments, to be pasted into a shell."""
+    return shlex.join([sys.executable, "-m", module, *arguments])

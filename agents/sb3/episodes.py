@@ -1,0 +1,78 @@
+"""The episodes in hand of an algorithm of Stable-Baselines3, written and taken up again: rollouts cut them anywhere.
+
+Shapes: N rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmgym.envs.single import EnvState, observe, restore_row, row_state
+from lmgym.envs.vector import RLHFVectorEnv
+
+
+def running_episodes(envs: RLHFVectorEnv) -> list[dict[str, Any]] | None:
+    """Where each row stands, as JSON values; None before the first reset, or for a prompt that is of no split."""
+    states = [row_state(envs.engine, row, None) for row in range(envs.num_envs)]
+    rows = []
+    for state in states:
+        if state is None or state.prompt.index < 0 or not state.running:
+            return None
+        log_probs = state.ref_log_probs[: len(state.response_ids)].tolist()
+        rows.append(
+            {
+                "prompt": state.prompt.index,
+                "response": list(state.response_ids),
+                "ref_log_probs": [None if np.isnan(x) else x for x in log_probs],
+                "returns": list(state.returns),
+                "start": state.start,
+            }
+        )
+    return rows
+
+
+def take_up(envs: RLHFVectorEnv, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """Puts every row where `running_episodes` found it.
+
+    Returns:
+        The observation there, and (N,) bool, which rows are at the start of an episode.
+    """
+    envs.reset()  # makes the env ready; its streams of prompts are set by the caller, afterwards
+    engine = envs.engine
+    for row, saved in enumerate(rows):
+        ref_log_probs = np.full(engine.horizon, np.nan)
+        ref_log_probs[: len(saved["response"])] = [np.nan if x is None else x for x in saved["ref_log_probs"]]
+        restore_row(
+            engine,
+            row,
+            EnvState(
+                prompt=engine.prompts[saved["prompt"]],
+                response_ids=tuple(saved["response"]),
+                ref_log_probs=ref_log_probs,
+                returns=(saved["returns"][0], saved["returns"][1]),
+                start=saved["start"],
+                running=True,
+                outcomes=None,
+            ),
+        )
+    starts = np.array([not saved["response"] for saved in rows])
+    return observe(engine, envs.settings.obs_format, slice(None)), starts
+
+
+def memory_of(model: Any) -> dict[str, Tensor]:
+    """An LSTM's memory of the episodes in hand, as named tensors; empty where there is none."""
+    states = getattr(model, "_last_lstm_states", None)
+    if states is None:
+        return {}
+    return {f"{name}.{i}": x.contiguous() for name in states._fields for i, x in enumerate(getattr(states, name))}
+
+
+def remember(model: Any, tensors: dict[str, Tensor]) -> None:
+    """Gives an LSTM the memory that `memory_of` took."""
+    states = model._last_lstm_states
+    parts = {name: tuple(tensors[f"{name}.{i}"] for i in range(len(getattr(states, name)))) for name in states._fields}
+    model._last_lstm_states = type(states)(**{name: tuple(map(torch.clone, x)) for name, x in parts.items()})

@@ -1,0 +1,1 @@
+"""What maintainers run: the models, optima and generated pages that lmgym ships."""

@@ -1,0 +1,101 @@
+"""Writes docs/tasks.md from the task files and what is stored of their optima: `python -m builders.cards`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import textwrap
+from pathlib import Path
+
+from lmgym.files import write_atomically
+from lmgym.tasks import StoredOptimum, Task, registered_tasks
+
+PAGE = Path(__file__).parent.parent / "docs" / "tasks.md"
+_HEAD = """# The tasks
+
+Every task is a knob on one difficulty, in several settings, and comes with its optimum: V*, the best return that any
+policy can have, and J_ref, the return of the reference. The normalised return (J - J_ref) / (V* - J_ref) is then 0 for
+the reference and 1 for the optimum on every one of them. How V* is found: [optimum.md](optimum.md).
+
+```python
+import gymnasium as gym, lmgym
+
+print(lmgym.suite())                                      # a table of all tasks
+print(lmgym.suite()[0].optimum("test"))                   # stored, or solved now: of a task of your own as well
+env = gym.make("lmgym/Keyword-8-v0")                      # or gym.make("lmgym/RLHF-v0", task="keyword-8")
+```
+
+`python -m agents.train task=keyword-32` trains on a setting. Names and versions are stable: whatever
+would move an optimum (reference, reward, prompts, ends of episodes) is a new version. `lmgym.register_task(name,
+build)` adds a task of your own to `gym.make` and to the suite, and `lmgym.testing.check_task(name)` holds it to what
+these are held to.
+
+All numbers are of the test split, in units of the score; T in tokens. `python -m builders.optima` derives every V*
+again and compares it with what is stored; `python -m builders.cards` writes this page from the task files.
+"""
+_COLUMNS = (
+    "| task | id | T | V | prompts | `kl_coef` | `gamma` | J_ref | V* | by |\n|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [_HEAD]
+    for family, group in itertools.groupby(registered_tasks().values(), lambda task: task.name.partition("-")[0]):
+        settings = list(group)
+        build = settings[0].build
+        module = sys.modules[getattr(build, "func", build).__module__]
+        tasks = [registered.task() for registered in settings]
+        rows = [_row(registered.env_id, task) for registered, task in zip(settings, tasks, strict=True)]
+        notes = [note for task in tasks for note in _note(task)]
+        parts.append("\n".join([f"## {family}\n", (module.__doc__ or "").strip(), "", _COLUMNS, *rows, *notes, ""]))
+    return "\n".join(parts)
+
+
+def _row(env_id: str, task: Task) -> str:
+    train, test = len(task.prompts["train"]), len(task.prompts["test"])
+    cells = [
+        f"`{task.name}`",
+        f"`{env_id}`",
+        str(task.max_new_tokens),
+        f"{task.reference('cpu').vocab_size:,}",
+        str(test) if task.prompts["train"] == task.prompts["test"] else f"{train:,} + {test:,}",
+        f"{task.kl_coef:g}",
+        f"{task.gamma:g}",
+        *_optimum(task.optima.get("test")),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _note(task: Task) -> list[str]:
+    """What the upper bound takes for granted, as a paragraph; nothing where it is exact."""
+    known = task.optima.get("test")
+    if known is None or not known.assumption:
+        return []
+    text = (
+        f"`{task.name}`: the bounds are {100 * known.width:.1f} % of the gain apart. The upper one takes for granted: "
+        f"{known.assumption}."
+    )
+    return ["", *textwrap.wrap(text, 120, break_on_hyphens=False, break_long_words=False)]
+
+
+def _optimum(known: StoredOptimum | None) -> tuple[str, str, str]:
+    if known is None:
+        return "", "", ""
+    if known.exact:
+        best = f"{known.value:.4f}"
+    elif known.upper is None:
+        best = f">= {known.lower:.3f}"
+    else:
+        best = f"{known.lower:.3f} to {known.upper:.3f}"
+    reference = f"{known.reference:.4f}"
+    if known.reference_half_width:
+        reference += f" ± {known.reference_half_width:.4f}"
+    return reference, best, known.method
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # it takes no argument, and says so
+    write_atomically(PAGE, page())
+    print(PAGE)

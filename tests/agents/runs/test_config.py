@@ -1,0 +1,347 @@
+"""Configs: what is checked before anything loads, that every yaml is complete, and how a bad override is answered."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import hydra
+import pytest
+from hydra.errors import CompactHydraException, ConfigCompositionException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+
+import agents.train
+from agents.runs.config import SYNONYMS, explained, validated
+from agents.runs.help_page import help_page
+from agents.algorithms.ppo import PPOConfig
+from lmgym.envs.settings import Settings
+from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
+from lmgym.models.sampling import Sampler
+
+ROOT = Path(__file__).parents[3]
+CONF = ROOT / "conf"
+
+
+def choices(group: str) -> list[str]:
+    """The files of a config group: one more file is one more test."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def config_dir() -> Iterator[None]:
+    with hydra.initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        yield
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to read a model from a disk or a hub fails the test."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    for target in ("lmgym.models.causal.AutoModelForCausalLM", "lmgym.models.loading.AutoTokenizer"):
+        monkeypatch.setattr(f"{target}.from_pretrained", refuse)
+    monkeypatch.setattr("lmgym.rewards.classifier.AutoModelForSequenceClassification.from_pretrained", refuse)
+
+
+def composed(*overrides: str) -> DictConfig:
+    return hydra.compose("train", overrides=list(overrides))
+
+
+# -- a dataclass from plain values -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Numbers:
+    count: int = 1
+    rate: float = 0.5
+    limit: float | None = None
+    name: str = "x"
+    flag: bool = False
+    kind: Literal["slow", "fast"] = "slow"
+    choice: Literal["a", "b"] | None = None
+
+
+def test_values_become_the_dataclass() -> None:
+    values = {"count": 3, "rate": 0.25, "limit": 2.5, "name": "y", "flag": True, "kind": "fast", "choice": "b"}
+    assert validated(Numbers, values, "agent") == Numbers(3, 0.25, 2.5, "y", True, "fast", "b")
+    assert validated(Numbers, {}, "agent") == Numbers()
+
+
+def test_an_int_is_a_number_and_null_is_a_missing_one() -> None:
+    made = validated(Numbers, {"rate": 1, "limit": 2, "choice": None}, "agent")
+    assert (made.rate, made.limit, made.choice) == (1.0, 2.0, None)
+    assert type(made.rate) is float
+    assert type(made.limit) is float
+    assert validated(Numbers, {"limit": None}, "agent").limit is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("count", 1.0, "an int"),
+        ("count", True, "an int"),  # Python's bool is an int; here it is not
+        ("count", "1", "an int"),
+        ("count", None, "an int"),
+        ("rate", "abc", "a number"),
+        ("rate", True, "a number"),
+        ("rate", None, "a number"),
+        ("rate", [1.0], "a number"),
+        ("limit", "abc", "a number"),
+        ("limit", False, "a number"),
+        ("name", 1, "a text"),
+        ("flag", 1, "true or false"),
+        ("flag", "true", "true or false"),
+        ("kind", "medium", "one of ['slow', 'fast']"),
+        ("kind", None, "one of ['slow', 'fast']"),
+        ("choice", "c", "one of ['a', 'b']"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_named_with_what_was_expected(name: str, value: Any, expected: str) -> None:
+    with pytest.raises(InvalidArgumentError) as error:
+        validated(Numbers, {name: value}, "agent")
+    assert str(error.value) == f"`agent.{name}` must be {expected}, got {value!r}."
+
+
+def test_every_error_is_told_at_once() -> None:
+    with pytest.raises(InvalidArgumentError) as error:
+        validated(Numbers, {"count": "x", "rate": 0.1, "flag": 3, "kind": "medium"}, "agent")
+    lines = str(error.value).splitlines()
+    assert [line.split("`")[1] for line in lines] == ["agent.count", "agent.flag", "agent.kind"]
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones_and_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'count'") as error:
+        validated(Numbers, {"cuont": 1}, "agent")
+    assert "`agent.cuont`" in str(error.value)
+    assert all(f.name in str(error.value) for f in fields(Numbers))
+    with pytest.raises(UnknownNameError) as error:
+        validated(Numbers, {"zzzzzz": 1}, "agent")
+    assert "Did you mean" not in str(error.value)
+
+
+# -- the yaml files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "choice", [f"{group}={name}" for group in ("agent", "task", "sampler") for name in choices(group)]
+)
+@pytest.mark.usefixtures("nothing_loads")
+def test_every_file_makes_a_valid_plan(choice: str) -> None:
+    plan = agents.train.check(composed(choice))
+    assert isinstance(plan.agent_config, plan.agent_class.Config)
+    assert isinstance(plan.sampler, Sampler)
+    assert (plan.seed, plan.settings["device"]) == (0, "auto")
+
+
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_every_preset_is_of_ppo_and_takes_a_step(name: str) -> None:
+    """Its numbers are those of the file, its first batch is that of the law it samples."""
+    cfg = composed(f"experiment={name}", "task.max_new_tokens=4", "agent.batch_size=40", "device=cpu")
+    written = OmegaConf.load(CONF / "experiment" / f"{name}.yaml").agent
+    assert cfg.agent == OmegaConf.merge(composed("agent=ppo").agent, written, {"batch_size": 40})
+    agent = agents.train.build(agents.train.check(cfg))
+    logged: dict[str, float] = {}
+    agent.learn(1, callback=lambda step, metrics: logged.update(metrics) is None)
+    assert logged["train/updates"] == cfg.agent.epochs * cfg.agent.minibatches
+    assert logged["rollout/kl"] == pytest.approx(0, abs=1e-4)
+
+
+def names(kind: Any) -> set[str]:
+    return {f.name for f in fields(kind)}
+
+
+@pytest.mark.parametrize("agent", choices("agent"))
+def test_an_agents_yaml_has_every_field_of_its_config_and_no_other(agent: str) -> None:
+    values = dict(composed(f"agent={agent}").agent)
+    kind = hydra.utils.get_class(values.pop("_target_")).Config  # type: ignore[attr-defined]
+    assert values.keys() == names(kind)
+
+
+@pytest.mark.parametrize("sampler", choices("sampler"))
+def test_a_samplers_yaml_has_every_field_and_no_other(sampler: str) -> None:
+    assert OmegaConf.load(CONF / "sampler" / f"{sampler}.yaml").keys() == names(Sampler)
+
+
+@pytest.mark.parametrize("task", choices("task"))
+def test_a_tasks_yaml_has_every_argument_of_the_env_that_training_leaves_open(task: str) -> None:
+    values = composed(f"task={task}").task
+    assert values.keys() == names(Settings) - {
+        "device",
+        "obs_format",
+        "render_mode",
+        "text_info",
+    }  # `device` is the run's
+    assert values.task.partition("-")[0] == task
+
+
+def test_the_training_yaml_has_every_field_of_the_evaluation() -> None:
+    assert composed().evaluation.keys() == names(agents.train.EvaluationConfig)
+
+
+def test_the_ppo_yaml_is_what_ppo_does_by_default() -> None:
+    values = OmegaConf.to_container(composed().agent)
+    del values["_target_"]  # type: ignore[union-attr, arg-type]
+    assert validated(PPOConfig, values, "agent") == PPOConfig()  # type: ignore[arg-type]
+
+
+def test_a_config_that_was_written_reads_back_to_the_same_plan(tmp_path: Path) -> None:
+    cfg = composed("agent.lr=3e-4", "task.kl_coef=0.1", "evaluation.prompts=8")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    assert agents.train.check(agents.train.saved_config(tmp_path)) == agents.train.check(cfg)
+
+
+# -- bad overrides ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "parts"),
+    [
+        ("agent.lr=abc", LmGymError, ["`agent.lr`", "a number", "'abc'"]),
+        ("agent.lr=-1", LmGymError, ["`lr`", ">= 0", "-1"]),
+        ("agent.batch_size=1.5", LmGymError, ["`agent.batch_size`", "an int", "1.5"]),
+        ("agent.batch_size=0", LmGymError, ["`batch_size`", ">= 1", "0"]),
+        ("agent.minibatches=100000", LmGymError, ["`minibatches`", "100000"]),
+        ("agent.gae_lambda=1.1", LmGymError, ["`gae_lambda`", "<= 1", "1.1"]),
+        ("agent.clip_range_value=0", LmGymError, ["`clip_range_value`", "> 0", "0"]),
+        ("agent.critic=actor", LmGymError, ["`agent.critic`", "'shared'", "'reference'", "'reward_model'", "'actor'"]),
+        ("agent.lr_schedule=line", LmGymError, ["`agent.lr_schedule`", "'constant'", "'linear'", "'cosine'"]),
+        ("agent.foo=1", ConfigCompositionException, ["agent.foo"]),
+        ("+agent.foo=1", LmGymError, ["`agent.foo`", "'lr'", "'batch_size'"]),
+        ("+agent.learning_rate=1", LmGymError, ["`agent.learning_rate`", "'lr'"]),
+        ("agent=pop", MissingConfigException, ["agent/pop", "ppo"]),
+        ("task=revews", MissingConfigException, ["task/revews", "reviews"]),
+        ("task.task=revews", LmGymError, ["`task`", "'reviews'", "Did you mean 'reviews'"]),
+        ("task.kl_coef=-1", LmGymError, ["`kl_coef`", ">= 0", "-1"]),
+        ("task.kl_coef=abc", LmGymError, ["`kl_coef`", "'abc'"]),
+        ("task.gamma=1.5", LmGymError, ["`gamma`", "<= 1", "1.5"]),
+        ("task.max_new_tokens=0", LmGymError, ["`max_new_tokens`", ">= 1", "0"]),
+        ("task.split=tain", LmGymError, ["`split`", "'train'", "Did you mean 'train'"]),
+        ("task.dtype=float31", LmGymError, ["`dtype`", "'float32'"]),
+        ("task.prompt_order=random", LmGymError, ["`prompt_order`", "'shuffle'", "'sequential'"]),
+        ("task.model=./nowhere/at/all", LmGymError, ["`model`", "nowhere"]),
+        ("+task.kl_coeff=1", LmGymError, ["`keyword argument`", "Did you mean 'kl_coef'"]),
+        ("evaluation=3", LmGymError, ["`evaluation`", "3"]),
+        ("agent._target_=agents.nothing.X", LmGymError, ["`agent._target_`", "agents.nothing"]),
+        ("seed=-1", LmGymError, ["`seed`", ">= 0", "-1"]),
+        ("seed=one", LmGymError, ["`seed`", "'one'"]),
+        ("total_timesteps=0", LmGymError, ["`total_timesteps`", ">= 1", "0"]),
+        ("checkpoint_every=true", LmGymError, ["`checkpoint_every`", "True"]),
+        ("device=gpu", LmGymError, ["`device`", "'auto'", "'gpu'"]),
+        ("sampler.top_p=2", LmGymError, ["`top_p`", "<= 1", "2.0"]),
+        ("sampler.temperature=-1", LmGymError, ["`temperature`", ">= 0", "-1"]),
+        ("sampler.top_k=0.5", LmGymError, ["`sampler.top_k`", "an int", "0.5"]),
+        ("sampler=gredy", MissingConfigException, ["sampler/gredy", "greedy", "policy"]),
+        ("evaluation.samples=0", LmGymError, ["`evaluation.samples`", ">= 1", "0"]),
+        ("evaluation.prompts=0", LmGymError, ["`evaluation.prompts`", ">= 1", "0"]),
+        ("evaluation.split=tset", LmGymError, ["`split`", "'test'", "Did you mean 'test'"]),
+        ("+evaluation.sample=3", LmGymError, ["`evaluation.sample`", "Did you mean 'samples'"]),
+    ],
+)
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_bad_override_fails_before_anything_loads(override: str, error: type[Exception], parts: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        agents.train.check(composed(override))
+    message = str(caught.value)
+    assert [part for part in parts if part not in message] == []
+
+
+def test_several_bad_values_of_an_agent_are_told_together() -> None:
+    with pytest.raises(InvalidArgumentError) as error:
+        agents.train.check(composed("agent.lr=abc", "agent.epochs=many", "agent.critic=actor"))
+    assert re.findall(r"`(agent\.\w+)`", str(error.value)) == ["agent.epochs", "agent.lr", "agent.critic"]
+
+
+def test_the_help_has_a_line_for_every_key_agent_and_task() -> None:
+    page = help_page(CONF, ["agent=rloo", "--help"])
+    lines = page.splitlines()
+    assert max(map(len, lines)) <= 120
+    rows = [line.split(maxsplit=1) for line in lines if line.startswith("  ")]
+    described = {name.rstrip(":"): text for name, *text in rows}
+    cfg = composed("agent=rloo")
+    kinds = {name for name in cfg if name not in ("task", "agent", "sampler", "experiment")}
+    expected = {*kinds, *cfg.task, *cfg.agent, *choices("agent"), *choices("task"), *choices("sampler")} - {"_target_"}
+    assert {name for name in expected if not described.get(name)} <= {"evaluation"}
+    assert "group_size: 4 # responses to each prompt" in page
+
+
+def test_every_synonym_leads_to_a_key() -> None:
+    keys = set()
+    for agent in ("ppo", "rloo", "sb3_ppo"):
+        for name, part in composed(f"agent={agent}").items():
+            keys |= {name} | ({f"{name}.{inner}" for inner in part} if isinstance(part, DictConfig) else set())
+    assert set(SYNONYMS.values()) - keys == {"hydra.run.dir"}
+
+
+def test_a_config_is_refused_before_torch_is_imported() -> None:
+    program = (
+        "import sys, hydra, agents.train\n"
+        f"with hydra.initialize_config_dir({str(CONF)!r}, version_base='1.3'):\n"
+        "    for bad in 'seed=-1 total_timesteps=0 task.kl_coef=-1 evaluation.samples=0 task.split=tain'.split():\n"
+        "        try: agents.train.check(hydra.compose('train', [bad]))\n"
+        "        except agents.train.LmGymError: print(bad, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["False"] * 5
+
+
+@pytest.mark.parametrize(
+    ("module", "override", "parts"),
+    [
+        ("agents.train", "agent.lr=abc", ["`agent.lr`", "a number", "'abc'"]),
+        ("agents.train", "task=revews", ["`task` must be one of", "Did you mean 'reviews'?"]),
+    ],
+)
+def test_a_bad_override_on_the_command_line(tmp_path: Path, module: str, override: str, parts: list[str]) -> None:
+    command = [sys.executable, "-m", module, override, f"hydra.run.dir={tmp_path}/run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode != 0
+    assert [part for part in parts if part not in done.stderr] == []
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert not list(tmp_path.glob("run/*"))  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["sampler=gredy"], r"`sampler` must be one of \['greedy', .*\], got 'gredy'. Did you mean 'greedy'\?"),
+        (["agent.clip_rang=1"], r"`agent.clip_rang` must be .*, got 'clip_rang'. Did you mean 'clip_range'\?"),
+        (["sed=1"], r"`sed` must be one of \['agent', .*\], got 'sed'. Did you mean 'seed'\?"),
+        (
+            ["agent=sb3_ppo", "agent.kwargs.ent_coeff=1"],
+            r"`agent.kwargs.ent_coeff` must .* Did you mean 'ent_coef'\? To add it, write \+agent.kwargs.ent_coeff=...",
+        ),
+        (["agent.learning_rate=1"], r"`agent.learning_rate` is called `agent.lr` here: agent.lr=\.\.\."),
+        (["lr=1"], r"`lr` is called `agent.lr` here: .*"),
+        (["env=keyword-8"], r"`env` is called `task` here: .*"),
+        (["beta=0.1"], r"`beta` is called `task.kl_coef` here: .*"),
+        (["agent@x=ppo"], r"Could not override 'agent@x'(.|\n)*"),
+        (["seed.x=1"], r"Could not override 'seed.x'(.|\n)*"),
+        (["hydra.job.chdir=abc"], r"Error merging override hydra.job.chdir=abc\nValue 'abc' .*(.|\n)*"),
+    ],
+)
+def test_an_override_that_names_nothing_is_answered_in_a_line(overrides: list[str], expected: str) -> None:
+    with pytest.raises(CompactHydraException) as caught:
+        composed(*overrides)
+    assert re.fullmatch(expected, explained(caught.value)), explained(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [([], "must be a run directory, and has no config.yaml"), (["config.yaml"], "must hold a checkpoint")],
+)
+@pytest.mark.usefixtures("nothing_loads")
+def test_resuming_what_is_no_run_says_so(tmp_path: Path, files: list[str], expected: str) -> None:
+    for name in files:
+        (tmp_path / name).write_text(OmegaConf.to_yaml(composed(), resolve=True))
+    with pytest.raises(SystemExit) as exit_:
+        agents.train.main(OmegaConf.create({"resume": str(tmp_path)}))
+    assert expected in str(exit_.value)
+    assert str(tmp_path) in str(exit_.value)

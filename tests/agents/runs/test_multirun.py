@@ -1,0 +1,183 @@
+"""Several runs of one command: every launcher, the directories, and the table at the end."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+
+import agents.train
+from agents.runs.sweeps import MAX_NAME, Multirun, file_name, multirun_table, run_name, show_multirun
+from lmgym.errors import InvalidArgumentError
+from lmgym.tasks import registered_tasks
+
+ROOT = Path(__file__).parents[3]
+TINY = ["total_timesteps=40", "agent.batch_size=8", "agent.minibatches=1", "agent.epochs=1", "device=cpu"]
+GRADED = ["evaluation.samples=2", "evaluation.prompts=2"]
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())  # type: ignore[no-any-return]
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+def composed(*overrides: str, **kwargs: Any) -> Any:
+    with hydra.initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        return hydra.compose("train", overrides=list(overrides), **kwargs)
+
+
+@pytest.mark.parametrize("name", ["keyword-32", "anchor-0.1", "stop-8-0.02"])
+def test_a_setting_of_the_suite_is_chosen_by_its_name(name: str) -> None:
+    family = name.partition("-")[0]
+    assert composed(f"task={name}") == composed(f"task={family}", f"task.task={name}")
+
+
+def test_every_task_of_the_suite_can_be_chosen() -> None:
+    with pytest.raises(MissingConfigException) as caught:
+        composed("task=none")
+    assert set(registered_tasks()) <= set(caught.value.options or [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "ppo-reviews-seed0"),
+        (["agent=rloo", "task=keyword-8", "seed=7"], "rloo-keyword-8-seed7"),
+        (["task=anchor-0.1", "agent.lr=1e-3", "agent.critic=reference"], "ppo-anchor-0.1-seed0-lr1e-3-criticreference"),
+        (["experiment=trl", "sampler=greedy"], "ppo-reviews-seed0-trl-greedy"),
+        (["task.prompts=['a b, c','d=e']"], "ppo-reviews-seed0-prompts_a_b_c_d_e"),
+        (["task.reward=my.module:f", "+agent.x='ü ${seed}'"], "ppo-reviews-seed0-rewardmy.module_f-x_seed"),
+    ],
+)
+def test_a_run_is_named_after_what_it_is(overrides: list[str], expected: str) -> None:
+    assert run_name(composed(*overrides, return_hydra_config=True)) == expected
+
+
+def test_a_name_is_short_however_much_is_varied() -> None:
+    name = run_name(composed(*(f"task.prompts=['{'x' * 500}']", "agent.lr=1e-3"), return_hydra_config=True))
+    assert len(name) <= MAX_NAME
+    assert name.startswith("ppo-reviews-seed0-prompts_xxx")
+
+
+@pytest.mark.parametrize("text", ["a=b,c d", "ä/ö\\ü", "$(rm -r x)", "'\"`", "..", "", "\n", "😀", "a;b|c&d<e>"])
+def test_a_file_name_has_nothing_that_anybody_reads_otherwise(text: str) -> None:
+    assert re.fullmatch(r"[A-Za-z0-9._+-]*", file_name(text))
+
+
+# -- real ones -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`python -m agents.train ...` in this process."""
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["agents.train", *arguments])
+        agents.train.main()
+        show_multirun()
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(Multirun, "directory", None)
+    yield run
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+
+
+def test_a_sweep_over_settings_of_the_suite(command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command("-m", *TINY, *GRADED, "task=keyword-8,echo-2", f"hydra.sweep.dir={tmp_path / 'all'}")
+    runs = [tmp_path / "all" / "ppo-keyword-8-seed0-0", tmp_path / "all" / "ppo-echo-2-seed0-1"]
+    assert sorted(path for path in (tmp_path / "all").iterdir() if path.is_dir()) == sorted(runs)
+    assert [summary_of(run)["task"] for run in runs] == ["keyword-8", "echo-2"]
+    table = multirun_table(tmp_path / "all")
+    assert table in capsys.readouterr().out
+    assert f"2 of 2 runs in {tmp_path / 'all'} ended" in table
+    for run in runs:
+        (line,) = [line for line in table.splitlines() if line.endswith(run.name)]
+        assert line.startswith(summary_of(run)["task"])
+        assert f"{summary_of(run)['after']['return']['mean']:.3f}" in line
+
+
+def test_a_run_that_is_refused_does_not_stop_the_others(
+    command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InvalidArgumentError, match="`seed` must be an int >= 0, got -1"):
+        command("-m", "agent=uniform", "task=echo-2", *GRADED, "device=cpu", "seed=-1,0", f"hydra.sweep.dir={tmp_path}")
+    assert [path.parent.name for path in tmp_path.glob("*/summary.json")] == ["uniform-echo-2-seed0-1"]
+    assert "uniform-echo-2-seed-1-0: `seed` must be an int >= 0, got -1." in capsys.readouterr().err
+    show_multirun()
+    assert "1 of 1 runs" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_joblib_runs_them_side_by_side(tmp_path: Path) -> None:
+    """In processes of their own, which get the run handed over and hand its result back."""
+    names = ["agent=uniform", "task=echo-2", *GRADED, "device=cpu", "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    process = [sys.executable, "-m", "agents.train", "-m", *names, *launcher]
+    done = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.parent.name for path in tmp_path.glob("*/summary.json")) == [
+        "uniform-echo-2-seed0-0",
+        "uniform-echo-2-seed1-1",
+    ]
+    assert multirun_table(tmp_path) in done.stdout
+
+
+# -- the table -------------------------------------------------------------------------------------------------------
+
+
+def write_run(directory: Path, number: int, settings: dict[str, Any], mean: float | None) -> None:
+    run = directory / f"run-{number}"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
+    if mean is not None:
+        after = {"return": {"mean": mean, "low": mean - 0.2, "high": mean + 0.1}, "normalised": None}
+        (run / "summary.json").write_text(json.dumps({"after": after}))
+
+
+def settings(task: str = "reviews", agent: str = "agents.algorithms.ppo.PPO", seed: int = 0, **numbers: Any) -> dict[str, Any]:
+    return {"task": {"task": task, "kl_coef": None}, "agent": {"_target_": agent, **numbers}, "seed": seed}
+
+
+def test_the_table_shows_what_tells_runs_apart_and_means_over_seeds(tmp_path: Path) -> None:
+    returns = {(1e-3, 0): 1.0, (1e-3, 1): 1.5, (1e-3, 2): 1.1, (3e-4, 0): 0.2, (3e-4, 1): None, (3e-4, 2): 0.4}
+    for number, ((lr, seed), mean) in enumerate(returns.items()):
+        write_run(tmp_path, number, settings(seed=seed, lr=lr), mean)
+    heading, runs, means = multirun_table(tmp_path).split("\n\n")
+    assert heading.startswith("5 of 6 runs")
+    assert [line.split() for line in runs.splitlines()[:3]] == [
+        ["agent.lr", "seed", "return", "share", "of", "the", "gain", "directory"],
+        ["0.001", "0", "1.000", "±", "0.200", "-", "run-0"],
+        ["0.001", "1", "1.500", "±", "0.200", "-", "run-1"],
+    ]
+    assert runs.splitlines()[5].split() == ["0.0003", "1", "not", "finished", "run-4"]
+    rows = [line.split() for line in means.splitlines()]
+    assert rows[1][:3] == ["0.001", "3", "1.200"]
+    half = 4.302653 * np.std([1.0, 1.5, 1.1], ddof=1) / np.sqrt(3)  # Student's at 2 degrees of freedom
+    assert float(rows[1][4]) == pytest.approx(half, abs=6e-4)
+    assert rows[2][:3] == ["0.0003", "2", "0.300"]
+
+
+def test_what_differs_with_the_agent_alone_is_not_a_column(tmp_path: Path) -> None:
+    for number, (agent, lr) in enumerate([("agents.algorithms.ppo.PPO", 1e-3), ("agents.algorithms.rloo.RLOO", 2e-3)]):
+        write_run(tmp_path, number, settings(agent=agent, lr=lr), 1.0)
+    table = multirun_table(tmp_path)
+    assert "lr" not in table
+    assert [line.split()[0] for line in table.split("\n\n")[1].splitlines()] == ["agent", "PPO", "RLOO"]
+
+
+def test_a_multirun_without_a_run_has_no_table(tmp_path: Path) -> None:
+    assert multirun_table(tmp_path).startswith("0 of 0 runs")

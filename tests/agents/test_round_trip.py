@@ -1,0 +1,85 @@
+"""Save, load and predict of every agent of `conf/agent` that this project writes itself, on one tiny causal LM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyProblem, shifted
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
+
+from agents.algorithms.nlpo import NLPO
+from lmgym.envs.vector import RLHFVectorEnv
+from lmgym.models.policy import CausalPolicy
+from lmgym.tasks import Task
+
+CONF = Path(__file__).parents[2] / "conf" / "agent"
+AGENTS = sorted(path.stem for path in CONF.glob("*.yaml") if not path.stem.startswith("sb3_"))
+FOLLOWERS = ("optimal", "reference", "uniform")  # of a policy that is given
+LEARNERS = [name for name in AGENTS if name not in (*FOLLOWERS, "best_of_n")]
+NUMBERS = {"batch_size": 16, "epochs": 1, "minibatches": 1, "group_size": 4, "n": 4, "lr": 1e-2, "mask_update_every": 1}
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return TinyProblem().task
+
+
+def envs_of(task: Task, rows: int, group: int = 1) -> RLHFVectorEnv:
+    return RLHFVectorEnv(rows, group_size=group, autoreset_mode="SameStep", task=task, split="train", device="cpu")
+
+
+def agent_of(name: str, task: Task, seed: int) -> Any:
+    """A small agent; one that learns fine-tunes a copy of the reference."""
+    kind: Any = get_class(OmegaConf.load(CONF / f"{name}.yaml")._target_)
+    config = kind.Config(**{key: x for key, x in NUMBERS.items() if key in kind.Config.__dataclass_fields__})
+    return kind(envs_of(task, config.num_envs, getattr(config, "responses", 1)), config, seed=shifted(seed))
+
+
+def check_weights(agent: Any, directory: Path, observation: dict[str, Any]) -> None:
+    """What is in a directory is a causal LM of Hugging Face's with the logits of the policy, and not the reference's.
+
+    Args:
+        agent: with a fine-tuned policy. directory: that it was saved in.
+        observation: of the start of episodes.
+    """
+    model, horizon = AutoModelForCausalLM.from_pretrained(directory).eval(), agent.envs.engine.horizon
+    ids, mask = (torch.as_tensor(observation[key])[:, :-horizon] for key in ("input_ids", "attention_mask"))
+    with torch.no_grad():
+        rows = [model(input_ids=row[seen == 1][None]).logits[:, -1] for row, seen in zip(ids, mask, strict=True)]
+    saved, own = torch.cat(rows), getattr(agent, "unmasked", agent.policy)
+    torch.testing.assert_close(saved, own.begin(ids, mask, horizon).logits, rtol=0, atol=1e-5)
+    reference = CausalPolicy(agent.envs.engine.lm).begin(ids, mask, horizon).logits
+    assert (saved - reference).abs().max() > 1e-3
+    if not isinstance(agent, NLPO):  # whose law is of a mask too
+        assert np.array_equal(agent.predict(observation, deterministic=True)[0], saved.argmax(-1).numpy())
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_a_loaded_agent_of_another_seed_acts_as_the_saved_one(name: str, task: Task, tmp_path: Path) -> None:
+    agent, other = agent_of(name, task, seed=1), agent_of(name, task, seed=2)
+    agent.learn(1)  # a batch
+    envs = envs_of(task, 32)
+    observation, _ = envs.reset(seed=0)
+    agent.predict(observation)  # what it draws from has moved on as well
+    assert (agent.num_timesteps > 0) == (name not in FOLLOWERS)
+    agent.save(tmp_path / "checkpoint")
+    assert not np.array_equal(*(each.predict(observation)[0] for each in (agent, other)))
+    if name in LEARNERS:
+        check_weights(agent, tmp_path / "checkpoint", observation)
+    for each in (agent, other):
+        each.load(tmp_path / "checkpoint")
+    assert other.num_timesteps == agent.num_timesteps
+    seen: set[int] = set()
+    for _ in range(task.max_new_tokens):
+        for deterministic in (True, False):
+            actions, same = (each.predict(observation, deterministic=deterministic)[0] for each in (agent, other))
+            assert np.array_equal(actions, same)
+        seen |= set(actions.tolist())
+        observation, *_ = envs.step(actions)
+    assert len(seen) > 1
