@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_readme import ROOT, blocks, execute
+from pages import ROOT, blocks, execute
 
 from lmgym.models.causal import load_causal_lm
 

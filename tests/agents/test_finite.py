@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 from conftest import TinyProblem, learn, weights
-from test_sb3 import needs_contrib
+from extras import needs_contrib
 from torch import Tensor
 
 from agents.algorithms.a2c import A2C

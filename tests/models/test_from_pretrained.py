@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import gymnasium as gym
 import pytest
 import torch
 from conftest import gpt2, word_tokenizer
+from extras import needs_peft
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -33,7 +33,6 @@ from lmgym.models.causal import CausalLM, freeze, load_causal_lm
 from lmgym.models.policy import CausalPolicy
 from lmgym.rewards.classifier import load_reward_model
 
-needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs peft")
 TOKENIZER = word_tokenizer()
 V = len(TOKENIZER)
 WIDE = {

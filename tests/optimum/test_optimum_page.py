@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_readme import ROOT, blocks, execute, table
+from pages import ROOT, blocks, execute, table
 
 from benchmarks import gradients
 from lmgym.optimum import Optimum, solve

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyProblem, learn, shifted
-from test_gradient_directions import Ways, agent_of, cosine, direction, flat, parameters_of
+from directions import Ways, agent_of, cosine, direction, flat, parameters_of
 from torch import Tensor
 
 from agents.algorithms.nlpo import NLPO, NLPOConfig, among

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyProblem
-from test_gradient_directions import DISCOUNT, UNBIASED, agent_of, alone, direction, gradient, parameters_of, ways_of
-from torch import Tensor
+from directions import DISCOUNT, UNBIASED, agent_of, direction, gradient, late_term, ways_of
 
 from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
@@ -16,17 +15,6 @@ from agents.on_policy import OnPolicyAgent
 from lmgym.optimum.tree import Tree
 
 CASES = [pair for pair in UNBIASED if pair[0] in (REINFORCE, RLOO)]
-
-
-def late_term(agent: OnPolicyAgent, tree: Tree) -> Tensor:
-    """(p,) float64 of -kl_coef E [gamma^(n-1) sum_t grad log pi(a_t|s_t)], what a KL paid late has for a derivative."""
-    episodes, task = tree.episodes, tree.task
-    mask, weights = episodes.response_mask, alone(agent, tree).weights * task.gamma ** (episodes.lengths - 1)
-    law = agent.policy.read(episodes).logits.log_softmax(-1)
-    chosen = law.gather(1, episodes.response_ids[mask].unsqueeze(1)).squeeze(1)
-    total = -task.kl_coef * (weights.unsqueeze(1).expand_as(mask)[mask] * chosen).sum()
-    found = torch.autograd.grad(total, parameters_of(agent), materialize_grads=True)
-    return torch.cat([x.flatten() for x in found]).double()
 
 
 @pytest.mark.parametrize("gamma", [1.0, DISCOUNT])

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyProblem, learn, shifted
-from test_gradient_directions import DISCOUNT, agent_of, alone, as_collected, direction, gradient, parameters_of
-from test_reinforce import late_term
+from directions import DISCOUNT, agent_of, alone, as_collected, direction, gradient, late_term, parameters_of
 from torch import Tensor
 
 import agents.algorithms.trpo

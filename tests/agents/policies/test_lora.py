@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS, learn, shifted, tiny_lm
+from extras import needs_peft
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
@@ -37,7 +38,7 @@ from lmgym.models.policy import CausalPolicy
 from lmgym.rollout import collect
 from lmgym.tasks.base import Task
 
-pytestmark = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs peft")
+pytestmark = needs_peft
 V = len(WORDS) + 3
 IDS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.2}
 SHAPES = {

@@ -9,8 +9,7 @@ import gymnasium as gym
 import hydra
 import pytest
 import torch
-from test_lora import pytestmark as needs_peft
-from test_sb3 import needs_contrib
+from extras import needs_contrib, needs_peft
 
 import agents
 from agents.checkpoint import replacing

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyProblem, gpt2, shifted, table_reward, word_tokenizer
+from extras import needs_contrib
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import VectorWrapper
 from stable_baselines3.common.env_checker import check_env
@@ -41,7 +42,6 @@ from lmgym.tasks import make_task
 from lmgym.tasks.base import Task
 from lmgym.wrappers import VectorActionMask
 
-needs_contrib = pytest.mark.skipif(not importlib.util.find_spec("sb3_contrib"), reason="needs sb3-contrib")
 OFF_POLICY: dict[str, Any] = {"buffer_size": 1000, "learning_starts": 64}
 SMALL: dict[str, dict[str, Any]] = {
     "PPO": {"batch_size": 64, "n_epochs": 2},
