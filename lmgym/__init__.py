@@ -1,55 +1,64 @@
 """RLHF as a classic RL problem: text generation as a Gymnasium environment.
 
-Importing this registers the environments and makes forks safe (`lmgym.forking`); torch and transformers load with the
-first env.
+Importing this registers the environments and makes forks safe (`lmgym.forking`). The names below load the modules that
+define them when they are first used, so that torch and transformers load with the first environment.
 """
 
-from collections.abc import Callable
+import importlib
+from typing import TYPE_CHECKING
 
 from gymnasium.envs.registration import register
 
 from lmgym.forking import let_forks_use_one_thread
+from lmgym.tasks import StoredOptimum, Task, make_task, register_task, suite
 from lmgym.tasks import base as _tasks
-from lmgym.tasks.base import StoredOptimum, Task, suite
+
+if TYPE_CHECKING:
+    from lmgym.episodes import Episodes
+    from lmgym.evaluation import evaluate
+    from lmgym.models.policy import CausalPolicy
+    from lmgym.models.sampling import Sampler
+    from lmgym.optimum.solve import solve
+    from lmgym.rollout import collect
 
 __version__ = "0.1.0"
-__all__ = ["register_task", "suite"]
+__all__ = [
+    "CausalPolicy",
+    "Episodes",
+    "Sampler",
+    "StoredOptimum",
+    "Task",
+    "collect",
+    "evaluate",
+    "make_task",
+    "register_task",
+    "solve",
+    "suite",
+]
 
-_TOKEN = {
-    "entry_point": "lmgym.wrappers.inside:make_token_env",
-    "vector_entry_point": "lmgym.wrappers.inside:make_token_vector_env",
+# The public names whose modules import torch, with the module of each.
+_LAZY = {
+    "CausalPolicy": "lmgym.models.policy",
+    "Episodes": "lmgym.episodes",
+    "Sampler": "lmgym.models.sampling",
+    "collect": "lmgym.rollout",
+    "evaluate": "lmgym.evaluation",
+    "solve": "lmgym.optimum.solve",
 }
-_BANDIT = {
-    "entry_point": "lmgym.wrappers.inside:make_bandit_env",
-    "vector_entry_point": "lmgym.wrappers.inside:make_bandit_vector_env",
-}
 
 
-def register_task(name: str, build: Callable[[], Task], *, version: int = 0) -> str:
-    """Makes a task known: to `task=name`, to `suite()`, and to `gym.make` by an id of its own.
+if not TYPE_CHECKING:  # a type checker reads the imports above, and then finds a name that is misspelt
 
-    `lmgym.testing.check_task(name)` gives it the tests that the built-in tasks get.
-
-    Args:
-        name: lower-case words joined by "_"; the settings of one task are told apart by what follows a "-".
-        build: makes the task; it runs whenever the task is asked for, not now.
-        version: of the task. A change of anything that moves its optimum is a new version.
-
-    Returns:
-        The Gymnasium id, such as "lmgym/Keyword-8-v0".
-
-    Raises:
-        InvalidArgumentError: for a name that cannot be.
-    """
-    return _register(_tasks.register_task(name, build, version=version))
+    def __getattr__(name: str) -> object:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
 
 
-def _register(task: _tasks.Registered) -> str:
-    register(id=task.env_id, kwargs={"task": task.name}, **_TOKEN)  # type: ignore[arg-type]
-    return task.env_id
-
-
-let_forks_use_one_thread()
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]  # what is public, without the names that this file imports
 
 
 def _find_optimum(task: Task, split: str) -> StoredOptimum:
@@ -58,9 +67,13 @@ def _find_optimum(task: Task, split: str) -> StoredOptimum:
     return find_optimum(task, split)
 
 
+let_forks_use_one_thread()
 _tasks.solve_with(_find_optimum)
-register(id="lmgym/RLHF-v0", **_TOKEN)  # type: ignore[arg-type]
-register(id="lmgym/RLHFBandit-v0", **_BANDIT)  # type: ignore[arg-type]
+register(id="lmgym/RLHF-v0", **_tasks.TOKEN_ENTRY_POINTS)  # type: ignore[arg-type]
+register(
+    id="lmgym/RLHFBandit-v0",
+    entry_point="lmgym.wrappers.inside:make_bandit_env",
+    vector_entry_point="lmgym.wrappers.inside:make_bandit_vector_env",
+)
 register(id="lmgym/RLHFText-v0", entry_point="lmgym.wrappers.inside:make_text_env")
-for _task in _tasks.registered_tasks().values():
-    _register(_task)
+_tasks.registered_tasks()  # which registers an id for each

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import lmgym
+import lmgym.tasks
+
 ROOT = Path(__file__).parent.parent
 # A module imports from its own layer and from lower ones (to the left).
 LAYERS = (
@@ -147,6 +150,19 @@ def test_importing_lmgym_loads_neither_torch_nor_transformers() -> None:
     assert run("import sys, lmgym; print(sorted({'torch', 'transformers'} & sys.modules.keys()))") == "[]"
 
 
+def test_the_public_names_load_when_they_are_used() -> None:
+    """PEP 562: all are there, `dir` and so completion list them, and those that need torch load it then."""
+    assert run("import lmgym; print(all(getattr(lmgym, name) for name in lmgym.__all__))") == "True"
+    assert run("import lmgym; print(sorted(dir(lmgym)) == sorted([*lmgym.__all__, '__version__']))") == "True"
+    assert run("import sys, lmgym; lmgym.make_task, lmgym.suite(); print('torch' in sys.modules)") == "False"
+    assert run("import sys, lmgym; lmgym.collect; print('torch' in sys.modules)") == "True"
+    assert run("import lmgym; print(hasattr(lmgym, 'colect'))") == "False"
+
+
+def test_one_name_means_one_thing() -> None:
+    assert lmgym.register_task is lmgym.tasks.register_task
+
+
 def test_importing_lmgym_costs_little_beyond_gymnasium() -> None:
     # Processor time: on a busy machine the clock says nothing.
     code = "import gymnasium, time; start = time.process_time(); import lmgym; print(time.process_time() - start)"
@@ -222,7 +238,12 @@ SEEDERS = {
 
 # Who may import by a name: of all that, `agents.runs.trust.named_code` tells what comes from a config.
 IMPORTERS = {
-    "importlib.import_module": {"lmgym/tasks/base.py", "lmgym/rewards/base.py", "agents/sb3/agent.py"},
+    "importlib.import_module": {
+        "lmgym/__init__.py",
+        "lmgym/tasks/base.py",
+        "lmgym/rewards/base.py",
+        "agents/sb3/agent.py",
+    },
     "hydra.utils.get_class": {"agents/train.py"},
     "hydra.utils.get_object": set(),
     "hydra.utils.get_method": set(),

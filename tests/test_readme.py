@@ -71,6 +71,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(base, "_registry", dict(base._registry))
+    monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
     monkeypatch.chdir(tmp_path)
     return monkeypatch
 

@@ -23,6 +23,7 @@ from lmgym.envs.reader import Reader
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidActionError, InvalidArgumentError, RewardError
 from lmgym.models.causal import CausalLM
+from lmgym.models.policy import CausalPolicy
 from lmgym.models.probes import check_language_model, check_prompts_are_finite
 from lmgym.rewards.base import RewardFunction, bind_tokenizer, remove_noise, score
 from lmgym.rewards.classifier import ClassifierReward
@@ -527,6 +528,10 @@ class EngineBacked:
     def gamma(self) -> float:
         """Discount a token, which agents read."""
         return self._engine.task.gamma
+
+    def reference_policy(self) -> CausalPolicy:
+        """The reference as a policy, with the env's own weights: what training starts from, and J_ref is the J of."""
+        return CausalPolicy(self._engine.lm)
 
     @property
     def tokenizer(self) -> Any:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
+from gymnasium.envs.registration import register
+
 from lmgym.data.prompts import PromptIndex, PromptText, read_prompts
 from lmgym.data.rows import check_text
 from lmgym.errors import (
@@ -37,6 +39,10 @@ if TYPE_CHECKING:
     from lmgym.models.causal import CausalLM
 
 MOST_TOKENS = 2**20  # of a prompt or a response: more than any model reads, and few enough for arrays of them
+TOKEN_ENTRY_POINTS = {  # what Gymnasium makes the token MDP of a task with
+    "entry_point": "lmgym.wrappers.inside:make_token_env",
+    "vector_entry_point": "lmgym.wrappers.inside:make_token_vector_env",
+}
 ARTEFACTS = os.path.join(os.path.dirname(__file__), "artefacts")
 
 
@@ -314,16 +320,20 @@ _NEUTRAL = {"name", "gold", "truncate", "max_prompt_tokens", "optima"}  # fields
 _registry: dict[str, Registered] = {}
 
 
-def register_task(name: str, build: Callable[[], Task], *, version: int = 0) -> Registered:
-    """Makes a task known by name. `build` runs whenever the task is asked for, not now.
+def register_task(name: str, build: Callable[[], Task], *, version: int = 0) -> str:
+    """Makes a task known: to `task=name`, to `suite()`, and to `gym.make` by an id of its own.
 
     Names and versions are for good: a change of the reference, the reward, the prompts or the ends of episodes,
-    anything that moves the optimum, is a new version.
+    anything that moves the optimum, is a new version. `lmgym.testing.check_task(name)` gives the task the tests that
+    the built-in tasks get.
 
     Args:
         name: lower-case words joined by "_"; the settings of one task are told apart by what follows a "-".
-        build: makes the task.
+        build: makes the task; it runs whenever the task is asked for, not now.
         version: of the task.
+
+    Returns:
+        The Gymnasium id, such as "lmgym/Keyword-8-v0".
 
     Raises:
         InvalidArgumentError: for a name that cannot be.
@@ -331,8 +341,10 @@ def register_task(name: str, build: Callable[[], Task], *, version: int = 0) -> 
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*(-[\w.-]+)?", name):
         raise InvalidArgumentError(f"`name` must be like 'keyword' or 'keyword-8', got {name!r}.")
     check_int("version", version, 0)
-    _registry[name] = Registered(name, version, build)
-    return _registry[name]
+    registered = Registered(name, version, build)
+    _registry[name] = registered
+    register(id=registered.env_id, kwargs={"task": name}, **TOKEN_ENTRY_POINTS)  # type: ignore[arg-type]
+    return registered.env_id
 
 
 def registered_tasks() -> dict[str, Registered]:

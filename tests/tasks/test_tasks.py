@@ -32,6 +32,7 @@ def tiny(**changes: Any) -> Task:
 @pytest.fixture
 def _clean_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "_registry", dict(base._registry))
+    monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
 
 
 # --- everything registered ----------------------------------------------------------------------
@@ -84,8 +85,9 @@ def test_a_task_of_ones_own_is_found_by_name(parts: dict[str, Any]) -> None:
         built.append(1)
         return tiny(name="mine", model=parts["model"], reward=parts["reward"])
 
-    register_task("mine", build)
+    assert register_task("mine", build) == "lmgym/Mine-v0"
     assert not built  # nothing is built before it is asked for
+    assert gym.make("lmgym/Mine-v0").unwrapped.task.name == "mine"
     env = gym.make("lmgym/RLHF-v0", task="mine")
     assert env.unwrapped.task.name == "mine"
     assert gym.make_vec("lmgym/RLHF-v0", num_envs=2, task="mine", split="test").task.name == "mine"
