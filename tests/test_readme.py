@@ -24,6 +24,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from pages import CONTINUES, ROOT, Block, blocks, chains, execute, prose, table
+from shipped import AGENTS as NAMES
+from shipped import FIXED, ON_POLICY, SB3, SUPERVISED
 
 import lmgym
 from agents import train
@@ -40,11 +42,11 @@ from lmgym.tasks import base
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README, CONTRIBUTING, AGENTS = ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "agents"
-WHOLE = ("best_of_n", "dpo", "sft")  # pages with all there is
-# Pages that add to the common one: all others.
-ON_TEMPLATE = sorted({page.stem for page in AGENTS.glob("*.md")} - {"README", "reference", "sb3", *WHOLE})
-FIXED = ("optimal", "reference", "uniform")  # on one page, without fields and metrics
-SB3 = tuple(sorted(path.stem for path in (ROOT / "conf" / "agent").glob("sb3_*.yaml")))  # on one page
+# Those on the template have a page that adds to the common one; those below, a page with all there is.
+WHOLE = [*SUPERVISED, *(name for name, kind in FIXED.items() if kind.Config.__dataclass_fields__)]
+# Those that extend another one, and have its metrics.
+VARIANTS = {a: b for a, kind in ON_POLICY.items() for b, other in ON_POLICY.items() if other in kind.__mro__[1:]}
+BARE = sorted(FIXED.keys() - {*WHOLE})  # on one page, without fields and metrics
 TAKEN_FOR_GRANTED = {  # files that commands name
     "prompts.txt": "the film was\n",
     "mine/model/config.json": "{}",
@@ -185,24 +187,26 @@ COMMON_FIELDS = defaults(OnPolicyConfig)
 def test_the_agents_listed_are_those_that_can_be_chosen() -> None:
     cells = (re.sub(r"\(.*?\)", "", cell) for cell in table(AGENTS / "README.md", "`agent=`"))
     listed = {name for cell in cells for name in re.findall(r"\w+", cell)}
-    assert listed == {path.stem for path in (ROOT / "conf" / "agent").glob("*.yaml")}
+    assert listed == {*NAMES}
 
 
 def test_every_agent_has_a_page() -> None:
-    assert {path.stem for path in (ROOT / "conf" / "agent").glob("*.yaml")} == {*ON_TEMPLATE, *WHOLE, *FIXED, *SB3}
+    pages = {page.stem for page in AGENTS.glob("*.md")} - {"README"}
+    assert pages == {*ON_POLICY, *WHOLE, "reference", "sb3"}
+    assert {*NAMES} == {*ON_POLICY, *WHOLE, *BARE, *SB3}
 
 
 def test_the_fields_that_agents_have_in_common() -> None:
     assert {name: cells[0] for name, cells in table(AGENTS / "README.md", "field").items()} == COMMON_FIELDS
 
 
-@pytest.mark.parametrize("agent", [*ON_TEMPLATE, *WHOLE])
+@pytest.mark.parametrize("agent", [*ON_POLICY, *WHOLE])
 def test_the_fields_of_an_agent_are_those_of_its_config_and_its_yaml(agent: str) -> None:
-    """On the template those that are its own, or have another default than is common (of NLPO, than PPO's)."""
+    """On the template its own, and those with another default than is common (for a variant: than in its base)."""
     kind, values = shipped(agent)
-    fields, elsewhere = defaults(kind.Config), COMMON_FIELDS if agent in ON_TEMPLATE else {}
-    if agent == "nlpo":
-        elsewhere = defaults(PPOConfig)
+    fields, elsewhere = defaults(kind.Config), COMMON_FIELDS if agent in ON_POLICY else {}
+    if agent in VARIANTS:
+        elsewhere = defaults(shipped(VARIANTS[agent])[0].Config)
     written = {name: set(cells[:-1]) for name, cells in table(AGENTS / f"{agent}.md", "field").items()}
     assert written == {name: {default} for name, default in fields.items() if elsewhere.get(name) != default}
     assert {name: str(value) for name, value in values.items()} == fields
@@ -229,13 +233,13 @@ def metrics_on(page: str) -> set[str]:
     return set(table(AGENTS / f"{page}.md", "metric"))
 
 
-@pytest.mark.parametrize("agent", ON_TEMPLATE)
+@pytest.mark.parametrize("agent", ON_POLICY)
 def test_the_metrics_of_an_agent_are_those_it_logs(agent: str, tmp_path: Path) -> None:
     kind, _ = shipped(agent)
     (tmp_path / "texts.txt").write_text("the film was good\n")
     ptx = {"ptx_coef": 1.0, "ptx_texts": str(tmp_path / "texts.txt")} if issubclass(kind.Config, PPOConfig) else {}
     config = kind.Config(batch_size=2 * kind.Config().responses * kind.Config().minibatches, **ptx)
-    own, common = metrics_on("ppo" if agent == "nlpo" else agent), metrics_on("README")
+    own, common = metrics_on(VARIANTS.get(agent, agent)), metrics_on("README")
     assert logged(kind, config) == own | common
     assert not own & common
 
@@ -269,7 +273,7 @@ def test_the_metrics_of_the_best_of_n_are_those_of_its_evaluation() -> None:
     assert not logged(BestOfN, BestOfNConfig(n=2))
 
 
-@pytest.mark.parametrize("agent", FIXED)
+@pytest.mark.parametrize("agent", BARE)
 def test_agents_that_do_not_learn_have_no_fields_and_no_metrics(agent: str) -> None:
     kind, values = shipped(agent)
     assert not values

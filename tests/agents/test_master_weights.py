@@ -11,16 +11,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import WORDS, tiny_lm, word_tokenizer
+from shipped import ON_POLICY, SUPERVISED, fields_of
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from agents.algorithms.a2c import A2C
-from agents.algorithms.dpo import DPO
-from agents.algorithms.grpo import GRPO
-from agents.algorithms.nlpo import NLPO
 from agents.algorithms.ppo import PPO
-from agents.algorithms.sft import SFT
-from agents.algorithms.trpo import TRPO
 from agents.master_weights import MasterWeights
 from agents.sb3.agent import SB3Agent
 from lmgym.envs.vector import RLHFVectorEnv
@@ -148,16 +143,11 @@ def count_good(prompts: list[str], completions: list[str], **columns: Any) -> li
 
 
 ONCE = {"batch_size": 8, "epochs": 1, "minibatches": 1, "lr": LR, "lr_schedule": "constant", "adam_eps": 1e-12}
+ONCE |= {"group_size": 4, "n": 2, "max_kl": 1e-9, "max_kl_schedule": "constant", "fisher_fraction": 1.0}
 STEPPED = {"n_envs": 4, "n_steps": 4, "learning_rate": LR, "lr_schedule": "constant"}
 AGENTS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "ppo": (PPO, ONCE),
-    "ppo, a critic of its own": (PPO, ONCE | {"critic": "reference"}),
-    "a2c": (A2C, ONCE),
-    "grpo": (GRPO, ONCE | {"group_size": 4}),
-    "nlpo": (NLPO, ONCE),
-    "trpo": (TRPO, ONCE | {"max_kl": 1e-9, "max_kl_schedule": "constant", "fisher_fraction": 1.0}),
-    "dpo": (DPO, {name: ONCE[name] for name in ("batch_size", "epochs", "lr", "lr_schedule", "adam_eps")}),
-    "sft": (SFT, {name: ONCE[name] for name in ("batch_size", "epochs", "lr", "lr_schedule", "adam_eps")} | {"n": 2}),
+    **{name: (kind, fields_of(kind, ONCE)) for name, kind in (ON_POLICY | SUPERVISED).items()},
+    "ppo, a critic of its own": (PPO, fields_of(PPO, ONCE) | {"critic": "reference"}),
     "sb3 ppo": (SB3Agent, STEPPED | {"algorithm": "PPO", "n_epochs": 1, "batch_size": 16}),
     "sb3 a2c": (SB3Agent, STEPPED | {"algorithm": "A2C"}),
 }

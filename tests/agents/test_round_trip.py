@@ -9,19 +9,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyProblem, shifted
-from hydra.utils import get_class
-from omegaconf import OmegaConf
+from shipped import FIXED, ON_POLICY, SUPERVISED, agents_of, class_of, fields_of
 from transformers import AutoModelForCausalLM
 
 from agents.algorithms.nlpo import NLPO
+from agents.fixed import FixedPolicyAgent
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.models.policy import CausalPolicy
 from lmgym.tasks import Task
 
-CONF = Path(__file__).parents[2] / "conf" / "agent"
-AGENTS = sorted(path.stem for path in CONF.glob("*.yaml") if not path.stem.startswith("sb3_"))
-FOLLOWERS = ("optimal", "reference", "uniform")  # of a policy that is given
-LEARNERS = [name for name in AGENTS if name not in (*FOLLOWERS, "best_of_n")]
+LEARNERS = ON_POLICY | SUPERVISED
+FOLLOWERS = agents_of(FixedPolicyAgent)  # of a policy that is given
 NUMBERS = {"batch_size": 16, "epochs": 1, "minibatches": 1, "group_size": 4, "n": 4, "lr": 1e-2, "mask_update_every": 1}
 
 
@@ -36,8 +34,8 @@ def envs_of(task: Task, rows: int, group: int = 1) -> RLHFVectorEnv:
 
 def agent_of(name: str, task: Task, seed: int) -> Any:
     """A small agent; one that learns fine-tunes a copy of the reference."""
-    kind: Any = get_class(OmegaConf.load(CONF / f"{name}.yaml")._target_)
-    config = kind.Config(**{key: x for key, x in NUMBERS.items() if key in kind.Config.__dataclass_fields__})
+    kind = class_of(name)
+    config = kind.Config(**fields_of(kind, NUMBERS))
     return kind(envs_of(task, config.num_envs, getattr(config, "responses", 1)), config, seed=shifted(seed))
 
 
@@ -60,7 +58,7 @@ def check_weights(agent: Any, directory: Path, observation: dict[str, Any]) -> N
         assert np.array_equal(agent.predict(observation, deterministic=True)[0], saved.argmax(-1).numpy())
 
 
-@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("name", [*LEARNERS, *FIXED])
 def test_a_loaded_agent_of_another_seed_acts_as_the_saved_one(name: str, task: Task, tmp_path: Path) -> None:
     agent, other = agent_of(name, task, seed=1), agent_of(name, task, seed=2)
     agent.learn(1)  # a batch

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import table_reward
-from hydra.utils import get_class
 from omegaconf import OmegaConf
+from shipped import AGENTS, CONF, FIXED, ON_POLICY, class_of, fields_of
 
 from agents import seeds
 from agents.seeds import row_seeds, stream_seed, torch_generator
@@ -22,10 +21,7 @@ from lmgym.models.markov import dirichlet_rows, markov_lm
 from lmgym.rewards.noise import NoisyReward
 from lmgym.tasks.base import Task
 
-CONF = Path(__file__).parents[2] / "conf" / "agent"
-LEARNERS = sorted(path.stem for path in CONF.glob("*.yaml"))
-LEARNERS = [name for name in LEARNERS if name not in ("best_of_n", "optimal", "reference", "uniform")]
-GROUPS = ("rloo", "grpo")
+LEARNERS = [name for name in AGENTS if name not in FIXED]
 ROWS = 32
 SMALL = {"batch_size": ROWS, "n_envs": ROWS, "n_steps": 4, "policy": "mlp", "width": 8, "lora_rank": 2, "group_size": 4}
 PROMPTS = [" ".join(words) for length in (5, 6) for words in itertools.product("xyz", repeat=length)]  # 972
@@ -43,9 +39,8 @@ def many_prompts(reward: Any) -> Task:
 
 def make_agent(name: str, seed: int, collect: str = "episodes") -> Any:
     """A small agent of a file in conf/agent, on many prompts."""
-    kind: Any = get_class(OmegaConf.load(CONF / f"{name}.yaml")._target_)
-    fields = kind.Config.__dataclass_fields__
-    settings = {key: x for key, x in (SMALL | {"collect": collect}).items() if key in fields}
+    kind = class_of(name)
+    settings = fields_of(kind, SMALL | {"collect": collect})
     if name.startswith("sb3_"):
         settings["algorithm"] = OmegaConf.load(CONF / f"{name}.yaml").algorithm
         del settings["batch_size"]  # of tokens, and A2C has none
@@ -69,7 +64,7 @@ def first_prompts(agent: Any) -> set[tuple[int, ...]]:
 
 
 ways = [(name, "episodes") for name in LEARNERS]
-ways += [(name, "steps") for name in LEARNERS if name not in (*GROUPS, "dpo", "sft") and not name.startswith("sb3_")]
+ways += [(name, "steps") for name, kind in ON_POLICY.items() if not fields_of(kind, {"group_size": 4})]
 
 
 @pytest.mark.parametrize(("name", "collect"), ways)
