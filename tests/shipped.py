@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def agents_of(kind: type) -> dict[str, Any]:
 
 def fields_of(agent: type[Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Those of some settings that the config of an agent has."""
-    return {name: value for name, value in settings.items() if name in agent.Config.__dataclass_fields__}
+    names = {field.name for field in dataclasses.fields(agent.Config)}
+    return {name: value for name, value in settings.items() if name in names}
 
 
 ON_POLICY = agents_of(OnPolicyAgent)

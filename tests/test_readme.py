@@ -43,7 +43,7 @@ from lmgym.tasks import base
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README, CONTRIBUTING, AGENTS = ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "agents"
 # Those on the template have a page that adds to the common one; those below, a page with all there is.
-WHOLE = [*SUPERVISED, *(name for name, kind in FIXED.items() if kind.Config.__dataclass_fields__)]
+WHOLE = [*SUPERVISED, *(name for name, kind in FIXED.items() if dataclasses.fields(kind.Config))]
 # Those that extend another one, and have its metrics.
 VARIANTS = {a: b for a, kind in ON_POLICY.items() for b, other in ON_POLICY.items() if other in kind.__mro__[1:]}
 BARE = sorted(FIXED.keys() - {*WHOLE})  # on one page, without fields and metrics
