@@ -263,13 +263,13 @@ def response_ids(engine: Engine, text: str, prompt: Prompt, completion: str) -> 
     Raises:
         InvalidArgumentError: for one that is no response of the task.
     """
-    response, start = engine.lm.encode_response(text, prompt.ids, completion), engine.task.min_new_tokens
+    response = engine.lm.encode_response(text, prompt.ids, completion)
     if not 1 <= len(response) <= engine.horizon:
         raise InvalidArgumentError(
             f"`completions` must have 1 to {engine.horizon} tokens (`max_new_tokens`), and {completion!r} behind "
             f"{text!r} has {len(response)}."
         )
-    if any(engine.is_eos[i] for i in response[start:-1]):
+    if engine.end_rule.find_end(response[:-1]) is not None:
         raise InvalidArgumentError(f"`completions` must end at their first EOS, and {completion!r} goes on behind it.")
     return response
 

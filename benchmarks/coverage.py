@@ -80,14 +80,15 @@ def scores_of_reference(task: Task) -> tuple[Floats, Floats]:
         policy = VerifiablePolicy(task)
         success = np.exp([policy.table(ids).log_prob for ids in prompts])
         return np.array([0.0, 1.0]), np.stack([1 - success, success], 1)
-    law, eos = MarkovLaw(lm), torch.zeros(lm.vocab_size, dtype=torch.bool)
-    eos[sorted(lm.eos_token_ids)] = True
+    law = MarkovLaw(lm)
+    end_rule = task.end_rule(lm)
     solved: dict[int, AutomatonMDP] = {}
     found = []
     for ids in prompts:
         automaton = reward.for_prompt(ids)  # type: ignore[attr-defined]
         if id(automaton) not in solved:
-            solved[id(automaton)] = AutomatonMDP(law, paid_at_the_end(automaton, task.max_new_tokens), task, eos)
+            at_the_end = paid_at_the_end(automaton, task.max_new_tokens)
+            solved[id(automaton)] = AutomatonMDP(law, at_the_end, task, end_rule)
         scores, probs = solved[id(automaton)].score_distribution(torch.tensor([law.first_context(ids)]))
         found.append((scores.numpy().round(9), probs[0].numpy()))
     every = np.unique(np.concatenate([scores for scores, _ in found]))

@@ -57,7 +57,7 @@ def collect(
     response = torch.full((b, horizon), engine.lm.pad_token_id, device=device)
     log_probs = torch.zeros((b, horizon), device=device)
     values: Tensor | None = None
-    is_eos = torch.from_numpy(engine.is_eos).to(device)
+    end_rule = engine.task.end_rule(engine.lm, device)
     state = policy.begin(prompt_ids.to(device), prompt_mask.to(device), horizon)
     rows = torch.arange(b, device=device)  # the episode in each slot of the batch
     running = torch.ones(b, dtype=torch.bool, device=device)
@@ -70,8 +70,7 @@ def collect(
         if estimate is not None:
             values = torch.zeros((b, horizon), device=device) if values is None else values
             values[rows, t] = torch.where(running, estimate.float().to(device), 0.0)
-        if t >= envs.task.min_new_tokens:
-            running &= ~is_eos[tokens]
+        running &= ~end_rule.is_end_by_eos(tokens, t)
         if t == horizon - 1:
             break
         if device.type == "cpu" or (t + 1) % _LOOK_EVERY == 0:

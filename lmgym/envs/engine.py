@@ -16,6 +16,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from lmgym.ending import EndRule
 from lmgym.envs.fitting import fit_prompts
 from lmgym.envs.meanings import decode_ids, name_actions
 from lmgym.envs.prompts import Prompt, PromptSet, left_padded
@@ -112,6 +113,7 @@ class Engine:
         task: the MDP. lm: its reference. reward: what it pays at the end. prompts: the split's prompts.
         input_ids: (N, L) int64 and attention_mask: (N, L) int8, the observations; `lengths` (N,) tokens chosen so far.
         is_eos: (V,) bool. is_legal: (V,) bool, the tokens that the tokenizer has.
+        end_rule: when a response ends.
         prompt_texts: (N,) object, what `info` tells of the prompts that rows began with, "" where there is none.
         running: (N,) bool, rows inside an episode.
         returns, discounted: (N,) sum of the rewards of the episode so far, without and with gamma.
@@ -142,10 +144,9 @@ class Engine:
                 f"`num_envs` must be at most {_MOST_IDS // (self.width + self.horizon)} for observations of "
                 f"{self.width + self.horizon} tokens, got {num_rows}."
             )
-        self.is_eos = np.zeros(self.lm.vocab_size, dtype=np.bool_)
-        self.is_eos[sorted(self.lm.eos_token_ids)] = True
-        self.is_legal = np.ones(self.lm.vocab_size, dtype=np.bool_)
-        self.is_legal[self.lm.holes] = False
+        self.is_eos: Bools = self.lm.eos_table.numpy()
+        self.is_legal: Bools = self.lm.legal_table.numpy()
+        self.end_rule = EndRule(self.is_eos, task.min_new_tokens, task.max_new_tokens)
         self._all_legal = bool(self.is_legal.all())
         self.input_ids = np.full((num_rows, self.width + self.horizon), self.lm.pad_token_id, dtype=np.int64)
         self.attention_mask = np.zeros(self.input_ids.shape, dtype=np.int8)
@@ -263,7 +264,7 @@ class Engine:
         for t, i in enumerate(response_ids):
             if not self.lm.is_legal(int(i)):
                 raise InvalidArgumentError(f"`response_ids` must hold token ids of the tokenizer, and {i} is none.")
-            if self.is_eos[int(i)] and t >= self.task.min_new_tokens:
+            if self.end_rule.is_end(int(i), t):
                 raise InvalidArgumentError(f"`response_ids` must not end the episode, and token {t} is an EOS.")
 
     # -- stepping ------------------------------------------------------------------------------------------------
@@ -298,8 +299,9 @@ class Engine:
         self.attention_mask[rows, columns] = 1
         self.lengths[rows] += 1
         eos = np.zeros(self.num_rows, dtype=np.bool_)
-        eos[rows] = self.is_eos[tokens] & (t[rows] >= task.min_new_tokens)
-        full = live & ~eos & (self.lengths == self.horizon)
+        eos[rows] = self.end_rule.is_end_by_eos(tokens, t[rows])
+        full = np.zeros(self.num_rows, dtype=np.bool_)
+        full[rows] = self.end_rule.is_end(tokens, t[rows]) & ~eos[rows]
         ended = np.flatnonzero(eos | full)
         scores: _Scores | None = None
         if len(ended):
@@ -388,10 +390,7 @@ class Engine:
                 f"`response_ids` must have shape ({len(prompts)}, {self.horizon}), got {response_ids.shape}."
             )
         columns = np.arange(horizon)
-        known = (response_ids >= 0) & (response_ids < self.lm.vocab_size)
-        eos_at = self.is_eos[np.where(known, response_ids, 0)] & known & (columns >= task.min_new_tokens)
-        eos = eos_at.any(1)
-        lengths = np.where(eos, eos_at.argmax(1) + 1, horizon)
+        lengths, eos = self.end_rule.find_ends(response_ids)
         mask: Bools = columns < lengths[:, None]
         self.check_actions(response_ids.ravel(), mask.ravel())
         ref = np.zeros((b, horizon))

@@ -87,6 +87,20 @@ class CausalLM(Texts):
         """Whether `token` is an id the tokenizer has."""
         return 0 <= token < self.vocab_size and token not in self.holes
 
+    @property
+    def legal_table(self) -> Tensor:
+        """(V,) bool on the CPU: ids that the tokenizer has."""
+        table = torch.ones(self.vocab_size, dtype=torch.bool)
+        table[self.holes] = False
+        return table
+
+    @property
+    def eos_table(self) -> Tensor:
+        """(V,) bool on the CPU: ids that end a response."""
+        table = torch.zeros(self.vocab_size, dtype=torch.bool)
+        table[sorted(self.eos_token_ids)] = True
+        return table
+
     def legal_logits(self, logits: Tensor) -> Tensor:
         """(..., model vocabulary) logits cut to (..., V) at the temperature, with -inf on ids the tokenizer lacks."""
         return legal_logits(logits, self.vocab_size, self.holes, self.temperature)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lmgym.ending import EndRule
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.causal import CausalLM
 from lmgym.models.markov import SMALLEST, MarkovLM
@@ -67,8 +68,7 @@ class MarkovLaw:
             raise InvalidArgumentError(f"`model` must be a MarkovLM for this solver, got {type(model).__name__}.")
         self._trunk = model.trunk
         self.vocab_size, self.size, self.order = lm.vocab_size, model.trunk.vocab_size, model.trunk.order
-        self.legal = torch.ones(self.vocab_size, dtype=torch.bool)
-        self.legal[lm.holes] = False
+        self.legal = lm.legal_table
         tables = [x.detach().cpu().double() for x in (model.mixture, model.rows) if x is not None]
         if len(tables) == 2 and tables[1].min() < SMALLEST:  # the model raises small products, which do not factor
             if len(tables[0]) * self.size > _ENTRIES:
@@ -168,10 +168,10 @@ class AutomatonMDP:
     """The token MDP of a reference table and one automaton, with what a policy that is a function of its state earns.
 
     Args:
-        law: the reference. automaton: what pays. task: the numbers. eos: (V,) bool, tokens that end a response.
+        law: the reference. automaton: what pays. task: the numbers. end_rule: when a response ends.
     """
 
-    def __init__(self, law: MarkovLaw, automaton: Automaton, task: Task, eos: Tensor) -> None:
+    def __init__(self, law: MarkovLaw, automaton: Automaton, task: Task, end_rule: EndRule[Tensor]) -> None:
         if len(automaton.classes) < law.vocab_size:
             raise InvalidArgumentError(
                 f"`classes` of the automaton must cover the {law.vocab_size} tokens, got {len(automaton.classes)}."
@@ -185,13 +185,14 @@ class AutomatonMDP:
         self.token_payments = torch.zeros(self.delta.shape, dtype=torch.float64)
         if paid is not None:
             self.token_payments = torch.from_numpy(paid[:, columns].T.copy())
-        payments = torch.from_numpy(automaton.payments)[self.delta]
-        self.payments = payments - task.missing_eos_penalty * (~eos[:, None]).double()  # (V, S) of an action that ends
-        self._eos = eos[:, None]
+        no_eos = (~end_rule.is_eos[:, None]).double()
+        # (V, S) what an action that ends is paid.
+        self.payments = torch.from_numpy(automaton.payments)[self.delta] - task.missing_eos_penalty * no_eos
+        self._end_rule = end_rule
 
     def ends(self, t: int) -> Tensor:
         """(V, 1) bool: whether an action at step t ends the episode."""
-        return self._eos & (t >= self.task.min_new_tokens) | (t == self.horizon - 1)
+        return self._end_rule.find_ending_tokens(t)[:, None]
 
     def follow(self, t: int, ending: Tensor, after: Tensor | None) -> Tensor:
         """What comes of each action at step t, by group, action and automaton state.
@@ -532,8 +533,7 @@ class AutomatonPolicy:
         self.law: MarkovLaw = MarkovLaw(lm)
         self.solutions: list[AutomatonSolution] = []
         self._reward: AutomatonReward = reward
-        self._eos: Tensor = torch.zeros(lm.vocab_size, dtype=torch.bool)
-        self._eos[sorted(lm.eos_token_ids)] = True
+        self._end_rule = task.end_rule(lm)
         self._numbers: dict[tuple[int, int], int] = {}
         groups: dict[tuple[int, int], list[int]] = {}
         for i, ids in enumerate(prompts):
@@ -544,7 +544,7 @@ class AutomatonPolicy:
     @property
     def device(self) -> torch.device:
         """The CPU."""
-        return self._eos.device
+        return self._end_rule.is_eos.device
 
     def _key(self, prompt_ids: Sequence[int]) -> tuple[int, int]:
         """What prompts with one solution have in common."""
@@ -560,7 +560,7 @@ class AutomatonPolicy:
     def _mdp(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, AutomatonMDP]:
         """The contexts (n,) in which prompts with one automaton start, and their MDP."""
         contexts = torch.tensor([self.law.first_context(ids) for ids in prompts])
-        return contexts, AutomatonMDP(self.law, self._reward.for_prompt(prompts[0]), self.task, self._eos)
+        return contexts, AutomatonMDP(self.law, self._reward.for_prompt(prompts[0]), self.task, self._end_rule)
 
     def best_responses(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """(X,) float64 max over y of J(y|x), by one recursion for each distinct automaton (`AutomatonMDP`)."""

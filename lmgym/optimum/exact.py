@@ -91,8 +91,8 @@ def _by_states(policy: Policy, task: Task, split: str, is_reference: bool) -> di
     lm, reward = task.reference("cpu"), expected_reward(task)
     if not isinstance(reward, AutomatonReward):
         return None
-    law, eos = MarkovLaw(lm), torch.zeros(lm.vocab_size, dtype=torch.bool)
-    eos[sorted(lm.eos_token_ids)] = True
+    law = MarkovLaw(lm)
+    end_rule = task.end_rule(lm)
     groups: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     for ids in lm.encode_all(tuple(task.prompts[split])):
         start = law.first_context(ids) if is_late(task) else -1
@@ -100,7 +100,7 @@ def _by_states(policy: Policy, task: Task, split: str, is_reference: bool) -> di
     sums = torch.zeros(3, dtype=torch.float64)
     entries = 0
     for prompts in groups.values():
-        mdp = AutomatonMDP(law, reward.for_prompt(prompts[0]), task, eos)
+        mdp = AutomatonMDP(law, reward.for_prompt(prompts[0]), task, end_rule)
         logits = None
         if not is_reference:
             logits = _state_logits(policy, law, prompts[0], mdp.automaton)

@@ -138,8 +138,7 @@ class _Run:
         self._prompt_ids, self._generator = prompt_ids, generator
         self._x, self._s, self._horizon = len(prompt_ids), particles, task.max_new_tokens
         n = self._x * self._s
-        self._is_eos = torch.zeros(lm.vocab_size, dtype=torch.bool)
-        self._is_eos[sorted(lm.eos_token_ids)] = True
+        self._end_rule = task.end_rule(lm)
         self._texts = task.texts_of(prompt_ids, lm)
         self._response = torch.full((n, self._horizon), lm.pad_token_id)
         self._lengths = torch.zeros(n, dtype=torch.int64)
@@ -226,10 +225,7 @@ class _Run:
         self._log_ratio[moved] += log_ref - log_q
         self._response[moved, t] = tokens[running]
         self._lengths[moved] += 1
-        if t == self._horizon - 1:
-            self._running[:] = False
-        elif t >= self._task.min_new_tokens:
-            self._running[moved] = ~self._is_eos[tokens[running]]
+        self._running[moved] = ~self._end_rule.is_end(tokens[running], t)
         return tokens
 
     def check_repeatable(self) -> None:
@@ -509,9 +505,8 @@ def check_bounded(task: Task) -> None:
 
 
 def _check_whole(task: Task, lm: CausalLM, response: Sequence[int]) -> None:
-    ends = [t for t, token in enumerate(response) if token in lm.eos_token_ids and t >= task.min_new_tokens]
-    end = min([*ends, task.max_new_tokens - 1])
-    if len(response) != end + 1 or not all(lm.is_legal(token) for token in response):
+    is_legal = all(lm.is_legal(token) for token in response)
+    if not is_legal or task.end_rule(lm).find_end(response) != len(response) - 1:
         raise InvalidArgumentError(f"`retained` must hold whole responses, up to their end, got {list(response)!r}.")
 
 

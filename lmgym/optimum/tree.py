@@ -61,7 +61,7 @@ def _step_logits(policy: Policy, episodes: Episodes) -> Tensor:
 
 def count_responses(task: Task, lm: CausalLM) -> int:
     """How many responses there are to a prompt of a task with such a reference."""
-    return _levels(_is_eos(lm), task.min_new_tokens, task.max_new_tokens)[-1].responses.stop
+    return _levels(task, lm)[-1].responses.stop
 
 
 def solve_tree(task: Task, split: str = "test", limit: int = 2_000_000) -> Optimum:
@@ -147,12 +147,12 @@ class Tree:
         self.task, self.levels = task, levels
         self.prompts = [tuple(ids) for ids in prompts]
         self.vocab_size = lm.vocab_size
-        self.legal = _legal(lm)
+        self.legal = lm.legal_table.nonzero().squeeze(1)
         self.episodes = self._enumerate(lm)
         n = self.episodes.lengths[: self._responses]
         self._discounts = float(task.gamma) ** (n - 1).double()  # (R / X,) gamma^(n - 1)
         last = self.episodes.response_ids.gather(1, (self.episodes.lengths - 1).unsqueeze(1)).squeeze(1)
-        missing = ~torch.isin(last, torch.tensor(sorted(lm.eos_token_ids), dtype=torch.int64))
+        missing = ~lm.eos_table[last]
         reward = bind_tokenizer(expected_reward(task), lm.tokenizer)
         every = torch.arange(len(self.episodes))
         scores = self._score(lm, reward, every)
@@ -187,7 +187,7 @@ class Tree:
         check_int("limit", limit, 1)
         lm = task.reference("cpu")
         prompts = lm.encode_all(tuple(task.prompts[split]))
-        levels = _levels(_is_eos(lm), task.min_new_tokens, task.max_new_tokens)
+        levels = _levels(task, lm)
         total = len(prompts) * levels[-1].responses.stop
         if total > limit:
             count = f"{total:,}" if total < 10**12 else f"about 10^{math.log10(total):.0f}"
@@ -572,22 +572,13 @@ class TreeState:
         self._node, self._depth = self._node[rows], self._depth[rows]
 
 
-def _legal(lm: CausalLM) -> Tensor:
-    """(A,) int64: the ids that are tokens."""
-    return torch.tensor([i for i in range(lm.vocab_size) if lm.is_legal(i)])
-
-
-def _is_eos(lm: CausalLM) -> Tensor:
-    """(A,) bool: which legal tokens are an EOS."""
-    return torch.tensor([i in lm.eos_token_ids for i in _legal(lm).tolist()])
-
-
-def _levels(is_eos: Tensor, min_new_tokens: int, horizon: int) -> list[Level]:
-    """The shape of the tree over tokens of which (A,) `is_eos`: up to T levels, fewer where all must have ended."""
+def _levels(task: Task, lm: CausalLM) -> list[Level]:
+    """The shape of the tree over the legal tokens: up to T levels, fewer where all must have ended."""
+    legal, end_rule = lm.legal_table, task.end_rule(lm)
     levels: list[Level] = []
     nodes, start = 1, 0
-    for t in range(horizon):
-        ends = torch.ones_like(is_eos) if t == horizon - 1 else is_eos & (t >= min_new_tokens)
+    for t in range(task.max_new_tokens):
+        ends = end_rule.find_ending_tokens(t)[legal]
         level = Level(nodes, ends.nonzero().squeeze(1), (~ends).nonzero().squeeze(1), start)
         levels.append(level)
         nodes, start = nodes * len(level.going), level.responses.stop

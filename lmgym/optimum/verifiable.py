@@ -192,19 +192,18 @@ class VerifiableState:
 
 def check_complete(response: Sequence[int], lm: CausalLM, task: Task) -> None:
     """Raises `InvalidArgumentError` unless an episode can end with exactly this response."""
-    horizon = task.max_new_tokens
-    for t, token in enumerate(response):
+    for token in response:
         if not lm.is_legal(token):
             raise InvalidArgumentError(f"`accepted_responses` must hold token ids, and {token} is none: {response!r}.")
-        ends = t == horizon - 1 or (token in lm.eos_token_ids and t >= task.min_new_tokens)
-        if ends and t < len(response) - 1:
-            raise InvalidArgumentError(
-                f"`accepted_responses` must end where the episode does, after token {t}, got {response!r}."
-            )
-    if not response or not ends:
+    end = task.end_rule(lm).find_end(response)
+    if end is None:
         raise InvalidArgumentError(
-            f"`accepted_responses` must be whole: {horizon} tokens, or an EOS as the last one from token "
+            f"`accepted_responses` must be whole: {task.max_new_tokens} tokens, or an EOS as the last one from token "
             f"{task.min_new_tokens} on; got {response!r}."
+        )
+    if end < len(response) - 1:
+        raise InvalidArgumentError(
+            f"`accepted_responses` must end where the episode does, after token {end}, got {response!r}."
         )
 
 

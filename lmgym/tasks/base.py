@@ -22,6 +22,7 @@ from gymnasium.envs.registration import register
 
 from lmgym.data.prompts import PromptIndex, PromptText, read_prompts
 from lmgym.data.rows import check_text
+from lmgym.ending import EndRule
 from lmgym.errors import (
     InvalidArgumentError,
     check_bool,
@@ -36,6 +37,9 @@ from lmgym.rewards.base import RewardFunction, check_reward_name, import_functio
 from lmgym.rewards.combined import CombinedReward, check_weights
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from lmgym.models.causal import CausalLM
 
 MOST_TOKENS = 2**20  # of a prompt or a response: more than any model reads, and few enough for arrays of them
@@ -219,6 +223,10 @@ class Task:
             model = self.model
             lm = place(model(), device, dtype) if callable(model) else load_causal_lm(model, device, dtype)
         return tempered(lm, self.temperature)
+
+    def end_rule(self, lm: CausalLM, device: torch.device | str = "cpu") -> EndRule[Tensor]:
+        """When responses end, over the tokens of the reference `lm`; the table of EOS tokens is on `device`."""
+        return EndRule(lm.eos_table.to(device), self.min_new_tokens, self.max_new_tokens)
 
     def reward_function(self, device: str = "auto") -> RewardFunction:
         """What is paid at the end; a reward model is loaded once however many ask for it, always in float32."""

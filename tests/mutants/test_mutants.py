@@ -25,7 +25,7 @@ import agents.policies.actor_critic
 import lmgym.models.causal
 from agents.algorithms.ppo import PPO, PPOConfig
 from lmgym import kl, rollout
-from lmgym.envs.engine import Engine
+from lmgym.ending import EndRule
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.models.causal import CausalLM, freeze
@@ -328,17 +328,17 @@ MUTANTS = [
     ),
     Mutant(
         "EOS left out of the response",
-        rewrite(Engine.replay, "eos_at.argmax(1) + 1", "eos_at.argmax(1)"),
+        rewrite(EndRule.find_ends, "by_eos.argmax(1) + 1", "by_eos.argmax(1)"),
         an_episode_ends_with_its_first_eos,
     ),
     Mutant(
         "one token behind the EOS taken in",
-        rewrite(Engine.replay, "eos_at.argmax(1) + 1", "np.minimum(eos_at.argmax(1) + 2, horizon)"),
+        rewrite(EndRule.find_ends, "by_eos.argmax(1) + 1", "np.minimum(by_eos.argmax(1) + 2, self.horizon)"),
         stepping_and_replaying_agree,
     ),
     Mutant(
         "horizon one short",
-        rewrite(Engine.step, "self.lengths == self.horizon", "self.lengths == self.horizon - 1"),
+        rewrite(EndRule.is_end, "self.horizon - 1", "self.horizon - 2"),
         stepping_and_replaying_agree,
     ),
     Mutant("temperature forgotten in the log-prob", temperature_forgotten, log_probs_are_of_the_law_that_sampled),
