@@ -8,14 +8,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import WORDS, gpt2, tiny_lm, word_count, word_tokenizer
 from transformers import LlamaConfig
 
-from benchmarks.gpu import markdown
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.models import cuda_graphs
 from lmgym.models.causal import CausalLM, freeze
@@ -131,31 +129,3 @@ def test_a_run_on_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["after"]["return"]["mean"] > summary["before"]["return"]["mean"]
-
-
-def test_the_tables_of_what_was_measured() -> None:
-    decode = {"model": "m", "batch": 2, "horizon": 8, "bytes_a_step": 100.0, "flops_a_step": 10.0, "collect": 5.0}
-    limits = [{"bytes_per_second": 1000.0, "flops_per_second": 1000.0}]
-    about = {"device": "a card", "torch": "2", "transformers": "5", "date": "2026-01-01"}
-    results: dict[str, Any] = {
-        "machine": about,
-        "limits": limits,
-        "decode": [decode],
-        "errors": {"ppo": "out of memory"},
-    }
-    text = markdown(results)
-    # The floor of a step is 100 bytes at 1,000 bytes/s: 2 tokens in 0.1 s.
-    assert "| m | 2 | 20 | 5 | 0.25 |" in text
-    assert "`ppo` failed" in text
-    assert "out of memory" in text
-
-
-def test_every_part_can_be_measured_without_a_gpu(tmp_path: Path) -> None:
-    parts = ["limits", "decode", "ppo"]
-    command = [sys.executable, "-m", "benchmarks.gpu", "--small", "--out", str(tmp_path), "--parts", *parts]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "gpu.json").read_text())
-    assert results["errors"] == {}
-    assert results["decode"][0]["collect"] > 0
-    assert results["ppo"][0]["tokens_per_second"] > 0
