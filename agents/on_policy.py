@@ -310,7 +310,7 @@ class OnPolicyAgent(ABC):
         few = episodes[:_EXACT_KL_EPISODES].trimmed()
         self.tokens.read(few, forward=2)
         t = few.response_mask.nonzero()[:, 1]
-        law = self.sampler.log_law(self.policy.read(few).logits, t)
+        law = self.sampler.log_distribution(self.policy.read(few).logits, t)
         reference = read_logits(self.envs.engine.lm, few).float().log_softmax(-1)
         return exact(law, reference).sum().item() / len(few)
 
@@ -362,7 +362,7 @@ class OnPolicyAgent(ABC):
         for rows in self._chunks(episodes):
             few = episodes[rows]
             read, mask = self.policy.read(few), few.response_mask
-            law = self.sampler.log_law(read.logits, mask.nonzero()[:, 1])
+            law = self.sampler.log_distribution(read.logits, mask.nonzero()[:, 1])
             found = law.gather(1, few.response_ids[mask].unsqueeze(1)).squeeze(1)
             part = few.log_probs.clone()
             part[mask] = torch.where(found == -torch.inf, part[mask], found)
@@ -435,7 +435,7 @@ class OnPolicyAgent(ABC):
         chosen = few.response_mask.nonzero(as_tuple=True)
         row, places = chosen
         read = self.policy.read(few)
-        law = self.sampler.log_law(read.logits, places)
+        law = self.sampler.log_distribution(read.logits, places)
         return Minibatch(
             log_law=law,
             log_probs=law.gather(1, few.response_ids[chosen].unsqueeze(1)).squeeze(1),

@@ -231,7 +231,7 @@ def recomputed(policy: CausalPolicy, episodes: Episodes, sampler: Sampler) -> tu
     places = mask.nonzero()[:, 1]
     with torch.inference_mode():
         hidden, logits = policy.lm.response_hidden(ids, rows, columns)
-        log_probs = sampler.log_law(logits, places).gather(1, targets.unsqueeze(1)).squeeze(1)
+        log_probs = sampler.log_distribution(logits, places).gather(1, targets.unsqueeze(1)).squeeze(1)
         assert policy.value_head is not None
         return log_probs, policy.value_head(hidden).squeeze(1)
 

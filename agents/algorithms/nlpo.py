@@ -90,7 +90,7 @@ def among(logits: Tensor, mask_logits: Tensor, top_p: float, chosen: Tensor | No
     Returns:
         (n, V); differentiable in `logits`.
     """
-    out = Sampler(top_p=top_p).law(mask_logits.detach(), 0) == -torch.inf
+    out = Sampler(top_p=top_p).adjust_logits(mask_logits.detach(), 0) == -torch.inf
     if chosen is not None:
         out = out.scatter(1, chosen, False)
     return logits.masked_fill(out, -torch.inf)

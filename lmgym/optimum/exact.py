@@ -81,7 +81,7 @@ def _sampled(policy: Policy, sampler: Sampler, horizon: int) -> Law:
     def sampled(episodes: Episodes) -> Tensor:
         mask = episodes.response_mask
         places = torch.arange(horizon).expand_as(mask)[mask]
-        return sampler.log_law(law(episodes).cpu(), places)
+        return sampler.log_distribution(law(episodes).cpu(), places)
 
     return sampled
 

@@ -110,7 +110,7 @@ def _legal(engine: Engine) -> Bools:
 
 def kept(logits: Tensor, sampler: Sampler, is_eos: Bools | Tensor) -> Tensor:
     """(N, V) bool: what the law of the reference's logits (N, V) keeps, with every EOS."""
-    return sampler.law(logits, 0).isfinite() | torch.as_tensor(is_eos, device=logits.device)
+    return sampler.adjust_logits(logits, 0).isfinite() | torch.as_tensor(is_eos, device=logits.device)
 
 
 def _sampler(top_p: float | None, top_k: int | None) -> Sampler:

@@ -125,7 +125,7 @@ def test_inputs_are_left_alone() -> None:
 # --- laws ------------------------------------------------------------------------------------------------------------
 
 
-def slow_law(logits: list[float], sampler: Sampler, t: int) -> list[float]:
+def slow_probs(logits: list[float], sampler: Sampler, t: int) -> list[float]:
     """Probabilities of one row, spelled out."""
     order = sorted(range(len(logits)), key=lambda i: -logits[i])
     if sampler.temperature == 0 or t < sampler.greedy_tokens:
@@ -162,32 +162,32 @@ SAMPLERS = [
 
 @pytest.mark.parametrize("t", [0, 1, 2, 9])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
-def test_the_law_is_the_slow_one_and_log_probs_are_its_own(sampler: Sampler, t: int) -> None:
+def test_the_distribution_is_the_slow_one_and_log_probs_are_its_own(sampler: Sampler, t: int) -> None:
     rows, vocabulary = 60, 30
     logits = logits_of(rows, vocabulary, seed=t)
-    law = sampler.law(logits, t)
-    slow = torch.tensor([slow_law(row, sampler, t) for row in logits.double().tolist()])
-    torch.testing.assert_close(law.softmax(-1), slow, rtol=0, atol=1e-6)
-    assert torch.equal(law > -torch.inf, slow > 0)
+    adjusted = sampler.adjust_logits(logits, t)
+    slow = torch.tensor([slow_probs(row, sampler, t) for row in logits.double().tolist()])
+    torch.testing.assert_close(adjusted.softmax(-1), slow, rtol=0, atol=1e-6)
+    assert torch.equal(adjusted > -torch.inf, slow > 0)
     uniforms = torch.rand(rows, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
     tokens, log_probs = sampler.sample(logits, t, uniforms)
-    expected = law.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    expected = adjusted.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
     assert expected.isfinite().all()
     torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(sampler.log_law(logits, torch.full((rows,), t)), law.log_softmax(-1))
+    torch.testing.assert_close(sampler.log_distribution(logits, torch.full((rows,), t)), adjusted.log_softmax(-1))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
-def test_frequencies_are_those_of_the_law(sampler: Sampler) -> None:
+def test_frequencies_are_those_of_the_distribution(sampler: Sampler) -> None:
     n, t = 20_000, 1
     logits = logits_of(30, seed=4)
     uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     tokens, _ = sampler.sample(logits.expand(n, -1), t, uniforms)
-    law = torch.tensor(slow_law(logits.double().tolist(), sampler, t))
+    law = torch.tensor(slow_probs(logits.double().tolist(), sampler, t))
     assert (torch.bincount(tokens, minlength=30) - n * law).abs().max() <= 1
 
 
-def test_the_log_prob_of_another_law_is_another() -> None:
+def test_the_log_prob_of_another_distribution_is_another() -> None:
     """A log-prob that forgets the temperature, or the cut, is off by far more than rounding."""
     logits, uniforms = logits_of(50, 30), torch.full((50,), 0.4, dtype=torch.float64)
     for sampler in (Sampler(temperature=0.5), Sampler(top_k=3), Sampler(top_p=0.6)):
@@ -196,20 +196,20 @@ def test_the_log_prob_of_another_law_is_another() -> None:
         assert (log_probs - plain).abs().mean() > 0.1
 
 
-def test_log_law_at_mixed_places() -> None:
+def test_log_distribution_at_mixed_positions() -> None:
     sampler = Sampler(temperature=0.8, top_k=4, greedy_tokens=3)
-    logits, places = logits_of(8, 20), torch.tensor([0, 5, 2, 3, 9, 1, 4, 2])
-    found = sampler.log_law(logits, places)
-    for row, t in enumerate(places.tolist()):
-        torch.testing.assert_close(found[row], sampler.law(logits[row : row + 1], t)[0].log_softmax(-1))
+    logits, positions = logits_of(8, 20), torch.tensor([0, 5, 2, 3, 9, 1, 4, 2])
+    found = sampler.log_distribution(logits, positions)
+    for row, t in enumerate(positions.tolist()):
+        torch.testing.assert_close(found[row], sampler.adjust_logits(logits[row : row + 1], t)[0].log_softmax(-1))
     torch.testing.assert_close(found.exp().sum(-1), torch.ones(8))
 
 
 @pytest.mark.parametrize("sampler", [Sampler(temperature=0.5), Sampler(top_k=4, top_p=0.9), Sampler(greedy_tokens=2)])
-def test_log_law_is_differentiable(sampler: Sampler) -> None:
+def test_log_distribution_is_differentiable(sampler: Sampler) -> None:
     logits = logits_of(6, 12).double().requires_grad_()
-    places = torch.tensor([0, 1, 2, 3, 4, 5])
-    law = sampler.log_law(logits, places)
+    positions = torch.tensor([0, 1, 2, 3, 4, 5])
+    law = sampler.log_distribution(logits, positions)
     best = law.argmax(-1, keepdim=True)
     law.gather(1, best).sum().backward()
     assert logits.grad is not None
@@ -221,16 +221,16 @@ def test_log_law_is_differentiable(sampler: Sampler) -> None:
 
 def test_ties_are_cut_to_exactly_k_and_the_smallest_set() -> None:
     logits = torch.zeros((2, 10))
-    assert (Sampler(top_k=3).law(logits, 0) > -torch.inf).sum(-1).tolist() == [3, 3]
-    assert (Sampler(top_p=0.5).law(logits, 0) > -torch.inf).sum(-1).tolist() == [5, 5]
-    assert (Sampler(top_p=0.51).law(logits, 0) > -torch.inf).sum(-1).tolist() == [6, 6]
+    assert (Sampler(top_k=3).adjust_logits(logits, 0) > -torch.inf).sum(-1).tolist() == [3, 3]
+    assert (Sampler(top_p=0.5).adjust_logits(logits, 0) > -torch.inf).sum(-1).tolist() == [5, 5]
+    assert (Sampler(top_p=0.51).adjust_logits(logits, 0) > -torch.inf).sum(-1).tolist() == [6, 6]
 
 
 def test_top_p_never_keeps_a_token_that_was_impossible() -> None:
     logits = logits_of(4, 12)
     logits[:, 3:] = -torch.inf
     for sampler in (Sampler(top_p=0.9999), Sampler(top_k=8), Sampler(temperature=5.0)):
-        kept = sampler.law(logits, 0) > -torch.inf
+        kept = sampler.adjust_logits(logits, 0) > -torch.inf
         assert not kept[:, 3:].any()
         assert kept.any(-1).all()
 

@@ -277,7 +277,7 @@ def rewrite(function: Any, old: str, new: str) -> Callable[[pytest.MonkeyPatch],
 
 def temperature_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     def sample(self: Sampler, logits: Tensor, t: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, _ = inverse_cdf(self.law(logits, t), uniforms)
+        tokens, _ = inverse_cdf(self.adjust_logits(logits, t), uniforms)
         return tokens, logits.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
 
     monkeypatch.setattr(Sampler, "sample", sample)
@@ -344,7 +344,7 @@ MUTANTS = [
     Mutant("temperature forgotten in the log-prob", temperature_forgotten, log_probs_are_of_the_law_that_sampled),
     Mutant(
         "temperature forgotten in the update",
-        rewrite(Sampler.log_law, "law = self.law(logits, self.greedy_tokens)", "law = logits"),
+        rewrite(Sampler.log_distribution, "adjusted = self.adjust_logits(logits, self.greedy_tokens)", "adjusted = logits"),
         the_update_reads_the_log_probs_that_were_sampled,
     ),
     Mutant("stale log-probs", policy_moved_after_sampling, the_update_reads_the_log_probs_that_were_sampled),

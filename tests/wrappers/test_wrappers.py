@@ -369,7 +369,7 @@ def test_a_mask_is_the_support_of_the_sampler_and_the_eos(
             assert info["action_mask"].all()
             assert mask.all()
             continue
-        kept = Sampler(**law).law(forward(env)[1][None], 0)[0].isfinite().numpy()
+        kept = Sampler(**law).adjust_logits(forward(env)[1][None], 0)[0].isfinite().numpy()
         assert (mask == (kept | env.unwrapped.engine.is_eos)).all()
         assert (info["action_mask"] == mask).all()
         info["action_mask"][:] = False

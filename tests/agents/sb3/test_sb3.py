@@ -623,7 +623,7 @@ def test_what_maskable_ppo_does_under_a_mask_is_what_is_graded(mask: dict[str, A
     logits = agent._logits(*(torch.from_numpy(observation[k]) for k in ("input_ids", "attention_mask")))
     for row in range(8):
         behind = observation["input_ids"][row], observation["attention_mask"][row]
-        kept = Sampler(**mask).law(law_behind(lm, *behind)[None], 0)[0].isfinite()
+        kept = Sampler(**mask).adjust_logits(law_behind(lm, *behind)[None], 0)[0].isfinite()
         kept[1] = True  # EOS
         free = law_behind(agent._actor.lm, *behind)  # type: ignore[union-attr]
         expected = torch.where(kept, free, -torch.inf).log_softmax(-1)
