@@ -1,4 +1,4 @@
-"""The laws of tokens: exact frequencies, exact log-probs, and no token of probability 0."""
+"""How tokens are drawn: exact frequencies, exact log-probs, and no token of probability 0."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def test_evenly_spread_uniforms_give_the_exact_frequencies() -> None:
 
 def test_random_uniforms_give_the_frequencies_within_their_error() -> None:
     n = 60_000
-    law = logits_of(40).softmax(-1).double()
+    probs = logits_of(40).softmax(-1).double()
     uniforms = torch.rand(n, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    tokens, _ = inverse_cdf(law.log().float().expand(n, -1), uniforms)
+    tokens, _ = inverse_cdf(probs.log().float().expand(n, -1), uniforms)
     counts = torch.bincount(tokens, minlength=40)
-    error = (law * (1 - law) / n).sqrt()
-    assert ((counts / n - law).abs() < 4.5 * error).all()
-    statistic = ((counts - n * law) ** 2 / (n * law)).sum().item()
+    error = (probs * (1 - probs) / n).sqrt()
+    assert ((counts / n - probs).abs() < 4.5 * error).all()
+    statistic = ((counts - n * probs) ** 2 / (n * probs)).sum().item()
     degrees = 39
     assert abs(statistic - degrees) < 4 * math.sqrt(2 * degrees)
 
@@ -122,7 +122,7 @@ def test_inputs_are_left_alone() -> None:
     assert torch.equal(logits, before)
 
 
-# --- laws ------------------------------------------------------------------------------------------------------------
+# --- distributions -------------------------------------------------------------------------------------------------
 
 
 def slow_probs(logits: list[float], sampler: Sampler, t: int) -> list[float]:
@@ -183,8 +183,8 @@ def test_frequencies_are_those_of_the_distribution(sampler: Sampler) -> None:
     logits = logits_of(30, seed=4)
     uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     tokens, _ = sampler.sample(logits.expand(n, -1), t, uniforms)
-    law = torch.tensor(slow_probs(logits.double().tolist(), sampler, t))
-    assert (torch.bincount(tokens, minlength=30) - n * law).abs().max() <= 1
+    probs = torch.tensor(slow_probs(logits.double().tolist(), sampler, t))
+    assert (torch.bincount(tokens, minlength=30) - n * probs).abs().max() <= 1
 
 
 def test_the_log_prob_of_another_distribution_is_another() -> None:
@@ -209,12 +209,12 @@ def test_log_distribution_at_mixed_positions() -> None:
 def test_log_distribution_is_differentiable(sampler: Sampler) -> None:
     logits = logits_of(6, 12).double().requires_grad_()
     positions = torch.tensor([0, 1, 2, 3, 4, 5])
-    law = sampler.log_distribution(logits, positions)
-    best = law.argmax(-1, keepdim=True)
-    law.gather(1, best).sum().backward()
+    log_probs = sampler.log_distribution(logits, positions)
+    best = log_probs.argmax(-1, keepdim=True)
+    log_probs.gather(1, best).sum().backward()
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
-    probs = law.detach().exp().double()
+    probs = log_probs.detach().exp().double()
     expected = (torch.zeros_like(probs).scatter(1, best, 1.0) - probs) / sampler.temperature
     torch.testing.assert_close(logits.grad, expected, rtol=0, atol=1e-6)
 

@@ -344,7 +344,9 @@ MUTANTS = [
     Mutant("temperature forgotten in the log-prob", temperature_forgotten, log_probs_are_of_the_law_that_sampled),
     Mutant(
         "temperature forgotten in the update",
-        rewrite(Sampler.log_distribution, "adjusted = self.adjust_logits(logits, self.greedy_tokens)", "adjusted = logits"),
+        rewrite(
+            Sampler.log_distribution, "adjusted = self.adjust_logits(logits, self.greedy_tokens)", "adjusted = logits"
+        ),
         the_update_reads_the_log_probs_that_were_sampled,
     ),
     Mutant("stale log-probs", policy_moved_after_sampling, the_update_reads_the_log_probs_that_were_sampled),
