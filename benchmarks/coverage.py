@@ -25,11 +25,11 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.pages import fill
+from lmgym.automata import Automaton
 from lmgym.intervals import Interval, of_episodes
 from lmgym.optimum.answer import expected_reward
 from lmgym.optimum.automaton import AutomatonMDP, AutomatonPolicy, AutomatonSolution, MarkovLaw
 from lmgym.optimum.verifiable import VerifiablePolicy
-from lmgym.rewards.automaton import Automaton
 from lmgym.tasks import Task, make_task
 from lmgym.tasks.base import registered_tasks
 

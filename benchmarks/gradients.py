@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmgym.automata import phrases
 from lmgym.episodes import Episodes
 from lmgym.kl import exact, k2, k3
 from lmgym.models.markov import dirichlet_rows, markov_lm
 from lmgym.optimum.tree import Tree, law_of
-from lmgym.rewards.automaton import AutomatonReward, phrases
+from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks import Task
 
 SYMBOLS = ["a", "b", "c"]

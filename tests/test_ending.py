@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lmgym.automata import length
 from lmgym.ending import EndRule
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError
@@ -21,7 +22,7 @@ from lmgym.optimum.automaton import solve_automaton
 from lmgym.optimum.smc import smc
 from lmgym.optimum.tree import Tree
 from lmgym.optimum.verifiable import check_complete
-from lmgym.rewards.automaton import AutomatonReward, length
+from lmgym.rewards.automaton import AutomatonReward
 from lmgym.rollout import collect
 from lmgym.tasks import Task
 

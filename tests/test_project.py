@@ -19,8 +19,8 @@ import lmgym.tasks
 ROOT = Path(__file__).parent.parent
 # A module imports from its own layer and from lower ones (to the left).
 LAYERS = (
-    "errors, episodes, forking, ending < files, kl, intervals, data < models < rewards < feedback < tasks < optimum"
-    " < envs < wrappers < rollout < evaluation, scores, testing, trl < sb3 < agents.checkpoint, agents.seeds,"
+    "errors, episodes, forking, ending < files, kl, intervals, data < models < automata < rewards < feedback < tasks"
+    " < optimum < envs < wrappers < rollout < evaluation, scores, testing, trl < sb3 < agents.checkpoint, agents.seeds,"
     " agents.finite, agents.losses, agents.advantages, agents.master_weights < agents.policies < agents.on_policy"
     " < agents.fixed < agents.supervised < agents.algorithms, agents.sb3 < agents.runs, agents < builders"
 )

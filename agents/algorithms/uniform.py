@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from agents.fixed import FixedPolicyAgent
+from lmgym.automata import Automaton
 from lmgym.models.causal import CausalLM
 from lmgym.models.policy import Policy
 from lmgym.optimum.automaton import PolicyLogits
-from lmgym.rewards.automaton import Automaton
 
 
 class UniformState:

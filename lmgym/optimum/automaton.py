@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lmgym.automata import Automaton
 from lmgym.ending import EndRule
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.causal import CausalLM
 from lmgym.models.markov import SMALLEST, MarkovLM
 from lmgym.optimum.answer import Optimum, check_solvable, expected_reward
-from lmgym.rewards.automaton import Automaton, AutomatonReward
+from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks.base import Task, check_split
 
 PolicyLogits = Callable[[int, Tensor, Tensor], Tensor]

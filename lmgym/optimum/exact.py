@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lmgym.automata import Automaton
 from lmgym.episodes import Episodes
 from lmgym.models.causal import CausalLM
 from lmgym.models.markov import MarkovLM
@@ -19,7 +20,7 @@ from lmgym.models.sampling import Sampler
 from lmgym.optimum.answer import expected_reward
 from lmgym.optimum.automaton import AutomatonMDP, MarkovLaw, PolicyLogits, is_late
 from lmgym.optimum.tree import Law, Tree, count_responses, law_of
-from lmgym.rewards.automaton import Automaton, AutomatonReward
+from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks.base import Task
 
 MAX_RESPONSES = 40_000  # that are written down, of all prompts together

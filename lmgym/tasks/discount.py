@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 import math
 
-from lmgym.rewards.automaton import AutomatonReward, length
+from lmgym.automata import length
+from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks.base import Task, register_task
 from lmgym.tasks.stop import SYMBOLS, reference
 

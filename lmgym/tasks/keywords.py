@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmgym.rewards.automaton import AutomatonReward, phrases
+from lmgym.automata import phrases
+from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks.base import Task, register_task
 
 if TYPE_CHECKING:

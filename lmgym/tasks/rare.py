@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 
-from lmgym.rewards.automaton import AutomatonReward, phrases
+from lmgym.automata import phrases
+from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks.base import Task, register_task
 from lmgym.tasks.keywords import SYMBOLS, VOCABULARY, reference
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmgym.rewards.automaton import AutomatonReward, length
+from lmgym.automata import length
+from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks.base import Task, register_task
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmgym.rewards.automaton import Automaton, AutomatonReward
+from lmgym.automata import Automaton
+from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks.base import Task, register_task
 
 if TYPE_CHECKING:

@@ -16,11 +16,12 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from lmgym.automata import Automaton
 from lmgym.envs.engine import Engine, engine_of
 from lmgym.envs.single import observation_space
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.markov import MarkovLM
-from lmgym.rewards.automaton import Automaton, AutomatonReward
+from lmgym.rewards.automaton import AutomatonReward
 from lmgym.rewards.base import remove_noise
 from lmgym.wrappers.vector import TokenVectorWrapper
 

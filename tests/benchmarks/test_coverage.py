@@ -12,7 +12,7 @@ import scipy.stats
 from benchmarks import coverage as module
 from benchmarks.coverage import POLICIES, coverage, exact_tasks, paid_at_the_end, populations
 from benchmarks.pages import table
-from lmgym.rewards.automaton import Automaton
+from lmgym.automata import Automaton
 from lmgym.tasks import make_task
 
 

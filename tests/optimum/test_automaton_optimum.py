@@ -15,6 +15,7 @@ import torch
 from conftest import TinyProblem, gpt2, word_tokenizer
 from torch import Tensor
 
+from lmgym.automata import Automaton
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
@@ -32,7 +33,7 @@ from lmgym.optimum.automaton import (
 )
 from lmgym.optimum.solve import best_response, solve
 from lmgym.optimum.tree import Tree, law_of
-from lmgym.rewards.automaton import Automaton, AutomatonReward
+from lmgym.rewards.automaton import AutomatonReward
 from lmgym.rewards.noise import NoisyReward
 from lmgym.rollout import collect, collect_steps
 from lmgym.tasks import Task

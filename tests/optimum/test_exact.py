@@ -12,6 +12,7 @@ import torch
 from conftest import TinyProblem
 
 from agents.algorithms.uniform import UniformPolicy
+from lmgym.automata import from_regex, positions
 from lmgym.evaluation import evaluate
 from lmgym.models.markov import markov_lm
 from lmgym.models.policy import CausalPolicy
@@ -19,7 +20,7 @@ from lmgym.models.sampling import Sampler
 from lmgym.optimum import exact, solve
 from lmgym.optimum.exact import exact_metrics
 from lmgym.optimum.tree import Tree, count_responses, law_of
-from lmgym.rewards.automaton import AutomatonReward, from_regex, positions
+from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks import Task, make_task
 
 ROWS = np.array([[0.2, 0.5, 0.3], [0.3, 0.3, 0.4], [0.5, 0.1, 0.4]])
