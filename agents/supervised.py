@@ -281,7 +281,7 @@ def unscored(engine: Engine, prompts: Sequence[Prompt], responses: Sequence[Sequ
     mask = torch.arange(horizon) < lengths.unsqueeze(1)
     ids = torch.full((b, horizon), engine.lm.pad_token_id)
     ids[mask] = torch.tensor([token for response in responses for token in response])
-    prompt_ids, prompt_mask = engine.left_padded(prompts)
+    prompt_ids, prompt_mask = engine.pad_prompts(prompts)
     episodes = Episodes(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,

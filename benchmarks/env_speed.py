@@ -133,7 +133,7 @@ class Bench:
 
     def prompt_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         engine = self.envs("native").engine
-        ids, mask = engine.left_padded([engine.prompts[i % len(engine.prompts)] for i in range(self.n)])
+        ids, mask = engine.pad_prompts([engine.prompts[i % len(engine.prompts)] for i in range(self.n)])
         return ids.to(self.lm.device), mask.long().to(self.lm.device)
 
     def drive(self, name: str, steps: int) -> int:

@@ -234,7 +234,7 @@ def _decode_row(envs: Any, batch: int, horizon: int, small: bool) -> dict[str, A
     lm = envs.engine.lm
     policy, generator = CausalPolicy(lm), torch.Generator().manual_seed(0)
     prompts = [envs.engine.prompts[i % len(envs.engine.prompts)] for i in range(batch)]
-    ids, mask = (x.to(lm.device) for x in envs.engine.left_padded(prompts))
+    ids, mask = (x.to(lm.device) for x in envs.engine.pad_prompts(prompts))
 
     @torch.inference_mode()
     def generate() -> Any:

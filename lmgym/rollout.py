@@ -50,7 +50,7 @@ def collect(
     sampler, generator = sampler or Sampler(), generator or fresh_generator()
     prompts = envs.next_prompts(episodes) if isinstance(episodes, int) else episodes
     engine = envs.engine
-    prompt_ids, prompt_mask = engine.left_padded(prompts)
+    prompt_ids, prompt_mask = engine.pad_prompts(prompts)
     device = policy.device
     b, horizon = len(prompts), engine.horizon
     uniforms = torch.rand((b, horizon), generator=generator, dtype=torch.float64).to(device)

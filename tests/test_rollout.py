@@ -18,7 +18,8 @@ from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
 from lmgym.kl import check_sampled_law, discounted_return, episode_kl, token_rewards
-from lmgym.models.causal import CausalLM, freeze, pack
+from lmgym.models.causal import CausalLM, freeze
+from lmgym.models.padding import pack
 from lmgym.models.policy import CausalPolicy
 from lmgym.models.sampling import Sampler
 from lmgym.rollout import collect, collect_steps

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 from agents.policies.generation import save_generation
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
-from lmgym.models.causal import CausalLM, pack
+from lmgym.models.causal import CausalLM
 from lmgym.models.loading import quiet_loading
+from lmgym.models.padding import pack
 from lmgym.models.policy import CausalPolicy, PolicyState
 
 Critic = Literal["shared", "reference", "reward_model"]

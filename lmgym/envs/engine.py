@@ -19,11 +19,12 @@ from torch import Tensor
 from lmgym.ending import EndRule
 from lmgym.envs.fitting import fit_prompts
 from lmgym.envs.meanings import decode_ids, name_actions
-from lmgym.envs.prompts import Prompt, PromptSet, left_padded
+from lmgym.envs.prompts import Prompt, PromptSet
 from lmgym.envs.reader import Reader
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidActionError, InvalidArgumentError, RewardError
 from lmgym.models.causal import CausalLM
+from lmgym.models.padding import pad_left
 from lmgym.models.policy import CausalPolicy
 from lmgym.models.probes import check_language_model, check_prompts_are_finite
 from lmgym.rewards.base import RewardFunction, bind_tokenizer, remove_noise, score
@@ -184,12 +185,11 @@ class Engine:
             rows: which. prompts: one each.
             ahead: gives the prompt a row will most likely start from next, so that prompts can be read in batches.
         """
-        self.input_ids[rows] = self.lm.pad_token_id
-        self.attention_mask[rows] = 0
-        lengths = np.array([len(prompt.ids) for prompt in prompts])
-        places, columns = (np.arange(self.width) >= self.width - lengths[:, None]).nonzero()
-        self.input_ids[rows[places], columns] = [i for prompt in prompts for i in prompt.ids]
-        self.attention_mask[rows[places], columns] = 1
+        ids, mask = self.pad_prompts(prompts)
+        self.input_ids[rows, : self.width] = ids.numpy()
+        self.input_ids[rows, self.width :] = self.lm.pad_token_id
+        self.attention_mask[rows, : self.width] = mask.numpy()
+        self.attention_mask[rows, self.width :] = 0
         for row, prompt in zip(rows.tolist(), prompts, strict=True):
             self.current[row] = prompt
             self.prompt_texts[row] = str(prompt.text)
@@ -372,9 +372,9 @@ class Engine:
             )
         return self._reader
 
-    def left_padded(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-        """(B, P) int64 ids and bool mask of prompts."""
-        return left_padded(prompts, self.width, self.lm.pad_token_id)
+    def pad_prompts(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        """(B, P) int64 ids and bool mask of prompts, left-padded."""
+        return pad_left([prompt.ids for prompt in prompts], self.lm.pad_token_id, self.width)
 
     # -- whole episodes --------------------------------------------------------------------------------------------
 
@@ -396,7 +396,7 @@ class Engine:
         ref = np.zeros((b, horizon))
         if task.kl_coef > 0:
             response = torch.from_numpy(np.where(mask, response_ids, 0))
-            log_probs = self.lm.response_log_probs(*self.left_padded(prompts), response, torch.from_numpy(mask))
+            log_probs = self.lm.response_log_probs(*self.pad_prompts(prompts), response, torch.from_numpy(mask))
             ref = log_probs.numpy().astype(np.float64)
         rewards = task.kl_coef * ref
         last = (np.arange(b), lengths - 1)

@@ -9,8 +9,6 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from lmgym.data.prompts import PromptIndex, PromptText
 from lmgym.data.rows import check_text
@@ -143,13 +141,3 @@ class PromptOrder:
         prompt = self.peek()
         self._place += 1 if self._shuffle else self._stride
         return prompt
-
-
-def left_padded(prompts: Sequence[Prompt], width: int, pad: int) -> tuple[Tensor, Tensor]:
-    """(n, width) int64 ids and bool mask of prompts, the last token of each in the last column."""
-    ids = np.full((len(prompts), width), pad, dtype=np.int64)
-    mask = np.zeros((len(prompts), width), dtype=np.bool_)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt.ids) :] = prompt.ids
-        mask[i, width - len(prompt.ids) :] = True
-    return torch.from_numpy(ids), torch.from_numpy(mask)

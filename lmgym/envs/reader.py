@@ -12,9 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lmgym.envs.prompts import Prompt, left_padded
+from lmgym.envs.prompts import Prompt
 from lmgym.models.causal import CausalLM, token_log_probs
 from lmgym.models.decoding import Decoder, Prefilled, RingDecoder, TableDecoder, make_decoder
+from lmgym.models.padding import pad_left
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -114,7 +115,7 @@ class Reader:
             self._ready[row] = (prompt, batch, place)
 
     def _left_padded(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-        ids, mask = left_padded(prompts, max(len(p.ids) for p in prompts), self._lm.pad_token_id)
+        ids, mask = pad_left([p.ids for p in prompts], self._lm.pad_token_id)
         return ids.to(self._device), mask.to(self._device)
 
     def _index(self, rows: list[int]) -> Tensor:

@@ -22,6 +22,7 @@ from lmgym.models import markov
 from lmgym.models.adapters import load_pretrained
 from lmgym.models.loading import check_embedded
 from lmgym.models.names import check_model_name
+from lmgym.models.padding import pack
 from lmgym.models.positions import max_positions
 from lmgym.models.probes import check_language_model
 from lmgym.models.texts import Texts
@@ -202,27 +203,6 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """
     logits = logits.float()
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-
-
-def pack(
-    prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Joins left-padded prompts and right-padded responses into right-padded sequences.
-
-    Args:
-        prompt_ids: (B, P). prompt_mask: (B, P) bool. response_ids: (B, T). response_mask: (B, T) bool.
-
-    Returns:
-        ids (B, L') with L' the longest pair; and for the n chosen tokens, in row-major order of `response_mask`: the
-        row (n,) and column (n,) whose logits predict each, and the token itself (n,).
-    """
-    mask = torch.cat([prompt_mask, response_mask], dim=1)
-    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
-    longest = max(int(mask.sum(-1).max()), 1)
-    ids = torch.cat([prompt_ids, response_ids], dim=1).gather(1, order[:, :longest])
-    rows, t = response_mask.nonzero(as_tuple=True)
-    columns = prompt_mask.sum(-1)[rows] + t - 1
-    return ids, rows, columns, response_ids[rows, t]
 
 
 def _head_shape(model: Any) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from lmgym.models.caches import cache_keyword
 from lmgym.models.causal import CausalLM, legal_logits
 from lmgym.models.cuda_graphs import StepGraphs, borrow_graphs
 from lmgym.models.markov import MarkovLM
+from lmgym.models.padding import compact_left
 from lmgym.models.recording import Forward, record
 from lmgym.models.sampling import check_finite_log_probs
 
@@ -278,9 +279,8 @@ class PlainDecoder:
 
     def begin(self, slots: Tensor, ids: Tensor, mask: Tensor) -> None:
         """Restarts slots (n,) from sequences (n, W), left-padded."""
-        order = (~mask.bool()).to(torch.uint8).argsort(dim=1, stable=True)
         self._ids[slots] = self._lm.pad_token_id
-        self._ids[slots, : ids.shape[1]] = ids.gather(1, order)
+        self._ids[slots, : ids.shape[1]] = compact_left(ids, mask)
         self._lengths[slots] = mask.to(torch.int64).sum(-1)
         self._read()
 

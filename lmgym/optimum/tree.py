@@ -19,7 +19,8 @@ from torch.nn.functional import pad
 
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, LmGymError, check_int
-from lmgym.models.causal import CausalLM, pack
+from lmgym.models.causal import CausalLM
+from lmgym.models.padding import pack
 from lmgym.models.policy import Policy
 from lmgym.optimum.answer import Optimum, check_repeatable, check_solvable, expected_reward
 from lmgym.rewards.base import RewardFunction, bind_tokenizer, remove_noise, score

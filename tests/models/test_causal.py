@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 from transformers.utils import logging as hf_logging
 
 from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
-from lmgym.models.causal import CausalLM, freeze, load_causal_lm, pack, resolve_device, tempered, token_log_probs
+from lmgym.models.causal import CausalLM, freeze, load_causal_lm, resolve_device, tempered, token_log_probs
 from lmgym.models.decoding import make_decoder
 from lmgym.models.markov import dirichlet_rows, markov_lm
+from lmgym.models.padding import pack
 
 V = len(WORDS) + 3
 PADDED = V + 4  # embeddings without a token

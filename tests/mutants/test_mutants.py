@@ -352,7 +352,7 @@ MUTANTS = [
     Mutant("stale log-probs", policy_moved_after_sampling, the_update_reads_the_log_probs_that_were_sampled),
     Mutant(
         "logits of the token itself",
-        rewrite(lmgym.models.causal.pack, "+ t - 1", "+ t"),
+        rewrite(lmgym.models.padding.pack, "+ t - 1", "+ t"),
         the_update_reads_the_log_probs_that_were_sampled,
     ),
     Mutant(

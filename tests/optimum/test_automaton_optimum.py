@@ -253,7 +253,7 @@ def test_the_policy_and_its_values_are_those_of_the_tree(seed: int) -> None:
     assert optimum.policy is not None
     assert enumerated.policy is not None
     lm = task.reference()
-    ids, mask = make_envs(task).engine.left_padded([make_envs(task).engine.prompts[i] for i in (0, 1, 2, 0, 1, 2)])
+    ids, mask = make_envs(task).engine.pad_prompts([make_envs(task).engine.prompts[i] for i in (0, 1, 2, 0, 1, 2)])
     states = [p.begin(ids, mask, task.max_new_tokens) for p in (optimum.policy, enumerated.policy)]
     generator = torch.Generator().manual_seed(seed)
     alive = torch.ones(6, dtype=torch.bool)
