@@ -1,4 +1,4 @@
-"""What every agent's checkpoint has in common: it is written whole and checked when read, and counts what a run costs.
+"""What every agent's checkpoint has in common: it is written whole and checked when read.
 
 A checkpoint is a directory. Beside the agent's own files it has `manifest.json`: the SHA-256 of each of them, a serial
 number, and notes of whoever saved it. Checked are files that were damaged, edited, or brought from another checkpoint.
@@ -14,12 +14,9 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lmgym.files import RunFileError, checksum, create, hidden_sibling, read_json, remove, sync
-
-if TYPE_CHECKING:
-    from lmgym.episodes import Episodes
 
 MANIFEST = "manifest.json"
 _AGAIN = "Put back the one that was saved, or begin a new run."
@@ -207,31 +204,3 @@ def _seal(directory: Path, serial: int, notes: dict[str, Any]) -> None:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass
-class TokenCount:
-    """Tokens that an agent's policy has read, prompts included: what a run costs on any machine.
-
-    A token counts each time a pass goes over it; columns of padding do not count. A critic with a trunk of its own, the
-    frozen reference inside a residual, and the mask policy of NLPO go along with their policy and are not counted
-    again. Nor is what the env reads to pay the agent (reference and reward model), which is the same for every agent at
-    equal env steps.
-
-    Attributes:
-        forward: in decoding, in updates, and where an update reads the reference itself.
-        backward: in passes that take a gradient, once a gradient.
-    """
-
-    forward: int = 0
-    backward: int = 0
-
-    def read(self, episodes: Episodes, *, forward: int = 1, backward: int = 0) -> None:
-        """Counts so many passes over every token of some episodes."""
-        size = episodes.num_prompt_tokens + episodes.num_tokens
-        self.forward += forward * size
-        self.backward += backward * size
-
-    def metrics(self) -> dict[str, float]:
-        """The sums so far, as metrics of a run."""
-        return {"cost/forward_tokens": self.forward, "cost/backward_tokens": self.backward}

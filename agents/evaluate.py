@@ -51,7 +51,7 @@ def evaluate(directory: Path, changed: Mapping[str, Any], trusted: Sequence[str]
     Raises:
         LmGymError: naming the file of the run that is missing or damaged.
     """
-    from lmgym.models.policy import CausalPolicy
+    from agents.algorithms.reference import Reference
 
     saved = saved_config(directory, trusted)
     warning = changes_since(directory, read_checkpoint(directory), notes_of(saved))
@@ -62,7 +62,8 @@ def evaluate(directory: Path, changed: Mapping[str, Any], trusted: Sequence[str]
     plan = check_saved(directory, saved)
     agent = build(plan)
     manifest = read_checkpoint(directory, agent.load)
-    before, after = grade(plan, CausalPolicy(agent.envs.engine.lm)), grade(plan, agent)
+    before = grade(plan, Reference(agent.envs))
+    after = grade(plan, agent)
     summary = summarise(plan, before, after, manifest.notes.get("train_seconds", 0.0), agent)
     try:
         write_json(directory / "evaluation.json", summary)

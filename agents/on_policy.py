@@ -9,8 +9,7 @@ import json
 import math
 import os
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from abc import abstractmethod
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -20,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from agents.advantages import gae
-from agents.checkpoint import TokenCount, replacing
+from agents.agent import Callback, PolicyAgent, TokenCount
 from agents.finite import GRAD_NORM, check_saving, check_step, check_weights
 from agents.losses import explained_variance
 from agents.master_weights import MasterWeights
 from agents.policies.actor_critic import Critic, TrainablePolicy, read_logits
 from agents.policies.choice import PolicyConfig, make_policy
-from agents.seeds import ACTIONS, WEIGHTS, row_seeds, stream_seed, torch_generator
+from agents.seeds import WEIGHTS, row_seeds, stream_seed
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_bool, check_choice, check_int, check_number
@@ -41,10 +40,9 @@ from lmgym.kl import (
     exact,
     token_rewards,
 )
-from lmgym.models.sampling import Sampler, check_finite_log_probs
+from lmgym.models.sampling import Sampler
 from lmgym.rollout import check_same_step, collect, collect_steps
 
-Callback = Callable[[int, dict[str, float]], bool | None]
 _EXACT_KL_EPISODES = 16  # the exact KL needs the reference's whole law: a metric, so a few episodes do
 
 
@@ -99,11 +97,6 @@ class OnPolicyConfig(PolicyConfig):
         check_choice("collect", self.collect, ("episodes", "steps"))
 
     @property
-    def responses(self) -> int:
-        """Responses to each prompt of a batch; more than one where an algorithm compares them (`GroupConfig`)."""
-        return 1
-
-    @property
     def num_envs(self) -> int:
         """Rows that the vector env must have."""
         return self.batch_size if self.collect == "steps" else self.responses
@@ -131,7 +124,7 @@ class GroupConfig(OnPolicyConfig):
         return self.group_size
 
 
-class OnPolicyAgent(ABC):
+class OnPolicyAgent(PolicyAgent):
     """Learns by policy gradients from episodes it has just sampled.
 
     Args:
@@ -142,13 +135,13 @@ class OnPolicyAgent(ABC):
         sampler: the law that tokens are drawn from, given the policy's logits; the update is of that same law.
 
     Attributes:
-        num_timesteps: env steps so far.
-        tokens: what the policy has read for them.
         at_rest: whether a run goes on to the same curve from what `save` would write now. It is False in the midst of
             an update; where the collecting of a batch fails, `save` writes the state before that batch.
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = OnPolicyConfig
+    config: OnPolicyConfig
+    policy: TrainablePolicy
 
     @property
     def reads_reference(self) -> bool:
@@ -167,10 +160,9 @@ class OnPolicyAgent(ABC):
             raise InvalidArgumentError(
                 f"`envs` must have group_size={config.responses}, got {envs.group_size}: rows of a group share prompts."
             )
-        check_dict_observations(envs)
+        super().__init__(envs, config, seed=seed, sampler=sampler)
         if config.collect == "steps":
             check_same_step(envs)
-        self.envs, self.config, self.sampler = envs, config, sampler or Sampler()
         if not self.uses_critic and (config.critic != "shared" or config.critic_lr is not None):
             raise InvalidArgumentError(
                 "`critic` must be 'shared' and `critic_lr` null where no values are learned, got "
@@ -182,10 +174,7 @@ class OnPolicyAgent(ABC):
         on_gpu = self.policy.device.type == "cuda"
         self.optimizer = torch.optim.Adam(groups, fused=on_gpu or None, **self._adam())
         self.masters = MasterWeights(self.optimizer)
-        self.generator = torch_generator(seed, ACTIONS)
-        self.num_timesteps, self.tokens = 0, TokenCount()
         self._before_batch: dict[str, Any] | None = None  # the state there, while nothing has been learned since
-        self.at_rest = True
         self.kl: KLCoefficient = FixedKL(envs.kl_coef)
         if config.kl_controller == "adaptive":
             self.kl = AdaptiveKL(envs.kl_coef, config.kl_target, config.kl_horizon)
@@ -505,38 +494,10 @@ class OnPolicyAgent(ABC):
 
     # -- acting, saving, loading ---------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def predict(self, observation: dict[str, Any], deterministic: bool = False) -> tuple[Any, None]:
-        """Tokens for a (batched or single) dict observation, as SB3's `predict`: (actions, None)."""
-        ids = torch.as_tensor(np.asarray(observation["input_ids"]), device=self.policy.device)
-        mask = torch.as_tensor(np.asarray(observation["attention_mask"]), device=self.policy.device).bool()
-        single = ids.ndim == 1
-        ids, mask = (ids[None], mask[None]) if single else (ids, mask)
-        lengths = mask.sum(-1)
+    def next_logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, V) logits of each row's next token, from one forward over (B, L) ids; mask (B, L) is True on tokens."""
         left = ids.gather(1, (~mask).to(torch.uint8).argsort(dim=1, stable=True))
-        logits = self.policy.next_logits(left, lengths)
-        if deterministic:
-            actions = logits.argmax(-1)
-        else:
-            uniforms = torch.rand(len(ids), generator=self.generator, dtype=torch.float64)
-            actions, places = logits.argmax(-1), mask[:, -self.envs.engine.horizon :].sum(-1)
-            for t in places.unique().tolist():
-                rows = places == t
-                actions[rows], drawn = self.sampler.sample(logits[rows], t, uniforms[rows.cpu()])
-                check_finite_log_probs(drawn)
-        chosen = actions.cpu().numpy()
-        return (chosen[0] if single else chosen), None
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes what a resumed run needs, under a temporary name first.
-
-        `AutoModelForCausalLM` loads a fine-tuned policy; a residual is no model of its own.
-
-        Raises:
-            NotFiniteError: for weights or moments that are not finite; what was there before stays.
-        """
-        with replacing(directory) as scratch:
-            self.write(scratch)
+        return self.policy.next_logits(left, mask.sum(-1))
 
     def write(self, directory: Path) -> None:
         """Writes the files of a checkpoint into an empty directory."""
@@ -616,12 +577,6 @@ def share_prompts(episodes: Episodes, group_size: int) -> Tensor:
     """(B / group_size,) bool: whether neighbours, in groups of `group_size`, are responses to one prompt."""
     prompts = torch.cat([episodes.prompt_ids, episodes.prompt_mask.long()], dim=1).unflatten(0, (-1, group_size))
     return (prompts == prompts[:, :1]).flatten(1).all(1)
-
-
-def check_dict_observations(envs: RLHFVectorEnv) -> None:
-    """Raises `InvalidArgumentError` for an env with flat observations, which `predict` does not read."""
-    if envs.settings.obs_format != "dict":
-        raise InvalidArgumentError(f"`obs_format` must be 'dict', got {envs.settings.obs_format!r}.")
 
 
 def lr_factor(schedule: str, progress: float, warmup: float = 0.0, end: float = 0.0) -> float:

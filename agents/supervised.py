@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agents.checkpoint import TokenCount, replacing
+from agents.agent import Callback, PolicyAgent, TokenCount
 from agents.finite import GRAD_NORM, check_saving, check_step, check_weights
-from agents.fixed import act
 from agents.master_weights import MasterWeights
-from agents.on_policy import Callback, check_dict_observations
+from agents.policies.actor_critic import TrainablePolicy
 from agents.policies.choice import PolicyConfig, make_policy
-from agents.seeds import ACTIONS, WEIGHTS, row_seeds, stream_seed, torch_generator
+from agents.seeds import WEIGHTS, row_seeds, stream_seed
 from lmgym.envs.engine import Engine
 from lmgym.envs.prompts import Prompt
 from lmgym.envs.vector import RLHFVectorEnv
@@ -41,8 +40,6 @@ Examples = TypeVar("Examples")
 @dataclass(frozen=True)
 class SupervisedConfig(PolicyConfig):
     """What every agent has that fits examples."""
-
-    num_envs: ClassVar[int] = 1
 
     batch_size: int = 64  # examples an optimiser step
     epochs: int = 1  # sampled: passes over each batch; file: over the file
@@ -60,7 +57,7 @@ class SupervisedConfig(PolicyConfig):
             check_number(name, getattr(self, name), 0)
 
 
-class SupervisedAgent(ABC, Generic[Examples]):
+class SupervisedAgent(PolicyAgent, Generic[Examples]):
     """Learns from examples, without returns and without a critic.
 
     Args:
@@ -71,25 +68,21 @@ class SupervisedAgent(ABC, Generic[Examples]):
 
     Attributes:
         num_timesteps: tokens sampled for examples; of a file, the response tokens learned from.
-        tokens: what the policy has read.
-        at_rest: whether a run goes on to the same curve from what `save` would write now, as in `OnPolicyAgent`.
     """
 
     Config: ClassVar[type[SupervisedConfig]] = SupervisedConfig
+    config: SupervisedConfig
+    policy: TrainablePolicy
 
     def __init__(
         self, envs: RLHFVectorEnv, config: Any = None, *, seed: int = 0, sampler: Sampler | None = None
     ) -> None:
-        check_dict_observations(envs)
-        self.envs, self.config, self.sampler = envs, config or self.Config(), sampler or Sampler()
+        super().__init__(envs, config, seed=seed, sampler=sampler)
         self.policy = make_policy(envs, self.config, stream_seed(seed, WEIGHTS))
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(parameters, lr=self.config.lr, eps=self.config.adam_eps)
         self.masters = MasterWeights(self.optimizer)
-        self.generator = torch_generator(seed, ACTIONS)
-        self.num_timesteps, self.tokens = 0, TokenCount()
         self._before_batch: dict[str, Any] | None = None  # the state there, while nothing has been learned since
-        self.at_rest = True
         envs.reset(seed=row_seeds(seed, envs.num_envs))
         self._order, self._passes = torch.zeros(0, dtype=torch.int64), 0  # what is left of a pass; passes begun
 
@@ -178,21 +171,10 @@ class SupervisedAgent(ABC, Generic[Examples]):
 
     # -- acting, saving, loading ---------------------------------------------------------------------------------
 
-    def predict(self, observation: dict[str, Any], deterministic: bool = False) -> tuple[Any, None]:
-        """Tokens for a (batched or single) dict observation, as SB3's `predict`: (actions, None)."""
-        horizon = self.envs.engine.horizon
-        return act(self.policy, observation, horizon, self.sampler, self.generator, deterministic), None
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes what a resumed run needs, under a temporary name first.
-
-        `AutoModelForCausalLM` loads a fine-tuned policy; a residual is no model of its own.
-
-        Raises:
-            NotFiniteError: for weights or moments that are not finite; what was there before stays.
-        """
-        with replacing(directory) as scratch:
-            self.write(scratch)
+    def next_logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, V) logits of each row's next token, from one forward over (B, L) ids; mask (B, L) is True on tokens."""
+        left = ids.gather(1, (~mask).to(torch.uint8).argsort(dim=1, stable=True))
+        return self.policy.next_logits(left, mask.sum(-1))
 
     def write(self, directory: Path) -> None:
         """Writes the files of a checkpoint into an empty directory."""

@@ -8,14 +8,13 @@ with `AutoModelForCausalLM`), `summary.json`, `samples.json` and `curves.png`. C
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.metadata
 import math
 import platform
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -56,7 +55,8 @@ from lmgym.errors import InvalidArgumentError, LmGymError, check_int
 from lmgym.files import RunFileError, read_json
 
 if TYPE_CHECKING:
-    from agents.on_policy import OnPolicyAgent
+    from agents.agent import Agent, AgentConfig
+    from lmgym.evaluation import Evaluation
     from lmgym.intervals import Interval
     from lmgym.tasks import StoredOptimum, Task
 
@@ -87,8 +87,8 @@ class Plan:
     """A config that has been checked: nothing has been loaded yet, and nothing in it can be of a wrong type."""
 
     settings: dict[str, Any]
-    agent_class: type[OnPolicyAgent]
-    agent_config: Any
+    agent_class: type[Agent]
+    agent_config: AgentConfig
     sampler: Any
     evaluation: EvaluationConfig
     total_timesteps: int
@@ -120,6 +120,8 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
     except LmGymError as error:
         raise InvalidArgumentError(f"In `task`: {error}") from error
     agent = dict(values["agent"])  # from here on torch is loaded
+    import agents.agent
+
     if "_target_" not in agent:
         raise InvalidArgumentError("`agent` must be one of the files in conf/agent, got one without a `_target_`.")
     target = agent.pop("_target_")
@@ -127,8 +129,8 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
         agent_class: Any = hydra.utils.get_class(target)
     except (ImportError, ValueError) as error:
         raise InvalidArgumentError(f"`agent._target_` must be a class that can be imported: {error}") from error
-    if not is_dataclass(getattr(agent_class, "Config", None)):
-        raise InvalidArgumentError(f"`agent._target_` must be an agent, whose `Config` is a dataclass, got {target!r}.")
+    if not (isinstance(agent_class, type) and issubclass(agent_class, agents.agent.Agent)):
+        raise InvalidArgumentError(f"`agent._target_` must be an agent (`agents.agent.Agent`), got {target!r}.")
     agent_config = validated(agent_class.Config, agent, "agent")
     from lmgym.models.causal import resolve_device
     from lmgym.models.sampling import Sampler
@@ -148,38 +150,34 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
     )
 
 
-def build(plan: Plan) -> OnPolicyAgent:
+def build(plan: Plan) -> Agent:
     """The agent in its env: loads the models."""
     import gymnasium as gym
 
     rows = plan.agent_config.num_envs
-    group = getattr(plan.agent_config, "responses", 1)
+    group = plan.agent_config.responses
     envs: Any = gym.make_vec(
         "lmgym/RLHF-v0", num_envs=rows, group_size=group, autoreset_mode="SameStep", **plan.settings
     )
     return plan.agent_class(envs, plan.agent_config, seed=plan.seed, sampler=plan.sampler)
 
 
-def grade(plan: Plan, graded: Any) -> Any:
-    """Evaluates an agent, or a policy, under the plan's sampler on the split that is held out.
+def grade(plan: Plan, agent: Agent) -> Evaluation:
+    """Evaluates an agent under the plan's sampler on the split that is held out.
 
-    An agent that has an `evaluate` of its own grades itself; of any other its `policy` is graded, without sampling
-    where that is possible. Every call draws the same numbers, those of the run's seed: before and after training share
+    Every call draws the same numbers, those of the run's seed: before and after training share
     them, and runs of other seeds have others, so that a mean over seeds has no error that is common to all.
     """
     import gymnasium as gym
 
     from agents.seeds import EVALUATION, torch_generator
-    from lmgym.evaluation import evaluate
 
     envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=1, **{**plan.settings, "split": plan.evaluation.split})
     config, generator = plan.evaluation, torch_generator(plan.seed, EVALUATION)
     samples = config.samples or math.ceil(EVALUATION_EPISODES / (config.prompts or len(envs.engine.prompts)))
-    policy = getattr(graded, "policy", graded)
-    grading = getattr(graded, "evaluate", None) or functools.partial(evaluate, policy, exact=True)
     count = min(config.prompts or len(envs.engine.prompts), len(envs.engine.prompts))
     with grading_bar(count * samples) as bar:
-        return grading(
+        return agent.evaluate(
             envs,
             samples=samples,
             prompts=config.prompts,
@@ -189,7 +187,7 @@ def grade(plan: Plan, graded: Any) -> Any:
         )
 
 
-def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, agent: Any) -> dict[str, Any]:
+def summarise(plan: Plan, before: Evaluation, after: Evaluation, train_seconds: float, agent: Agent) -> dict[str, Any]:
     """`summary.json`: metrics before and after, what is known of the optimum, the share of the gain, and the cost."""
     from lmgym.evaluation import as_json
     from lmgym.scores import normalised
@@ -217,7 +215,7 @@ def summarise(plan: Plan, before: Any, after: Any, train_seconds: float, agent: 
         "total_timesteps": agent.num_timesteps,
         "forward_tokens": agent.tokens.forward,
         "backward_tokens": agent.tokens.backward,
-        "agent": getattr(agent, "name", plan.agent_class.__name__),
+        "agent": agent.name,
         "task": plan.settings["task"],
         "replaced": _replaced(plan.settings),
         "seed": plan.seed,
@@ -248,12 +246,12 @@ def _graded(plan: Plan) -> Task:
     return task
 
 
-def _best_response(plan: Plan, agent: Any) -> float | None:
+def _best_response(plan: Plan, agent: Agent) -> float | None:
     """What the policy can earn at most, where it is certain of every token and that can be found out."""
     from lmgym.optimum import best_response
 
     task = _graded(plan)
-    if not (getattr(agent, "deterministic", False) or plan.sampler.is_greedy(task.max_new_tokens - 1)):
+    if not (agent.deterministic or plan.sampler.is_greedy(task.max_new_tokens - 1)):
         return None
     try:
         return best_response(task, split=plan.evaluation.split, limit=_FEW_RESPONSES).mean().item()
@@ -279,7 +277,7 @@ class Scale:
     optimum: StoredOptimum | None
 
 
-def _scale(plan: Plan, before: Any, after: Any) -> Scale:
+def _scale(plan: Plan, before: Evaluation, after: Evaluation) -> Scale:
     """What is known of J_ref and V* on the prompts graded: stored, solved, or from the samples at hand."""
     from lmgym.intervals import Interval
     from lmgym.optimum import known
@@ -309,7 +307,7 @@ def response_of(episodes: Any, row: int) -> list[int]:
     return episodes.response_ids[row][episodes.response_mask[row]].tolist()
 
 
-def samples(lm: Any, before: Any, after: Any, count: int = 10) -> list[dict[str, Any]]:
+def samples(lm: Any, before: Evaluation, after: Evaluation, count: int = 10) -> list[dict[str, Any]]:
     """The first response to each of a few prompts, before training and after; of prompts where they differ, if any."""
     every = len(before.episodes) // max(1, len(before.episodes.prompt_index.unique()))
     firsts = range(0, len(before.episodes), every)
@@ -335,7 +333,7 @@ def train(plan: Plan, directory: Path, resume: bool, notes: dict[str, Any] | Non
         plan: what to do. directory: of the run. resume: goes on from its checkpoint.
         notes: that its checkpoints carry, as `notes_of` gives them of its config; None reads that there.
     """
-    from lmgym.models.policy import CausalPolicy
+    from agents.algorithms.reference import Reference
 
     agent = build(plan)
     if notes is None:
@@ -345,7 +343,7 @@ def train(plan: Plan, directory: Path, resume: bool, notes: dict[str, Any] | Non
     if resume:
         saver.load()
     try:
-        before = grade(plan, CausalPolicy(agent.envs.engine.lm))
+        before = grade(plan, Reference(agent.envs))
         total = max(plan.total_timesteps, agent.num_timesteps)  # the last batch of a run may pass its end
         with (
             Recorder(directory, total, agent.num_timesteps if resume else None) as recorder,

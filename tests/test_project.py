@@ -20,9 +20,10 @@ ROOT = Path(__file__).parent.parent
 # A module imports from its own layer and from lower ones (to the left).
 LAYERS = (
     "errors, episodes, forking, ending < files, kl, intervals, data < models < automata < rewards < feedback < tasks"
-    " < optimum < envs < wrappers < rollout < evaluation, scores, testing, trl < sb3 < agents.checkpoint, agents.seeds,"
-    " agents.finite, agents.losses, agents.advantages, agents.master_weights < agents.policies < agents.on_policy"
-    " < agents.fixed < agents.supervised < agents.algorithms, agents.sb3 < agents.runs, agents < builders"
+    " < optimum < envs < wrappers < rollout < evaluation, scores, testing, trl < sb3"
+    " < agents.checkpoint, agents.seeds, agents.finite, agents.losses, agents.advantages, agents.master_weights"
+    " < agents.agent < agents.policies < agents.on_policy, agents.fixed, agents.supervised"
+    " < agents.algorithms, agents.sb3 < agents.runs, agents < builders"
 )
 HEIGHT = {name.strip(): height for height, layer in enumerate(LAYERS.split("<")) for name in layer.split(",")}
 NAMES_OF_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc"}

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
+from agents.agent import AgentConfig
 from agents.policies.actor_critic import ActorCritic, Critic
 from agents.policies.lora import ALL_LINEAR, LoRAPolicy, check_peft, module_names
 from agents.policies.residual import Network, ResidualPolicy
@@ -18,7 +19,7 @@ Kind = Literal["auto", "finetune", "lora", Network]
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
+class PolicyConfig(AgentConfig):
     """What every agent has that learns a policy."""
 
     policy: Kind = "auto"  # a copy of the reference, an adapter in it, or a residual on its logits

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
+from agents.agent import Agent, PolicyAgent
 from agents.runs.directory import CHECKPOINT, CONFIG_FILE, read_checkpoint
 from agents.train import build, check_saved, saved_config
 from agents.runs.trust import trusted_modules
@@ -16,7 +16,7 @@ from lmgym.models.policy import Policy
 
 def load_agent(
     run: str | os.PathLike[str], *, device: str | None = None, trust: str | Sequence[str] | None = None
-) -> Any:
+) -> Agent:
     """The agent of a run as its newest checkpoint has it, with its env in `envs` and its law in `sampler`.
 
     None of the run's own code is executed: see `agents.runs.trust`.
@@ -55,9 +55,9 @@ def load_policy(
         LmGymError: as `load_agent`; and for best of n, which chooses whole responses.
     """
     agent = load_agent(run, device=device, trust=trust)
-    if not hasattr(agent, "policy"):
+    if not isinstance(agent, PolicyAgent):
         raise InvalidArgumentError(
             f"`run` must be of an agent that chooses token by token, got {type(agent).__name__}, which chooses whole "
             "responses: load_agent(...) has its `predict` and `evaluate`."
         )
-    return cast(Policy, agent.policy)
+    return agent.policy

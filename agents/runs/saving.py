@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agents.checkpoint import newest, read_manifest, replacing
 from agents.runs.recorder import Recorder
@@ -15,20 +15,22 @@ from agents.runs.directory import CHECKPOINT, read_checkpoint
 from agents.runs.signals import Interrupt
 from lmgym.errors import LmGymError, NotFiniteError
 
+if TYPE_CHECKING:
+    from agents.agent import Agent
+
 
 class Saver:
     """Trains an agent, and saves it every so many env steps, at the end, and where training fails.
 
     Args:
-        agent: with `learn`, `save`, `load` and `num_timesteps`; `write` and `at_rest` where it has them
-            (`OnPolicyAgent`).
+        agent: what is trained.
         directory: of the run.
         every: env steps between checkpoints.
         notes: that each checkpoint carries (`agents.runs.inputs.notes_of`).
         go_on: the command by which the run goes on.
     """
 
-    def __init__(self, agent: Any, directory: Path, every: int, notes: Mapping[str, Any], go_on: str) -> None:
+    def __init__(self, agent: Agent, directory: Path, every: int, notes: Mapping[str, Any], go_on: str) -> None:
         self.agent = agent
         self.directory = directory
         self.every = every
@@ -91,7 +93,7 @@ class Saver:
         steps = self.agent.num_timesteps
         notes = {**self.notes, "train_seconds": seconds, "num_timesteps": steps}
         with replacing(self.directory / CHECKPOINT, notes) as scratch:
-            getattr(self.agent, "write", self.agent.save)(scratch)
+            self.agent.write(scratch)
         self._saved_at = steps
         return seconds
 
@@ -103,7 +105,7 @@ class Saver:
         than nothing.
         """
         print(f"\nTraining failed after {self.agent.num_timesteps:,} tokens.", file=sys.stderr)
-        is_whole = getattr(self.agent, "at_rest", True)
+        is_whole = self.agent.at_rest
         is_usable = self._is_recorded and (is_whole or not isinstance(error, LmGymError))
         if is_usable and self.agent.num_timesteps > self._saved_at:
             try:

@@ -27,20 +27,18 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from agents.checkpoint import TokenCount, replacing
+from agents.agent import Callback, PolicyAgent, TokenCount
 from agents.finite import all_finite, check_saving, check_weights, diverged
 from agents.master_weights import MasterWeights
-from agents.on_policy import Callback, check_dict_observations
 from agents.policies.actor_critic import TrainablePolicy
 from agents.policies.choice import PolicyConfig, make_policy
 from agents.sb3.buffers import Stretches, StretchReplayBuffer, StretchRolloutBuffer
 from agents.sb3.episodes import memory_of, remember, running_episodes, take_up
 from agents.sb3.network import MaskedPolicy, PrefixPolicy, Trunk, critic_parameters, policy_class
-from agents.seeds import ACTIONS, SB3, SB3_NUMPY, WEIGHTS, row_seeds, stream_seed, torch_generator
+from agents.seeds import SB3, SB3_NUMPY, WEIGHTS, row_seeds, stream_seed
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number, unknown_name
-from lmgym.models.policy import Policy
-from lmgym.models.sampling import Sampler, check_finite_log_probs, inverse_cdf
+from lmgym.models.sampling import Sampler
 from lmgym.sb3 import PolicyKLCallback, VecEnvBridge
 from lmgym.wrappers import VectorActionMask
 
@@ -197,7 +195,7 @@ def _masked(envs: Any, config: SB3Config) -> tuple[Any, Sampler | None]:
     return envs, None if layer is None else layer.sampler
 
 
-class SB3Agent:
+class SB3Agent(PolicyAgent):
     """An algorithm of Stable-Baselines3 that starts as the reference and pays both halves of the KL.
 
     Args:
@@ -218,17 +216,18 @@ class SB3Agent:
     """
 
     Config: ClassVar[type[SB3Config]] = SB3Config
+    config: SB3Config
 
     def __init__(
         self, envs: RLHFVectorEnv, config: SB3Config | None = None, *, seed: int = 0, sampler: Sampler | None = None
     ) -> None:
-        self.config = config = config or SB3Config()
-        self.envs, self._inner = envs, envs.unwrapped
+        config = config or SB3Config()
+        super().__init__(envs, config, seed=seed, sampler=sampler)
+        self._inner = envs.unwrapped
         masked, mask = _masked(envs, config)
         algorithm = algorithm_class(config.algorithm)
         self.deterministic, self._recurrent = config.algorithm in _VALUE_BASED, config.algorithm == "RecurrentPPO"
         self._check(sampler)
-        self.tokens = TokenCount()
         trunk = {
             "features_extractor_class": Trunk,
             "features_extractor_kwargs": {
@@ -268,11 +267,10 @@ class SB3Agent:
         networks.set_training_mode(False)
         self._actor: TrainablePolicy | None = None  # what has a checkpoint of its own
         if self.deterministic or self._recurrent:
-            self.policy: Policy = PrefixPolicy(self.model, self.tokens)
+            self.policy = PrefixPolicy(self.model, self.tokens)
         else:
             self._actor = actor = networks.features_extractor.policy
             self.policy = actor if mask is None else MaskedPolicy(actor, self._inner.engine, mask)
-        self.generator = torch_generator(seed, ACTIONS)
         task = self._inner.task
         self._kl = PolicyKLCallback(task.kl_coef, task.dense_kl)
         check = partial(check_weights, self.model.policy, config)
@@ -290,7 +288,6 @@ class SB3Agent:
             raise InvalidArgumentError(f"`sampler` must be the policy's own law, which SB3 samples, got {sampler}.")
         if envs.num_envs != config.n_envs:
             raise InvalidArgumentError(f"`envs` must have n_envs={config.n_envs} rows, got {envs.num_envs}.")
-        check_dict_observations(envs)
         if self.deterministic and envs.engine.lm.holes:
             raise InvalidArgumentError(
                 f"`algorithm` must be one that learns a policy, got {config.algorithm!r}: it would explore ids that "
@@ -306,6 +303,10 @@ class SB3Agent:
     def num_timesteps(self) -> int:
         """Env steps (tokens) so far."""
         return int(self.model.num_timesteps)
+
+    @num_timesteps.setter
+    def num_timesteps(self, steps: int) -> None:
+        self.model.num_timesteps = steps
 
     def learn(self, total_timesteps: int, callback: Callback | None = None) -> None:
         """Trains until `total_timesteps` env steps have been taken in all, rollouts being finished.
@@ -326,48 +327,13 @@ class SB3Agent:
         check_weights(self.model.policy, self.config)
         self.model.policy.set_training_mode(False)
 
-    @torch.inference_mode()
-    def predict(self, observation: dict[str, Any], deterministic: bool = False) -> tuple[Any, None]:
-        """Tokens for a (batched or single) dict observation: (actions, None). DQN and QRDQN are always greedy."""
-        ids, mask = np.asarray(observation["input_ids"]), np.asarray(observation["attention_mask"]).astype(bool)
-        single = ids.ndim == 1
-        logits = self._logits(*(torch.from_numpy(np.atleast_2d(x)).to(self.policy.device) for x in (ids, mask)))
-        if deterministic:
-            actions = logits.argmax(-1)
-        else:
-            uniforms = torch.rand(len(logits), generator=self.generator, dtype=torch.float64)
-            actions, log_probs = inverse_cdf(logits, uniforms)
-            check_finite_log_probs(log_probs)
-        chosen = actions.cpu().numpy()
-        return (chosen[0] if single else chosen), None
-
-    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, V) of the next token, each row followed from its prompt to where it stands (an LSTM has to)."""
-        horizon = self._inner.engine.horizon
-        width = ids.shape[1] - horizon
-        state = self.policy.begin(ids[:, :width], mask[:, :width], horizon)
-        lengths = mask[:, width:].sum(1)
-        logits = state.logits.float().clone()
-        for t in range(int(lengths.max())):
-            state.step(ids[:, width + t])
-            logits[lengths == t + 1] = state.logits[lengths == t + 1].float()
-        return logits
-
     # -- saving and loading ----------------------------------------------------------------------------------------
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes weights and optimiser as safetensors and the rest as JSON, under a temporary name first.
+    def write(self, directory: Path) -> None:
+        """Writes weights and optimiser as safetensors and the rest as JSON, into an empty directory.
 
         `AutoModelForCausalLM` loads a fine-tuned actor. A replay buffer is not written.
-
-        Raises:
-            NotFiniteError: for weights or moments that are not finite; what was there before stays.
         """
-        with replacing(directory) as scratch:
-            self.write(scratch)
-
-    def write(self, directory: Path) -> None:
-        """Writes the files of a checkpoint into an empty directory."""
         check_saving(self.model.policy, self.model.policy.optimizer, self.config)
         if self._actor is not None:
             self._actor.save(directory)
@@ -414,7 +380,8 @@ class SB3Agent:
         optimizer = self.model.policy.optimizer
         moments = _nested(load_file(directory / "optimizer.safetensors", device=str(self.policy.device)))
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        self.model.num_timesteps, self.model._n_updates = state["num_timesteps"], state["updates"]
+        self.num_timesteps = state["num_timesteps"]
+        self.model._n_updates = state["updates"]
         self.model.env._seeds = state["seeds"]
         self.model.policy.set_training_mode(False)
         self.model.action_space.np_random.bit_generator.state = state["actions"]

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
-from agents.checkpoint import TokenCount
+from agents.agent import TokenCount
 from agents.policies.actor_critic import MaskedState, TrainablePolicy
 from lmgym.envs.engine import Engine
 from lmgym.models.policy import CausalPolicy, Policy, PolicyState

@@ -19,10 +19,10 @@ from torch import Tensor
 from agents.algorithms.a2c import A2C
 from agents.algorithms.grpo import GRPO, GRPOConfig
 from agents.algorithms.ppo import PPO, PPOConfig
+from agents.algorithms.reference import Reference
 from agents.algorithms.sft import SFT
 from agents.algorithms.trpo import TRPO
 from agents.finite import all_finite, check_saving, check_step, check_weights
-from agents.fixed import act
 from agents.sb3.agent import SB3Agent, SB3Config
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import LmGymError, NotFiniteError, RewardError
@@ -214,8 +214,10 @@ def test_predicting_with_weights_that_are_not_finite_is_an_error() -> None:
         agent.policy.actor.get_output_embeddings().weight.fill_(NAN)
     with pytest.raises(NotFiniteError):
         agent.predict(observation)
+    follower = Reference(agent.envs)
+    follower.policy = agent.policy  # token by token, where the agent's own `predict` is one forward
     with pytest.raises(NotFiniteError):
-        act(agent.policy, observation, PROBLEM.T, Sampler(), torch.Generator())
+        follower.predict(observation)
 
 
 @pytest.mark.parametrize("value", [1e39, -1e39, 10**39])

@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -22,6 +21,7 @@ from agents.algorithms.optimal import Optimal
 from agents.algorithms.reference import Reference
 from agents.algorithms.uniform import Uniform
 from agents.fixed import FixedAgent
+from agents.seeds import EVALUATION, torch_generator
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError
 from lmgym.evaluation import evaluate
@@ -287,17 +287,24 @@ def test_n_is_checked() -> None:
 # -- the command line ------------------------------------------------------------------------------------------------
 
 
-def test_grading_asks_an_agent_that_grades_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_agent_grades_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         plan = train.check(compose("train", overrides=["task=anchor", "evaluation.samples=2", "device=cpu"]))
-    calls: list[Any] = []
-    train.grade(plan, SimpleNamespace(evaluate=lambda envs, **given: calls.append((len(envs.engine.prompts), given))))
-    ((prompts, given),) = calls
-    assert (prompts, given["samples"], given["prompts"], given["sampler"]) == (16, 2, None, plan.sampler)
     envs: Any = gym.make_vec("lmgym/RLHF-v0", **plan.settings)
-    agent = Reference(envs)
-    both = [train.grade(plan, graded).metrics for graded in (agent, agent.policy)]
-    assert both[0] == both[1]
+    agent, calls = Reference(envs), []
+    graded = agent.evaluate
+
+    def spy(envs: Any, **given: Any) -> Any:
+        calls.append((envs, given))
+        return graded(envs, **given)
+
+    monkeypatch.setattr(agent, "evaluate", spy)
+    found = train.grade(plan, agent)
+    ((held_out, given),) = calls
+    assert len(held_out.engine.prompts) == 16
+    assert (given["samples"], given["prompts"], given["sampler"]) == (2, None, plan.sampler)
+    expected = evaluate(agent.policy, held_out, samples=2, generator=torch_generator(plan.seed, EVALUATION), exact=True)
+    assert found.metrics == expected.metrics
 
 
 @pytest.mark.parametrize("agent", ["uniform", "best_of_n"])

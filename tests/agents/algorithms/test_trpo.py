@@ -15,9 +15,9 @@ from torch import Tensor
 import agents.algorithms.trpo
 import agents.on_policy
 from agents.advantages import returns_to_go
+from agents.agent import TokenCount
 from agents.algorithms.a2c import A2C
 from agents.algorithms.trpo import TRPO, Fisher, TRPOConfig, conjugate_gradient, flat, surrogate
-from agents.checkpoint import TokenCount
 from agents.on_policy import OnPolicyAgent
 from agents.policies.actor_critic import TrainablePolicy
 from lmgym.envs.vector import RLHFVectorEnv

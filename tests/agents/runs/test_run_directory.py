@@ -255,9 +255,8 @@ class Counter:
             if callback(self.num_timesteps, {"train/loss": 1.0}) is False:
                 return
 
-    def save(self, directory: Path) -> None:
-        with replacing(directory) as scratch:  # as an agent of somebody else may do
-            (scratch / "count").write_text(str(self.num_timesteps))
+    def write(self, directory: Path) -> None:
+        (directory / "count").write_text(str(self.num_timesteps))
 
     def load(self, directory: Path) -> None:
         self.num_timesteps = int((directory / "count").read_text())
@@ -279,8 +278,8 @@ def saved(run: Path) -> int:
 
 def test_checkpoints_come_as_often_as_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
-    save = Counter.save
-    monkeypatch.setattr(Counter, "save", lambda self, path: (steps.append(self.num_timesteps), save(self, path)))
+    write = Counter.write
+    monkeypatch.setattr(Counter, "write", lambda self, path: (steps.append(self.num_timesteps), write(self, path)))
     learn(tmp_path, Counter(), 100, 30)
     assert steps == [30, 60, 90, 100]
     steps.clear()
@@ -345,14 +344,14 @@ def test_a_batch_without_its_row_is_not_saved(tmp_path: Path, monkeypatch: pytes
 def test_where_saving_fails_too_the_first_error_is_raised_and_the_last_checkpoint_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save = Counter.save
+    write = Counter.write
 
     def full(self: Counter, path: Path) -> None:
-        save(self, path)
+        write(self, path)
         if self.num_timesteps > 30:
             raise OSError("no space left")
 
-    monkeypatch.setattr(Counter, "save", full)
+    monkeypatch.setattr(Counter, "write", full)
     with pytest.raises(RewardError):
         learn(tmp_path, Counter(50, RewardError("the judge is ill")))
     assert "could not be saved: OSError: no space left" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import agents.evaluate
 import agents.train
+from agents.algorithms.reference import Reference
 from agents.runs.command_line import run_command
 from agents.runs.recorder import Recorder, read_rows
 from agents.runs.report import table
@@ -400,8 +401,8 @@ def test_the_optimum_is_of_the_prompts_graded() -> None:
 
 def test_runs_of_other_seeds_are_graded_from_other_streams() -> None:
     plans = [agents.train.check(composed("task=stop", f"seed={seed}", "evaluation.samples=8")) for seed in (0, 0, 1)]
-    policy = CausalPolicy(Settings.of(plans[0].settings).resolve().reference("cpu"))
-    first, again, other = (agents.train.grade(plan, policy).episodes.response_ids for plan in plans)
+    agent = Reference(gym.make_vec("lmgym/RLHF-v0", **plans[0].settings))  # type: ignore[arg-type]
+    first, again, other = (agents.train.grade(plan, agent).episodes.response_ids for plan in plans)
     assert torch.equal(first, again)  # before and after of one run share their numbers
     assert not torch.equal(first, other)
 
@@ -438,7 +439,7 @@ def test_a_run_whose_reward_is_noise_claims_no_optimum(tmp_path: Path, capsys: p
 def test_a_deterministic_policy_is_told_what_it_can_earn() -> None:
     task = ["task=keyword", "task.task=keyword-8", "evaluation.prompts=3"]
     greedy, sampled = (agents.train.check(composed(*task, f"sampler={name}")) for name in ("greedy", "policy"))
-    learns, certain = SimpleNamespace(), SimpleNamespace(deterministic=True)
+    learns, certain = SimpleNamespace(deterministic=False), SimpleNamespace(deterministic=True)
     best = best_response("keyword-8")[:3].mean().item()
     assert agents.train._best_response(sampled, learns) is None
     others = (agents.train.check(composed(*task, x)) for x in ("sampler.top_k=1", "sampler.greedy_tokens=8"))

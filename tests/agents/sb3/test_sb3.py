@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import agents.sb3.agent
-from agents.checkpoint import TokenCount
+from agents.agent import TokenCount
 from agents.policies.actor_critic import ActorCritic
 from agents.sb3.agent import SB3Agent, SB3Config
 from agents.sb3.buffers import StretchReplayBuffer
@@ -210,7 +210,7 @@ def test_the_first_policy_is_the_reference_and_its_values_are_0(algorithm: str, 
     lm, seen = agent.envs.engine.lm, 0
     agent.envs.reset(seed=0)
     observation = agent.envs.step(np.full(8, 3))[0]
-    logits = agent._logits(*(torch.from_numpy(observation[k]) for k in ("input_ids", "attention_mask")))
+    logits = agent.next_logits(*(torch.from_numpy(observation[k]) for k in ("input_ids", "attention_mask")))
     for row in range(8):
         if observation["attention_mask"][row, -agent.envs.engine.horizon :].any():
             seen += 1
@@ -620,7 +620,7 @@ def test_what_maskable_ppo_does_under_a_mask_is_what_is_graded(mask: dict[str, A
     agent = moved(make("MaskablePPO", learning_rate=0.0, **fields))
     history = learn(agent, 4096)  # nothing is learned, so that all its batches are of one policy
     lm, observation = agent.envs.engine.lm, agent.envs.reset(seed=0)[0]
-    logits = agent._logits(*(torch.from_numpy(observation[k]) for k in ("input_ids", "attention_mask")))
+    logits = agent.next_logits(*(torch.from_numpy(observation[k]) for k in ("input_ids", "attention_mask")))
     for row in range(8):
         behind = observation["input_ids"][row], observation["attention_mask"][row]
         kept = Sampler(**mask).adjust_logits(law_behind(lm, *behind)[None], 0)[0].isfinite()
@@ -648,7 +648,7 @@ def test_what_maskable_ppo_does_under_a_mask_is_what_is_graded(mask: dict[str, A
 def test_a_mask_can_come_with_the_env() -> None:
     envs, config = tiny_envs(), SB3Config(algorithm="MaskablePPO", n_envs=8, n_steps=16, batch_size=64)
     agent = SB3Agent(VectorActionMask(envs, top_k=2), config)  # type: ignore[arg-type]
-    logits = agent._logits(*(torch.from_numpy(envs.reset(seed=0)[0][k]) for k in ("input_ids", "attention_mask")))
+    logits = agent.next_logits(*(torch.from_numpy(envs.reset(seed=0)[0][k]) for k in ("input_ids", "attention_mask")))
     assert set(logits.isfinite().sum(1).tolist()) <= {2, 3}
     with pytest.raises(InvalidArgumentError, match="`envs` must have no mask where mask_top_k or mask_top_p is given"):
         SB3Agent(VectorActionMask(envs, top_k=2), replace(config, mask_top_k=2))  # type: ignore[arg-type]
