@@ -17,14 +17,11 @@ import numpy as np
 import torch
 
 import lmgym
+from lmgym import CausalPolicy, Task, evaluate, solve
 from lmgym.automata import Automaton
-from lmgym.evaluation import evaluate
 from lmgym.models.causal import CausalLM
 from lmgym.models.markov import markov_lm
-from lmgym.models.policy import CausalPolicy
-from lmgym.optimum import solve
 from lmgym.rewards.automaton import AutomatonReward
-from lmgym.tasks import Task
 from lmgym.testing import check_task
 
 
