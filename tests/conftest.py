@@ -37,14 +37,21 @@ def shifted(seed: int = 0) -> int:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of modules whose seeds can be shifted, and skips tests marked `gpu` where there is none."""
+    """Marks what can be told without running it, and skips tests marked `gpu` where there is none.
+
+    `seeds` are the tests of modules whose seeds can be shifted. `fast` is the first case of every test that is not
+    marked `slow`.
+    """
+    seen: set[str] = set()
     for item in items:
         if hasattr(getattr(item, "module", None), "shifted"):
             item.add_marker("seeds")
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        function = item.nodeid.partition("[")[0]
+        if function not in seen and not any(item.get_closest_marker(name) for name in ("slow", "gpu", "network")):
+            item.add_marker("fast")
+        seen.add(function)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 # Before 1.4 Gymnasium's vector RecordEpisodeStatistics leaves the first step of every episode but the first uncounted
