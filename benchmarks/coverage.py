@@ -74,7 +74,8 @@ class Population:
 
 def scores_of_reference(task: Task) -> tuple[Floats, Floats]:
     """(K,) scores of the test split and (X, K) how often the reference gets them, by dynamic programming."""
-    reward, lm = expected_reward(task), task.reference("cpu")
+    reward = expected_reward(task)
+    lm = task.reference("cpu")
     prompts = lm.encode_all(tuple(task.prompts["test"]))
     if hasattr(reward, "accepted_responses"):
         policy = VerifiablePolicy(task)
@@ -103,7 +104,9 @@ def paid_at_the_end(automaton: Automaton, horizon: int) -> Automaton:
     if automaton.token_payments is None:
         return automaton
     start = (automaton.initial, 0.0)
-    numbers, states, depths = {start: 0}, [start], [0]
+    numbers = {start: 0}
+    states = [start]
+    depths = [0]
     transitions = []
     for state, collected in states:  # which grows
         number = len(transitions)

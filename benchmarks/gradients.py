@@ -66,7 +66,9 @@ def reference_table(task: Task) -> Tensor:
 
 def at_distance(tree: Tree, direction: Tensor, nats: float) -> Tensor:
     """(T, V, V) logits: the reference's plus so much of a direction that KL(pi || pi_ref) is `nats`, by bisection."""
-    start, low, high = reference_table(tree.task), 0.0, 16.0
+    start = reference_table(tree.task)
+    low = 0.0
+    high = 16.0
     for _ in range(50):
         middle = (low + high) / 2
         far = tree.evaluate(partial(law, start + middle * direction)).kl.item() > nats
@@ -116,7 +118,8 @@ class Facts:
         for t in range(returns.shape[1]):
             total, mass = torch.zeros((2, int(self.prefixes.max()) + 1), dtype=torch.float64)
             rows = self.mask[:, t]
-            places, probs = self.prefixes[rows, t], self.probs[rows]
+            places = self.prefixes[rows, t]
+            probs = self.probs[rows]
             total.index_add_(0, places, probs * returns[rows, t])
             mass.index_add_(0, places, probs)
             result[rows, t] = (total / mass)[places]
@@ -125,11 +128,13 @@ class Facts:
 
 def facts(tree: Tree, table: Tensor) -> Facts:
     """Looks at a policy at every chosen token of every response. Gradients are those of a softmax, in closed form."""
-    episodes, mask = tree.episodes, tree.episodes.response_mask
+    episodes = tree.episodes
+    mask = tree.episodes.response_mask
     tokens = episodes.response_ids[mask].unsqueeze(1)
     log_ref = law_of(tree.task.reference("cpu"))(episodes).double().log_softmax(-1)
     log_law = law(table, episodes).log_softmax(-1)
-    probs, log_ratio = log_law.exp(), log_law - log_ref
+    probs = log_law.exp()
+    log_ratio = log_law - log_ref
 
     def by_parameter(by_logit: Tensor) -> Tensor:
         jacobian = torch.zeros((len(by_logit), *table.flatten(0, 1).shape), dtype=torch.float64)
@@ -167,7 +172,8 @@ def estimates(f: Facts, *, baseline: bool = False) -> dict[str, Tensor]:
         return (weights.unsqueeze(-1) * f.score_function).sum(1)
 
     score = f.scores.unsqueeze(1)
-    by_score, whole = reinforce(score.expand_as(f.log_ratio)), weighted(total_ratio.expand_as(f.log_ratio))
+    by_score = reinforce(score.expand_as(f.log_ratio))
+    whole = weighted(total_ratio.expand_as(f.log_ratio))
     return {
         "k1 in the reward": reinforce(score - f.kl_coef * to_go(f.log_ratio)),
         "k1 in the loss": by_score - f.kl_coef * f.score_function.sum(1),
@@ -186,7 +192,8 @@ def surrogates(table: Tensor, tree: Tree, episodes: Episodes) -> dict[str, Tenso
     tokens = episodes.response_ids[mask].unsqueeze(1)
     log_probs = padded(mask, log_law.gather(1, tokens).squeeze(1))
     log_ratio = log_probs - padded(mask, log_ref.gather(1, tokens).squeeze(1))
-    b, score = tree.task.kl_coef, episodes.scores.double().unsqueeze(1)
+    b = tree.task.kl_coef
+    score = episodes.scores.double().unsqueeze(1)
     by_score = -(log_probs * score).sum()
     return {
         "k1 in the reward": -(log_probs * (score - b * to_go(log_ratio.detach()))).sum(),
@@ -209,7 +216,8 @@ class Quality:
     @classmethod
     def of(cls, probs: Tensor, estimate: Tensor, gradient: Tensor) -> Quality:
         """From (R,) probabilities, (R, P) estimates and the gradient (P,)."""
-        mean, size = probs @ estimate, gradient.norm()
+        mean = probs @ estimate
+        size = gradient.norm()
         variance = probs @ (estimate - mean).square().sum(1)
         cosine = mean @ gradient / (mean.norm() * size)
         return cls(float((mean - gradient).norm() / size), float(cosine), float(variance / size**2))
@@ -233,7 +241,8 @@ def sample_error(tree: Tree, table: Tensor, count: int, seed: int) -> float:
     f = facts(tree, table)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.multinomial(f.probs, count, replacement=True, generator=generator)
-    parameter, worst = table.clone().requires_grad_(), 0.0
+    parameter = table.clone().requires_grad_()
+    worst = 0.0
     losses = surrogates(parameter, tree, tree.episodes[drawn])
     for name, estimate in estimates(f).items():
         (gradient,) = torch.autograd.grad(-losses[name] / count, parameter, retain_graph=True)
@@ -251,7 +260,8 @@ def measure() -> Iterator[tuple[float, str, float, float, float, float]]:
         found: dict[str, list[list[float]]] = {}
         for direction in directions(tree, DIRECTIONS, seed=0):
             table = at_distance(tree, direction, nats)
-            f, gradient = facts(tree, table), exact_gradient(tree, table)
+            f = facts(tree, table)
+            gradient = exact_gradient(tree, table)
             based = estimates(f, baseline=True)
             for name, estimate in estimates(f).items():
                 plain, other = (Quality.of(f.probs, g, gradient) for g in (estimate, based[name]))

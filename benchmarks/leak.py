@@ -20,7 +20,8 @@ def main() -> None:
     envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=args.envs, autoreset_mode="SameStep")
     envs.reset(seed=0)
     envs.action_space.seed(0)
-    done, shown = 0, 0
+    done = 0
+    shown = 0
     print("| episodes | resident, MB |\n|---|---|")
     while done < args.episodes:
         _, _, terminated, truncated, _ = envs.step(envs.action_space.sample())

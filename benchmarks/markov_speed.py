@@ -86,7 +86,8 @@ def main() -> None:
     print(f"\nvector / SyncVectorEnv at N={args.sync}: {rates[args.sync] / one_by_one:.1f}")
     if args.profile:
         n = max(args.envs)
-        envs, actions = make(num_envs=n), rng.integers(0, args.vocab_size, (args.steps, n))
+        envs = make(num_envs=n)
+        actions = rng.integers(0, args.vocab_size, (args.steps, n))
         with cProfile.Profile() as profile:
             rate(envs, actions, 1)
         pstats.Stats(profile).sort_stats("tottime").print_stats(30)

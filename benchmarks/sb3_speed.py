@@ -60,7 +60,9 @@ def make(name: str, task: str, shared: bool) -> SB3Agent:
 
 def cost(agent: SB3Agent, shared: bool, tokens: int) -> tuple[float, float]:
     """CPU seconds and tokens read, forward and backward, for a token learned from."""
-    steps, read, started = agent.num_timesteps, agent.tokens.forward + agent.tokens.backward, time.process_time()
+    steps = agent.num_timesteps
+    read = agent.tokens.forward + agent.tokens.backward
+    started = time.process_time()
     with each_alone(shared):
         agent.learn(agent.num_timesteps + tokens)
     steps = agent.num_timesteps - steps

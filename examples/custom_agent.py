@@ -35,11 +35,16 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     env: Any = gym.make("lmgym/RLHF-v0", task=args.task, split="test", obs_format="flat", device="cpu")
-    kl_coef, gamma, optimum = env.unwrapped.kl_coef, env.unwrapped.gamma, env.unwrapped.task.optima["test"]
+    kl_coef = env.unwrapped.kl_coef
+    gamma = env.unwrapped.gamma
+    optimum = env.unwrapped.task.optima["test"]
     rng = np.random.default_rng(args.seed)
     table: dict[bytes, np.ndarray] = defaultdict(lambda: np.full(env.action_space.n, args.highest))
     state = env.reset(seed=args.seed)[0].tobytes()
-    starts, returns, total, discount = {state}, [], 0.0, 1.0
+    starts = {state}
+    returns = []
+    total = 0.0
+    discount = 1.0
     print(f"V* = {optimum.value:.4f}; tokens, V of the prompts, J of the last 100 episodes:")
     for step in range(1, args.steps + 1):
         q = table[state]
@@ -52,7 +57,9 @@ if __name__ == "__main__":
         discount *= gamma
         if terminated or truncated:
             returns.append(total)
-            state, total, discount = env.reset()[0].tobytes(), 0.0, 1.0
+            state = env.reset()[0].tobytes()
+            total = 0.0
+            discount = 1.0
             starts.add(state)
         if step % (max(args.steps // 6, 1)) == 0:
             value = np.mean([soft_value(table[start], kl_coef) for start in starts])

@@ -47,7 +47,8 @@ if __name__ == "__main__":
             _, _, ended, _, info = env.step(int(rng.choice(len(law), p=law)))
         print(f"{info['score']:+.2f}  {info['prompt']}{info['response']}")
     envs: Any = gym.make_vec("lmgym/RLHF-v0", reward=variety, kl_coef=0.1, split="test", device="cpu")
-    reference, generator = CausalPolicy(envs.engine.lm), torch.Generator().manual_seed(0)
+    reference = CausalPolicy(envs.engine.lm)
+    generator = torch.Generator().manual_seed(0)
     found = evaluate(reference, envs, samples=args.samples, prompts=args.prompts, generator=generator)
     score = found.metrics["score"]
     print(f"mean score of the reference: {score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]")

@@ -21,12 +21,18 @@ def make(rows: int, split: str) -> gym.vector.VectorEnv:
 
 
 def train(envs: gym.vector.VectorEnv, steps: int, seed: int, batch: int = 256, tau: float = 0.01) -> nn.Module:
-    alpha, gamma, size = envs.unwrapped.kl_coef, envs.unwrapped.gamma, envs.single_observation_space.shape[0]
+    alpha = envs.unwrapped.kl_coef
+    gamma = envs.unwrapped.gamma
+    size = envs.single_observation_space.shape[0]
     mlp = lambda: nn.Sequential(nn.Linear(size, 128), nn.ReLU(), nn.Linear(128, envs.single_action_space.n))  # noqa: E731
-    actor, critic, target = mlp(), mlp(), mlp()
+    actor = mlp()
+    critic = mlp()
+    target = mlp()
     target.requires_grad_(False).load_state_dict(critic.state_dict())
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()])
-    rounds, state, buffer = steps // envs.num_envs, torch.from_numpy(envs.reset(seed=seed)[0]), []
+    rounds = steps // envs.num_envs
+    state = torch.from_numpy(envs.reset(seed=seed)[0])
+    buffer = []
     for i in range(rounds):
         action = torch.distributions.Categorical(logits=actor(state)).sample()
         after, reward, ended = (torch.from_numpy(x).float() for x in envs.step(action.numpy())[:3])
@@ -37,7 +43,8 @@ def train(envs: gym.vector.VectorEnv, steps: int, seed: int, batch: int = 256, t
         with torch.no_grad():
             law = actor(s_after).log_softmax(-1)
             wanted = r + gamma * (1 - end) * (law.exp() * (target(s_after) - alpha * law)).sum(-1)
-        q, law = critic(s), actor(s).log_softmax(-1)
+        q = critic(s)
+        law = actor(s).log_softmax(-1)
         error = nn.functional.mse_loss(q.gather(1, a[:, None]).squeeze(1), wanted)
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - i / rounds)  # falls to 0: the last policy is a settled one
         optimizer.zero_grad()

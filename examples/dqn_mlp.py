@@ -28,7 +28,8 @@ def mean_return(env: gym.Env, agent: DQN | None, episodes: int) -> float:
     """Mean env return of a greedy policy on the first prompts of the split; without an agent, of the reference's."""
     returns = np.zeros(episodes)
     for i in range(episodes):
-        obs, ended = env.reset(options={"prompt_index": i})[0], False
+        obs = env.reset(options={"prompt_index": i})[0]
+        ended = False
         while not ended:
             action = 0 if agent is None else int(agent.predict(obs, deterministic=True)[0])
             obs, reward, terminated, truncated, _ = env.step(action)

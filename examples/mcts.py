@@ -19,7 +19,8 @@ from lmgym.optimum import solve
 
 class Node:
     def __init__(self, env: Any, step: Any = (None, 0.0, False)) -> None:
-        self.state, self.outcome = env.unwrapped.clone_state(), step[4]["discounted_return"] if step[2] else None
+        self.state = env.unwrapped.clone_state()
+        self.outcome = step[4]["discounted_return"] if step[2] else None
         self.prior = np.exp(env.unwrapped.reference_log_probs())
         self.visits, self.means, self.best = np.full((3, len(self.prior)), [[0.0], [0.0], [-np.inf]])
         self.children: dict[int, Node] = {}
@@ -46,14 +47,19 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=int, default=5, help="of the test split, at most 14")
     args = parser.parse_args()
     env: Any = gym.make("lmgym/Keyword-8-v0", split="test", kl_coef=0.02, device="cpu")  # a point mass pays all its KL
-    rng, returns = np.random.default_rng(0), np.zeros((3, args.prompts))
+    rng = np.random.default_rng(0)
+    returns = np.zeros((3, args.prompts))
     for i in range(args.prompts):
         env.reset(options={"prompt_index": i})
-        greedy, sampled, node = Node(env), Node(env), Node(env)
+        greedy = Node(env)
+        sampled = Node(env)
+        node = Node(env)
         returns[:2, i] = greedy.simulate(env, None), sampled.simulate(env, rng)
         while node.outcome is None:
             for _ in range(args.simulations):
                 node.simulate(env, rng)
-            returns[2, i], node = node.best.max(), node.children[int(node.best.argmax())]
-    mean, optimum = returns.mean(1), solve("keyword-8", kl_coef=0.02).values[: args.prompts].mean()
+            returns[2, i] = node.best.max()
+            node = node.children[int(node.best.argmax())]
+    mean = returns.mean(1)
+    optimum = solve("keyword-8", kl_coef=0.02).values[: args.prompts].mean()
     print(f"the reference: greedy {mean[0]:+.4f}, sampled {mean[1]:+.4f}; MCTS: {mean[2]:+.4f}; V*: {optimum:+.4f}")

@@ -24,15 +24,19 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     make: Any = {"prompt_order": "sequential", "obs_format": "flat", "autoreset_mode": "SameStep", "device": "cpu"}
     envs: Any = VectorPolicyKL(gym.make_vec("lmgym/Echo-4-v0", num_envs=256, **make))
-    optimum, size = solve("echo-4", split="train"), int(envs.unwrapped.single_action_space.n)
+    optimum = solve("echo-4", split="train")
+    size = int(envs.unwrapped.single_action_space.n)
     head = nn.Linear(256, 1 + size, bias=False)  # the value, and what is added to the logits
     nn.init.zeros_(head.weight)
     network = nn.Sequential(nn.Embedding(size + 1, 16), nn.Flatten(), nn.LazyLinear(256), nn.Tanh(), head)
     optimiser = torch.optim.Adam(network.parameters(), 1e-3)
     for update in range(updates + 1):
-        (obs, _), alive, steps = envs.reset(), torch.ones(256, dtype=torch.bool), []
+        obs, _ = envs.reset()
+        alive = torch.ones(256, dtype=torch.bool)
+        steps = []
         for _ in range(4):  # a row that has ended plays on; `alive` leaves that out
-            state, reference = torch.from_numpy(obs) + 1, torch.from_numpy(envs.unwrapped.reference_log_probs())
+            state = torch.from_numpy(obs) + 1
+            reference = torch.from_numpy(envs.unwrapped.reference_log_probs())
             out = network(state).detach()
             law = Categorical(logits=reference + out[:, 1:])
             log_prob = law.log_prob(action := law.sample())
@@ -43,10 +47,13 @@ if __name__ == "__main__":
         if update % max(updates // 5, 1) == 0:
             share = ((rewards * alive).sum(0).mean() - optimum.reference) / (optimum.value - optimum.reference)
             print(f"{update * 1024:>7} tokens: normalised return {share:.3f} (0 is the reference, 1 is V*)")
-        advantages, last, following = torch.zeros_like(values), torch.zeros(256), torch.zeros(256)
+        advantages = torch.zeros_like(values)
+        last = torch.zeros(256)
+        following = torch.zeros(256)
         for t in reversed(range(4)):  # GAE at gamma = 1, lambda = 0.95
             last = alive[t] * (rewards[t] - values[t] + following + 0.95 * last)
-            advantages[t], following = last, alive[t] * values[t]
+            advantages[t] = last
+            following = alive[t] * values[t]
         batch = [x[alive] for x in (*kept, advantages, advantages + values)]
         for rows in torch.cat([torch.randperm(len(batch[0])) for _ in range(4)]).split(256):
             state, reference, action, before, advantage, target = (x[rows] for x in batch)

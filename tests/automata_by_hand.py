@@ -23,7 +23,8 @@ def strings(size: int, longest: int) -> list[tuple[int, ...]]:
 
 def by_hand(automaton: Automaton, ids: Sequence[int]) -> float:
     """The definition, one token at a time."""
-    state, total = automaton.initial, 0.0
+    state = automaton.initial
+    total = 0.0
     for token in ids:
         column = automaton.classes[token]
         if automaton.token_payments is not None:
@@ -45,7 +46,8 @@ def random_automaton(seed: int, *, states: int = 4, columns: int = 3, size: int 
 
 def count_distinct_states(automaton: Automaton) -> int:
     """Reachable states that some continuation tells apart: the fewest that an automaton can do with."""
-    reached, front = {automaton.initial}, [automaton.initial]
+    reached = {automaton.initial}
+    front = [automaton.initial]
     while front:
         new = set(automaton.transitions[front].ravel().tolist()) - reached
         reached |= new

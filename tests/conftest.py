@@ -202,7 +202,8 @@ class TinyProblem:
         self.lm, self.other = (
             CausalLM(freeze(gpt2(6, seed=seed, n_positions=16, scale=0.4)), tokenizer) for seed in (0, 5)
         )
-        self.T, self.kl_coef = horizon, kl_coef
+        self.T = horizon
+        self.kl_coef = kl_coef
         self.prompts = ["x", "y z", "z z x"]
         fields = {"name": "tiny", "model": self.lm, "reward": table_reward, "prompts": {"train": self.prompts}}
         self.task = Task(**{**fields, "kl_coef": kl_coef, "max_new_tokens": horizon, **changes})

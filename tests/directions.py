@@ -122,7 +122,8 @@ def direction(agent: OnPolicyAgent, tree: Tree, ways: Ways, *, scored: bool = Tr
     every = as_collected(agent, tree.episodes)
     batch = every[ways.rows]
     advantages, _ = agent.advantages(batch, agent.rewards(batch))
-    count, weight = len(every), torch.zeros(len(every), dtype=torch.float64).index_add_(0, ways.rows, ways.weights)
+    count = len(every)
+    weight = torch.zeros(len(every), dtype=torch.float64).index_add_(0, ways.rows, ways.weights)
     summed = torch.zeros((count, advantages.shape[1]), dtype=torch.float64)
     summed.index_add_(0, ways.rows, ways.weights.unsqueeze(1) * advantages.double())
     mean = (summed / weight.clamp(min=1e-300).unsqueeze(1) * scored).float()
@@ -151,8 +152,10 @@ def ways_of(agent: OnPolicyAgent, tree: Tree) -> Ways:
 
 def late_term(agent: OnPolicyAgent, tree: Tree) -> Tensor:
     """(p,) float64 of -kl_coef E [gamma^(n-1) sum_t grad log pi(a_t|s_t)], what a KL paid late has for a derivative."""
-    episodes, task = tree.episodes, tree.task
-    mask, weights = episodes.response_mask, alone(agent, tree).weights * task.gamma ** (episodes.lengths - 1)
+    episodes = tree.episodes
+    task = tree.task
+    mask = episodes.response_mask
+    weights = alone(agent, tree).weights * task.gamma ** (episodes.lengths - 1)
     law = agent.policy.read(episodes).logits.log_softmax(-1)
     chosen = law.gather(1, episodes.response_ids[mask].unsqueeze(1)).squeeze(1)
     total = -task.kl_coef * (weights.unsqueeze(1).expand_as(mask)[mask] * chosen).sum()

@@ -33,7 +33,8 @@ class Block:
 
 
 def blocks(document: Path) -> list[Block]:
-    found, lines = [], document.read_text(encoding="utf-8").splitlines()
+    found = []
+    lines = document.read_text(encoding="utf-8").splitlines()
     start = None
     for at, line in enumerate(lines):
         if not line.startswith("```"):

@@ -10,13 +10,16 @@ import torch
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
 
-B, P, T = 4, 5, 6
+B = 4
+P = 5
+T = 6
 
 
 def episodes(*, values: bool = True, gold: bool = False, seed: int = 0) -> Episodes:
     """Ragged prompts of 3, 1, 2 and 3 tokens, responses of 2, 4, 1 and 3."""
     generator = torch.Generator().manual_seed(seed)
-    prompts, responses = torch.tensor([3, 1, 2, 3]), torch.tensor([2, 4, 1, 3])
+    prompts = torch.tensor([3, 1, 2, 3])
+    responses = torch.tensor([2, 4, 1, 3])
     return Episodes(
         prompt_ids=torch.randint(9, (B, P), generator=generator),
         prompt_mask=torch.arange(P) >= P - prompts[:, None],
@@ -34,7 +37,8 @@ def episodes(*, values: bool = True, gold: bool = False, seed: int = 0) -> Episo
 
 def assert_equal(one: Episodes, other: Episodes) -> None:
     for f in fields(Episodes):
-        left, right = getattr(one, f.name), getattr(other, f.name)
+        left = getattr(one, f.name)
+        right = getattr(other, f.name)
         assert (left is None) == (right is None), f.name
         assert left is None or torch.equal(left, right), f.name
 

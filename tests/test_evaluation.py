@@ -43,7 +43,8 @@ class Tabular:
     device = torch.device("cpu")
 
     def __init__(self, problem: TinyProblem, laws: dict[str, Tensor]) -> None:
-        self.problem, self.tokenizer = problem, problem.lm.tokenizer
+        self.problem = problem
+        self.tokenizer = problem.lm.tokenizer
         self.mass: dict[tuple[str, tuple[int, ...]], float] = {}
         for prompt, law in laws.items():
             for response, p in zip(problem.responses, law.exp().tolist(), strict=True):
@@ -60,7 +61,8 @@ class TabularState:
     values = None
 
     def __init__(self, policy: Tabular, prompts: list[str]) -> None:
-        self.policy, self.rows = policy, [(prompt, ()) for prompt in prompts]
+        self.policy = policy
+        self.rows = [(prompt, ()) for prompt in prompts]
 
     @property
     def logits(self) -> Tensor:
@@ -167,7 +169,8 @@ def test_without_a_price_there_is_neither_kl_nor_bound(problem: TinyProblem) -> 
 def test_a_discount_counts_in_the_return(problem: TinyProblem) -> None:
     found = evaluate(CausalPolicy(problem.other), envs_of(problem, gamma=0.5), samples=5, generator=rng())
     assert found.bound is None
-    episodes, slow = found.episodes, []
+    episodes = found.episodes
+    slow = []
     for i in range(len(episodes)):
         last = int(episodes.lengths[i]) - 1
         costs = problem.kl_coef * (episodes.log_probs[i] - episodes.ref_log_probs[i])
@@ -238,7 +241,8 @@ def test_a_noisy_reward_is_graded_by_what_it_pays_on_average(name: str) -> None:
     problem = TinyProblem(horizon=3, reward=NOISY[name])
     envs = envs_of(problem)
     found = evaluate(CausalPolicy(problem.lm), envs, samples=60, generator=rng())
-    episodes, metrics = found.episodes, found.metrics
+    episodes = found.episodes
+    metrics = found.metrics
     lengths = zip(episodes.response_ids.tolist(), episodes.lengths.tolist(), strict=True)
     texts = [problem.prompts[i] for i in episodes.prompt_index.tolist()]
     expected = table_reward(texts, [""] * len(texts), [row[:n] for row, n in lengths])
@@ -317,7 +321,8 @@ def test_a_noisy_gold_reward_is_graded_by_its_mean() -> None:
 def test_the_noise_of_a_grade_is_of_its_generator_and_leaves_that_of_the_env_alone() -> None:
     noise = NoisyReward(NoisyReward(table_reward, 1.0), 1.0)
     problem = TinyProblem(horizon=2, reward=noise)
-    envs, state = envs_of(problem), noise.get_state()
+    envs = envs_of(problem)
+    state = noise.get_state()
     policy = CausalPolicy(problem.lm)
     first, again, other = (evaluate(policy, envs, samples=4, generator=rng(seed)).metrics for seed in (0, 0, 1))
     assert noise.get_state() == state

@@ -34,7 +34,8 @@ def test_a_written_file_may_be_read_by_whom_the_process_allows(tmp_path: Path) -
 
 
 def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
-    outside, link = tmp_path / "outside", tmp_path / "link"
+    outside = tmp_path / "outside"
+    link = tmp_path / "link"
     outside.write_text("theirs")
     link.symlink_to(outside)
     with pytest.raises(RunFileError, match="link` must be no link, and is one: nothing is written through it"):

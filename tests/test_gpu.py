@@ -22,7 +22,10 @@ from lmgym.models.policy import CausalPolicy
 from lmgym.rollout import collect
 from lmgym.tasks import Task
 
-EOS, V, SLOTS, CAPACITY = 1, len(WORDS) + 3, 6, 12
+EOS = 1
+V = len(WORDS) + 3
+SLOTS = 6
+CAPACITY = 12
 
 
 def on_gpu(lm: CausalLM) -> CausalLM:
@@ -76,7 +79,8 @@ def test_a_captured_step_is_the_step(lm: CausalLM) -> None:
 def test_two_decoders_of_a_model_do_not_share_rings(lm: CausalLM) -> None:
     lm = on_gpu(lm)
     plain = [drive(RingDecoder(lm, SLOTS, CAPACITY, record=False), 6, seed) for seed in (0, 1)]
-    first, second = RingDecoder(lm, SLOTS, CAPACITY), RingDecoder(lm, SLOTS, CAPACITY)
+    first = RingDecoder(lm, SLOTS, CAPACITY)
+    second = RingDecoder(lm, SLOTS, CAPACITY)
     seen = drive(first, 6, 0), drive(second, 6, 1)
     assert_alike(seen[0], plain[0])
     assert_alike(seen[1], plain[1])
@@ -112,12 +116,14 @@ def test_a_gpu_collects_what_a_cpu_collects(batch: int) -> None:
         envs = RLHFVectorEnv(1, task=task, model=reference, device=device, prompt_order="sequential")
         policy = CausalPolicy(reference, copy.deepcopy(head).to(device))
         found[device] = collect(envs, policy, batch, None, torch.Generator().manual_seed(0))
-    one, other = found["cpu"], found["cuda"]
+    one = found["cpu"]
+    other = found["cuda"]
     alike = (one.response_ids == other.response_ids).all(1)  # a uniform may fall between the two roundings of a law
     assert alike.float().mean() > 0.9
     assert one.lengths.float().std() > 5
     for name in ("log_probs", "ref_log_probs", "values"):
-        left, right = getattr(one, name)[alike], getattr(other, name)[alike]
+        left = getattr(one, name)[alike]
+        right = getattr(other, name)[alike]
         torch.testing.assert_close(left, right, rtol=0, atol=1e-3, msg=name)
     assert torch.equal(one.response_mask[alike], other.response_mask[alike])
 

@@ -44,7 +44,8 @@ def test_over_repeats_only_the_noise_of_the_repeats_counts() -> None:
 
 def test_over_repeats_of_one_prompt_is_that_of_independent_numbers() -> None:
     x = torch.randn((1, 6), generator=generator())
-    found, expected = Interval.over_repeats(x), Interval.of(x[0])
+    found = Interval.over_repeats(x)
+    expected = Interval.of(x[0])
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
 
@@ -109,7 +110,8 @@ def test_the_bounds_are_quantiles_under_random_weights() -> None:
 
 def test_of_many_numbers_it_is_students() -> None:
     x = torch.rand(4096, generator=generator(5), dtype=torch.float64)
-    found, expected = Interval.bounded(x, 0.0, 1.0), Interval.of(x)
+    found = Interval.bounded(x, 0.0, 1.0)
+    expected = Interval.of(x)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=3e-4)
 
 

@@ -28,9 +28,11 @@ def test_the_reference_is_0_the_optimum_1_and_worse_than_the_reference_below_0()
 def test_the_error_is_that_of_sampling_both() -> None:
     """The first-order interval against the spread of the ratio itself."""
     rng = np.random.default_rng(0)
-    value, reference = 0.9 + 0.02 * rng.standard_normal(100_000), 0.1 + 0.03 * rng.standard_normal(100_000)
+    value = 0.9 + 0.02 * rng.standard_normal(100_000)
+    reference = 0.1 + 0.03 * rng.standard_normal(100_000)
     spread = 1.96 * ((value - reference) / (1.3 - reference)).std()
-    a, b = 1.96 * 0.02, 1.96 * 0.03
+    a = 1.96 * 0.02
+    b = 1.96 * 0.03
     found = normalised(Interval(0.9, 0.9 - a, 0.9 + a), Interval(0.1, 0.1 - b, 0.1 + b), 1.3)
     assert found.high - found.mean == pytest.approx(spread, rel=0.02)
 
@@ -43,7 +45,8 @@ def test_arms_of_unequal_length_are_kept_apart() -> None:
 
 
 def test_bounds_of_the_optimum_widen_the_interval() -> None:
-    value, within = Interval(0.6, 0.5, 0.7), StoredOptimum("bounds", 1.0, 0.9, 1.1, 0.1)
+    value = Interval(0.6, 0.5, 0.7)
+    within = StoredOptimum("bounds", 1.0, 0.9, 1.1, 0.1)
     found = normalised(value, 0.1, within)
     assert found.mean == pytest.approx(0.5 / 0.9)
     assert found.low == pytest.approx(0.4 / 1.0)  # the optimum as high as it can be

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from agents.advantages import gae, group_leave_one_out, group_standardised, leave_one_out, returns_to_go, whiten
 
-GAMMA, LAMBDA = 0.9, 0.8
+GAMMA = 0.9
+LAMBDA = 0.8
 
 
 def ragged(lengths: list[int], columns: int) -> Tensor:

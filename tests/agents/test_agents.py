@@ -86,7 +86,8 @@ def tiny(horizon: int = 4, **changes: Any) -> Task:
 
 def envs_of(config: Any, task: Task, **settings: Any) -> RLHFVectorEnv:
     """Rows as many, and in such groups, as a config asks for."""
-    rows, group = config.num_envs, config.responses
+    rows = config.num_envs
+    group = config.responses
     return RLHFVectorEnv(rows, group_size=group, autoreset_mode="SameStep", task=task, device="cpu", **settings)
 
 
@@ -156,7 +157,8 @@ def test_the_update_is_of_the_law_that_sampled(case: Case, sampler: Sampler) -> 
 def test_tokens_that_leave_a_truncated_law_during_an_update_do_no_harm(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    agent, left = agent_of(case, epochs=6, minibatches=2, lr=0.03), []
+    agent = agent_of(case, epochs=6, minibatches=2, lr=0.03)
+    left = []
     agent.sampler = Sampler(top_k=2)
     loss = agent.loss
     monkeypatch.setattr(agent, "loss", lambda batch: left.append((batch.log_probs == -math.inf).sum()) or loss(batch))
@@ -236,7 +238,8 @@ def test_truncated_episodes_are_bootstrapped(name: str) -> None:
 def test_an_interrupted_run_goes_on_to_the_same_curve(tmp_path: Path, case: Case) -> None:
     small = {"batch_size": 8, "epochs": 2, "minibatches": 2}
     whole = learn(agent_of(case, **small), 4, total=120)
-    first, second = agent_of(case, **small), agent_of(case, **small)
+    first = agent_of(case, **small)
+    second = agent_of(case, **small)
     curve = learn(first, 2, total=120)
     first.save(tmp_path / "checkpoint")
     learn(second, 1, total=120)  # a loaded agent forgets what it was
@@ -268,7 +271,8 @@ def test_what_is_saved_where_a_reward_raises_goes_on_to_the_same_curve(
     judge = Judge()
     small = {"batch_size": 8, "epochs": 2, "minibatches": 2, "collect": collect}
     whole = learn(agent_of(case, **small), 4, total=120)
-    first, second = agent_of(case, task=tiny(reward=judge), **small), agent_of(case, **small)
+    first = agent_of(case, task=tiny(reward=judge), **small)
+    second = agent_of(case, **small)
     curve = learn(first, 2, total=120)
     judge.fails = True
     with pytest.raises(ZeroDivisionError):
@@ -299,7 +303,8 @@ def test_an_agent_is_not_at_rest_within_an_update(monkeypatch: pytest.MonkeyPatc
 
 def test_the_moving_average_is_of_the_returns_of_the_batches_before(monkeypatch: pytest.MonkeyPatch) -> None:
     agent = agent_of(CASES["reinforce moving_average"], baseline_decay=0.75)
-    expected, seen = 0.0, []
+    expected = 0.0
+    seen = []
     advantages = agent.advantages
 
     def spy(episodes: Episodes, rewards: Tensor) -> tuple[Tensor, Tensor]:
@@ -318,7 +323,8 @@ def test_the_moving_average_is_of_the_returns_of_the_batches_before(monkeypatch:
 @every_kind
 def test_save_load_and_predict(tmp_path: Path, kind: type[OnPolicyAgent]) -> None:
     case = Case(kind, fields_of(kind, PAIRS))
-    agent, other = agent_of(case), agent_of(case, seed=1)
+    agent = agent_of(case)
+    other = agent_of(case, seed=1)
     learn(agent, 2)
     agent.save(tmp_path / "saved")
     other.load(tmp_path / "saved")
@@ -354,7 +360,8 @@ def test_an_env_with_groups_is_refused_by_an_agent_without() -> None:
 @grouped_kind
 def test_a_batch_holds_each_prompt_as_often_as_a_group_is_large(kind: type[OnPolicyAgent]) -> None:
     agent = agent_of(Case(kind, PAIRS), task=tiny(horizon=6))
-    prompts, together = [], 0
+    prompts = []
+    together = 0
     for _ in range(12):
         episodes = agent._collect()
         agent.num_timesteps += 1
@@ -544,7 +551,8 @@ def test_every_agent_learns(case: Case) -> None:
     steps = {"epochs": 2, "minibatches": 2} if case.kind in (KLQ, PPO) else {"epochs": 1, "minibatches": 1}
     agent = agent_of(case, task=task, batch_size=64, width=32, lr=1e-2, **steps)
     agent.learn(5000)
-    value, optimum = tree.evaluate(lambda episodes: agent.policy.read(episodes).logits).value, tree.solve()
+    value = tree.evaluate(lambda episodes: agent.policy.read(episodes).logits).value
+    optimum = tree.solve()
     share = normalised(Interval(value, value, value), optimum.reference, optimum.value).mean
     assert 0.6 < share <= 1 + 1e-6, f"{share:.2f} of the gain from {optimum.reference:.3f} to {optimum.value:.3f}"
 

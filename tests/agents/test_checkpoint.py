@@ -99,7 +99,8 @@ def test_a_kill_before_any_file_operation_of_saving_loses_no_checkpoint(
     """Twice in a row: the process that goes on from what the first kill left is killed in the same place."""
     directory = tmp_path / "check[point]"
     write(directory, "first")
-    operation, done = 0, False
+    operation = 0
+    done = False
     while not done:
         operation += 1
         before = read(directory)
@@ -119,7 +120,8 @@ def test_a_kill_before_any_file_operation_of_saving_loses_no_checkpoint(
 
 def test_a_kill_between_the_renames_leaves_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both are whole then, and the newest wins; a second kill does not bring the oldest back."""
-    directory, rename = tmp_path / "checkpoint", os.replace
+    directory = tmp_path / "checkpoint"
+    rename = os.replace
 
     def dying(source: Any, target: Any) -> None:
         if str(source).endswith(".tmp") or target == directory:
@@ -144,7 +146,8 @@ def test_a_kill_between_the_renames_leaves_the_new_one(tmp_path: Path, monkeypat
 
 
 def test_only_what_a_kill_left_is_removed(tmp_path: Path) -> None:
-    directory, outside = tmp_path / "run" / "checkpoint", tmp_path / "outside"
+    directory = tmp_path / "run" / "checkpoint"
+    outside = tmp_path / "outside"
     write(directory, "whole")
     write(outside, "theirs")
     (directory.parent / ".checkpoint.123.tmp").mkdir()

@@ -61,7 +61,8 @@ def test_the_expected_update_is_along_the_gradient_of_j(
     agent = agent_of(kind, task, **config)
     if config.get("baseline") == "moving_average":
         agent.restore_own_state({"average": 0.7})
-    found, right = direction(agent, tree, ways_of(agent, tree)), gradient(agent, tree)
+    found = direction(agent, tree, ways_of(agent, tree))
+    right = gradient(agent, tree)
     assert cosine(found, right) > 1 - 1e-5
     tokens = probabilities(agent, tree).flatten() @ tree.episodes.lengths.double() / len(tree.prompts)
     a_mean_of = tokens.item() if kind in (A2C, PPO) else 1.0  # over tokens; J is one over episodes
@@ -73,7 +74,8 @@ def test_the_expected_update_is_along_the_gradient_of_j(
 
 def test_a_baseline_of_the_other_episodes_leaves_the_gradient_of_j(task: Task, tree: Tree) -> None:
     agent = agent_of(REINFORCE, task, baseline="mean")
-    found, right = direction(agent, tree, drawn(agent, tree, 200_000)), gradient(agent, tree)
+    found = direction(agent, tree, drawn(agent, tree, 200_000))
+    right = gradient(agent, tree)
     assert cosine(found, right) > 0.99
     assert found.norm().item() == pytest.approx(right.norm().item(), rel=0.05)
 

@@ -122,7 +122,9 @@ def test_the_surrogate_is_pessimistic_and_weighted() -> None:
     new, old, advantages, weights = tokens()
     ratio = (new - old).exp()
     result = clipped_policy_loss(new, old, advantages, weights, EPS)
-    expected, clipped, kl = 0.0, 0.0, 0.0
+    expected = 0.0
+    clipped = 0.0
+    kl = 0.0
     for r, a, w in zip(ratio.tolist(), advantages.tolist(), weights.tolist(), strict=True):
         kept = min(max(r, 1 - EPS), 1 + EPS)
         expected -= w * min(r * a, kept * a)
@@ -149,7 +151,8 @@ def test_approx_kl_is_an_unbiased_estimate_of_the_kl_from_the_old_policy_to_the_
     zero = torch.zeros(5, dtype=torch.float64)
     # Weighting each token with its probability takes the expectation exactly.
     got = clipped_policy_loss(new, old, zero, old.exp(), EPS).approx_kl.item()
-    forward, backward = (old.exp() * (old - new)).sum().item(), (new.exp() * (new - old)).sum().item()
+    forward = (old.exp() * (old - new)).sum().item()
+    backward = (new.exp() * (new - old)).sum().item()
     assert got == pytest.approx(forward, abs=1e-12)
     assert abs(got - backward) > 0.01
 
@@ -316,7 +319,8 @@ def test_a_chosen_token_that_left_the_support_adds_nothing_to_a_loss(kind: KLEst
     gone[2, chosen[2]] = True
     law = logits.masked_fill(gone, -torch.inf).log_softmax(-1)
     log_probs = law.gather(1, chosen).squeeze(1)
-    weights, advantages = torch.full((6,), 1 / 6, dtype=torch.float64), torch.tensor([1.0, -2, 3, -4, 5, -6])
+    weights = torch.full((6,), 1 / 6, dtype=torch.float64)
+    advantages = torch.tensor([1.0, -2, 3, -4, 5, -6])
     kl = kl_estimate(kind, log_probs, ref.gather(1, chosen).squeeze(1), law, ref)
     assert kind == "exact" or kl[2] == 0
     loss = policy_gradient_loss(log_probs, advantages, weights) + kl.sum()

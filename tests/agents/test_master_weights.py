@@ -60,7 +60,8 @@ def copies(tensors: Any) -> list[Tensor]:
 def test_the_copies_take_the_steps_of_float32_weights(dtype: torch.dtype, kind: Any) -> None:
     weights = weights_of(dtype)
     twins = [nn.Parameter(weight.detach().float()) for weight in weights]
-    optimizer, other = kind(weights, lr=LR), kind(twins, lr=LR)
+    optimizer = kind(weights, lr=LR)
+    other = kind(twins, lr=LR)
     masters = MasterWeights(optimizer)
     descend(weights, optimizer, STEPS)
     descend(twins, other, STEPS)
@@ -102,9 +103,12 @@ def test_float32_weights_have_no_copies() -> None:
 
 @pytest.mark.parametrize("steps", [0, STEPS])
 def test_the_state_of_the_optimiser_holds_the_copies(steps: int) -> None:
-    weights, others = weights_of(torch.bfloat16), weights_of(torch.bfloat16)
-    optimizer, other = torch.optim.Adam(weights, lr=LR), torch.optim.Adam(others, lr=LR)
-    masters, other_masters = MasterWeights(optimizer), MasterWeights(other)
+    weights = weights_of(torch.bfloat16)
+    others = weights_of(torch.bfloat16)
+    optimizer = torch.optim.Adam(weights, lr=LR)
+    other = torch.optim.Adam(others, lr=LR)
+    masters = MasterWeights(optimizer)
+    other_masters = MasterWeights(other)
     descend(weights, optimizer, steps)
     for weight, x in zip(others, weights, strict=True):
         weight.data.copy_(x)
@@ -188,7 +192,8 @@ def test_small_steps_of_an_agent_add_up(name: str) -> None:
     agent = agent_of(name)
     weights = halves(agent)
     assert weights
-    before, start = copies(agent.masters.of(weights)), copies(weights)
+    before = copies(agent.masters.of(weights))
+    start = copies(weights)
     assert all(x.dtype == torch.float32 for x in before)
     train(agent, STEPS)
     now = agent.masters.of(weights)
@@ -200,7 +205,8 @@ def test_small_steps_of_an_agent_add_up(name: str) -> None:
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_a_resumed_run_has_the_copies(name: str, tmp_path: Path) -> None:
-    agent, other = agent_of(name), agent_of(name, seed=1)
+    agent = agent_of(name)
+    other = agent_of(name, seed=1)
     train(agent, 3)
     agent.save(tmp_path / "checkpoint")
     other.load(tmp_path / "checkpoint")

@@ -46,11 +46,13 @@ def check_weights(agent: Any, directory: Path, observation: dict[str, Any]) -> N
         agent: with a fine-tuned policy. directory: that it was saved in.
         observation: of the start of episodes.
     """
-    model, horizon = AutoModelForCausalLM.from_pretrained(directory).eval(), agent.envs.engine.horizon
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    horizon = agent.envs.engine.horizon
     ids, mask = (torch.as_tensor(observation[key])[:, :-horizon] for key in ("input_ids", "attention_mask"))
     with torch.no_grad():
         rows = [model(input_ids=row[seen == 1][None]).logits[:, -1] for row, seen in zip(ids, mask, strict=True)]
-    saved, own = torch.cat(rows), getattr(agent, "unmasked", agent.policy)
+    saved = torch.cat(rows)
+    own = getattr(agent, "unmasked", agent.policy)
     torch.testing.assert_close(saved, own.begin(ids, mask, horizon).logits, rtol=0, atol=1e-5)
     reference = CausalPolicy(agent.envs.engine.lm).begin(ids, mask, horizon).logits
     assert (saved - reference).abs().max() > 1e-3
@@ -60,7 +62,8 @@ def check_weights(agent: Any, directory: Path, observation: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("name", [*LEARNERS, *FIXED])
 def test_a_loaded_agent_of_another_seed_acts_as_the_saved_one(name: str, task: Task, tmp_path: Path) -> None:
-    agent, other = agent_of(name, task, seed=1), agent_of(name, task, seed=2)
+    agent = agent_of(name, task, seed=1)
+    other = agent_of(name, task, seed=2)
     agent.learn(1)  # a batch
     envs = envs_of(task, 32)
     observation, _ = envs.reset(seed=0)

@@ -79,7 +79,8 @@ def test_two_kinds_of_brackets_must_nest() -> None:
 def test_phrases_against_substring_search(wanted: list[list[int]]) -> None:
     ids = strings(4, 7) if len(wanted) == 1 else strings(3, 7)
     size = 4 if len(wanted) == 1 else 3
-    texts, keys = ["".join(map(str, y)) for y in ids], ["".join(map(str, p)) for p in wanted]
+    texts = ["".join(map(str, y)) for y in ids]
+    keys = ["".join(map(str, p)) for p in wanted]
     counts = [sum(key in text for key in keys) for text in texts]
     automaton = phrases(wanted, size)
     assert automaton.score(ids) == pytest.approx([n / len(wanted) for n in counts])

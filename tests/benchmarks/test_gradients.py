@@ -79,7 +79,8 @@ def test_which_are_unbiased_and_which_are_not(at_table: Facts, gradient: Tensor,
 
 
 def test_a_baseline_changes_no_expectation(at_table: Facts) -> None:
-    plain, based = estimates(at_table), estimates(at_table, baseline=True)
+    plain = estimates(at_table)
+    based = estimates(at_table, baseline=True)
     for name, estimate in plain.items():
         assert torch.allclose(at_table.probs @ estimate, at_table.probs @ based[name], atol=1e-12)
         assert not torch.allclose(estimate, based[name])
@@ -87,7 +88,8 @@ def test_a_baseline_changes_no_expectation(at_table: Facts) -> None:
 
 def test_the_value_is_the_mean_of_the_responses_that_share_a_prefix(tree: Tree, at_table: Facts) -> None:
     scores = at_table.scores.unsqueeze(1).expand_as(at_table.log_ratio) * at_table.mask
-    value, ids = at_table.value(scores), tree.episodes.response_ids
+    value = at_table.value(scores)
+    ids = tree.episodes.response_ids
     for row, column in ((300, 0), (300, 2), (300, 4), (0, 0)):
         same = (ids[:, :column] == ids[row, :column]).all(1) & at_table.mask[:, column]
         mean = at_table.probs[same] @ at_table.scores[same] / at_table.probs[same].sum()
@@ -102,7 +104,8 @@ def test_k1_in_the_loss_does_nothing_about_the_kl(at_table: Facts) -> None:
 
 def test_k2_a_token_has_the_expectation_of_the_exact_kl_of_the_states(at_table: Facts) -> None:
     found = estimates(at_table)
-    a_token, a_state = found["k2 in the loss, a token"], found["exact KL in the loss, a state"]
+    a_token = found["k2 in the loss, a token"]
+    a_state = found["exact KL in the loss, a state"]
     assert torch.allclose(at_table.probs @ a_token, at_table.probs @ a_state, atol=1e-12)
 
 
@@ -133,10 +136,12 @@ def test_sampled_means_agree(tree: Tree, table: Tensor, at_table: Facts) -> None
     rows = {
         tuple(ids[:n]): i for i, (ids, n) in enumerate(zip(tree.episodes.response_ids.tolist(), lengths, strict=True))
     }
-    generator, probs = torch.Generator().manual_seed(0), table.softmax(-1)
+    generator = torch.Generator().manual_seed(0)
+    probs = table.softmax(-1)
     drawn = []
     for _ in range(SAMPLES):
-        response, last = [], int(tree.episodes.prompt_ids[0, -1])
+        response = []
+        last = int(tree.episodes.prompt_ids[0, -1])
         while not response or (last and len(response) < len(table)):
             last = int(torch.multinomial(probs[len(response), last], 1, generator=generator))
             response.append(last)

@@ -106,10 +106,8 @@ def test_the_tokenizer_has_one_token_a_word_and_round_trips(artefacts: Path) -> 
 
 
 def test_the_reference_learned_the_grammar(artefacts: Path) -> None:
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(artefacts / "reference"),
-        AutoTokenizer.from_pretrained(artefacts / "reference"),
-    )
+    model = AutoModelForCausalLM.from_pretrained(artefacts / "reference")
+    tokenizer = AutoTokenizer.from_pretrained(artefacts / "reference")
     assert model.config.n_positions >= reviews.MAX_PROMPT_TOKENS + reviews.MAX_NEW_TOKENS
     for config in (model.config, model.generation_config):
         assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (0, 1, 1)

@@ -30,7 +30,8 @@ def grade(name: str, logits_of: object) -> float:
 
 
 env = make()
-size, actions = env.observation_space.shape, int(env.action_space.n)
+size = env.observation_space.shape
+actions = int(env.action_space.n)
 torch.manual_seed(0)
 adam = AdamOptimizerFactory(lr=1e-3)
 

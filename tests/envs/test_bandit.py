@@ -19,8 +19,13 @@ from lmgym.envs.bandit import RLHFBanditVectorEnv
 from lmgym.errors import InvalidActionError, InvalidArgumentError, UnknownNameError
 from lmgym.wrappers import PolicyKL
 
-ID, TOKEN_ID = "lmgym/RLHFBandit-v0", "lmgym/RLHF-v0"
-EOS, V, P, T, N = 1, len(WORDS) + 3, 6, 8, 4
+ID = "lmgym/RLHFBandit-v0"
+TOKEN_ID = "lmgym/RLHF-v0"
+EOS = 1
+V = len(WORDS) + 3
+P = 6
+T = 8
+N = 4
 MODES = [mode.value for mode in AutoresetMode]
 CONFIGS: list[dict[str, Any]] = [
     {},
@@ -74,7 +79,8 @@ def test_a_discount_of_a_sum_of_log_probs_is_refused(dense: bool) -> None:
 
     The bandit would pay gamma^t kl_coef log pi_ref token by token, and take off kl_coef log pi of the whole response.
     """
-    problem, gamma = TinyProblem(horizon=3), 0.5
+    problem = TinyProblem(horizon=3)
+    gamma = 0.5
     settings: Parts = {"task": problem.task, "gamma": gamma, "dense_kl": dense}
     env = PolicyKL(gym.make(TOKEN_ID, **settings))
     truth = paid = wrong = 0.0
@@ -82,7 +88,8 @@ def test_a_discount_of_a_sum_of_log_probs_is_refused(dense: bool) -> None:
         own, ref = (problem.token_log_probs(lm, prompt) for lm in (problem.other, problem.lm))
         scores = problem.scores(prompt)
         for i, response in enumerate(problem.responses):
-            n, prob = len(response), own[i].sum().exp().item() / len(problem.prompts)
+            n = len(response)
+            prob = own[i].sum().exp().item() / len(problem.prompts)
             late = gamma ** (n - 1)
             discounts = torch.tensor([gamma**t if dense else late for t in range(problem.T)], dtype=torch.float64)
             truth += prob * (late * scores[i] - problem.kl_coef * (discounts * (own[i] - ref[i])).sum()).item()
@@ -105,7 +112,8 @@ def test_a_discount_of_a_sum_of_log_probs_is_refused(dense: bool) -> None:
 
 
 def test_spaces(parts: Parts) -> None:
-    bandit, mdp = gym.make(ID, **parts), gym.make(TOKEN_ID, **parts)
+    bandit = gym.make(ID, **parts)
+    mdp = gym.make(TOKEN_ID, **parts)
     assert bandit.action_space == gym.spaces.MultiDiscrete([V] * T)
     assert bandit.observation_space == mdp.observation_space
 
@@ -158,7 +166,8 @@ def test_a_prefix_is_no_option(parts: Parts) -> None:
 def test_pickling_and_cloned_states(parts: Parts) -> None:
     env = gym.make(ID, **parts)
     env.reset(seed=4)
-    copy, state = pickle.loads(pickle.dumps(env)), env.unwrapped.clone_state()
+    copy = pickle.loads(pickle.dumps(env))
+    state = env.unwrapped.clone_state()
     response = [5, 6, 7, EOS, 0, 0, 0, 0]
     expected = env.step(response)
     assert data_equivalence(copy.step(response), expected)
@@ -183,7 +192,8 @@ def test_every_output_is_that_of_single_envs(parts: Parts, config: Parts, mode: 
     rng = np.random.default_rng(2)
     for t in range(16):
         action = responses(rng, N)
-        left, right = one.step(action), other.step(action)
+        left = one.step(action)
+        right = other.step(action)
         for name, a, b in zip(("obs", "reward", "terminated", "truncated", "info"), left, right, strict=True):
             assert data_equivalence(a, b), f"{name} at step {t}: {a} against {b}"
         assert (left[2] | left[3]).all() == (mode != "NextStep" or t % 2 == 0)
@@ -192,7 +202,8 @@ def test_every_output_is_that_of_single_envs(parts: Parts, config: Parts, mode: 
 
 
 def test_a_reset_mask_restarts_its_rows_and_no_other(parts: Parts) -> None:
-    one, other = gym.make_vec(ID, num_envs=N, autoreset_mode="Disabled", **parts), sync(parts, "Disabled")
+    one = gym.make_vec(ID, num_envs=N, autoreset_mode="Disabled", **parts)
+    other = sync(parts, "Disabled")
     for envs in (one, other):
         envs.reset(seed=1)
         envs.step(np.full((N, T), 5))
@@ -209,9 +220,11 @@ def test_groups_share_prompts_and_specs_survive_json(parts: Parts) -> None:
     assert envs.spec is not None
     again = gym.make_vec(EnvSpec.from_json(envs.spec.to_json()))
     rng = np.random.default_rng(3)
-    observation, again_observation = envs.reset(seed=0)[0], again.reset(seed=0)[0]
+    observation = envs.reset(seed=0)[0]
+    again_observation = again.reset(seed=0)[0]
     for _ in range(8):
         assert data_equivalence(observation, again_observation)
         assert (observation["input_ids"][0::2] == observation["input_ids"][1::2]).all()
         action = responses(rng, N)
-        observation, again_observation = envs.step(action)[0], again.step(action)[0]
+        observation = envs.step(action)[0]
+        again_observation = again.step(action)[0]

@@ -31,7 +31,10 @@ from lmgym.tasks import Task
 
 ID = "lmgym/RLHF-v0"
 IDS = sorted(name for name in gym.registry if name.startswith("lmgym/"))
-EOS, V, P, T = 1, len(WORDS) + 3, 6, 8
+EOS = 1
+V = len(WORDS) + 3
+P = 6
+T = 8
 KL_COEF = 0.2
 Parts = dict[str, Any]
 
@@ -128,13 +131,15 @@ def test_a_spec_survives_json(name: str, parts: Parts) -> None:
     again = gym.make(EnvSpec.from_json(text))
     assert again.spec is not None
     assert again.spec.kwargs == env.spec.kwargs
-    first, second = env.reset(seed=3), again.reset(seed=3)
+    first = env.reset(seed=3)
+    second = again.reset(seed=3)
     assert data_equivalence(first, second)
     env.action_space.seed(0)
     for _ in range(3):
         # Not every text is one that tokens can have.
         action = " the film" if name == "lmgym/RLHFText-v0" else env.action_space.sample()
-        one, other = env.step(action), again.step(action)
+        one = env.step(action)
+        other = again.step(action)
         assert data_equivalence(one, other)
         if one[2] or one[3]:
             break
@@ -147,7 +152,8 @@ def test_the_module_form_needs_no_import() -> None:
 def test_spaces_and_observations(parts: Parts, by_hand: ByHand) -> None:
     env = make(parts)
     assert env.action_space == gym.spaces.Discrete(V)  # not the padded embeddings of the model
-    ids, mask = env.observation_space["input_ids"], env.observation_space["attention_mask"]  # type: ignore[index]
+    ids = env.observation_space["input_ids"]
+    mask = env.observation_space["attention_mask"]  # type: ignore[index]
     assert (ids.shape, ids.dtype, ids.low.min(), ids.high.max()) == ((P + T,), np.int64, 0, V - 1)
     assert (mask.shape, mask.dtype) == ((P + T,), np.int8)
     prompt = by_hand.tokenizer("a book")["input_ids"]
@@ -170,8 +176,10 @@ def test_spaces_and_observations(parts: Parts, by_hand: ByHand) -> None:
 
 
 def test_the_flat_format_is_the_same_with_holes(parts: Parts) -> None:
-    env, flat = make(parts), make(parts, obs_format="flat")
-    one, other = env.reset(seed=1)[0], flat.reset(seed=1)[0]
+    env = make(parts)
+    flat = make(parts, obs_format="flat")
+    one = env.reset(seed=1)[0]
+    other = flat.reset(seed=1)[0]
     for action in [3, 4, 5, EOS]:
         assert other.dtype == np.int64
         assert other.tolist() == np.where(one["attention_mask"] == 1, one["input_ids"], -1).tolist()
@@ -195,11 +203,13 @@ def test_observations_are_copies(parts: Parts) -> None:
 
 
 def test_rewards_are_those_rebuilt_by_hand(parts: Parts, by_hand: ByHand) -> None:
-    env, rng = make(parts), np.random.default_rng(0)
+    env = make(parts)
+    rng = np.random.default_rng(0)
     reasons = []
     for episode in range(50):
         observation, _ = env.reset(seed=0 if episode == 0 else None)
-        prompt, steps = prompt_of(observation), play(env, random_tokens(rng))
+        prompt = prompt_of(observation)
+        steps = play(env, random_tokens(rng))
         observation, *_, info = steps[-1]
         response = observation["input_ids"][P:][observation["attention_mask"][P:] == 1].tolist()
         assert len(response) == len(steps)
@@ -225,7 +235,8 @@ def test_rewards_are_those_rebuilt_by_hand(parts: Parts, by_hand: ByHand) -> Non
     "changes", [{}, {"dense_kl": False}, {"missing_eos_penalty": 0.7}, {"kl_coef": 0.0}, {"gamma": 0.5}], ids=str
 )
 def test_the_info_rebuilds_the_reward(parts: Parts, changes: Parts) -> None:
-    env, rng = make(parts, **changes), np.random.default_rng(1)
+    env = make(parts, **changes)
+    rng = np.random.default_rng(1)
     for _ in range(6):
         first = env.reset(seed=2)[1]
         steps = play(env, random_tokens(rng))
@@ -249,7 +260,8 @@ def test_the_gold_score_is_on_the_side(parts: Parts) -> None:
         name="tiny", model=parts["model"], reward=parts["reward"], prompts={"train": ["a film"]}, kl_coef=KL_COEF,
         max_new_tokens=T, gold=gold,
     )  # fmt: skip
-    plain, graded = make(parts, prompts=["a film"]), gym.make(ID, task=task)
+    plain = make(parts, prompts=["a film"])
+    graded = gym.make(ID, task=task)
     rewards = []
     for env in (plain, graded):
         env.reset(seed=0)
@@ -267,7 +279,8 @@ def play_from_start(env: gym.Env[Any, Any], actions: list[int], **options: Any) 
 
 
 def test_dense_or_not_the_return_is_one(parts: Parts) -> None:
-    dense, late = make(parts), make(parts, dense_kl=False)
+    dense = make(parts)
+    late = make(parts, dense_kl=False)
     rng = np.random.default_rng(3)
     for options in ({}, {}, {"response_ids": [5, 6]}, {"response_ids": [7]}):
         actions = random_tokens(rng, T - len(options.get("response_ids", [])))
@@ -293,7 +306,8 @@ def refuse_to_run(env: gym.Env[Any, Any], monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_without_a_price_the_reference_never_runs(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    priced, free = make(parts), make(parts, kl_coef=0.0)
+    priced = make(parts)
+    free = make(parts, kl_coef=0.0)
     expected = play_from_start(priced, [5, 6, EOS])
     refuse_to_run(free, monkeypatch)
     steps = play_from_start(free, [5, 6, EOS])
@@ -324,9 +338,11 @@ def test_the_last_token_costs_no_forward(parts: Parts, monkeypatch: pytest.Monke
 
 
 def test_truncate_reports_the_length_limit_as_truncation_alone(parts: Parts) -> None:
-    env, plain = make(parts, truncate=True), make(parts)
+    env = make(parts, truncate=True)
+    plain = make(parts)
     for actions in ([5] * T, [5, EOS], [5] * (T - 1) + [EOS]):
-        one, other = play_from_start(plain, actions), play_from_start(env, actions)
+        one = play_from_start(plain, actions)
+        other = play_from_start(env, actions)
         limit = actions[-1] != EOS
         assert [(s[2], s[3]) for s in other] == [(False, False)] * (len(actions) - 1) + [(not limit, limit)]
         assert [(s[2], s[3]) for s in one] == [(False, False)] * (len(actions) - 1) + [(True, False)]
@@ -347,16 +363,19 @@ def test_an_early_eos_is_a_token_like_the_rest(parts: Parts, by_hand: ByHand) ->
 
 
 def test_a_missing_eos_is_fined_in_the_score(parts: Parts) -> None:
-    env, plain = make(parts, missing_eos_penalty=2.5), make(parts)
+    env = make(parts, missing_eos_penalty=2.5)
+    plain = make(parts)
     for actions, fine in (([5] * T, 2.5), ([5, EOS], 0.0), ([5] * (T - 1) + [EOS], 0.0)):
-        one, other = play_from_start(plain, actions), play_from_start(env, actions)
+        one = play_from_start(plain, actions)
+        other = play_from_start(env, actions)
         assert other[-1][4]["score"] == pytest.approx(one[-1][4]["score"] - fine, abs=1e-12)
         assert other[-1][1] == pytest.approx(one[-1][1] - fine, abs=1e-12)
         assert [s[1] for s in other[:-1]] == [s[1] for s in one[:-1]]
 
 
 def test_a_discount_changes_what_is_reported_not_what_is_paid(parts: Parts) -> None:
-    env, plain = make(parts, gamma=0.8), make(parts)
+    env = make(parts, gamma=0.8)
+    plain = make(parts)
     one, other = (play_from_start(e, [5, 6, 7, EOS]) for e in (plain, env))
     assert env.unwrapped.gamma == 0.8
     assert [s[1] for s in one] == [s[1] for s in other]
@@ -405,7 +424,8 @@ def test_tokens_of_any_integer_kind_are_taken(parts: Parts) -> None:
 
 def trace(env: gym.Env[Any, Any], seed: int | None, episodes: int = 3) -> list[Any]:
     """Everything that an env says over some episodes."""
-    rng, said = np.random.default_rng(4), []
+    rng = np.random.default_rng(4)
+    said = []
     for episode in range(episodes):
         said.append(env.reset(seed=seed if episode == 0 else None))
         said += play(env, random_tokens(rng))
@@ -414,7 +434,9 @@ def trace(env: gym.Env[Any, Any], seed: int | None, episodes: int = 3) -> list[A
 
 def test_one_seed_one_history_whatever_other_envs_do(parts: Parts) -> None:
     expected = trace(make(parts), 7)
-    first, second, third = make(parts), make(parts), make(parts)
+    first = make(parts)
+    second = make(parts)
+    third = make(parts)
     third.reset(seed=8)
     rng = np.random.default_rng(4)
     said: list[list[Any]] = [[], []]
@@ -439,10 +461,12 @@ def test_one_seed_one_history_whatever_other_envs_do(parts: Parts) -> None:
 
 
 def test_global_generators_are_left_alone(parts: Parts) -> None:
-    python, numpy, torch_state = np.random.get_state()[1].copy(), np.random.get_state()[2], torch.get_rng_state()  # noqa: NPY002
+    numbers = np.random.get_state()[1].copy()  # noqa: NPY002
+    position = np.random.get_state()[2]  # noqa: NPY002
+    torch_state = torch.get_rng_state()
     trace(make(parts), 0)
-    assert (np.random.get_state()[1] == python).all()  # noqa: NPY002
-    assert np.random.get_state()[2] == numpy  # noqa: NPY002
+    assert (np.random.get_state()[1] == numbers).all()  # noqa: NPY002
+    assert np.random.get_state()[2] == position  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), torch_state)
 
 
@@ -462,7 +486,8 @@ def test_prompts_are_dealt_without_replacement(parts: Parts) -> None:
 @pytest.mark.parametrize("changes", [{}, {"dense_kl": False}, {"gamma": 0.9}, {"kl_coef": 0.0}], ids=str)
 @pytest.mark.parametrize("steps", [0, 3, T])
 def test_a_pickled_env_goes_on_as_the_first_would_have(parts: Parts, changes: Parts, steps: int) -> None:
-    env, rng = make(parts, **changes), np.random.default_rng(5)
+    env = make(parts, **changes)
+    rng = np.random.default_rng(5)
     trace(env, 3, episodes=2)
     env.reset()
     play(env, random_tokens(rng, steps, eos=0.0))
@@ -499,7 +524,8 @@ def test_a_fresh_env_can_be_pickled(parts: Parts) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"dense_kl": False}, {"gamma": 0.9, "missing_eos_penalty": 1.0}], ids=str)
 def test_planning_from_a_cloned_state_is_exact(parts: Parts, changes: Parts) -> None:
-    env, other = make(parts, **changes), make(parts, **changes)
+    env = make(parts, **changes)
+    other = make(parts, **changes)
     env.reset(seed=6)
     play(env, [5, 6])
     state = env.unwrapped.clone_state()
@@ -565,13 +591,16 @@ def test_a_prompt_may_come_as_text_ids_or_index(parts: Parts, by_hand: ByHand) -
 
 
 def test_options_do_not_use_up_the_prompts_of_the_stream(parts: Parts) -> None:
-    env, other = make(parts), make(parts)
-    first, second = env.reset(seed=1)[0], other.reset(seed=1)[0]
+    env = make(parts)
+    other = make(parts)
+    first = env.reset(seed=1)[0]
+    second = other.reset(seed=1)[0]
     for _ in range(8):
         assert data_equivalence(first, second)
         other.reset(options={"prompt_index": 0})
         other.step(5)
-        first, second = env.reset(options={})[0], other.reset(options=None)[0]
+        first = env.reset(options={})[0]
+        second = other.reset(options=None)[0]
 
 
 def test_a_response_may_begin_in_mid_air(parts: Parts, by_hand: ByHand) -> None:
@@ -631,7 +660,8 @@ def test_bad_options_are_refused_and_change_nothing(parts: Parts, options: Parts
 
 
 def test_text_and_pictures(parts: Parts) -> None:
-    ansi, picture = make(parts, render_mode="ansi"), make(parts, render_mode="rgb_array")
+    ansi = make(parts, render_mode="ansi")
+    picture = make(parts, render_mode="rgb_array")
     for env in (ansi.unwrapped, picture.unwrapped):
         with pytest.raises(ResetNeeded):
             env.render()
@@ -641,7 +671,8 @@ def test_text_and_pictures(parts: Parts) -> None:
     for action in ([], [5], [6], [EOS]):
         play(ansi, action)
         play(picture, action)
-        text, image = ansi.render(), picture.render()
+        text = ansi.render()
+        image = picture.render()
         assert text.startswith("prompt: a film\nresponse: ")
         assert image.dtype == np.uint8
         sizes.add(image.shape)
@@ -767,7 +798,8 @@ def test_prompts_from_a_list_or_a_file(parts: Parts, form: str, tmp_path: Path) 
 
 
 def test_envs_share_one_reference_and_one_reward_model(parts: Parts) -> None:
-    one, other = make(parts).unwrapped, make(parts, kl_coef=0.3, max_new_tokens=4).unwrapped
+    one = make(parts).unwrapped
+    other = make(parts, kl_coef=0.3, max_new_tokens=4).unwrapped
     assert one._engine.lm is other._engine.lm
     assert one._engine.reward.model is other._engine.reward.model
     assert one.spec is not None

@@ -31,7 +31,9 @@ from lmgym.wrappers import (
 )
 
 ID = "lmgym/RLHF-v0"
-EOS, T, N = 1, 8, 3
+EOS = 1
+T = 8
+N = 3
 MODES = [mode.value for mode in AutoresetMode]
 Parts = dict[str, Any]
 
@@ -72,13 +74,16 @@ def test_without_texts_every_entry_is_a_number(parts: Parts, mode: str) -> None:
     parts = {**parts, "text_info": False}
     one = make_vec(parts, mode)
     other = SyncVectorEnv([lambda: gym.make(ID, **parts)] * N, autoreset_mode=AutoresetMode(mode))
-    found, expected = one.reset(seed=0), other.reset(seed=0)
+    found = one.reset(seed=0)
+    expected = other.reset(seed=0)
     assert data_equivalence(found, expected)
-    keys, rng = found[1].keys(), np.random.default_rng(0)
+    keys = found[1].keys()
+    rng = np.random.default_rng(0)
     assert keys == {name for key in ("ref_log_prob", "score", "discounted_return") for name in (key, f"_{key}")}
     for _ in range(30):
         actions = rng.integers(1, 6, N)
-        found, expected = one.step(actions), other.step(actions)
+        found = one.step(actions)
+        expected = other.step(actions)
         assert data_equivalence(found, expected)
         infos = {name: x for name, x in found[4].items() if not name.endswith(("final_obs", "final_info"))}
         assert infos.keys() == keys
@@ -92,7 +97,8 @@ def test_the_text_of_a_final_observation_needs_no_text_in_the_infos(parts: Parts
     plain, bare = (VectorTextObservation(make_vec(parts, text_info=texts)) for texts in (True, False))
     plain.reset(seed=0), bare.reset(seed=0)
     for action in (5, EOS, 5):
-        found, expected = bare.step(np.full(N, action)), plain.step(np.full(N, action))
+        found = bare.step(np.full(N, action))
+        expected = plain.step(np.full(N, action))
         assert found[0] == expected[0]
         assert data_equivalence(found[4].get("final_obs"), expected[4].get("final_obs"))
 
@@ -192,7 +198,8 @@ def test_a_copy_of_a_vector_env_goes_on_like_the_original(parts: Parts, mode: st
         if step % 5 == 1:
             fresh = pickle.loads(pickle.dumps(fresh))
         actions = rng.integers(1, 4, envs.action_space.shape)
-        found, expected = fresh.step(actions), envs.step(actions)
+        found = fresh.step(actions)
+        expected = envs.step(actions)
         np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
         for a, b in zip((found[0], *found[2:]), (expected[0], *expected[2:]), strict=True):
             assert data_equivalence(a, b)
@@ -219,6 +226,7 @@ print("stepped", torch.get_num_threads())
 def test_worker_processes_do_not_wait_for_ever() -> None:
     """Forked after use, with several threads; and the process that forks keeps its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
-    command, root = [sys.executable, "-c", FORK], Path(__file__).parents[2]
+    command = [sys.executable, "-c", FORK]
+    root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["stepped", "2"]

@@ -186,7 +186,8 @@ def test_the_optimum_is_the_stored_one_where_there_is_one() -> None:
 
 
 def test_the_optimum_of_an_own_task_is_solved() -> None:
-    found, expected = TINY.task.optimum("train"), [TINY.optimum(prompt)[0] for prompt in TINY.prompts]
+    found = TINY.task.optimum("train")
+    expected = [TINY.optimum(prompt)[0] for prompt in TINY.prompts]
     assert found.exact
     assert found.value == pytest.approx(np.mean(expected), abs=1e-4)
     moved = make_task("keyword-8", kl_coef=0.3)

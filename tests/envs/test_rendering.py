@@ -61,7 +61,8 @@ class Tty(io.StringIO):
         return True
 
     def screen(self) -> list[str]:
-        lines, row = [""], 0
+        lines = [""]
+        row = 0
         for part in re.findall(r"\x1b\[\d*[A-Za-z]|\n|\r|[^\x1b\n\r]+", STYLE.sub("", self.getvalue())):
             if part == "\n":
                 row += 1
@@ -177,7 +178,8 @@ def test_terminal_block_keeps_the_end_of_a_long_response() -> None:
 
 
 def test_show_redraws_one_block_on_a_terminal() -> None:
-    stream, previous = Tty(), 0
+    stream = Tty()
+    previous = 0
     for count in range(31):
         previous = show(frame(count), stream, previous)
         assert stream.screen() == [*STYLE.sub("", to_terminal(frame(count), 59, 11)).split("\n"), ""]
@@ -189,7 +191,8 @@ def test_show_redraws_one_block_on_a_terminal() -> None:
 
 
 def test_show_never_draws_more_than_the_screen_can_take_back() -> None:
-    stream, previous = Tty(), 0
+    stream = Tty()
+    previous = 0
     for count in range(0, 400, 20):
         previous = show(frame(count, max_new_tokens=400), stream, previous)
         assert previous < 12
@@ -266,7 +269,8 @@ def test_every_picture_has_the_same_shape(shown: Frame) -> None:
 @pytest.mark.usefixtures("_pillow")
 def test_picture_colours_tokens_by_cost() -> None:
     picture = to_rgb(frame(2, costs=[0.0, -1.0]))
-    likely, unlikely = has(picture, REDS[0]), has(picture, REDS[-1])
+    likely = has(picture, REDS[0])
+    unlikely = has(picture, REDS[-1])
     assert likely.sum() > 200
     assert unlikely.sum() > 200
     assert np.nonzero(likely)[1].max() < np.nonzero(unlikely)[1].min()  # the first token is the one on the left
@@ -280,7 +284,8 @@ def test_picture_colours_tokens_by_cost() -> None:
 
 @pytest.mark.usefixtures("_pillow")
 def test_picture_of_a_step_adds_one_token_and_moves_the_bar() -> None:
-    before, after = to_rgb(frame(4)), to_rgb(frame(5))
+    before = to_rgb(frame(4))
+    after = to_rgb(frame(5))
     rows, columns = np.nonzero((before != after).any(axis=-1))
     assert rows.min() > 144  # the prompt stays
     tokens = columns[rows < 400]
@@ -301,7 +306,8 @@ def test_picture_shows_the_score_at_the_end_and_the_last_lines() -> None:
 
 @pytest.mark.usefixtures("_pillow")
 def test_picture_keeps_a_long_prompt_away_from_the_response() -> None:
-    short, long = to_rgb(frame()), to_rgb(frame(prompt="word " * 1000))
+    short = to_rgb(frame())
+    long = to_rgb(frame(prompt="word " * 1000))
     assert (short[:130] != long[:130]).any()
     np.testing.assert_array_equal(short[130:], long[130:])
 
@@ -375,7 +381,8 @@ def test_what_hides_or_reorders_text_is_shown(control: str) -> None:
 
 
 def test_joiners_stay_where_a_script_or_an_emoji_is_written_with_them() -> None:
-    persian, family = "\u0645\u06cc\u200c\u062e", "\U0001f468\u200d\U0001f469"
+    persian = "\u0645\u06cc\u200c\u062e"
+    family = "\U0001f468\u200d\U0001f469"
     written = to_text(Frame(persian, [family, "a\u200db", "\u0600"], [], None, 0.0, None, 4))
     assert persian in written
     assert family in written

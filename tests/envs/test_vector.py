@@ -23,7 +23,11 @@ from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidActionError, InvalidArgumentError, LmGymError
 
 ID = "lmgym/RLHF-v0"
-EOS, V, P, T, N = 1, len(WORDS) + 3, 6, 8, 4
+EOS = 1
+V = len(WORDS) + 3
+P = 6
+T = 8
+N = 4
 MODES = [mode.value for mode in AutoresetMode]
 CONFIGS: list[dict[str, Any]] = [
     {},
@@ -63,16 +67,19 @@ def random_tokens(rng: np.random.Generator, *shape: int, eos: float = 0.12) -> n
 def test_every_output_is_that_of_single_envs(parts: Parts, config: Parts, mode: str) -> None:
     group = config.get("group_size", 1)
     rows = 2 * group
-    one, other = native(parts, rows, autoreset_mode=mode, **config), sync(parts, rows, mode=mode, **config)
+    one = native(parts, rows, autoreset_mode=mode, **config)
+    other = sync(parts, rows, mode=mode, **config)
     assert one.observation_space == other.observation_space
     assert one.action_space == other.action_space
     assert one.metadata["autoreset_mode"] == other.metadata["autoreset_mode"]
     seeds = [7 + row - row % group for row in range(rows)]  # rows of a group draw the same prompts
     assert data_equivalence(one.reset(seed=seeds), other.reset(seed=seeds))
-    rng, ends = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    ends = 0
     for t in range(200):
         tokens = random_tokens(rng, rows)
-        left, right = one.step(tokens), other.step(tokens)
+        left = one.step(tokens)
+        right = other.step(tokens)
         for name, a, b in zip(("obs", "reward", "terminated", "truncated", "info"), left, right, strict=True):
             assert data_equivalence(a, b), f"{name} at step {t}: {a} against {b}"
         ended = left[2] | left[3]
@@ -84,7 +91,8 @@ def test_every_output_is_that_of_single_envs(parts: Parts, config: Parts, mode: 
 
 
 def test_an_int_seeds_the_rows_one_after_the_other(parts: Parts) -> None:
-    one, other = native(parts), sync(parts)
+    one = native(parts)
+    other = sync(parts)
     assert data_equivalence(one.reset(seed=3), other.reset(seed=3))
     assert data_equivalence(one.reset(seed=3), one.reset(seed=[3, 4, 5, 6]))
     again = one.reset(seed=[3, None, 5, None])[0]
@@ -95,7 +103,8 @@ def test_an_int_seeds_the_rows_one_after_the_other(parts: Parts) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_reset_mask_restarts_its_rows_and_no_other(parts: Parts, mode: str) -> None:
-    one, other = native(parts, autoreset_mode=mode), sync(parts, mode=mode)
+    one = native(parts, autoreset_mode=mode)
+    other = sync(parts, mode=mode)
     one.reset(seed=0), other.reset(seed=0)
     tokens = np.full(N, 5)
     one.step(tokens), other.step(tokens)
@@ -106,7 +115,8 @@ def test_a_reset_mask_restarts_its_rows_and_no_other(parts: Parts, mode: str) ->
     assert data_equivalence(left, other.reset(options={"reset_mask": mask}))
     assert left[0]["attention_mask"][:, P:].sum(1).tolist() == [1, 0, 1, 0]
     for _ in range(T - 1):
-        left, right = one.step(tokens), other.step(tokens)
+        left = one.step(tokens)
+        right = other.step(tokens)
         assert data_equivalence(left, right)
     assert left[2].tolist() == [True, False, True, False]
     seeded = one.reset(seed=9, options={"reset_mask": mask})[0]["input_ids"]
@@ -137,10 +147,12 @@ def test_a_row_does_not_feel_how_many_there_are(parts: Parts, config: Parts) -> 
     config = {**config, "autoreset_mode": "SameStep"}
     if config.get("prompt_order") == "sequential":  # which prompts a row is dealt does depend on N
         config["prompts"] = ["a film"]
-    few, many = native(parts, 2, **config), native(parts, 5, **config)
+    few = native(parts, 2, **config)
+    many = native(parts, 5, **config)
     assert data_equivalence(few.reset(seed=0)[0]["input_ids"], many.reset(seed=0)[0]["input_ids"][:2])
     for row in tokens:
-        left, right = few.step(row[:2]), many.step(row)
+        left = few.step(row[:2])
+        right = many.step(row)
         assert (left[0]["input_ids"] == right[0]["input_ids"][:2]).all()
         np.testing.assert_allclose(left[1], right[1][:2], rtol=0, atol=1e-5)
         assert (left[2] == right[2][:2]).all()
@@ -150,7 +162,8 @@ def test_two_vector_envs_do_not_disturb_each_other(parts: Parts) -> None:
     tokens = random_tokens(np.random.default_rng(2), 30, N)
     alone = native(parts)
     expected = [alone.reset(seed=1), *(alone.step(row) for row in tokens)]
-    one, other = native(parts), native(parts)
+    one = native(parts)
+    other = native(parts)
     other.reset(seed=5)
     found = [one.reset(seed=1)]
     for row in tokens:
@@ -163,7 +176,8 @@ def test_two_vector_envs_do_not_disturb_each_other(parts: Parts) -> None:
 
 
 def prompts_of(observation: dict[str, Any]) -> list[tuple[int, ...]]:
-    ids, mask = observation["input_ids"][:, :P], observation["attention_mask"][:, :P] == 1
+    ids = observation["input_ids"][:, :P]
+    mask = observation["attention_mask"][:, :P] == 1
     return [tuple(row[m].tolist()) for row, m in zip(ids, mask, strict=True)]
 
 
@@ -200,7 +214,8 @@ def test_rows_of_a_group_draw_the_same_prompts_each_at_its_own_pace(parts: Parts
 
 def test_next_prompts_are_those_that_resets_would_start_from(parts: Parts) -> None:
     for config in ({}, {"group_size": 2}, {"prompt_order": "sequential"}):
-        one, other = native(parts, **config), native(parts, **config)
+        one = native(parts, **config)
+        other = native(parts, **config)
         one.reset(seed=2), other.reset(seed=2)
         taken = [list(prompt.ids) for prompt in one.next_prompts(3 * N)]
         dealt = [list(ids) for _ in range(3) for ids in prompts_of(other.reset()[0])]
@@ -228,7 +243,8 @@ def test_the_stream_of_prompts_can_be_put_back(parts: Parts, order: str) -> None
 def test_streams_that_were_taken_stay_where_they_were(parts: Parts) -> None:
     envs = native(parts, prompt_order="shuffle")
     envs.reset(seed=3)
-    taken, as_json = envs.streams(), json.dumps(envs.get_state())
+    taken = envs.streams()
+    as_json = json.dumps(envs.get_state())
     expected = [prompt.index for prompt in envs.next_prompts(40)]
     assert json.dumps(taken, default=np.ndarray.tolist) == as_json
     envs.set_state(taken)
@@ -253,7 +269,9 @@ def test_third_party_wrappers_work(parts: Parts) -> None:
             ]
         for envs in (plain, recorded, *others):
             envs.reset(seed=0)
-        lengths, returns, seen = np.zeros(N, dtype=int), np.zeros(N), 0
+        lengths = np.zeros(N, dtype=int)
+        returns = np.zeros(N)
+        seen = 0
         resetting = np.zeros(N, dtype=bool)
         for row in tokens:
             _, rewards, terminated, truncated, _ = plain.step(row)
@@ -262,7 +280,8 @@ def test_third_party_wrappers_work(parts: Parts) -> None:
             np.testing.assert_allclose(clipped, rewards.clip(-0.5, 0.5))
             np.testing.assert_allclose(transformed, 2 * rewards + 1)
             assert np.isfinite(normalised).all()
-            lengths, returns = np.where(resetting, 0, lengths + 1), np.where(resetting, 0.0, returns + rewards)
+            lengths = np.where(resetting, 0, lengths + 1)
+            returns = np.where(resetting, 0.0, returns + rewards)
             ended = terminated | truncated
             seen += ended.sum()
             if ended.any() and (mode != "SameStep" or COUNTS_SAME_STEP):
@@ -271,7 +290,8 @@ def test_third_party_wrappers_work(parts: Parts) -> None:
                 np.testing.assert_allclose(infos["episode"]["r"][ended], returns[ended], rtol=1e-5)
             resetting = ended if mode == "NextStep" else np.zeros(N, dtype=bool)
             if mode != "NextStep":
-                lengths, returns = np.where(ended, 0, lengths), np.where(ended, 0.0, returns)
+                lengths = np.where(ended, 0, lengths)
+                returns = np.where(ended, 0.0, returns)
             if mode == "Disabled" and ended.any():
                 for envs in (plain, recorded, *others):
                     envs.reset(options={"reset_mask": ended.copy()})
@@ -375,7 +395,8 @@ def test_steps_outside_an_episode_are_refused(parts: Parts) -> None:
     "actions", [np.array([5, V, 5, 5]), np.array([5, 5, 5, -1]), np.full(N, 5.0), np.full(3, 5), 5, np.full((N, 1), 5)]
 )
 def test_what_are_no_tokens_is_refused_and_changes_nothing(parts: Parts, actions: Any) -> None:
-    envs, other = native(parts), native(parts)
+    envs = native(parts)
+    other = native(parts)
     envs.reset(seed=0), other.reset(seed=0)
     with pytest.raises(InvalidActionError, match="`action` must be "):
         envs.step(actions)
@@ -424,7 +445,9 @@ def stepped(envs: RLHFVectorEnv, responses: np.ndarray) -> dict[str, Any]:
 
 def responses_of(rng: np.random.Generator, rows: int) -> np.ndarray:
     responses = random_tokens(rng, rows, T)
-    responses[0], responses[1, 0], responses[2, -1] = 5, EOS, EOS
+    responses[0] = 5
+    responses[1, 0] = EOS
+    responses[2, -1] = EOS
     responses[2, :-1] = 6
     return responses
 
@@ -432,12 +455,14 @@ def responses_of(rng: np.random.Generator, rows: int) -> np.ndarray:
 @pytest.mark.parametrize("config", REPLAYED, ids=str)
 def test_one_pass_gives_what_stepping_gives(parts: Parts, config: Parts) -> None:
     envs = native(parts, 6, prompt_order="sequential", autoreset_mode="SameStep", **config)
-    groups, rng = 6 // config.get("group_size", 1), np.random.default_rng(5)
+    groups = 6 // config.get("group_size", 1)
+    rng = np.random.default_rng(5)
     for _ in range(3):
         prompts = [envs.engine.prompts[row * groups // 6] for row in range(6)]
         responses = responses_of(rng, 6)
         envs.reset(seed=0)
-        slow, fast = stepped(envs, responses), envs.replay(prompts, responses)
+        slow = stepped(envs, responses)
+        fast = envs.replay(prompts, responses)
         assert (fast.response_mask == slow["mask"]).all()
         np.testing.assert_allclose(fast.rewards, slow["rewards"], rtol=0, atol=1e-5)
         if config.get("dense_kl", True):
@@ -472,7 +497,8 @@ def test_one_pass_in_bfloat16_within_its_rounding(parts: Parts) -> None:
 
 
 def test_one_pass_touches_no_row_and_ignores_what_follows_the_end(parts: Parts) -> None:
-    envs, other = native(parts), native(parts)
+    envs = native(parts)
+    other = native(parts)
     envs.reset(seed=0), other.reset(seed=0)
     rng = np.random.default_rng(7)
     responses = np.full((5, T), 5)
@@ -504,10 +530,12 @@ def test_one_pass_refuses_what_are_no_responses(parts: Parts) -> None:
 
 def test_the_references_logits_can_be_looked_at(parts: Parts) -> None:
     """Any number of times, without disturbing the steps: they are those that the next step will pay by."""
-    envs, other = native(parts, autoreset_mode="SameStep"), native(parts, autoreset_mode="SameStep")
+    envs = native(parts, autoreset_mode="SameStep")
+    other = native(parts, autoreset_mode="SameStep")
     observation = envs.reset(seed=0)[0]
     other.reset(seed=0)
-    rng, model = np.random.default_rng(9), envs.engine.lm.model
+    rng = np.random.default_rng(9)
+    model = envs.engine.lm.model
     for _ in range(12):
         logits = [envs.engine.reference_logits().clone() for _ in range(2)]
         assert torch.equal(logits[0], logits[1])
@@ -531,7 +559,8 @@ def test_the_references_logits_can_be_looked_at(parts: Parts) -> None:
 
 def test_two_thousand_episodes_leave_nothing_behind(parts: Parts) -> None:
     envs = native(parts, 16, max_new_tokens=2, autoreset_mode="SameStep", reward=word_count)
-    rng, episodes = np.random.default_rng(8), 0
+    rng = np.random.default_rng(8)
+    episodes = 0
     envs.reset(seed=0)
 
     def play(count: int) -> int:

@@ -114,7 +114,9 @@ def test_rankings_survive_the_disk(tmp_path: Path) -> None:
 
 
 def test_rankings_do_not_change_with_the_lists_they_were_made_from() -> None:
-    prompts, completions, ranking = ["a"], [[" b", " c"]], np.array([[1, 0]])
+    prompts = ["a"]
+    completions = [[" b", " c"]]
+    ranking = np.array([[1, 0]])
     rankings = Rankings(prompts, completions, ranking)
     prompts.append("x")
     completions[0][0] = "x"
@@ -179,7 +181,8 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None
 
 # --- preferences and demonstrations as others write them
 
-CHOSEN, REJECTED = "\n\nHuman: hi\n\nAssistant: hello", "\n\nHuman: hi\n\nAssistant: go away"
+CHOSEN = "\n\nHuman: hi\n\nAssistant: hello"
+REJECTED = "\n\nHuman: hi\n\nAssistant: go away"
 
 
 def write(path: Path, *rows: dict) -> Path:

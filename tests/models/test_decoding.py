@@ -83,9 +83,11 @@ def plain_logits(lm: CausalLM, history: list[int]) -> Tensor:
 
 def left_padded(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
     width = max(len(s) for s in sequences)
-    ids, mask = torch.zeros((len(sequences), width), dtype=torch.int64), torch.zeros((len(sequences), width)).bool()
+    ids = torch.zeros((len(sequences), width), dtype=torch.int64)
+    mask = torch.zeros((len(sequences), width)).bool()
     for row, s in enumerate(sequences):
-        ids[row, width - len(s) :], mask[row, width - len(s) :] = torch.tensor(s), True
+        ids[row, width - len(s) :] = torch.tensor(s)
+        mask[row, width - len(s) :] = True
     return ids, mask
 
 
@@ -93,11 +95,14 @@ class Drive:
     """Slots of a decoder and, beside them, their histories; each slot is checked against a forward of its own."""
 
     def __init__(self, lm: CausalLM, decoder: Decoder, slots: int, seed: int = 0) -> None:
-        self.lm, self.decoder, self.rng = lm, decoder, torch.Generator().manual_seed(seed)
+        self.lm = lm
+        self.decoder = decoder
+        self.rng = torch.Generator().manual_seed(seed)
         self.history: list[list[int]] = [[] for _ in range(slots)]
         self.seen: list[list[Tensor]] = [[] for _ in range(slots)]
         self.starts: list[int] = [0] * slots
-        self.worst, self.compared = 0.0, 0
+        self.worst = 0.0
+        self.compared = 0
 
     def random(self, low: int, high: int) -> int:
         return int(torch.randint(low, high, (1,), generator=self.rng))
@@ -110,7 +115,8 @@ class Drive:
         prompts = [[self.random(0, self.lm.vocab_size) for _ in range(length)] for length in lengths]
         self.decoder.begin(torch.tensor(slots), *left_padded(prompts))
         for slot, prompt in zip(slots, prompts, strict=True):
-            self.history[slot], self.starts[slot] = prompt, len(prompt)
+            self.history[slot] = prompt
+            self.starts[slot] = len(prompt)
             self.seen[slot] = [self.decoder.logits[slot].clone()]
 
     def step(self) -> None:
@@ -285,8 +291,10 @@ def test_sequences_of_exactly_the_capacity(cls: type) -> None:
 
 def test_a_slot_does_not_feel_its_mates(gpt2_lm: CausalLM) -> None:
     """Alone or among others that restart all the time: the same to rounding, whatever lies in their columns."""
-    alone, crowd = RingDecoder(gpt2_lm, 1, CAPACITY), RingDecoder(gpt2_lm, 3, CAPACITY)
-    prompt, rng = torch.tensor([[3, 4, 5]]), torch.Generator().manual_seed(0)
+    alone = RingDecoder(gpt2_lm, 1, CAPACITY)
+    crowd = RingDecoder(gpt2_lm, 3, CAPACITY)
+    prompt = torch.tensor([[3, 4, 5]])
+    rng = torch.Generator().manual_seed(0)
     crowd.begin(torch.arange(3), *left_padded([[7] * 6, [8], [9, 9]]))
     for _ in range(9):
         crowd.step(torch.randint(0, V, (3,), generator=rng))
@@ -307,13 +315,16 @@ def test_reading_ahead_does_not_touch_the_ring(gpt2_lm: CausalLM) -> None:
     decoder.begin(torch.arange(2), ids, mask)
     waiting = decoder.prefill(*left_padded([[9, 8], [7, 7, 7, 2]]))
     drive = Drive(gpt2_lm, decoder, 2)
-    drive.history, drive.starts = [[3, 4, 5], [6]], [3, 1]
+    drive.history = [[3, 4, 5], [6]]
+    drive.starts = [3, 1]
     drive.seen = [[decoder.logits[0].clone()], [decoder.logits[1].clone()]]
     for _ in range(3):
         drive.step()
     drive.check(1)
     decoder.insert(torch.tensor([1]), waiting, torch.tensor([0]))
-    drive.history[1], drive.starts[1], drive.seen[1] = [9, 8], 2, [decoder.logits[1].clone()]
+    drive.history[1] = [9, 8]
+    drive.starts[1] = 2
+    drive.seen[1] = [decoder.logits[1].clone()]
     for _ in range(4):
         drive.step()
     drive.check_all()
@@ -327,7 +338,8 @@ def test_the_hidden_state_is_that_of_the_plain_forward(lm: CausalLM) -> None:
     sequences = [[3, 4, 5, 6], [7, 8]]
     decoder.begin(torch.arange(2), *left_padded(sequences))
     for t in range(6):
-        ids, rows = torch.zeros((2, 12), dtype=torch.int64), torch.arange(2)
+        ids = torch.zeros((2, 12), dtype=torch.int64)
+        rows = torch.arange(2)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = torch.tensor(sequence)
         columns = torch.tensor([len(s) - 1 for s in sequences])
@@ -432,7 +444,8 @@ def test_a_model_that_has_decoded_is_freed_when_dropped(name: str) -> None:
         decoder = make_decoder(lm, 2, CAPACITY)
     decoder.begin(torch.arange(2), *left_padded([[3], [4, 5]]))
     decoder.step(torch.tensor([5, 6]))
-    gone, weights = weakref.ref(lm), weakref.ref(lm.model)
+    gone = weakref.ref(lm)
+    weights = weakref.ref(lm.model)
     del lm, decoder
     gc.collect()
     assert gone() is None

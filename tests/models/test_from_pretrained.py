@@ -243,7 +243,8 @@ def test_float16_that_overflows_names_the_dtype(tmp_path: Path) -> None:
 
 
 def test_float16_that_overflows_on_a_prompt_alone_names_the_dtype(tmp_path: Path) -> None:
-    model, word = gpt2(V), TOKENIZER.convert_tokens_to_ids("hated")
+    model = gpt2(V)
+    word = TOKENIZER.convert_tokens_to_ids("hated")
     with torch.no_grad():
         model.transformer.wte.weight[word] = 6e4  # type: ignore[union-attr, index]
     own = str(save(model, tmp_path / "own"))

@@ -31,7 +31,8 @@ from lmgym.models.policy import CausalPolicy
 from lmgym.rollout import collect, collect_steps
 from lmgym.tasks import Task
 
-V, RANK = 5, 3
+V = 5
+RANK = 3
 SYMBOLS = ["a", "b", "c", "d"]
 SHAPES = list(itertools.product((0, 1, 2), (None, RANK)))
 every_shape = pytest.mark.parametrize(("order", "rank"), SHAPES)
@@ -124,7 +125,8 @@ def test_a_probability_of_zero_has_a_finite_log_and_gradient() -> None:
 
 
 def test_logits_of_the_last_columns_alone() -> None:
-    model, ids = make(2, RANK).model, random_ids(2, 6)
+    model = make(2, RANK).model
+    ids = random_ids(2, 6)
     whole = model(input_ids=ids).logits
     for kept, columns in ((2, [4, 5]), (torch.tensor([0, 3]), [0, 3])):
         torch.testing.assert_close(model(input_ids=ids, logits_to_keep=kept).logits, whole[:, columns])
@@ -142,7 +144,9 @@ def test_making_a_model_leaves_the_global_generator_alone() -> None:
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_a_cache_goes_by_its_old_name_and_by_its_new_one(name: str) -> None:
     """transformers 5.24 calls it `cache`, and warns of `past_key_values`."""
-    model, ids, cache = make(1, None).model, random_ids(2, 5), DynamicCache()
+    model = make(1, None).model
+    ids = random_ids(2, 5)
+    cache = DynamicCache()
     model(input_ids=ids[:, :3], use_cache=True, **{name: cache})
     out = model(input_ids=ids[:, 3:], use_cache=True, **{name: cache})
     torch.testing.assert_close(out.logits, model(input_ids=ids).logits[:, 3:])
@@ -158,16 +162,21 @@ def test_a_model_is_given_its_cache_by_the_name_that_it_knows() -> None:
 @every_shape
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_cache_changes_nothing(order: int, rank: int | None, padded: bool) -> None:
-    model, ids = make(order, rank).model, random_ids(3, 8)
+    model = make(order, rank).model
+    ids = random_ids(3, 8)
     mask = torch.ones_like(ids)
     if padded:
-        mask[1, :2], mask[2, :4] = 0, 0
+        mask[1, :2] = 0
+        mask[2, :4] = 0
     whole = model(input_ids=ids, attention_mask=mask).logits
-    cache, parts, start = None, [], 0
+    cache = None
+    parts = []
+    start = 0
     for end in (2, 3, 4, 7, 8):
         seen = {"attention_mask": mask[:, :end]} if padded else {}
         out = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **seen)
-        cache, start = out[CACHE_FIELD], end
+        cache = out[CACHE_FIELD]
+        start = end
         parts.append(out.logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
     assert isinstance(cache, DynamicCache)
@@ -210,7 +219,8 @@ def test_the_table_decoder_is_the_plain_one(make_lm: Any, order: int, rank: int 
     lm = make_lm(order, rank)
     rng = np.random.default_rng(1)
     legal = [i for i in range(lm.vocab_size) if lm.is_legal(i)]
-    table, plain = make_decoder(lm, 4, 30, keep_hidden=True), PlainDecoder(lm, 4, 30)
+    table = make_decoder(lm, 4, 30, keep_hidden=True)
+    plain = PlainDecoder(lm, 4, 30)
     assert isinstance(table, TableDecoder)
     slots = 4
 
@@ -256,8 +266,10 @@ def test_a_decoder_follows_the_training_of_its_model() -> None:
 
 @every_shape
 def test_the_trunk_and_the_head_are_told_apart(order: int, rank: int | None) -> None:
-    lm, ids = make(order, rank), random_ids(2, 6)
-    rows, columns = torch.tensor([0, 1, 1]), torch.tensor([5, 0, 3])
+    lm = make(order, rank)
+    ids = random_ids(2, 6)
+    rows = torch.tensor([0, 1, 1])
+    columns = torch.tensor([5, 0, 3])
     hidden, logits = lm.response_hidden(ids, rows, columns)
     assert lm._head_splits
     assert hidden.shape == (3, rank or V)
@@ -270,7 +282,8 @@ def test_the_trunk_and_the_head_are_told_apart(order: int, rank: int | None) -> 
 
 @every_shape
 def test_what_was_saved_is_what_loads(order: int, rank: int | None, tmp_path: Path) -> None:
-    lm, ids = make(order, rank), random_ids(2, 6)
+    lm = make(order, rank)
+    ids = random_ids(2, 6)
     lm.model.save_pretrained(tmp_path)
     lm.tokenizer.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
@@ -358,7 +371,9 @@ def test_drawn_rows_are_distributions_above_the_floor(concentration: float) -> N
 
 
 def test_the_concentration_is_that_of_the_dirichlet_law() -> None:
-    rng, size, concentration = np.random.default_rng(0), 4, 2.0
+    rng = np.random.default_rng(0)
+    size = 4
+    concentration = 2.0
     rows = dirichlet_rows(rng, 20_000, size, concentration)
     variance = (1 / size) * (1 - 1 / size) / (size * concentration + 1)
     np.testing.assert_allclose(rows.var(0), variance, rtol=0.05)
@@ -471,14 +486,17 @@ def test_the_checker_finds_nothing_to_say() -> None:
 
 @every_shape
 def test_the_reference_of_an_env_is_the_table(order: int, rank: int | None) -> None:
-    env, rng = gym.make("lmgym/RLHF-v0", task=task(order, rank)), np.random.default_rng(0)
+    env = gym.make("lmgym/RLHF-v0", task=task(order, rank))
+    rng = np.random.default_rng(0)
     for episode in range(6):
         observation, _ = env.reset(seed=episode)
-        history, done = observation["input_ids"][observation["attention_mask"] == 1].tolist(), False
+        history = observation["input_ids"][observation["attention_mask"] == 1].tolist()
+        done = False
         if episode == 5:  # behind a prefix of a response
             observation, info = env.reset(options={"prompt_index": 1, "response_ids": [4, 3]})
             history = [2, 3, 4, 3]
-        discounted, discount = 0.0, 0.9 ** (2 if episode == 5 else 0)
+        discounted = 0.0
+        discount = 0.9 ** (2 if episode == 5 else 0)
         while not done:
             token = int(rng.integers(0, V))
             _, reward, terminated, truncated, info = env.step(token)
@@ -493,13 +511,15 @@ def test_the_reference_of_an_env_is_the_table(order: int, rank: int | None) -> N
 
 @every_shape
 def test_the_vector_env_is_many_single_ones(order: int, rank: int | None) -> None:
-    game, rng = task(order, rank), np.random.default_rng(2)
+    game = task(order, rank)
+    rng = np.random.default_rng(2)
     native = envs_of(game)
     singles = SyncVectorEnv([lambda: gym.make("lmgym/RLHF-v0", task=game)] * 4, autoreset_mode=AutoresetMode.SAME_STEP)
     assert data_equivalence(native.reset(seed=7)[0], singles.reset(seed=7)[0])
     for _ in range(30):
         actions = rng.integers(0, V, 4)
-        ours, theirs = native.step(actions), singles.step(actions)
+        ours = native.step(actions)
+        theirs = singles.step(actions)
         assert data_equivalence(ours[0], theirs[0])
         np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-5, atol=1e-7)
         np.testing.assert_array_equal(ours[2], theirs[2])

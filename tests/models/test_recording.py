@@ -24,7 +24,8 @@ class Tied(nn.Module):
     def __init__(self, seed: int = 0, width: int = 3, price: float = 1.0) -> None:
         super().__init__()
         weight = torch.randn((4, width), generator=torch.Generator().manual_seed(seed))
-        self.first, self.second = nn.Module(), nn.Module()
+        self.first = nn.Module()
+        self.second = nn.Module()
         self.first.weight = self.second.weight = nn.Parameter(weight)
         self.register_buffer("shift", torch.full((4,), float(seed)))
         self.price = price

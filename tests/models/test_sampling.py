@@ -25,7 +25,8 @@ def slow_inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Walks along the cumulative distribution, in double precision."""
     tokens = []
     for row, u in zip(logits.double().softmax(-1).tolist(), uniforms.tolist(), strict=True):
-        mass, token = 0.0, 0
+        mass = 0.0
+        token = 0
         for i, p in enumerate(row):
             if p > 0:
                 token = i
@@ -106,7 +107,8 @@ def test_a_long_tail_is_not_lost_to_rounding() -> None:
 
 
 def test_a_row_depends_on_its_own_logits_and_uniform_alone() -> None:
-    logits, uniforms = logits_of(9, 400), torch.rand(9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    logits = logits_of(9, 400)
+    uniforms = torch.rand(9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     tokens, log_probs = inverse_cdf(logits, uniforms)
     for row in range(9):
         one, log_prob = inverse_cdf(logits[row : row + 1], uniforms[row : row + 1])
@@ -115,7 +117,8 @@ def test_a_row_depends_on_its_own_logits_and_uniform_alone() -> None:
 
 
 def test_inputs_are_left_alone() -> None:
-    logits, uniforms = logits_of(3, 300), torch.full((3,), 0.3, dtype=torch.float64)
+    logits = logits_of(3, 300)
+    uniforms = torch.full((3,), 0.3, dtype=torch.float64)
     before = logits.clone()
     for sampler in (Sampler(), Sampler(temperature=0.5), Sampler(top_k=3), Sampler(top_p=0.5), Sampler(temperature=0)):
         sampler.sample(logits, 0, uniforms)
@@ -133,7 +136,9 @@ def slow_probs(logits: list[float], sampler: Sampler, t: int) -> list[float]:
     weights = [math.exp((x - logits[order[0]]) / sampler.temperature) for x in logits]
     kept = order[: sampler.top_k or None]
     if sampler.top_p < 1:
-        total, mass, smallest = sum(weights[i] for i in kept), 0.0, []
+        total = sum(weights[i] for i in kept)
+        mass = 0.0
+        smallest = []
         for i in kept:
             smallest.append(i)
             mass += weights[i] / total
@@ -163,7 +168,8 @@ SAMPLERS = [
 @pytest.mark.parametrize("t", [0, 1, 2, 9])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
 def test_the_distribution_is_the_slow_one_and_log_probs_are_its_own(sampler: Sampler, t: int) -> None:
-    rows, vocabulary = 60, 30
+    rows = 60
+    vocabulary = 30
     logits = logits_of(rows, vocabulary, seed=t)
     adjusted = sampler.adjust_logits(logits, t)
     slow = torch.tensor([slow_probs(row, sampler, t) for row in logits.double().tolist()])
@@ -179,7 +185,8 @@ def test_the_distribution_is_the_slow_one_and_log_probs_are_its_own(sampler: Sam
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
 def test_frequencies_are_those_of_the_distribution(sampler: Sampler) -> None:
-    n, t = 20_000, 1
+    n = 20_000
+    t = 1
     logits = logits_of(30, seed=4)
     uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     tokens, _ = sampler.sample(logits.expand(n, -1), t, uniforms)
@@ -189,7 +196,8 @@ def test_frequencies_are_those_of_the_distribution(sampler: Sampler) -> None:
 
 def test_the_log_prob_of_another_distribution_is_another() -> None:
     """A log-prob that forgets the temperature, or the cut, is off by far more than rounding."""
-    logits, uniforms = logits_of(50, 30), torch.full((50,), 0.4, dtype=torch.float64)
+    logits = logits_of(50, 30)
+    uniforms = torch.full((50,), 0.4, dtype=torch.float64)
     for sampler in (Sampler(temperature=0.5), Sampler(top_k=3), Sampler(top_p=0.6)):
         tokens, log_probs = sampler.sample(logits, 0, uniforms)
         plain = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
@@ -198,7 +206,8 @@ def test_the_log_prob_of_another_distribution_is_another() -> None:
 
 def test_log_distribution_at_mixed_positions() -> None:
     sampler = Sampler(temperature=0.8, top_k=4, greedy_tokens=3)
-    logits, positions = logits_of(8, 20), torch.tensor([0, 5, 2, 3, 9, 1, 4, 2])
+    logits = logits_of(8, 20)
+    positions = torch.tensor([0, 5, 2, 3, 9, 1, 4, 2])
     found = sampler.log_distribution(logits, positions)
     for row, t in enumerate(positions.tolist()):
         torch.testing.assert_close(found[row], sampler.adjust_logits(logits[row : row + 1], t)[0].log_softmax(-1))

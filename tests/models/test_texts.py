@@ -27,7 +27,8 @@ TEXT = [
     "the end. the films are the best films",
     "what is it? Answer: yes",
 ]
-EMOJI, RTL = "the film \U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467!", "\u05e9\u05dc\u05d5\u05dd the film"
+EMOJI = "the film \U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467!"
+RTL = "\u05e9\u05dc\u05d5\u05dd the film"
 
 
 def fast(backend: Tokenizer, **names: str) -> PreTrainedTokenizerFast:
@@ -188,7 +189,8 @@ def test_a_completion_that_no_tokens_have_is_named_with_its_line(tmp_path: Path)
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_and_completion_are_what_was_generated(kind: str) -> None:
     texts = Texts(KINDS[kind]())  # type: ignore[operator]
-    tokenizer, generator = texts.tokenizer, torch.Generator().manual_seed(0)
+    tokenizer = texts.tokenizer
+    generator = torch.Generator().manual_seed(0)
     for text in ("the film was", "the film was ", "the  film", EMOJI, RTL):
         try:
             prompt = texts.encode(text)

@@ -24,7 +24,8 @@ def problem() -> TinyProblem:
 
 def all_episodes(problem: TinyProblem, prompt: str, log_probs: Tensor) -> Episodes:
     """Every response once, as if a policy with (R, T) token log-probs had drawn it."""
-    rows, lengths = len(problem.responses), torch.tensor([len(r) for r in problem.responses])
+    rows = len(problem.responses)
+    lengths = torch.tensor([len(r) for r in problem.responses])
     return Episodes(
         prompt_ids=torch.zeros((rows, 1), dtype=torch.int64),
         prompt_mask=torch.ones((rows, 1), dtype=torch.bool),
@@ -166,7 +167,8 @@ def test_a_mixture_keeps_and_restarts_its_rows(problem: TinyProblem) -> None:
     mask = torch.ones_like(ids, dtype=torch.bool)
     state = mixture_of(problem).begin(ids, mask, 3)
     state.step(torch.tensor([0, 3, 4]))
-    before, shares = state.logits, state.shares
+    before = state.logits
+    shares = state.shares
     assert (shares.exp().sum(1) - 1).abs().max() < 1e-12
     assert (shares[0] - shares[1]).abs().max() > 1e-2
     state.keep(torch.tensor([2, 0, 0]))
@@ -179,7 +181,8 @@ def test_a_mixture_keeps_and_restarts_its_rows(problem: TinyProblem) -> None:
 
 def test_a_mixture_draws_each_component_as_often_as_its_weight() -> None:
     """Token by token or a component first: the same law of whole responses."""
-    problem, n = TinyProblem(horizon=2), 5000
+    problem = TinyProblem(horizon=2)
+    n = 5000
     ids = torch.tensor([problem.lm.encode("x")])
     state = mixture_of(problem).begin(ids, torch.ones_like(ids, dtype=torch.bool), 2)
     state.keep(torch.zeros(n, dtype=torch.int64))

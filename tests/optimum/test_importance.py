@@ -60,7 +60,9 @@ def test_the_upper_bound_is_above_and_falls_with_the_samples(problem: TinyProble
         value, optimal = problem.optimum(prompt)
         log_q, log_w = laws(problem, prompt)
         rows = range(len(log_q))
-        upper, wrong, lower = [], [], []
+        upper = []
+        wrong = []
+        lower = []
         for n in (1, 2, 3):
             tuples = torch.tensor(list(itertools.product(rows, repeat=n)))
             weights = log_w[tuples]

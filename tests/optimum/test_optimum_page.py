@@ -18,9 +18,11 @@ from lmgym.tasks import Task
 
 PAGE = ROOT / "docs" / "optimum.md"
 SETTINGS = [(1.0, True), (0.5, True), (0.5, False)]  # columns: gamma, dense_kl
-EOS, A = 0, 1
+EOS = 0
+A = 1
 ROUNDING = 5.1e-5  # of four digits
-QUANTITIES, RESPONSES = table(PAGE, "quantity"), table(PAGE, "response")
+QUANTITIES = table(PAGE, "quantity")
+RESPONSES = table(PAGE, "response")
 SOLVERS = {"tree": solve_tree, "automaton": solve_automaton}
 
 
@@ -54,7 +56,8 @@ def look(optimum: Optimum) -> dict[str, float]:
         "V* - J(pi_ref)": optimum.value - optimum.reference,
     }
     for name in ("x", "x a"):
-        law, value = state.logits[0].log_softmax(-1), float(state.values[0])
+        law = state.logits[0].log_softmax(-1)
+        value = float(state.values[0])
         found |= {
             f"pi*(a) at {name}": math.exp(law[A]),
             f"pi*(EOS) at {name}": math.exp(law[EOS]),

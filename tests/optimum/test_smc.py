@@ -92,7 +92,8 @@ class ExactPolicy:
         for prompt in problem.prompts:
             reference = problem.token_log_probs(problem.lm, prompt)
             weights = reference.sum(1) + problem.scores(prompt) / problem.kl_coef
-            values, laws = {}, {}
+            values = {}
+            laws = {}
             prefixes = {r[:t] for r in problem.responses for t in range(len(r))}
             for prefix in prefixes:
                 t = len(prefix)
@@ -113,7 +114,8 @@ class ExactPolicy:
 
 class ExactState:
     def __init__(self, policy: ExactPolicy, rows: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
-        self.policy, self.rows = policy, rows
+        self.policy = policy
+        self.rows = rows
 
     @property
     def logits(self) -> Tensor:
@@ -139,7 +141,9 @@ class ExactState:
 
 @pytest.mark.parametrize("decoder", [RingDecoder, PlainDecoder])
 def test_a_state_may_keep_a_row_more_than_once(problem: TinyProblem, decoder: type) -> None:
-    prompts, first, second = [[3], [4, 5], [5, 5, 3]], [2, 3, 4], [5, 0, 3, 4, 2]
+    prompts = [[3], [4, 5], [5, 5, 3]]
+    first = [2, 3, 4]
+    second = [5, 0, 3, 4, 2]
     kept = [2, 0, 0, 2, 1]
     state = decoder(problem.lm, 3, 6)
     ids = torch.tensor([[0, 0, 3], [0, 4, 5], [5, 5, 3]])
@@ -342,7 +346,8 @@ def test_one_over_z_hat_is_one_over_z_on_average_with_a_sample_of_the_optimum(
     particles: int, resample_at: float
 ) -> None:
     """Every response is retained as often and weighed with pi*: draws of pi* would miss the rare, large weights."""
-    problem, repeats = TinyProblem(kl_coef=1.0), 8
+    problem = TinyProblem(kl_coef=1.0)
+    repeats = 8
     retained = [response for response in problem.responses for _ in range(repeats)]
     for prompt in problem.prompts:
         value, log_law = problem.optimum(prompt)
@@ -391,7 +396,8 @@ def test_the_plain_upper_bound_is_that_of_one_known_and_fresh_weights(problem: T
         both = torch.logaddexp(weights[:, None], weights[None, :]) - math.log(2)
         expected = problem.kl_coef * float((optimal.exp()[:, None] * law[None, :] * both).sum())
         assert expected > value + 1e-3
-        exact, ids = exact_samples(problem, prompt, 1000, 1), runs(problem, prompt, 1000)
+        exact = exact_samples(problem, prompt, 1000, 1)
+        ids = runs(problem, prompt, 1000)
         found = smc(problem.task, ids, policy, 2, seeded(17), retained=exact)
         assert is_z_score_of(problem.kl_coef * found.log_z, expected)
 
@@ -400,7 +406,8 @@ def test_the_bounds_stand_on_their_own_sides_and_tighten(problem: TinyProblem) -
     policy = critic(problem)
     for prompt in problem.prompts:
         value, _ = problem.optimum(prompt)
-        low, high = [], []
+        low = []
+        high = []
         for particles, n in ((1, 500), (3, 250), (9, 120)):
             exact = exact_samples(problem, prompt, n, particles)
             for side, retained in ((low, None), (high, exact)):
@@ -421,7 +428,8 @@ def test_a_retained_response_is_a_whole_one(problem: TinyProblem, response: tupl
 
 @pytest.mark.parametrize("max_score", [1.0, 1.3])
 def test_rejection_samples_follow_the_optimum(max_score: float) -> None:
-    problem, n = TinyProblem(horizon=2), 600
+    problem = TinyProblem(horizon=2)
+    n = 600
     found = rejection_samples(problem.task, "train", max_score, n, 60_000, seeded(19))
     for prompt, samples in zip(problem.prompts, found, strict=True):
         assert len(samples) == n
@@ -531,7 +539,8 @@ def test_other_objectives_have_no_such_bounds(problem: TinyProblem, changes: dic
 
 
 def test_arguments_are_checked(problem: TinyProblem) -> None:
-    policy, ids = CausalPolicy(problem.lm), runs(problem, "x", 2)
+    policy = CausalPolicy(problem.lm)
+    ids = runs(problem, "x", 2)
     with pytest.raises(UnknownNameError, match="`split`"):
         sandwich(problem.task, "test", generator=seeded(0))
     with pytest.raises(InvalidArgumentError, match="`repeats` must be an int >= 2, got 1."):
@@ -547,7 +556,8 @@ def test_arguments_are_checked(problem: TinyProblem) -> None:
 def test_noise_is_taken_off_before_scores_are_weighed_or_is_refused() -> None:
     """With noise of 1 the wrong lower bound lies 1 / (2 kl_coef) above V*."""
     noise = NoisyReward(NoisyReward(table_reward, 0.8), 0.6)
-    task, problem = TinyProblem(reward=noise).task, TinyProblem()
+    task = TinyProblem(reward=noise).task
+    problem = TinyProblem()
     truth = sum(problem.optimum(prompt)[0] for prompt in problem.prompts) / 3
     clean, noisy = (
         sandwich(t, "train", particles=100, repeats=4, max_score=2.0, budget=5000, generator=seeded(30))

@@ -31,7 +31,8 @@ from lmgym.optimum.tree import Law, Tree, TreePolicy, law_of, solve_tree
 from lmgym.rewards.noise import NoisyReward
 from lmgym.rollout import collect, collect_steps
 
-EOS, T = 1, 3
+EOS = 1
+T = 3
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "dear": {"kl_coef": 2.0},
@@ -83,7 +84,8 @@ def next_probs(lm: CausalLM, prompt: str, prefix: tuple[int, ...]) -> list[float
 
 
 def ends(task: Any, response: tuple[int, ...]) -> bool:
-    place, eos = len(response) - 1, response[-1] in task.model.eos_token_ids
+    place = len(response) - 1
+    eos = response[-1] in task.model.eos_token_ids
     return (eos and place >= task.min_new_tokens) or place == task.max_new_tokens - 1
 
 
@@ -116,7 +118,9 @@ def slow_returns(task: Any, lm: CausalLM, prompt: str) -> dict[tuple[int, ...], 
     """Probability, discounted return and log pi / pi_ref of each response of a policy."""
     result = {}
     for response in all_responses(task):
-        probability, ratio, paid = 1.0, 0.0, 0.0
+        probability = 1.0
+        ratio = 0.0
+        paid = 0.0
         for t, a in enumerate(response):
             p, q = (next_probs(m, prompt, response[:t])[a] for m in (lm, task.model))
             probability *= p
@@ -148,7 +152,8 @@ def with_logits(policy: Any, logits: Tensor) -> TreePolicy:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_response_is_there_once_with_its_score_and_log_probs(case: dict[str, Any]) -> None:
-    task, tree = tiny_task(**case), tiny_tree(**case)
+    task = tiny_task(**case)
+    tree = tiny_tree(**case)
     episodes = tree.episodes
     for i, prompt in enumerate(PROBLEM.prompts):
         rows = rows_of(tree, i)
@@ -208,7 +213,8 @@ def test_a_split_that_is_not_there_and_a_free_kl_are_refused() -> None:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_optimum_is_that_of_the_recursion_over_prefixes(case: dict[str, Any]) -> None:
-    task, optimum = tiny_task(**case), tiny_tree(**case).solve()
+    task = tiny_task(**case)
+    optimum = tiny_tree(**case).solve()
     assert optimum.values.tolist() == pytest.approx([soft_value(task, p) for p in PROBLEM.prompts], abs=1e-5)
     for i, prompt in enumerate(PROBLEM.prompts):
         expected = sum(p * r for p, r, _ in slow_returns(task, PROBLEM.lm, prompt).values())
@@ -259,7 +265,8 @@ def test_undiscounted_the_gap_is_the_kl_to_pi_star(dense_kl: bool) -> None:
 @pytest.mark.parametrize("case", LATE.values(), ids=LATE)
 def test_a_late_payment_is_solved_by_numerical_optimisation_too(case: dict[str, Any]) -> None:
     """J is concave in the law over whole responses: ascent from the reference finds its one maximum."""
-    task, tree = tiny_task(dense_kl=False, **case), tiny_tree(dense_kl=False, **case)
+    task = tiny_task(dense_kl=False, **case)
+    tree = tiny_tree(dense_kl=False, **case)
     optimum = tree.solve()
     found = tree.evaluate(law_of(optimum.policy)).log_probs.view(3, -1).exp()
     for i, prompt in enumerate(PROBLEM.prompts[:2]):
@@ -273,7 +280,8 @@ def test_a_late_payment_is_solved_by_numerical_optimisation_too(case: dict[str, 
         def cost(x: Any, log_ref: Any = log_ref, scores: Any = scores, weight: Any = weight, scale: Any = scale) -> Any:
             """-J of softmax(log_ref + scale x), and its gradient."""
             law = log_softmax(log_ref + scale * x)
-            p, paid = np.exp(law), weight * (scores - task.kl_coef * (law - log_ref))
+            p = np.exp(law)
+            paid = weight * (scores - task.kl_coef * (law - log_ref))
             slope = paid - weight * task.kl_coef
             return -(p @ paid), -scale * p * (slope - p @ slope)
 
@@ -318,7 +326,8 @@ def test_a_noisy_reward_counts_as_expected() -> None:
 
 def test_noise_whose_mean_is_not_known_has_no_optimum_to_find() -> None:
     noise = NoisyReward(table_reward, 0.1)
-    layered, hidden = NoisyReward(noise, 0.1), functools.partial(noise)
+    layered = NoisyReward(noise, 0.1)
+    hidden = functools.partial(noise)
     assert torch.equal(solve_tree(tiny_task(reward=layered), SPLIT).values, tiny_tree().solve().values)
     with pytest.raises(InvalidArgumentError, match="`reward` must have no noise .* gave one response two scores"):
         solve_tree(tiny_task(reward=hidden), SPLIT)
@@ -446,7 +455,8 @@ def test_where_all_must_have_ended_the_tree_stops() -> None:
 @pytest.mark.parametrize("kl_coef", [0.4, 0.0])
 def test_a_policy_is_worth_what_plain_python_says(gamma: float, kl_coef: float, dense_kl: bool) -> None:
     changes = {"gamma": gamma, "dense_kl": dense_kl, "kl_coef": kl_coef, "missing_eos_penalty": 0.3}
-    task, tree = tiny_task(**changes), tiny_tree(**changes)
+    task = tiny_task(**changes)
+    tree = tiny_tree(**changes)
     found = tree.evaluate(law_of(PROBLEM.other))
     distribution: dict[float, float] = {}
     for i, prompt in enumerate(PROBLEM.prompts):
@@ -483,20 +493,23 @@ def test_stepping_a_model_and_reading_it_are_one_law() -> None:
 
 
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    tree, calls = tiny_tree(gamma=0.9), []
+    tree = tiny_tree(gamma=0.9)
+    calls = []
     table = torch.randn((6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
 
     def law(episodes: Episodes) -> Tensor:
         calls.append(len(episodes))
         return previous_token_law(table)(episodes)
 
-    whole, (value, gradient) = tree.evaluate(law), tree.gradient(law, [table])
+    whole = tree.evaluate(law)
+    value, gradient = tree.gradient(law, [table])
     assert calls == [75, 75]
     for rows, logits in ((7, 2**22), (4096, 6 * 6 * 4)):
         monkeypatch.setattr(lmgym.optimum.tree, "_ROWS", rows)
         monkeypatch.setattr(lmgym.optimum.tree, "_LOGITS", logits)
         calls.clear()
-        parts, (part_value, part_gradient) = tree.evaluate(law), tree.gradient(law, [table])
+        parts = tree.evaluate(law)
+        part_value, part_gradient = tree.gradient(law, [table])
         assert len(calls) > 20
         assert max(calls) <= 7
         torch.testing.assert_close(parts.log_probs, whole.log_probs)
@@ -575,7 +588,8 @@ def rollouts(tree: Tree, policy: Any, samples: int, seed: int) -> Episodes:
 @pytest.mark.parametrize("case", SAMPLED, ids=str)
 def test_samples_of_a_policy_agree(case: dict[str, Any]) -> None:
     tree = tiny_tree(**case)
-    episodes, exact = rollouts(tree, CausalPolicy(PROBLEM.other), 400, 0), tree.evaluate(law_of(PROBLEM.other))
+    episodes = rollouts(tree, CausalPolicy(PROBLEM.other), 400, 0)
+    exact = tree.evaluate(law_of(PROBLEM.other))
     returns = discounted_return(token_rewards(episodes, tree.task.kl_coef, dense=tree.task.dense_kl), tree.task.gamma)
     for i in range(3):
         mine = episodes.prompt_index == i
@@ -677,7 +691,8 @@ GRADIENTS = [{}, {"gamma": 0.5}, {"gamma": 0.5, "dense_kl": False}, {"gamma": 0.
 
 @pytest.mark.parametrize("case", [*GRADIENTS, {"kl_coef": 0.0}, {"gamma": 0.0}], ids=str)
 def test_the_gradient_is_that_of_finite_differences(case: dict[str, Any]) -> None:
-    tree, table = tiny_tree(**case), random_table().requires_grad_()
+    tree = tiny_tree(**case)
+    table = random_table().requires_grad_()
     value, (gradient,) = tree.gradient(previous_token_law(table), [table])
     assert value == pytest.approx(tree.evaluate(previous_token_law(table.detach())).value, abs=1e-10)
     for i, j in ((3, 0), (3, EOS), (5, 3), (4, 5), (0, 2)):
@@ -716,12 +731,15 @@ def test_the_gradient_of_a_transformer(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", GRADIENTS[:3], ids=str)
 def test_the_gradient_is_the_mean_of_sampled_reinforce_gradients(case: dict[str, Any]) -> None:
     """E[G(y) grad log pi(y)], with responses drawn token by token from the law itself."""
-    tree, table, samples = tiny_tree(**case), random_table(1).requires_grad_(), 20_000
+    tree = tiny_tree(**case)
+    table = random_table(1).requires_grad_()
+    samples = 20_000
     task = tree.task
     _, (gradient,) = tree.gradient(previous_token_law(table), [table])
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, (samples,), generator=generator)
-    law, rows = table.detach().softmax(1), [rows_of(tree, i) for i in range(3)]
+    law = table.detach().softmax(1)
+    rows = [rows_of(tree, i) for i in range(3)]
     before = torch.tensor([ids[-1] for ids in tree.prompts])[prompt]
     drawn = []
     for _ in range(T):
@@ -739,7 +757,8 @@ def test_the_gradient_is_the_mean_of_sampled_reinforce_gradients(case: dict[str,
     grads = torch.zeros((samples, 6, 6), dtype=torch.float64)
     for t in range(T):
         row = torch.arange(samples)[mask[:, t]]
-        seen, chosen = before[row, t], episodes.response_ids[row, t]
+        seen = before[row, t]
+        chosen = episodes.response_ids[row, t]
         grads[row, seen] -= law[seen]
         grads[row, seen, chosen] += 1
     if not task.dense_kl:  # the price of a late KL has a gradient of its own: -kl_coef E[gamma^(n - 1) grad log pi]
@@ -764,7 +783,8 @@ def test_at_the_optimum_the_gradient_vanishes() -> None:
 
 
 def test_a_law_without_support_somewhere_still_has_a_gradient() -> None:
-    tree, table = tiny_tree(), random_table()
+    tree = tiny_tree()
+    table = random_table()
     table[:, 3] = -torch.inf
     value, (gradient,) = tree.gradient(previous_token_law(table.requires_grad_()), [table])
     assert math.isfinite(value)
@@ -779,7 +799,8 @@ def test_a_law_that_cannot_be_differentiated_is_refused() -> None:
 
 
 def test_parameters_that_take_no_part_have_a_gradient_of_zero() -> None:
-    table, idle = random_table().requires_grad_(), torch.ones(2, requires_grad=True)
+    table = random_table().requires_grad_()
+    idle = torch.ones(2, requires_grad=True)
     _, (gradient, none) = tiny_tree().gradient(previous_token_law(table), [table, idle])
     assert gradient.abs().max() > 0
     assert none.tolist() == [0, 0]

@@ -60,7 +60,8 @@ def problem(seed: int = 0, share: float = 0.1, **changes: object) -> TinyProblem
 @pytest.mark.parametrize("seed", range(3))
 def test_closed_form_is_that_of_all_responses(seed: int, kl_coef: float) -> None:
     task = problem(seed, kl_coef=kl_coef).task
-    optimum, tree = solve_verifiable(task, "train"), Tree.of(task, "train")
+    optimum = solve_verifiable(task, "train")
+    tree = Tree.of(task, "train")
     enumerated = tree.solve()
     assert optimum.exact
     assert optimum.lower == optimum.upper == optimum.value
@@ -88,7 +89,8 @@ def test_min_new_tokens_and_a_late_kl() -> None:
 def test_the_policy_and_its_values_are_those_of_the_tree() -> None:
     """Step by step, with rows that leave and rows that start again, and behind the end."""
     tiny = problem(1, share=0.2)
-    optimum, enumerated = (solve_verifiable(tiny.task, "train"), Tree.of(tiny.task, "train").solve())
+    optimum = solve_verifiable(tiny.task, "train")
+    enumerated = Tree.of(tiny.task, "train").solve()
     assert optimum.policy is not None
     assert enumerated.policy is not None
     lists = tiny.lm.encode_all(tuple(tiny.prompts))
@@ -114,7 +116,8 @@ def test_the_policy_and_its_values_are_those_of_the_tree() -> None:
             state.step(tokens)
         place += 1
         if step in (1, 4):
-            kept, fresh = torch.tensor([2, 0, 1]), torch.tensor([1])
+            kept = torch.tensor([2, 0, 1])
+            fresh = torch.tensor([1])
             for state in states:
                 state.keep(kept)
                 state.begin(fresh, ids[:1], mask[:1])

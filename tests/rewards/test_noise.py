@@ -16,7 +16,8 @@ from lmgym.rewards.noise import NoisyReward
 
 
 def test_noise_has_its_mean_and_standard_deviation() -> None:
-    n, sigma = 20_000, 0.7
+    n = 20_000
+    sigma = 0.7
     reward = NoisyReward(lambda prompts, completions, **_: [2.0 * len(c) for c in completions], sigma, seed=3)
     columns: dict[str, Any] = {"prompt_ids": [[1]] * n, "completion_ids": [[2]] * n}
     noise = np.array(score(reward, [""] * n, ["abc"] * n, **columns)) - 6.0
@@ -29,7 +30,9 @@ def test_noise_is_drawn_anew_and_only_its_own() -> None:
     def inside(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         return table_reward(prompts, completions, **columns)
 
-    first, second, other = NoisyReward(inside, 0.5, seed=1), NoisyReward(inside, 0.5, seed=1), NoisyReward(inside, 0.5)
+    first = NoisyReward(inside, 0.5, seed=1)
+    second = NoisyReward(inside, 0.5, seed=1)
+    other = NoisyReward(inside, 0.5)
     call: dict[str, Any] = {"prompts": ["p"] * 3, "completions": [""] * 3, "completion_ids": [[1], [2, 3], [4]]}
     scores = [first(**call), first(**call)]
     assert scores == [second(**call), second(**call)]
@@ -42,7 +45,8 @@ def test_noise_is_drawn_anew_and_only_its_own() -> None:
 
 def test_noise_goes_on_from_its_state() -> None:
     call: dict[str, Any] = {"prompts": ["p"] * 3, "completions": [""] * 3, "completion_ids": [[1], [2, 3], [4]]}
-    reward, fresh = NoisyReward(table_reward, 0.5, seed=1), NoisyReward(table_reward, 0.5, seed=9)
+    reward = NoisyReward(table_reward, 0.5, seed=1)
+    fresh = NoisyReward(table_reward, 0.5, seed=9)
     reward(**call)
     state = reward.get_state()
     text = json.dumps(state)

@@ -279,7 +279,8 @@ def test_training_learns_the_ranking_and_its_reverse(
 def test_one_forward_reads_all_completions_of_its_prompts_once(
     causal_lm: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, steps = [], []
+    rows = []
+    steps = []
     forward = module._forward
     monkeypatch.setattr(
         module, "_forward", lambda model, sequences: (rows.append(len(sequences)), forward(model, sequences))[1]

@@ -25,7 +25,8 @@ from lmgym.rewards.noise import NoisyReward
 from lmgym.rewards.probe import leaves
 from lmgym.tasks import Task, make_task
 
-PROMPTS, COMPLETIONS = ["a", "b"], [" x", " y"]
+PROMPTS = ["a", "b"]
+COMPLETIONS = [" x", " y"]
 
 
 @pytest.fixture(scope="module")

@@ -406,7 +406,8 @@ def test_equal_vocabularies_of_other_merges_are_not_equal() -> None:
 
 
 def test_a_pad_token_that_only_the_reward_model_has_does_not_matter() -> None:
-    policy, own = byte_tokenizer(), byte_tokenizer()
+    policy = byte_tokenizer()
+    own = byte_tokenizer()
     own.add_special_tokens({"pad_token": "[PAD]"})
     assert reads_ids_of(own, policy)
     assert not reads_ids_of(policy, own)  # the policy could choose it
@@ -520,7 +521,8 @@ def test_two_loads_are_one_object_freed_when_dropped(reward_dir: str, tmp_path: 
 
 def test_the_policys_tokenizer_decides_what_is_handed_over(reward_dir: str) -> None:
     reward = load_reward_model(reward_dir, "cpu")
-    same, other = reward.for_tokenizer(word_tokenizer()), reward.for_tokenizer(word_tokenizer(WORDS[:-1]))
+    same = reward.for_tokenizer(word_tokenizer())
+    other = reward.for_tokenizer(word_tokenizer(WORDS[:-1]))
     same(["nothing"], ["of this is read"], prompt_ids=[[3]], completion_ids=[[4]])
     with pytest.raises(KeyError):
         same(["a"], [" film"])
@@ -584,7 +586,8 @@ def test_a_directory_that_is_no_classifier(tmp_path: Path) -> None:
 
 
 def test_two_tokenizers_are_compared_once(byte_reward_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    reward, policys = load_reward_model(byte_reward_dir, "cpu"), word_tokenizer()
+    reward = load_reward_model(byte_reward_dir, "cpu")
+    policys = word_tokenizer()
     calls: list[object] = []
 
     def compare(*pair: object) -> bool:

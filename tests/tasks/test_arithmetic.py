@@ -139,7 +139,8 @@ def test_the_task_is_what_it_says(digits: int, lm: CausalLM) -> None:
 
 
 def test_the_reference_errs_as_often_as_its_card_says(digits: int, lm: CausalLM) -> None:
-    reward, prompts = SumReward(), arithmetic.prompts(digits, "test")
+    reward = SumReward()
+    prompts = arithmetic.prompts(digits, "test")
     exact = []
     for prompt in prompts:
         ids = lm.encode(prompt)

@@ -30,7 +30,8 @@ def figures(name: str) -> list[float]:
 
 @pytest.mark.parametrize("rankings", SETTINGS)
 def test_all_but_the_reward_is_that_of_reviews(rankings: int) -> None:
-    task, other = make_task(f"proxy-{rankings}"), make_task("reviews")
+    task = make_task(f"proxy-{rankings}")
+    other = make_task("reviews")
     task.validate()
     assert Path(str(task.reward)).name == f"reward-{rankings}"
     assert task.gold is reviews.gold

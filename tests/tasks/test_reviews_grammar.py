@@ -124,7 +124,8 @@ def test_the_weights_of_a_rule_are_its_frequencies(domain: int) -> None:
 
 
 def test_prompts_are_distinct_disjoint_and_always_the_same() -> None:
-    train, test = reviews.prompts("train"), reviews.prompts("test")
+    train = reviews.prompts("train")
+    test = reviews.prompts("test")
     assert (len(train), len(test)) == (1024, 256)
     assert len({*train, *test}) == 1280
     code = "from lmgym.tasks import reviews; print(hash(reviews.prompts('test')))"

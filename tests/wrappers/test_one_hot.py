@@ -47,7 +47,8 @@ def test_the_layout(task: str) -> None:
         assert env.observation_space.contains(observation)
         assert observation[: env.unwrapped.engine.horizon + 1].argmax() == steps
         observation, _, terminated, truncated, _ = env.step(int(rng.integers(1, env.action_space.n)))
-        ended, steps = terminated or truncated, steps + 1
+        ended = terminated or truncated
+        steps = steps + 1
 
 
 @functools.cache
@@ -121,7 +122,8 @@ def test_keywords_put_the_wrappers_inside(parts: Parts, obs_format: str, top_k: 
     assert data_equivalence(one.reset(seed=0), other.reset(seed=0))
     for step in range(12):
         actions = np.full(2, step % 4)
-        found, expected = one.step(actions), other.step(actions)
+        found = one.step(actions)
+        expected = other.step(actions)
         assert data_equivalence(found, expected)
         if mode == "Disabled" and (ended := found[2] | found[3]).any():
             one.reset(options={"reset_mask": ended}), other.reset(options={"reset_mask": ended.copy()})
@@ -152,7 +154,8 @@ def test_what_the_keywords_cannot_be(parts: Parts, make: Any) -> None:
 
 def test_tabular_soft_q_iteration_on_observations_finds_the_optimum() -> None:
     """An agent that sees nothing but the vectors, all of whose transitions it has seen, has V* in its table."""
-    horizon, beta = 3, 0.1
+    horizon = 3
+    beta = 0.1
     seen = transitions("brackets-2", horizon)
     values: dict[bytes, float] = {}
 

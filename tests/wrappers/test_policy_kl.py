@@ -22,7 +22,10 @@ from lmgym.rollout import collect
 from lmgym.wrappers import PolicyKL, VectorPolicyKL
 
 ID = "lmgym/RLHF-v0"
-EOS, V, T, N = 1, len(WORDS) + 3, 8, 4
+EOS = 1
+V = len(WORDS) + 3
+T = 8
+N = 4
 MODES = [mode.value for mode in AutoresetMode]
 Parts = dict[str, Any]
 
@@ -34,12 +37,14 @@ def actions_of(rng: np.random.Generator, n: int = N) -> dict[str, np.ndarray]:
 
 
 def test_the_reward_loses_the_price_of_the_log_prob(parts: Parts) -> None:
-    env, plain = PolicyKL(gym.make(ID, **parts)), gym.make(ID, **parts)
+    env = PolicyKL(gym.make(ID, **parts))
+    plain = gym.make(ID, **parts)
     assert data_equivalence(env.reset(seed=0), plain.reset(seed=0))
     for token, log_prob in ((5, -1.5), (6, 0.0), (EOS, -0.25)):
         action = {"token": token, "log_prob": np.array(log_prob)}
         assert env.action_space.contains({"token": token, "log_prob": np.array(log_prob)})
-        found, expected = env.step(action), plain.step(token)
+        found = env.step(action)
+        expected = plain.step(token)
         assert found[1] == pytest.approx(expected[1] - 0.2 * log_prob, abs=1e-12)  # a likely token pays less
         assert found[1] >= expected[1]
         assert type(found[1]) is float
@@ -90,12 +95,14 @@ def test_the_vector_form_is_the_single_one_n_times(parts: Parts, config: Parts, 
     one, other = make_pair(parts, mode, **config)
     assert one.action_space == other.action_space
     assert data_equivalence(one.reset(seed=0), other.reset(seed=0))
-    rng, ends = np.random.default_rng(1), 0
+    rng = np.random.default_rng(1)
+    ends = 0
     for t in range(60):
         actions = actions_of(rng)
         assert one.action_space.contains(actions)
         # Gymnasium's sync env takes the batch apart itself.
-        left, right = one.step(actions), other.step(actions)
+        left = one.step(actions)
+        right = other.step(actions)
         for name, a, b in zip(("obs", "reward", "terminated", "truncated", "info"), left, right, strict=True):
             assert data_equivalence(a, b), f"{name} at step {t}: {a} against {b}"
         ended = left[2] | left[3]
@@ -117,7 +124,8 @@ def test_a_row_that_is_being_reset_pays_nothing_also_beside_a_masked_reset(parts
     for envs in (one, other):
         envs.reset(options={"reset_mask": mask})
     then = {"token": np.array([6, 6, 6, 6]), "log_prob": log_prob}
-    left, right = one.step(then), other.step(then)
+    left = one.step(then)
+    right = other.step(then)
     assert left[1][0] == 0
     assert data_equivalence(left, right)
 
@@ -141,7 +149,8 @@ def test_what_is_no_pair_is_refused(parts: Parts) -> None:
 
 def test_gymnasiums_own_vector_env_can_be_wrapped(parts: Parts) -> None:
     sync = SyncVectorEnv([lambda: gym.make(ID, **parts)] * N, autoreset_mode=AutoresetMode.SAME_STEP)
-    one, other = VectorPolicyKL(sync), make_pair(parts, "SameStep")[0]
+    one = VectorPolicyKL(sync)
+    other = make_pair(parts, "SameStep")[0]
     assert data_equivalence(one.reset(seed=0), other.reset(seed=0))
     rng = np.random.default_rng(2)
     for _ in range(15):
@@ -151,7 +160,8 @@ def test_gymnasiums_own_vector_env_can_be_wrapped(parts: Parts) -> None:
 
 @pytest.mark.parametrize("log_prob", [0.1, np.nan, [-1.0], [[-1.0]], np.full(3, -1.0)], ids=repr)
 def test_what_is_no_log_prob_is_refused_and_changes_nothing(parts: Parts, log_prob: Any) -> None:
-    env, envs = PolicyKL(gym.make(ID, **parts)), make_pair(parts, "SameStep")[0]
+    env = PolicyKL(gym.make(ID, **parts))
+    envs = make_pair(parts, "SameStep")[0]
     env.reset(seed=0)
     envs.reset(seed=0)
     with pytest.raises(InvalidActionError, match=r"`log_prob` must be log-probs \(<= 0, nats\) of shape \(\), got"):

@@ -29,7 +29,8 @@ class Law:
 
     def __init__(self, envs: Any, pi_star: bool) -> None:
         self.policy = self
-        self._envs, self._pi_star = envs, pi_star
+        self._envs = envs
+        self._pi_star = pi_star
         self._solved = solve(envs.unwrapped.task, split=envs.unwrapped.settings.split).policy
 
     def set_training_mode(self, mode: bool) -> None:
@@ -73,17 +74,20 @@ def test_a_certain_model_pays_for_all_its_surprise() -> None:
     envs = make(4)
     grade = evaluate(Law(envs, True), envs, samples=4, deterministic=True)
     observation, _ = envs.reset(options={"prompt_index": 0})
-    returns, ended = 0.0, False
+    returns = 0.0
+    ended = False
     while not ended:
         observation, rewards, terminated, _, _ = envs.step(Law(envs, True).predict(observation, deterministic=True)[0])
-        returns, ended = returns + rewards[0], bool(terminated[0])
+        returns = returns + rewards[0]
+        ended = bool(terminated[0])
     assert grade.metrics["return"].mean == pytest.approx(returns, abs=1e-5)
     assert grade.metrics["kl"].mean == pytest.approx((grade.metrics["score"].mean - returns) / TASK.kl_coef, abs=1e-4)
 
 
 def test_models_of_every_kind_are_graded() -> None:
     small: Any = {"n_steps": 8, "batch_size": 32, "n_epochs": 1, "device": "cpu", "gamma": 1.0}
-    envs, flat = make(4, obs_format="onehot"), {"policy": "MlpPolicy", "seed": 0}
+    envs = make(4, obs_format="onehot")
+    flat = {"policy": "MlpPolicy", "seed": 0}
     masked = VectorActionMask(envs, top_k=4)
     callback = PolicyKLCallback()
     ppo = PPO(env=VecEnvBridge(envs), **flat, **small).learn(64, callback=callback)

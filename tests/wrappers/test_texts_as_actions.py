@@ -18,7 +18,8 @@ from lmgym.trl import as_trl
 from lmgym.wrappers import TextActions
 
 Parts = dict[str, Any]
-EOS, T = 1, 8
+EOS = 1
+T = 8
 
 
 def make(parts: Parts) -> Any:
@@ -29,7 +30,8 @@ def make(parts: Parts) -> Any:
     ("words", "reason"), [(3, "eos"), (0, "eos"), (T - 1, "eos"), (T, "length"), (T + 4, "length")]
 )
 def test_a_text_earns_what_its_tokens_earn(parts: Parts, words: int, reason: str) -> None:
-    tokenizer, env = word_tokenizer(), make(parts)
+    tokenizer = word_tokenizer()
+    env = make(parts)
     prompt, _ = env.reset(options={"prompt": "a book"})
     assert prompt == "a book"
     response = " ".join(WORDS[5 : 5 + words])

@@ -44,7 +44,13 @@ from lmgym.wrappers import (
 )
 
 ID = "lmgym/RLHF-v0"
-EOS, V, P, T, N, K, D = 1, len(WORDS) + 3, 6, 8, 3, 4, 32
+EOS = 1
+V = len(WORDS) + 3
+P = 6
+T = 8
+N = 3
+K = 4
+D = 32
 MODES = [mode.value for mode in AutoresetMode]
 Parts = dict[str, Any]
 Wrap = Callable[[Any], Any]
@@ -105,7 +111,8 @@ def actions_of(space: gym.Space[Any], rng: np.random.Generator) -> Any:
     """A batch of actions, with an end now and then."""
     if isinstance(space, gym.spaces.Dict):
         return {"token": actions_of(space["token"], rng), "log_prob": -rng.random(len(space["token"].nvec))}
-    rows, size = len(space.nvec), int(space.nvec[0])
+    rows = len(space.nvec)
+    size = int(space.nvec[0])
     if size == K:
         return rng.integers(0, K, rows)
     return np.where(rng.random(rows) < 0.15, EOS, rng.integers(2, size, rows))
@@ -158,7 +165,8 @@ def test_a_copy_goes_on_like_the_original(parts: Parts, name: str) -> None:
     actions = [env.action_space.sample() for _ in range(2)]
     env.step(actions[0])
     copy = pickle.loads(pickle.dumps(env))
-    found, expected = copy.step(actions[1]), env.step(actions[1])
+    found = copy.step(actions[1])
+    expected = env.step(actions[1])
     for a, b in zip(found, expected, strict=True):
         if isinstance(b, float):
             assert a == pytest.approx(b, abs=1e-5)
@@ -180,10 +188,12 @@ def test_the_vector_form_is_the_single_one_n_times(parts: Parts, name: str, conf
     assert one.observation_space == other.observation_space
     assert one.action_space == other.action_space
     assert data_equivalence(one.reset(seed=0), other.reset(seed=0))
-    rng, ends = np.random.default_rng(1), 0
+    rng = np.random.default_rng(1)
+    ends = 0
     for t in range(36):
         actions = actions_of(one.action_space, rng)
-        left, right = one.step(actions), other.step(actions)
+        left = one.step(actions)
+        right = other.step(actions)
         for part, a, b in zip(("obs", "reward", "terminated", "truncated", "info"), left, right, strict=True):
             assert data_equivalence(a, b), f"{part} at step {t}: {a} against {b}"
         assert one.observation_space.contains(left[0])
@@ -239,14 +249,16 @@ def test_actions_are_the_likeliest_tokens_and_the_eos(reference: str, k: int, re
     env = TopKActions(make(request.getfixturevalue(reference)), k)
     assert env.action_space == gym.spaces.Discrete(k)
     eos = env.unwrapped.tokenizer.eos_token_id
-    rng, moved = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    moved = 0
     for _, info, ended in walk(env, rng, 12):
         if ended:
             assert info["top_k_ids"].tolist() == [0] * k
             assert info["cut_off_mass"] == 0
             continue
         probs = forward(env)[1].double().softmax(-1).numpy()
-        ids, order = info["top_k_ids"], np.argsort(-probs)
+        ids = info["top_k_ids"]
+        order = np.argsort(-probs)
         assert ids.dtype == np.int64
         assert len(set(ids.tolist())) == k
         assert (np.diff(probs[ids]) <= 0).all()
@@ -260,15 +272,18 @@ def test_actions_are_the_likeliest_tokens_and_the_eos(reference: str, k: int, re
 
 
 def test_rewards_and_ends_are_those_of_the_tokens(parts: Parts) -> None:
-    env, plain = make(parts, "top_k"), make(parts)
+    env = make(parts, "top_k")
+    plain = make(parts)
     for episode in range(8):
         info = env.reset(seed=episode)[1]
         plain.reset(seed=episode)
-        rng, ended = np.random.default_rng(episode), False
+        rng = np.random.default_rng(episode)
+        ended = False
         while not ended:
             action = int(rng.integers(K))
             token = int(info["top_k_ids"][action])
-            found, expected = env.step(action), plain.step(token)
+            found = env.step(action)
+            expected = plain.step(token)
             info = found[4]
             extra = {name: value for name, value in info.items() if name in ("top_k_ids", "cut_off_mass")}
             assert data_equivalence([*found[:4], {k: v for k, v in info.items() if k not in extra}], [*expected])
@@ -285,7 +300,8 @@ def test_all_tokens_leave_no_mass_out(parts: Parts) -> None:
 def test_actions_follow_a_state_that_was_restored(parts: Parts) -> None:
     env = make(parts, "top_k")
     env.reset(seed=0)
-    state, first = env.unwrapped.clone_state(), env.step(0)
+    state = env.unwrapped.clone_state()
+    first = env.step(0)
     env.step(1)
     env.unwrapped.restore_state(state)
     again = env.step(0)
@@ -310,10 +326,12 @@ def test_a_vocabulary_with_holes_and_several_ends(parts: Parts) -> None:
     assert sorted(ids.tolist()) == [i for i in range(len(tokenizer)) if i != 7]
     with pytest.raises(InvalidArgumentError, match=f"`k` must be an int >= 2 and <= {legal}, got {legal + 1}."):
         TopKActions(make(parts), legal + 1)
-    env, replaced = TopKActions(make(parts), 2), 0
+    env = TopKActions(make(parts), 2)
+    replaced = 0
     mask = ActionMask(make(parts), top_k=1)
     for seed in range(20):
-        info, masked = env.reset(seed=seed)[1], mask.reset(seed=seed)[1]["action_mask"]
+        info = env.reset(seed=seed)[1]
+        masked = mask.reset(seed=seed)[1]["action_mask"]
         logits = forward(env)[1].clone()
         logits[7] = -torch.inf
         best = EOS if logits[EOS] > logits[9] else 9
@@ -327,7 +345,8 @@ def test_a_vocabulary_with_holes_and_several_ends(parts: Parts) -> None:
 
 @pytest.mark.parametrize("action", [-1, K, 1.0, [1], None], ids=repr)
 def test_what_is_no_index_is_refused_and_changes_nothing(parts: Parts, action: Any) -> None:
-    env, envs = make(parts, "top_k"), make_vec(parts, "top_k")
+    env = make(parts, "top_k")
+    envs = make_vec(parts, "top_k")
     info = env.reset(seed=0)[1]
     envs.reset(seed=0)
     with pytest.raises(InvalidActionError, match=r"`action` must be ints from 0 to 3 of shape \(\), got"):
@@ -468,7 +487,8 @@ def test_observations_are_copies(parts: Parts) -> None:
 
 def test_an_env_can_be_wrapped_in_the_midst_of_an_episode(parts: Parts) -> None:
     """From the next step on, with the rewards it would have paid anyway."""
-    plain, env = make(parts), make(parts)
+    plain = make(parts)
+    env = make(parts)
     for e in (plain, env):
         e.reset(seed=0)
         e.step(5)
@@ -511,7 +531,8 @@ def test_the_space_holds_every_text_of_a_tokenizer_of_bytes(parts: Parts) -> Non
     lm = CausalLM(freeze(gpt2(257)), byte_tokenizer())
     parts = {**parts, "model": lm, "reward": "conftest:word_count", "prompts": ["caf\u00e9 \u6c34", "x"]}
     env = TextObservation(make(parts))
-    space, rng = env.observation_space, np.random.default_rng(6)
+    space = env.observation_space
+    rng = np.random.default_rng(6)
     assert isinstance(space, gym.spaces.Text)
     assert env.reset(options={"prompt": "x\u00fcx"})[0] == "x\ufffdx"
     for observation, _, _ in walk(env, rng, 20):
@@ -651,7 +672,8 @@ def test_statistics_are_those_of_the_bare_env(parts: Parts, mode: str) -> None:
         pytest.skip("this Gymnasium counts such episodes wrong")
     envs = VectorRecordEpisodeStatistics(make_vec(parts, "embedding_of_top_k", mode))
     envs.reset(seed=0)
-    rng, seen = np.random.default_rng(8), 0
+    rng = np.random.default_rng(8)
+    seen = 0
     for _ in range(30):
         _, _, terminated, truncated, infos = envs.step(actions_of(envs.action_space, rng))
         ended = terminated | truncated

@@ -37,7 +37,8 @@ def tiny_dpo(envs: RLHFVectorEnv | None = None, *, seed: int = 0, **config: Any)
 
 
 def test_the_loss_is_that_of_the_paper() -> None:
-    chosen, rejected = torch.tensor([0.3, -2.0, 0.0]), torch.tensor([-0.1, 1.0, 0.0])
+    chosen = torch.tensor([0.3, -2.0, 0.0])
+    rejected = torch.tensor([-0.1, 1.0, 0.0])
     slow = [
         -math.log(1 / (1 + math.exp(-0.5 * (c - r)))) for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)
     ]
@@ -72,7 +73,8 @@ def whole(tree: Tree, table: Tensor, prompt: int) -> Tensor:
     """(R / X,) log-probs of the responses to a prompt, of a law (S, A) over the prefixes of all prompts; T = 2."""
     law = table.log_softmax(-1)
     first, second = tree.levels
-    root, behind = law[prompt], law[len(tree.prompts) + prompt * second.nodes :][: second.nodes]
+    root = law[prompt]
+    behind = law[len(tree.prompts) + prompt * second.nodes :][: second.nodes]
     return torch.cat([root[first.ending], (root[first.going].unsqueeze(1) + behind[:, second.ending]).flatten()])
 
 
@@ -122,7 +124,8 @@ def test_log_ratios_are_those_of_enumeration() -> None:
 def test_pairs_share_a_prompt_and_labels_follow_the_scores() -> None:
     agent = tiny_dpo(batch_size=600)
     pairs, _ = agent.sample()
-    ids, scores = pairs.episodes.prompt_index, pairs.episodes.scores.double()
+    ids = pairs.episodes.prompt_index
+    scores = pairs.episodes.scores.double()
     assert torch.equal(ids[pairs.chosen], ids[pairs.rejected])
     assert sorted(torch.cat([pairs.chosen, pairs.rejected]).tolist()) == list(range(1200))
     first = torch.stack([pairs.chosen, pairs.rejected]).amin(0)
@@ -185,7 +188,8 @@ def file(tmp_path: Path) -> str:
 def test_every_pair_of_a_ranking_is_read() -> None:
     engine = tiny().engine
     pairs = pairs_of(rankings(), engine)
-    episodes, decode = pairs.episodes, engine.lm.tokenizer.decode
+    episodes = pairs.episodes
+    decode = engine.lm.tokenizer.decode
     words = [decode(ids[mask]) for ids, mask in zip(episodes.response_ids, episodes.response_mask, strict=True)]
     found = [(words[c], words[r]) for c, r in zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True)]
     first = [("z z", "z <eos>"), ("z z", "x <eos>"), ("z <eos>", "x <eos>")]
@@ -288,7 +292,8 @@ def test_what_is_saved_where_a_batch_fails_goes_on_to_the_same_curve(
 
 def test_a_loaded_agent_acts_as_the_saved_one(tmp_path: Path) -> None:
     envs = tiny(num_envs=64)
-    agent, other = tiny_dpo(envs), tiny_dpo(envs, seed=5)
+    agent = tiny_dpo(envs)
+    other = tiny_dpo(envs, seed=5)
     learn(agent, 5)
     agent.save(tmp_path / "checkpoint")
     other.load(tmp_path / "checkpoint")

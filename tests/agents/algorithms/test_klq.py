@@ -55,7 +55,8 @@ def tabular(tree: Tree, *, moved: float = 0.0, **config: Any) -> OnPolicyAgent:
     """KLQ at pi* and V*, or so far from them."""
     agent = agent_of(KLQ, tree.task, **config)
     stepped = tree.solve().policy
-    law_at, values_at = [], []
+    law_at = []
+    values_at = []
     mask = tree.episodes.response_mask
     assert stepped is not None
     state = stepped.begin(tree.episodes.prompt_ids, tree.episodes.prompt_mask, mask.shape[1])
@@ -64,10 +65,12 @@ def tabular(tree: Tree, *, moved: float = 0.0, **config: Any) -> OnPolicyAgent:
         values_at.append(state.values.clone())  # type: ignore[union-attr]
         state.step(tree.episodes.response_ids[:, t])
     table = Table(tree, torch.zeros(1), torch.zeros(1))
-    states, generator = table.states(), torch.Generator().manual_seed(0)
+    states = table.states()
+    generator = torch.Generator().manual_seed(0)
     logits = torch.zeros((len(table.places), tree.vocab_size), dtype=torch.float64)
     values = torch.zeros(len(table.places), dtype=torch.float64)
-    logits[states], values[states] = torch.stack(law_at, 1)[mask], torch.stack(values_at, 1)[mask]
+    logits[states] = torch.stack(law_at, 1)[mask]
+    values[states] = torch.stack(values_at, 1)[mask]
     logits, values = (x + moved * torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (logits, values))
     agent.policy = Table(tree, logits, values)  # type: ignore[assignment]
     return agent
@@ -83,7 +86,8 @@ def q_gradient(agent: OnPolicyAgent, tree: Tree) -> tuple[float, Tensor]:
     """The expected loss of KLQ, and its gradient (p,)."""
     episodes, probs = tabular_ways(agent, tree)
     advantages, returns = agent.advantages(episodes, agent.rewards(episodes))
-    every, mask = torch.arange(len(episodes)), episodes.response_mask
+    every = torch.arange(len(episodes))
+    mask = episodes.response_mask
     read = agent._read(episodes, advantages, returns, every, torch.tensor(len(episodes)), len(episodes))
     loss, _ = agent.loss(replace(read, weights=probs.unsqueeze(1).expand_as(mask)[mask]))
     return loss.item(), flat(torch.autograd.grad(loss, parameters_of(agent)), parameters_of(agent))
@@ -95,12 +99,18 @@ def slow_q_gradient(agent: OnPolicyAgent, tree: Tree) -> tuple[float, Tensor]:
     V takes the share of its own gradient that log pi has by itself, kl_coef.
     """
     episodes, probs = tabular_ways(agent, tree)
-    price, gamma, decay = tree.task.kl_coef, tree.task.gamma, agent.config.td_lambda  # type: ignore[attr-defined]
-    read, total, place = agent.policy.read(episodes), torch.zeros((), dtype=torch.float64), 0
+    price = tree.task.kl_coef
+    gamma = tree.task.gamma
+    decay = agent.config.td_lambda  # type: ignore[attr-defined]
+    read = agent.policy.read(episodes)
+    total = torch.zeros((), dtype=torch.float64)
+    place = 0
     log_law = read.logits.log_softmax(-1)
     for i in range(len(episodes)):
-        n, score = int(episodes.lengths[i]), tree.scores.flatten()[i].item()
-        tokens, at = episodes.response_ids[i, :n], torch.arange(place, place + n)
+        n = int(episodes.lengths[i])
+        score = tree.scores.flatten()[i].item()
+        tokens = episodes.response_ids[i, :n]
+        at = torch.arange(place, place + n)
         values = read.values[at]
         q = values + price * (log_law[at, tokens] - episodes.ref_log_probs[i, :n])
         for t in range(n):
@@ -129,7 +139,8 @@ def test_klq_stands_still_at_the_optimum_and_only_there(gamma: float, td_lambda:
 def test_klq_follows_the_semi_gradient_of_its_squared_error(gamma: float, td_lambda: float) -> None:
     tree = Tree.of(TinyProblem(gamma=gamma).task, "train")
     agent = tabular(tree, moved=0.5, td_lambda=td_lambda)
-    (loss, found), (expected, right) = q_gradient(agent, tree), slow_q_gradient(agent, tree)
+    loss, found = q_gradient(agent, tree)
+    expected, right = slow_q_gradient(agent, tree)
     assert loss == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
     assert right.norm() > 0.01
@@ -138,7 +149,8 @@ def test_klq_follows_the_semi_gradient_of_its_squared_error(gamma: float, td_lam
 def test_the_value_of_klq_is_the_soft_value_of_its_q() -> None:
     """V(s) = kl_coef log sum_a pi_ref(a|s) exp(Q(s, a) / kl_coef) for any policy and critic."""
     tree = Tree.of(TinyProblem().task, "train")
-    agent, price = tabular(tree, moved=0.5), tree.task.kl_coef
+    agent = tabular(tree, moved=0.5)
+    price = tree.task.kl_coef
     read = agent.policy.read(tree.episodes)
     ref = law_of(tree.task.reference("cpu"))(tree.episodes).double().log_softmax(-1)
     q = read.values.unsqueeze(1) + price * (read.logits.log_softmax(-1) - ref)
@@ -157,7 +169,8 @@ def policy_part(tree: Tree, td_lambda: float) -> Tensor:
     """(p,) what KLQ's policy goes along, with V held, in expectation over all responses."""
     agent = agent_of(KLQ, tree.task, td_lambda=td_lambda)
     episodes, probs = tabular_ways(agent, tree)
-    every, mask = torch.arange(len(episodes)), episodes.response_mask
+    every = torch.arange(len(episodes))
+    mask = episodes.response_mask
     targets = agent.advantages(episodes, agent.rewards(episodes))
     batch = agent._read(episodes, *targets, every, torch.tensor(len(episodes)), len(episodes))
     weights = probs.unsqueeze(1).expand_as(mask)[mask]
@@ -169,7 +182,8 @@ def policy_part(tree: Tree, td_lambda: float) -> Tensor:
 def test_the_first_step_is_kl_coef_times_that_of_a2c(tree: Tree, decay: float) -> None:
     klq = agent_of(KLQ, tree.task, td_lambda=decay)
     a2c = agent_of(A2C, tree.task, gae_lambda=decay, vf_coef=1.0)
-    (_, found), (_, other) = q_gradient(klq, tree), q_gradient(a2c, tree)
+    _, found = q_gradient(klq, tree)
+    _, other = q_gradient(a2c, tree)
     torch.testing.assert_close(found, tree.task.kl_coef * other, rtol=0, atol=1e-5 * other.norm().item())
     _, free = q_gradient(agent_of(A2C, tree.task, gae_lambda=decay, vf_coef=0.0), tree)
     assert cosine(free, other) < 0.99  # the critic has a share in it
@@ -177,7 +191,8 @@ def test_the_first_step_is_kl_coef_times_that_of_a2c(tree: Tree, decay: float) -
 
 def test_the_policy_follows_kl_coef_times_the_gradient_of_j(tree: Tree) -> None:
     """At gamma = 1 and lambda = 1, where neither the critic nor a state's discount is in the way."""
-    found, right = policy_part(tree, td_lambda=1.0), gradient(agent_of(KLQ, tree.task), tree)
+    found = policy_part(tree, td_lambda=1.0)
+    right = gradient(agent_of(KLQ, tree.task), tree)
     if tree.task.gamma < 1:
         assert cosine(found, right) < 0.97
     else:

@@ -49,11 +49,13 @@ def moved(module: torch.nn.Module, scale: float = 0.3, seed: int = 3) -> None:
 
 def likeliest(probs: Tensor, p: float) -> list[bool]:
     """The smallest set of likeliest tokens whose mass reaches p, by a loop."""
-    kept, mass = [False] * len(probs), 0.0
+    kept = [False] * len(probs)
+    mass = 0.0
     for token in probs.argsort(descending=True).tolist():
         if mass >= p:
             break
-        kept[token], mass = True, mass + probs[token].item()
+        kept[token] = True
+        mass = mass + probs[token].item()
     return kept
 
 
@@ -84,7 +86,8 @@ def test_the_set_by_hand(top_p: float, kept: list[int]) -> None:
 
 
 def test_what_was_chosen_stays() -> None:
-    mask, logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]] * 2).log(), torch.zeros((2, 4))
+    mask = torch.tensor([[0.15, 0.5, 0.05, 0.3]] * 2).log()
+    logits = torch.zeros((2, 4))
     law = among(logits, mask, 0.6, torch.tensor([[2], [1]])).softmax(-1)
     torch.testing.assert_close(law, torch.tensor([[0.0, 1 / 3, 1 / 3, 1 / 3], [0.0, 0.5, 0.0, 0.5]]))
 
@@ -208,7 +211,8 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(tmp_path: Any, kind: Any, 
         return tiny_nlpo(policy=kind, critic=critic, mask_update_every=2)
 
     whole = learn(agent(), 5, total=400)
-    first, second = agent(), agent()
+    first = agent()
+    second = agent()
     curve = learn(first, 3, total=400)
     first.save(tmp_path / "checkpoint")
     first.save(tmp_path / "checkpoint")  # over an older one
@@ -245,7 +249,8 @@ def test_the_expected_update_is_along_the_gradient_of_js_masked_law(top_p: float
     def gradient(law: Any) -> Tensor:
         return flat(tree.gradient(law, parameters)[1], parameters)
 
-    parameters, probs = parameters_of(agent), tree.evaluate(masked).log_probs.exp() / len(tree.prompts)
+    parameters = parameters_of(agent)
+    probs = tree.evaluate(masked).log_probs.exp() / len(tree.prompts)
     assert 0 < (probs > 0).double().mean() < 0.2
     found = direction(agent, tree, Ways(torch.arange(len(probs)), probs)) * (probs @ tree.episodes.lengths.double())
     right = gradient(masked)

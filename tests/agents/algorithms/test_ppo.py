@@ -114,10 +114,14 @@ class Truth:
     """J, V* and the KL of a policy on the tiny problem, by enumeration."""
 
     def __init__(self, envs: RLHFVectorEnv) -> None:
-        engine, task = envs.engine, envs.task
-        self.kl_coef, self.horizon, self.eos = task.kl_coef, task.max_new_tokens, engine.lm.tokenizer.eos_token_id
+        engine = envs.engine
+        task = envs.task
+        self.kl_coef = task.kl_coef
+        self.horizon = task.max_new_tokens
+        self.eos = engine.lm.tokenizer.eos_token_id
         self.prompts = [engine.prompts[i].ids for i in range(len(engine.prompts))]
-        self.ref, self.scores = [], []
+        self.ref = []
+        self.scores = []
         with torch.no_grad():
             for prompt, text in zip(self.prompts, PROMPTS, strict=True):
                 responses, log_probs, _ = enumerate_responses(engine.lm.model, prompt, self.horizon, self.eos)
@@ -253,7 +257,8 @@ def ragged_batch() -> Episodes:
 
 @pytest.mark.parametrize("micro_batch_size", [1, 5, 23])
 def test_accumulating_gradients_does_not_change_them(ragged_batch: Episodes, micro_batch_size: int) -> None:
-    whole, parts = updated(ragged_batch), updated(ragged_batch, micro_batch_size=micro_batch_size)
+    whole = updated(ragged_batch)
+    parts = updated(ragged_batch, micro_batch_size=micro_batch_size)
     assert whole[0].norm() > 0.01
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
@@ -288,7 +293,8 @@ def test_padding_does_not_matter(ragged_batch: Episodes) -> None:
 
 
 def test_every_episode_is_used_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    agent, seen = tiny_ppo(epochs=3, minibatches=5, micro_batch_size=2), []
+    agent = tiny_ppo(epochs=3, minibatches=5, micro_batch_size=2)
+    seen = []
     step = agent._step
 
     def spy(episodes: Episodes, advantages: Tensor, returns: Tensor, rows: Tensor) -> dict[str, float]:
@@ -304,7 +310,8 @@ def test_every_episode_is_used_once_an_epoch(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_weights_of_a_minibatch_sum_to_one(ragged_batch: Episodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    agent, sums = moved(tiny_ppo(longer(), epochs=1, minibatches=3, micro_batch_size=3)), []
+    agent = moved(tiny_ppo(longer(), epochs=1, minibatches=3, micro_batch_size=3))
+    sums = []
     loss = agent.loss
     monkeypatch.setattr(agent, "loss", lambda batch: (sums.append(batch.weights.sum().item()), loss(batch))[1])
     agent._update(ragged_batch)
@@ -323,7 +330,8 @@ def test_one_seed_gives_one_curve_to_the_last_bit(kind: str) -> None:
 def test_a_second_agent_and_global_generators_do_not_disturb_the_first() -> None:
     alone = learn(tiny_ppo(), 3)
     state = torch.get_rng_state()
-    first, second = tiny_ppo(), tiny_ppo(seed=7)
+    first = tiny_ppo()
+    second = tiny_ppo(seed=7)
     together = []
     for _ in range(3):
         together += learn(first, 1)
@@ -346,7 +354,8 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(tmp_path: Any, kind: str, 
         return curve if kind == "episodes" else [pytest.approx(metrics, rel=1e-3, abs=1e-4) for metrics in curve]
 
     whole = learn(agent(), 5, total=400)
-    first, second = agent(), agent()
+    first = agent()
+    second = agent()
     curve = learn(first, 2, total=400)
     first.save(tmp_path / "checkpoint")
     learn(first, 1, total=400)  # what comes after the checkpoint is lost with the process
@@ -386,14 +395,17 @@ def test_the_update_follows_the_exact_gradient_of_the_objective() -> None:
     agent = moved(tiny_ppo(envs, whiten_advantages="none", **config), scale=0.3)
     torch.nn.init.zeros_(agent.policy.value_head.weight)
     torch.nn.init.zeros_(agent.policy.value_head.bias)
-    truth, actor = Truth(envs), agent.policy.actor
+    truth = Truth(envs)
+    actor = agent.policy.actor
     assert truth.kl(actor) > 0.05
 
     def exact(kl_coef: float) -> Tensor:
         found = torch.autograd.grad(truth.objective(actor, kl_coef), list(actor.parameters()))
         return torch.cat([g.flatten() for g in found])
 
-    right, wrong, none = exact(0.5), exact(-0.5), exact(0.0)
+    right = exact(0.5)
+    wrong = exact(-0.5)
+    none = exact(0.0)
     episodes = agent._collect()
     agent._update(episodes)
     # The loss is a mean over tokens, J one over episodes.
@@ -420,8 +432,10 @@ def test_exact_kl_is_the_kl_by_enumeration(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(agents.on_policy, "_EXACT_KL_EPISODES", 6000)
     envs = tiny_envs()
     agent = moved(tiny_ppo(envs, batch_size=6000), scale=0.3)
-    truth, episodes = Truth(envs), agent._collect()
-    exact, sampled = agent._exact_kl(episodes), episode_kl(episodes)
+    truth = Truth(envs)
+    episodes = agent._collect()
+    exact = agent._exact_kl(episodes)
+    sampled = episode_kl(episodes)
     expected = truth.kl(agent.policy.actor)
     error = sampled.std().item() / 6000**0.5
     # k1 scatters more than its expectation over the vocabulary, so its error bounds both.
@@ -437,7 +451,10 @@ def test_rollout_metrics_are_rebuilt_from_the_episodes(monkeypatch: pytest.Monke
     monkeypatch.setattr(agent, "_collect", lambda: kept.append(gather()) or kept[-1])
     (metrics,) = learn(agent, 1)
     (e,) = kept
-    returns, kls, lengths, eos = [], [], [], []
+    returns = []
+    kls = []
+    lengths = []
+    eos = []
     for i in range(32):
         n = int(e.response_mask[i].sum())
         log_ratio = (e.log_probs[i, :n] - e.ref_log_probs[i, :n]).tolist()
@@ -521,7 +538,8 @@ def test_a_batch_that_begins_in_the_warm_up_has_the_rate_of_its_end() -> None:
 
 
 def test_a_checkpoint_does_not_bring_its_rates_along(tmp_path: Any) -> None:
-    old, new = tiny_ppo(lr=1e-3, adam_eps=1e-3), tiny_ppo(lr=1e-4, critic_lr=3e-4, adam_eps=1e-6)
+    old = tiny_ppo(lr=1e-3, adam_eps=1e-3)
+    new = tiny_ppo(lr=1e-4, critic_lr=3e-4, adam_eps=1e-6)
     learn(old, 1)
     old.save(tmp_path / "checkpoint")
     new.load(tmp_path / "checkpoint")
@@ -542,14 +560,20 @@ def test_the_critic_has_a_rate_of_its_own(ragged_batch: Episodes) -> None:
 @pytest.mark.parametrize("style", ["pytorch", "tensorflow"])
 def test_adam_is_that_of_the_library_it_is_named_after(style: str) -> None:
     """Written out from the documentation of each: they differ in where epsilon stands."""
-    beta1, beta2, eps, lr = 0.8, 0.95, 1e-3, 1e-2
+    beta1 = 0.8
+    beta2 = 0.95
+    eps = 1e-3
+    lr = 1e-2
     shape = {"adam": style, "adam_beta1": beta1, "adam_beta2": beta2, "adam_eps": eps, "lr": lr}
     agent = moved(tiny_ppo(longer(), **one_update(lr_schedule="constant", **shape)))
-    expected, m, v = weights(agent).double(), 0.0, 0.0
+    expected = weights(agent).double()
+    m = 0.0
+    v = 0.0
     for t in (1, 2, 3):
         agent._update(batch_of(agent, seed=t))
         g = gradients(agent).double()
-        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
         root = (1 - beta2**t) ** 0.5
         if style == "tensorflow":
             expected = expected - lr * root / (1 - beta1**t) * m / (v**0.5 + eps)
@@ -561,15 +585,18 @@ def test_adam_is_that_of_the_library_it_is_named_after(style: str) -> None:
 def test_scores_are_clipped_before_they_are_learned_from_and_reported_whole(ragged_batch: Episodes) -> None:
     clipped = replace(ragged_batch, scores=ragged_batch.scores.clamp(-0.1, 0.1))
     assert not torch.equal(clipped.scores, ragged_batch.scores)
-    whole, by_hand = updated(ragged_batch), updated(clipped)
+    whole = updated(ragged_batch)
+    by_hand = updated(clipped)
     assert torch.equal(updated(ragged_batch, score_clip=0.1)[0], by_hand[0])
     assert not torch.allclose(whole[0], by_hand[0], atol=1e-4)
     assert learn(tiny_ppo(score_clip=1e-3), 1)[0]["rollout/score"] == learn(tiny_ppo(), 1)[0]["rollout/score"]
 
 
 def test_rewards_are_whitened_around_their_mean(ragged_batch: Episodes) -> None:
-    agent, mask = tiny_ppo(longer(), whiten_rewards=True), ragged_batch.response_mask
-    plain, scaled = tiny_ppo(longer()).rewards(ragged_batch)[mask], agent.rewards(ragged_batch)[mask]
+    agent = tiny_ppo(longer(), whiten_rewards=True)
+    mask = ragged_batch.response_mask
+    plain = tiny_ppo(longer()).rewards(ragged_batch)[mask]
+    scaled = agent.rewards(ragged_batch)[mask]
     torch.testing.assert_close(scaled, (plain - plain.mean()) / plain.std(correction=0) + plain.mean())
 
 
@@ -633,7 +660,8 @@ def test_texts_are_mixed_in(tmp_path: Any) -> None:
     path.write_text('{"text": "a b"}\n{"text": "a b c d a b c d"}\n')
     config = {"ptx_coef": 0.5, "ptx_texts": str(path), "ptx_batch_size": 64}
     agent = moved(tiny_ppo(**config))
-    lm, room = agent.envs.engine.lm, agent.envs.engine.width + agent.envs.engine.horizon
+    lm = agent.envs.engine.lm
+    room = agent.envs.engine.width + agent.envs.engine.horizon
     end = lm.tokenizer.eos_token_id
     long = [*lm.encode("a b c d a b c d"), end]
     assert agent._texts == [
@@ -716,7 +744,8 @@ def test_terms_of_the_loss_are_weighted(ragged_batch: Episodes) -> None:
         return updated(ragged_batch, **config)[0]
 
     policy = grad(vf_coef=0.0)
-    value, entropy = grad(vf_coef=1.0) - policy, grad(vf_coef=0.0, entropy_coef=1.0) - policy
+    value = grad(vf_coef=1.0) - policy
+    entropy = grad(vf_coef=0.0, entropy_coef=1.0) - policy
     both = policy + 0.3 * value + 0.7 * entropy
     torch.testing.assert_close(grad(vf_coef=0.3, entropy_coef=0.7), both, rtol=0, atol=1e-5)
     assert min(x.norm().item() for x in (policy, value, entropy)) > 1e-3
@@ -796,7 +825,8 @@ def test_truncated_episodes_are_bootstrapped_with_the_value_behind_them_and_term
 def test_ppo_learns_and_never_passes_the_optimum(config: dict[str, Any]) -> None:
     envs = tiny_envs(num_envs=64 if config.get("collect") == "steps" else 1, reward=count_b, max_new_tokens=3)
     agent = tiny_ppo(envs, batch_size=64, micro_batch_size=64, epochs=4, minibatches=2, lr=5e-3, **config)
-    truth, curve = Truth(envs), []
+    truth = Truth(envs)
+    curve = []
     best = truth.optimum()
 
     def grade(step: int, metrics: dict[str, float]) -> bool:
@@ -819,11 +849,15 @@ def test_ppo_learns_and_never_passes_the_optimum(config: dict[str, Any]) -> None
 def test_predict_chooses_from_the_policy_at_the_state_shown() -> None:
     envs = longer()
     agent = moved(tiny_ppo(envs, sampler=Sampler(greedy_tokens=2)), scale=0.3)
-    prompt, response = envs.engine.prompts[1].ids, (3, 4, 5)
+    prompt = envs.engine.prompts[1].ids
+    response = (3, 4, 5)
     shown = []
     for n in range(4):
-        ids, mask = np.zeros(envs.engine.width + 6, np.int64), np.zeros(envs.engine.width + 6, np.int8)
-        ids[1:3], ids[3 : 3 + n], mask[1 : 3 + n] = prompt, response[:n], 1
+        ids = np.zeros(envs.engine.width + 6, np.int64)
+        mask = np.zeros(envs.engine.width + 6, np.int8)
+        ids[1:3] = prompt
+        ids[3 : 3 + n] = response[:n]
+        mask[1 : 3 + n] = 1
         shown.append({"input_ids": ids, "attention_mask": mask})
     together = {name: np.stack([s[name] for s in shown]) for name in shown[0]}
     with torch.no_grad():
@@ -851,7 +885,8 @@ def test_ppo_trains_on_a_gpu(parts: dict[str, object], critic: Critic) -> None:
     envs = {device: RLHFVectorEnv(1, device=device, **parts) for device in ("cpu", "cuda")}
     agent = tiny_ppo(envs["cuda"], critic=critic)
     assert agent.policy.device.type == "cuda"
-    on_gpu, on_cpu = learn(agent, 2), learn(tiny_ppo(envs["cpu"], critic=critic), 2)
+    on_gpu = learn(agent, 2)
+    on_cpu = learn(tiny_ppo(envs["cpu"], critic=critic), 2)
     assert all(math.isfinite(x) for metrics in on_gpu for x in metrics.values())
     for name in ("rollout/score", "rollout/length", "train/entropy", "train/policy_loss", "train/value_loss"):
         assert on_gpu[0][name] == pytest.approx(on_cpu[0][name], abs=1e-3), name

@@ -24,7 +24,9 @@ def test_a_late_kl_at_a_discount_has_a_derivative_that_is_missed(
 ) -> None:
     tree = Tree.of(TinyProblem(gamma=gamma, dense_kl=False).task, "train")
     agent = agent_of(kind, tree.task, **config)
-    found, right = direction(agent, tree, ways_of(agent, tree)), gradient(agent, tree)
-    missed, size = late_term(agent, tree), right.norm().item()
+    found = direction(agent, tree, ways_of(agent, tree))
+    right = gradient(agent, tree)
+    missed = late_term(agent, tree)
+    size = right.norm().item()
     torch.testing.assert_close(found + missed, right, rtol=0, atol=1e-5 * size)
     assert missed.norm() > 0.1 * size if gamma < 1 else missed.norm() < 1e-5 * size

@@ -76,7 +76,8 @@ def expert(tree: Tree) -> tuple[Tensor, Tensor]:
 
 def test_the_gradient_under_the_expert_is_that_of_the_kl_from_it() -> None:
     """KL(pi* || pi), whole laws at the prefixes that pi* reaches, against -log pi of its tokens; and from samples."""
-    tree, agent = Tree.of(PROBLEM.task, "train"), tiny_sft(demonstrations="optimal", batch_size=2000)
+    tree = Tree.of(PROBLEM.task, "train")
+    agent = tiny_sft(demonstrations="optimal", batch_size=2000)
     probs, law = expert(tree)
     row = tree.episodes.response_mask.nonzero()[:, 0]
     own = agent.policy.read(tree.episodes).logits.double().log_softmax(-1)
@@ -106,7 +107,8 @@ def test_at_first_the_loss_is_the_cross_entropy_of_the_reference(policy: Any, so
 
 def test_the_loss_is_of_the_response_alone_and_its_end(file: str) -> None:
     agent = tiny_sft(demonstrations="file", path=file)
-    nats, count = 0.0, 0
+    nats = 0.0
+    count = 0
     for prompt, completion in LINES:
         ids = tuple(PROBLEM.lm.tokenizer(completion)["input_ids"])
         nats -= PROBLEM.token_log_probs(PROBLEM.lm, prompt)[PROBLEM.responses.index(ids)].sum().item()
@@ -130,7 +132,8 @@ def test_a_gradient_is_of_this_loss_and_clipped() -> None:
 
 
 def test_an_expert_is_cloned() -> None:
-    tree, agent = Tree.of(PROBLEM.task, "train"), tiny_sft(demonstrations="optimal", batch_size=64, lr=5e-3, epochs=4)
+    tree = Tree.of(PROBLEM.task, "train")
+    agent = tiny_sft(demonstrations="optimal", batch_size=64, lr=5e-3, epochs=4)
     optimum = tree.solve()
     assert optimum.policy is not None
     history = learn(agent, 200, total=4_000)
@@ -143,11 +146,14 @@ def test_an_expert_is_cloned() -> None:
 
 
 def test_cloning_the_best_of_n_goes_to_its_law() -> None:
-    tree, agent = Tree.of(PROBLEM.task, "train"), tiny_sft(n=4, batch_size=64, lr=5e-3, epochs=4)
+    tree = Tree.of(PROBLEM.task, "train")
+    agent = tiny_sft(n=4, batch_size=64, lr=5e-3, epochs=4)
     reference = tree.evaluate(law_of(PROBLEM.lm)).log_probs.view(3, -1)
     history = learn(agent, 100, total=15_000)
     found = tree.evaluate(law_of(agent.policy)).log_probs.view(3, -1)
-    best, distance, start = {}, {}, {}
+    best = {}
+    distance = {}
+    start = {}
     for n in (1, 2, 4, 8):
         law = torch.stack([best_of_n_log_probs(*pair, n) for pair in zip(reference, tree.scores, strict=True)])
         best[n] = (law.exp() * tree.scores).sum(1).mean().item()
@@ -173,7 +179,8 @@ def test_of_one_candidate_there_is_nothing_to_learn() -> None:
 
 
 def test_the_best_candidates_are_those_of_best_of_n() -> None:
-    agent, twin = tiny_sft(n=3, batch_size=6, seed=4), BestOfN(tiny(), BestOfNConfig(3), seed=shifted(4))
+    agent = tiny_sft(n=3, batch_size=6, seed=4)
+    twin = BestOfN(tiny(), BestOfNConfig(3), seed=shifted(4))
     twin.envs.reset(seed=row_seeds(shifted(4), 1))
     episodes, steps = agent.sample()
     same = twin.respond(twin.envs.next_prompts(6))
@@ -255,7 +262,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(policy: Any, source: dict[str, A
 
 def test_a_loaded_agent_acts_as_the_saved_one(tmp_path: Path) -> None:
     envs = tiny(num_envs=64)
-    agent, other = tiny_sft(envs), tiny_sft(envs, seed=5)
+    agent = tiny_sft(envs)
+    other = tiny_sft(envs, seed=5)
     learn(agent, 5)
     agent.save(tmp_path / "checkpoint")
     other.load(tmp_path / "checkpoint")

@@ -36,7 +36,8 @@ def test_generate_draws_from_the_policys_law(reference: CausalLM, tmp_path: Path
         policy.actor.transformer.ln_f.weight.mul_(3)
     policy.save(tmp_path)
     before = reference.model.generation_config.to_dict()
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
     assert batch["attention_mask"][1].tolist() == [0, 0, 0, 0, 1]  # on the left
     with torch.random.fork_rng():

@@ -144,7 +144,8 @@ def test_the_weights_are_the_references_own_and_only_the_adapter_is_new(lm: Caus
 
 
 def test_the_policy_starts_as_the_reference_with_value_zero(lm: CausalLM) -> None:
-    policy, envs = LoRAPolicy(lm), envs_of(lm, max_new_tokens=16)
+    policy = LoRAPolicy(lm)
+    envs = envs_of(lm, max_new_tokens=16)
     episodes = sampled(envs, policy)
     assert len(set(episodes.lengths.tolist())) > 1  # ragged, or it would test little
     torch.testing.assert_close(policy.read(episodes).logits, read_logits(lm, episodes))
@@ -202,7 +203,8 @@ def test_the_factors_are_drawn_from_the_seed_and_from_no_global_generator(lm: Ca
 
 def test_a_critic_with_a_trunk_of_its_own_is_a_copy(parts: dict[str, Any]) -> None:
     envs = RLHFVectorEnv(1, **parts)
-    lm, before = envs.engine.lm, snapshot(envs.engine.lm)
+    lm = envs.engine.lm
+    before = snapshot(envs.engine.lm)
     agent = ppo(envs, critic="reward_model")
     shared = {p.data_ptr() for p in agent.policy.parameters()} & {p.data_ptr() for p in lm.model.parameters()}
     assert not shared
@@ -215,10 +217,12 @@ def test_a_critic_with_a_trunk_of_its_own_is_a_copy(parts: dict[str, Any]) -> No
 
 @pytest.mark.filterwarnings("error::UserWarning:agents")
 def test_ppo_learns_and_moves_nothing_but_adapter_and_head(lm: CausalLM) -> None:
-    envs, before = envs_of(lm), snapshot(lm)
+    envs = envs_of(lm)
+    before = snapshot(lm)
     agent = ppo(envs, batch_size=96, micro_batch_size=96, epochs=4)
     first = sampled(envs, CausalPolicy(lm))
-    logits, start = read_logits(lm, first), [p.detach().clone() for p in agent.policy.parameters()]
+    logits = read_logits(lm, first)
+    start = [p.detach().clone() for p in agent.policy.parameters()]
     history = learn(agent, 8)
     assert max(metrics["train/ratio_error"] for metrics in history) < 1e-5  # decoding sees every update
     assert abs(history[0]["rollout/kl"]) < 1e-4
@@ -231,11 +235,13 @@ def test_ppo_learns_and_moves_nothing_but_adapter_and_head(lm: CausalLM) -> None
 
 
 def test_the_policy_decodes_on_the_ring_and_follows_its_weights(lm: CausalLM) -> None:
-    policy, envs = LoRAPolicy(lm), envs_of(lm)
+    policy = LoRAPolicy(lm)
+    envs = envs_of(lm)
     assert isinstance(make_decoder(policy.lm, 2, 9), RingDecoder)
     for seed in (3, 4):  # the step has been recorded by then
         episodes = sampled(envs, moved(policy, seed))
-        law, chosen = policy.read(episodes), episodes.response_ids[episodes.response_mask]
+        law = policy.read(episodes)
+        chosen = episodes.response_ids[episodes.response_mask]
         log_probs = law.logits.log_softmax(-1).gather(1, chosen.unsqueeze(1)).squeeze(1)
         torch.testing.assert_close(episodes.log_probs[episodes.response_mask], log_probs, rtol=0, atol=1e-5)
         assert episodes.values is not None
@@ -264,7 +270,8 @@ def test_no_agent_moves_the_reference(name: str) -> None:
     if name == "sb3_TRPO":
         pytest.importorskip("sb3_contrib")
     lm = tiny_lm(SHAPES["GPT-2"])
-    before, agent = snapshot(lm), agents_of(name, lm)
+    before = snapshot(lm)
+    agent = agents_of(name, lm)
     networks = agent.model.policy if name.startswith("sb3_") else agent.policy
     start = {name: p.detach().clone() for name, p in networks.named_parameters()}
     for metrics in learn(agent, 3, total=300):
@@ -324,7 +331,8 @@ def test_what_is_saved_loads_as_a_hugging_face_model_and_back(
 
     other = LoRAPolicy(lm, rank=3, modules=modules, seed=9)
     other.load(tmp_path)
-    state, saved = other.state_dict(), policy.state_dict()
+    state = other.state_dict()
+    saved = policy.state_dict()
     assert state.keys() == saved.keys()
     assert all(torch.equal(state[name], saved[name]) for name in saved)
     for now, before in zip(other.read(episodes), policy.read(episodes), strict=True):
@@ -372,7 +380,8 @@ def test_checkpoints_of_another_kind_are_refused(model_dir: str, tmp_path: Path)
 def test_a_resumed_run_is_the_run(tmp_path: Path) -> None:
     lm = tiny_lm(SHAPES["Llama"])
     whole = learn(ppo(envs_of(lm)), 4, total=400)
-    first, second = ppo(envs_of(lm)), ppo(envs_of(lm), seed=7)
+    first = ppo(envs_of(lm))
+    second = ppo(envs_of(lm), seed=7)
     second.generator.manual_seed(0)
     curve = learn(first, 2, total=400)
     first.save(tmp_path / "checkpoint")
@@ -390,8 +399,10 @@ def test_predict_is_of_the_adapted_model(lm: CausalLM) -> None:
     best: list[int] = []
     of_reference: list[int] = []
     for i, prompt in enumerate(envs.engine.prompts[j].ids for j in range(3)):
-        ids, mask = np.zeros(envs.engine.width + 5, np.int64), np.zeros(envs.engine.width + 5, np.int8)
-        ids[: len(prompt)], mask[: len(prompt)] = prompt, 1
+        ids = np.zeros(envs.engine.width + 5, np.int64)
+        mask = np.zeros(envs.engine.width + 5, np.int8)
+        ids[: len(prompt)] = prompt
+        mask[: len(prompt)] = 1
         with torch.no_grad():
             for model, chosen in ((agent.policy.actor, best), (lm.model, of_reference)):
                 chosen.append(int(model(input_ids=torch.tensor([prompt])).logits[0, -1, :V].argmax()))

@@ -83,7 +83,8 @@ def test_the_policy_starts_as_the_reference_with_value_zero(envs: RLHFVectorEnv,
 
 
 def test_the_reference_stays_frozen_and_apart(envs: RLHFVectorEnv) -> None:
-    reference, reward = envs.engine.lm.model, reward_model(envs)
+    reference = envs.engine.lm.model
+    reward = reward_model(envs)
     kept = [p.clone() for model in (reference, reward) for p in model.parameters()]
     for critic in CRITICS:
         policy = policy_of(envs, critic, moved=True)
@@ -139,7 +140,8 @@ def test_read_gives_the_logits_of_a_plain_forward_of_each_episode_alone(envs: RL
     policy = policy_of(envs, moved=True)
     episodes = sampled(envs, policy)
     read = policy.read(episodes)
-    law, chosen = read.logits.detach().log_softmax(-1), episodes.response_ids[episodes.response_mask]
+    law = read.logits.detach().log_softmax(-1)
+    chosen = episodes.response_ids[episodes.response_mask]
     log_probs = torch.zeros(episodes.log_probs.shape)
     log_probs[episodes.response_mask] = law.gather(1, chosen.unsqueeze(1)).squeeze(1)
     assert len({len(r) for *_, r in one_by_one(episodes)}) > 2  # ragged, or this would test little
@@ -174,7 +176,8 @@ def test_values_are_those_of_the_state_before_each_token_and_behind_the_last(
 ) -> None:
     policy = policy_of(envs, critic, moved=True)
     episodes = sampled(envs, policy)
-    values, behind = policy.values(episodes), policy.values_behind(episodes)
+    values = policy.values(episodes)
+    behind = policy.values_behind(episodes)
     assert (values[~episodes.response_mask] == 0).all()
     with torch.no_grad():
         for i, p, ids, response in one_by_one(episodes):
@@ -229,7 +232,8 @@ def test_what_is_saved_loads_as_a_hugging_face_model_and_back(
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.get_vocab() == policy.lm.tokenizer.get_vocab()
-    mine, theirs = policy.actor.state_dict(), plain.state_dict()
+    mine = policy.actor.state_dict()
+    theirs = plain.state_dict()
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     ids = one_by_one(episodes)[0][2]
@@ -241,7 +245,8 @@ def test_what_is_saved_loads_as_a_hugging_face_model_and_back(
     other.load(tmp_path)
     for now, before in zip(other.read(episodes), policy.read(episodes), strict=True):
         assert torch.equal(now, before)
-    own, saved = other.state_dict(), policy.state_dict()
+    own = other.state_dict()
+    saved = policy.state_dict()
     assert own.keys() == saved.keys()
     assert all(torch.equal(own[name], saved[name]) for name in saved)
     assert all(p.requires_grad for p in other.parameters())

@@ -98,7 +98,8 @@ def lm(request: pytest.FixtureRequest) -> CausalLM:
 
 
 def test_at_first_the_law_is_the_references_to_the_bit(lm: CausalLM, network: Network) -> None:
-    policy, envs = policy_of(lm, network, moved=False), envs_of(lm)
+    policy = policy_of(lm, network, moved=False)
+    envs = envs_of(lm)
     episodes = sampled(envs, policy)
     assert torch.equal(policy.read(episodes).logits, read_logits(lm, episodes))
     assert torch.equal(policy.values(episodes), torch.zeros_like(episodes.log_probs))
@@ -167,7 +168,8 @@ def test_logits_are_the_references_plus_the_networks(lm: CausalLM, network: Netw
     policy = policy_of(lm, network)
     episodes = sampled(envs_of(lm), policy)
     with torch.no_grad():
-        read, reference = policy.read(episodes), read_logits(lm, episodes)
+        read = policy.read(episodes)
+        reference = read_logits(lm, episodes)
         rows = episodes.response_mask.nonzero()[:, 0]
         for i in range(len(episodes)):
             p = int(episodes.prompt_mask[i].sum())
@@ -199,9 +201,11 @@ def test_the_network_sees_the_order_of_tokens_and_their_place(network: Network) 
 
 def left_padded(rows: list[list[int]], width: int) -> tuple[Tensor, Tensor]:
     """Sequences on the right of (n, width), with tokens of the vocabulary as their padding."""
-    ids, mask = torch.full((len(rows), width), 3), torch.zeros((len(rows), width), dtype=torch.bool)
+    ids = torch.full((len(rows), width), 3)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
     for i, row in enumerate(rows):
-        ids[i, width - len(row) :], mask[i, width - len(row) :] = torch.tensor(row), True
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = True
     return ids, mask
 
 
@@ -209,7 +213,8 @@ def check_decoded(policy: ResidualPolicy, state: Any, rows: list[list[int]]) -> 
     """What is decoded is what one forward over each sequence alone gives."""
     with torch.no_grad():
         for i, row in enumerate(rows):
-            ids, place = torch.tensor([row]), torch.tensor([len(row) - 1])
+            ids = torch.tensor([row])
+            place = torch.tensor([len(row) - 1])
             logits, values, _ = policy.read_at(ids, torch.zeros(1, dtype=torch.int64), place)
             torch.testing.assert_close(state.logits[i], logits[0], rtol=0, atol=1e-5)
             torch.testing.assert_close(state.values[i], values[0], rtol=0, atol=1e-5)
@@ -232,7 +237,8 @@ def test_decoding_is_a_forward_over_all_that_came_before(lm: CausalLM, network: 
             check_decoded(policy, state, rows)
         if t == 4:
             state.begin(torch.tensor([2, 0]), *left_padded([[3, 3], [4]], 3))
-            rows[2], rows[0] = [3, 3], [4]
+            rows[2] = [3, 3]
+            rows[0] = [4]
             check_decoded(policy, state, rows)
         tokens = torch.randint(3, 5, (len(rows),), generator=generator)
         state.step(tokens)
@@ -261,7 +267,8 @@ def test_a_row_does_not_feel_its_batch_mates_or_its_padding(lm: CausalLM, networ
         prompt_mask=torch.nn.functional.pad(episodes.prompt_mask, (3, 0), value=False),
     )
     with torch.no_grad():
-        together, behind = policy.read(episodes), policy.values_behind(episodes)
+        together = policy.read(episodes)
+        behind = policy.values_behind(episodes)
         for one, other in zip(policy.read(wide), together, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
         rows = episodes.response_mask.nonzero()[:, 0]
@@ -316,11 +323,13 @@ def test_variants_of_the_problem_train_step_by_step(variant: dict[str, Any], net
 
 
 def test_a_saved_policy_is_read_back(lm: CausalLM, network: Network, tmp_path: Path) -> None:
-    policy, other = policy_of(lm, network), policy_of(lm, network, moved=False, seed=4)
+    policy = policy_of(lm, network)
+    other = policy_of(lm, network, moved=False, seed=4)
     policy.save(tmp_path)
     assert json.loads((tmp_path / "residual.json").read_text())["network"] == network
     other.load(tmp_path)
-    own, saved = other.state_dict(), policy.state_dict()
+    own = other.state_dict()
+    saved = policy.state_dict()
     assert own.keys() == saved.keys()
     assert all(torch.equal(own[name], saved[name]) for name in saved)
     envs = envs_of(lm)
@@ -343,7 +352,8 @@ def test_a_resumed_run_is_the_run(network: Network, tmp_path: Path) -> None:
         return ppo(envs_of(table(), reward=NoisyReward(count_b, 1.0, seed=2)), policy=network)
 
     whole = learn(agent(), 4, total=500)
-    first, second = agent(), agent()
+    first = agent()
+    second = agent()
     curve = learn(first, 2, total=500)
     first.save(tmp_path / "checkpoint")
     learn(first, 1, total=500)  # what comes after the checkpoint is lost with the process
@@ -356,16 +366,15 @@ def test_predict_chooses_from_the_sum(network: Network) -> None:
     envs = envs_of(table())
     agent = ppo(envs, policy=network)
     agent.policy = policy_of(envs.engine.lm, network)
-    prompt, response = envs.engine.prompts[1].ids, (1, 2, 2, 4)
+    prompt = envs.engine.prompts[1].ids
+    response = (1, 2, 2, 4)
     ids = np.zeros((5, envs.engine.width + HORIZON), np.int64)
     mask = np.zeros(ids.shape, np.int8)
     laws = []
     for n in range(5):
         so_far = [*prompt, *response[:n]]
-        (
-            ids[n, envs.engine.width - 2 : envs.engine.width + n],
-            mask[n, envs.engine.width - 2 : envs.engine.width + n],
-        ) = so_far, 1
+        ids[n, envs.engine.width - 2 : envs.engine.width + n] = so_far
+        mask[n, envs.engine.width - 2 : envs.engine.width + n] = 1
         with torch.no_grad():
             laws.append(agent.policy.next_logits(torch.tensor([so_far]), torch.tensor([len(so_far)]))[0])
     shown = {"input_ids": ids, "attention_mask": mask}
@@ -389,7 +398,8 @@ def test_auto_is_a_residual_on_a_table_and_a_copy_of_any_other_reference() -> No
 
 
 def test_width_and_layers_are_those_of_the_network() -> None:
-    small, large = ppo(policy="transformer"), ppo(policy="transformer", width=40, layers=3)
+    small = ppo(policy="transformer")
+    large = ppo(policy="transformer", width=40, layers=3)
     assert large.policy.network.model.config.n_layer == 3
     assert large.policy.value_head.in_features == 40
     sizes = [sum(p.numel() for p in agent.policy.parameters()) for agent in (small, large)]
