@@ -132,8 +132,8 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
     if not (isinstance(agent_class, type) and issubclass(agent_class, agents.agent.Agent)):
         raise InvalidArgumentError(f"`agent._target_` must be an agent (`agents.agent.Agent`), got {target!r}.")
     agent_config = validated(agent_class.Config, agent, "agent")
-    from lmgym.models.causal import resolve_device
     from lmgym.models.sampling import Sampler
+    from lmgym.models.sharing import resolve_device
 
     sampler = validated(Sampler, values["sampler"], "sampler")
     resolve_device(settings["device"])

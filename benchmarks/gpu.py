@@ -136,7 +136,8 @@ def build_model(shape: Shape, dtype: torch.dtype) -> Any:
 def make_envs(shape: Shape, dtype: torch.dtype, horizon: int, kl_coef: float) -> Any:
     """The token MDP on a model with random weights, with a reward that costs nothing to compute."""
     from lmgym.envs.vector import RLHFVectorEnv
-    from lmgym.models.causal import CausalLM, freeze, fuse_gelu
+    from lmgym.models.causal import CausalLM, freeze
+    from lmgym.models.sharing import fuse_gelu
     from lmgym.tasks import Task
 
     lm = CausalLM(freeze(fuse_gelu(build_model(shape, dtype))), word_tokenizer(shape.vocabulary))

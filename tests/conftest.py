@@ -23,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lmgym.models.causal import CausalLM, freeze, load_causal_lm
+from lmgym.models.causal import CausalLM, freeze
+from lmgym.models.sharing import load_causal_lm
 from lmgym.rewards.classifier import load_reward_model
 from lmgym.tasks import Task
 

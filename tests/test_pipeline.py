@@ -16,7 +16,7 @@ import pytest
 import torch
 from pages import ROOT, blocks, execute
 
-from lmgym.models.causal import load_causal_lm
+from lmgym.models.sharing import load_causal_lm
 
 PAGE = ROOT / "docs" / "pipeline.md"
 

@@ -1,11 +1,10 @@
-"""What a model must be to be a reference, found by running it once: it reads from left to right, in finite numbers.
+"""Checks that a model can be a reference, by running it once: it reads from left to right, in finite numbers.
 
 Shapes: L columns, V vocabulary.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,24 +18,24 @@ from lmgym.models.markov import MarkovLM
 if TYPE_CHECKING:
     from lmgym.models.causal import CausalLM
 
-_PROBE_TOKENS = 8  # in a sequence; the second half is changed, and what the model says of the first must stay
+_PROBE_TOKENS = 8  # in a sequence; the second half is changed, and the logits of the first must stay as they are
 _TOLERANCE = 1e-4  # of the largest logit, in float32; two forwards of one shape differ by rounding at most
 _COARSE_TOLERANCE = 1e-2  # the same in half precision
 
-_probed: weakref.WeakSet[CausalLM] = weakref.WeakSet()
-_finite: weakref.WeakKeyDictionary[CausalLM, set[tuple[tuple[int, ...], ...]]] = weakref.WeakKeyDictionary()
 
-
-@torch.no_grad()
 def check_language_model(lm: CausalLM) -> None:
-    """Raises unless the model reads from left to right and its logits are finite; probed once a model.
+    """Raises unless the model reads from left to right and its logits are finite; runs it once.
 
     Raises:
         LmGymError: for a model that sees the tokens it is to predict, or whose weights are not finite.
         InvalidArgumentError: where only its dtype makes the logits infinite.
     """
-    if lm in _probed or isinstance(lm.model, MarkovLM):
-        return
+    if not isinstance(lm.model, MarkovLM):
+        lm.remember(_check_language_model)
+
+
+@torch.no_grad()
+def _check_language_model(lm: CausalLM) -> None:
     first, second = _probe_sequences(lm)
     ids = torch.tensor([first, second], device=lm.device)
     logits = _legal_logits(lm, ids)
@@ -47,24 +46,21 @@ def check_language_model(lm: CausalLM) -> None:
     if gap > tolerance * logits.abs().max().clamp(min=1e-6):
         raise LmGymError(
             f"`model` {_name_of(lm)}must be a causal language model, and this {type(lm.model).__name__} is none: what "
-            "it says of a token changes with the tokens behind it, as in BERT, which fills in masks. Name a model that "
+            "it says of a token changes with the tokens after it, as in BERT, which fills in masks. Name a model that "
             "writes from left to right, or set is_decoder to true in the config.json of one that was trained so."
         )
-    _probed.add(lm)
+
+
+def check_prompts_are_finite(lm: CausalLM, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises as `check_language_model` does unless the logits after every token of these prompts are finite."""
+    if not isinstance(lm.model, MarkovLM):
+        lm.remember(_check_prompts_are_finite, tuple(tuple(ids) for ids in prompts))
 
 
 @torch.no_grad()
-def check_prompts_are_finite(lm: CausalLM, prompts: Sequence[Sequence[int]]) -> None:
-    """Raises as `check_language_model` unless the logits behind every token of these prompts are finite."""
-    if isinstance(lm.model, MarkovLM):
-        return
-    seen = _finite.setdefault(lm, set())
-    key = tuple(map(tuple, prompts))
-    if key in seen:
-        return
+def _check_prompts_are_finite(lm: CausalLM, prompts: tuple[tuple[int, ...], ...]) -> None:
     for ids in prompts:
-        check_finite(lm, _legal_logits(lm, torch.tensor([list(ids)], device=lm.device)))
-    seen.add(key)
+        check_finite(lm, _legal_logits(lm, torch.tensor([ids], device=lm.device)))
 
 
 def check_finite(lm: CausalLM, logits: Tensor) -> None:
@@ -84,20 +80,20 @@ def check_finite(lm: CausalLM, logits: Tensor) -> None:
 
 
 def _name_of(lm: CausalLM) -> str:
-    """The model's name in a message with a blank behind it; "" where it has none."""
+    """The model's name and a blank, for a message; "" where it has no name."""
     name = getattr(lm.model, "name_or_path", "")
     return f"{name!r} " if name else ""
 
 
 def _legal_logits(lm: CausalLM, ids: Tensor) -> Tensor:
-    """(B, L, legal tokens) float32 logits at every place."""
+    """(B, L, legal tokens) float32 logits at every position."""
     logits = lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
     legal = lm.legal_logits(torch.zeros(logits.shape[-1], device=logits.device)).isfinite()
     return logits[..., : lm.vocab_size][..., legal]
 
 
 def _probe_sequences(lm: CausalLM) -> tuple[list[int], list[int]]:
-    """Two sequences of words that begin alike and go on with other tokens at every place."""
+    """Two sequences of words with one first half, and different tokens at every position of the second."""
     words = sorted(set(lm.tokenizer.get_vocab().values()) - set(lm.tokenizer.all_special_ids))
     words = words or [i for i in range(lm.vocab_size) if lm.is_legal(i)]
     length = min(_PROBE_TOKENS, lm.max_positions or _PROBE_TOKENS)

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from lmgym.errors import InvalidArgumentError, LmGymError, RewardError
-from lmgym.models.causal import CausalLM, SharedModels
+from lmgym.models.causal import CausalLM
 from lmgym.models.loading import check_finite_weights
 from lmgym.models.positions import max_positions
 from lmgym.models.segmentation import SpecialTokens, compare
+from lmgym.models.sharing import SharedModels
 from lmgym.rewards.sequence import probe_sequences, sequence_logits
 
 _ROWS = 64  # episodes a forward takes at once

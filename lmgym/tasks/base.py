@@ -215,14 +215,15 @@ class Task:
 
     def reference(self, device: str = "auto", dtype: str = "float32") -> CausalLM:
         """The frozen supervised model, loaded once however many ask for it."""
-        from lmgym.models.causal import CausalLM, load_causal_lm, place, tempered
+        from lmgym.models.causal import CausalLM
+        from lmgym.models.sharing import load_causal_lm, temper, to_device
 
         if isinstance(self.model, CausalLM):
             lm = self.model
         else:
             model = self.model
-            lm = place(model(), device, dtype) if callable(model) else load_causal_lm(model, device, dtype)
-        return tempered(lm, self.temperature)
+            lm = to_device(model(), device, dtype) if callable(model) else load_causal_lm(model, device, dtype)
+        return temper(lm, self.temperature)
 
     def end_rule(self, lm: CausalLM, device: torch.device | str = "cpu") -> EndRule[Tensor]:
         """When responses end, over the tokens of the reference `lm`; the table of EOS tokens is on `device`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import shutil
 import threading
 import weakref
@@ -15,15 +16,16 @@ import pytest
 import torch
 from conftest import WORDS, byte_tokenizer, gpt2, tiny_lm, word_tokenizer
 from tokenizers import processors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
 from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
-from lmgym.models.causal import CausalLM, freeze, load_causal_lm, resolve_device, tempered, token_log_probs
+from lmgym.models.causal import CausalLM, freeze, token_log_probs
 from lmgym.models.decoding import make_decoder
 from lmgym.models.markov import dirichlet_rows, markov_lm
 from lmgym.models.padding import pack
+from lmgym.models.sharing import load_causal_lm, resolve_device, temper
 
 V = len(WORDS) + 3
 PADDED = V + 4  # embeddings without a token
@@ -124,11 +126,11 @@ def test_log_probs_do_not_feel_batch_mates_padding_or_order(lm: CausalLM) -> Non
 
 def test_a_temperature_divides_the_logits_wherever_they_are_read(lm: CausalLM) -> None:
     """Teacher-forced, at chosen places, and while decoding; the weights are shared, and the model itself stays."""
-    warm, data = tempered(lm, 0.5), tuple(x[[0, 20, 36]] for x in batch())
+    warm, data = temper(lm, 0.5), tuple(x[[0, 20, 36]] for x in batch())
     assert (warm.model, warm.tokenizer) == (lm.model, lm.tokenizer)
-    assert tempered(lm, 0.5) is warm is not lm
-    assert tempered(lm, 1.0) is lm
-    assert tempered(warm, 2.0).temperature == 1.0
+    assert temper(lm, 0.5) is warm is not lm
+    assert temper(lm, 1.0) is lm
+    assert temper(warm, 2.0).temperature == 1.0
     ids, rows, columns, targets = pack(*data)
     with torch.inference_mode():
         cold = lm.response_hidden(ids, rows, columns)[1]
@@ -144,9 +146,51 @@ def test_a_temperature_divides_the_logits_wherever_they_are_read(lm: CausalLM) -
         torch.testing.assert_close(decoders[0].logits, decoders[1].logits / 0.5, rtol=0, atol=1e-5)
 
 
+def test_what_is_made_of_a_model_is_made_once_and_freed_with_it() -> None:
+    made: list[tuple[int, float]] = []
+
+    def make(lm: CausalLM, count: int, price: float) -> object:
+        made.append((count, price))
+        return nn.Module()
+
+    lm = tiny_lm(CONFIGS["GPT-2"])
+    first = lm.remember(make, 1, 0.5)
+    assert lm.remember(make, 1, 0.5) is first is not lm.remember(make, 2, 0.5)
+    assert made == [(1, 0.5), (2, 0.5)]
+    assert tiny_lm(CONFIGS["GPT-2"]).remember(make, 1, 0.5) is not first
+    gone = weakref.ref(first)
+    del lm, first
+    assert gone() is None  # without the collector of cycles
+
+
+def test_what_fails_is_not_remembered() -> None:
+    failures = iter([True, False])
+
+    def make(lm: CausalLM) -> int:
+        if next(failures):
+            raise LmGymError("not yet")
+        return 3
+
+    lm = tiny_lm(CONFIGS["GPT-2"])
+    with pytest.raises(LmGymError, match="not yet"):
+        lm.remember(make)
+    assert lm.remember(make) == 3
+
+
+def test_a_model_that_has_decoded_can_be_pickled() -> None:
+    lm = tiny_lm(CONFIGS["GPT-2"])
+    ids = torch.tensor([[3, 4, 5]])
+    decoder = make_decoder(lm, 1, 8)
+    decoder.begin(torch.tensor([0]), ids, torch.ones_like(ids).bool())
+    decoder.step(torch.tensor([6]))
+    copied = pickle.loads(pickle.dumps(lm))
+    with torch.inference_mode():
+        torch.testing.assert_close(copied.model(input_ids=ids).logits, lm.model(input_ids=ids).logits)
+
+
 def test_whoever_holds_a_tempered_model_shares_the_weights_with_the_next(own_dir: Path) -> None:
-    first = tempered(load_causal_lm(str(own_dir)), 0.5)
-    assert tempered(load_causal_lm(str(own_dir)), 0.5) is first
+    first = temper(load_causal_lm(str(own_dir)), 0.5)
+    assert temper(load_causal_lm(str(own_dir)), 0.5) is first
     weights = weakref.ref(first.model)
     del first
     gc.collect()
@@ -156,13 +200,13 @@ def test_whoever_holds_a_tempered_model_shares_the_weights_with_the_next(own_dir
 def test_a_table_at_a_temperature_is_a_table() -> None:
     rows = dirichlet_rows(np.random.default_rng(0), 5, 5, 1.0)
     rows[2] = [0.0, 0.5, 0.5, 0.0, 0.0]  # what is impossible stays so
-    warm = tempered(markov_lm(rows, ["a", "b", "c", "d"], order=1), 0.5)
+    warm = temper(markov_lm(rows, ["a", "b", "c", "d"], order=1), 0.5)
     expected = rows**2 / (rows**2).sum(1, keepdims=True)
     np.testing.assert_allclose(warm.model.rows.detach().numpy(), expected, atol=1e-6)
     assert warm.temperature == 1.0
     mixed = markov_lm(rows[:2], ["a", "b", "c", "d"], order=1, mixture=np.full((5, 2), 0.5))
     with pytest.raises(InvalidArgumentError, match="`temperature` must be 1"):
-        tempered(mixed, 0.5)
+        temper(mixed, 0.5)
 
 
 def test_a_row_without_a_response_costs_nothing(gpt2_lm: CausalLM) -> None:

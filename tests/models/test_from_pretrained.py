@@ -29,8 +29,9 @@ from transformers import (
 from agents.policies.actor_critic import ActorCritic
 from agents.policies.lora import LoRAPolicy
 from lmgym.errors import InvalidArgumentError, LmGymError
-from lmgym.models.causal import CausalLM, freeze, load_causal_lm
+from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.policy import CausalPolicy
+from lmgym.models.sharing import load_causal_lm
 from lmgym.rewards.classifier import load_reward_model
 
 TOKENIZER = word_tokenizer()

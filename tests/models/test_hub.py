@@ -14,8 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from lmgym.errors import InvalidArgumentError
 from lmgym.models import adapters
 from lmgym.models.adapters import tokenizer_source
-from lmgym.models.causal import load_causal_lm
 from lmgym.models.hub import TIMEOUT, locate
+from lmgym.models.sharing import load_causal_lm
 
 
 @pytest.fixture

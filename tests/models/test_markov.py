@@ -24,10 +24,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizer
 from lmgym.errors import InvalidArgumentError
 from lmgym.models import texts
 from lmgym.models.caches import CACHE_FIELD, cache_keyword
-from lmgym.models.causal import CausalLM, load_causal_lm
+from lmgym.models.causal import CausalLM, has_separate_head
 from lmgym.models.decoding import PlainDecoder, TableDecoder, make_decoder
 from lmgym.models.markov import MarkovConfig, MarkovLM, dirichlet_rows, fit_markov, markov_lm, symbol_tokenizer
 from lmgym.models.policy import CausalPolicy
+from lmgym.models.sharing import load_causal_lm
 from lmgym.rollout import collect, collect_steps
 from lmgym.tasks import Task
 
@@ -271,7 +272,7 @@ def test_the_trunk_and_the_head_are_told_apart(order: int, rank: int | None) -> 
     rows = torch.tensor([0, 1, 1])
     columns = torch.tensor([5, 0, 3])
     hidden, logits = lm.response_hidden(ids, rows, columns)
-    assert lm._head_splits
+    assert lm.remember(has_separate_head)
     assert hidden.shape == (3, rank or V)
     torch.testing.assert_close(logits, lm.model(input_ids=ids).logits[rows, columns])
     assert lm.max_positions is None
@@ -304,7 +305,7 @@ def test_loading_needs_no_import_of_the_module(tmp_path: Path) -> None:
     lm = make(1, None)
     lm.model.save_pretrained(tmp_path)
     lm.tokenizer.save_pretrained(tmp_path)
-    code = "import sys; from lmgym.models.causal import load_causal_lm; print(type(load_causal_lm(sys.argv[1]).model))"
+    code = "import sys; from lmgym.models.sharing import load_causal_lm; print(type(load_causal_lm(sys.argv[1]).model))"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert "MarkovLM" in done.stdout
 

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoTokenizer
 
 from lmgym.errors import InvalidArgumentError
-from lmgym.models.causal import CausalLM, load_causal_lm
+from lmgym.models.causal import CausalLM
 from lmgym.models.decoding import ring_is_exact
+from lmgym.models.sharing import load_causal_lm
 from lmgym.tasks import arithmetic, make_task
 from lmgym.tasks.arithmetic import SETTINGS, SumReward, token_ids
 from lmgym.tasks.base import ARTEFACTS

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from agents.policies.actor_critic import ActorCritic
 from agents.policies.lora import LoRAPolicy
-from lmgym.models.causal import CausalLM, freeze, load_causal_lm, tempered
+from lmgym.models.causal import CausalLM, freeze
+from lmgym.models.sharing import load_causal_lm, temper
 
 V = len(WORDS) + 3
 PROMPTS = ["the film was", "a", "we liked the meal and"]
@@ -27,7 +28,7 @@ def reference() -> CausalLM:
     model.generation_config = GenerationConfig(
         eos_token_id=[1, 7], temperature=0.6, top_k=3, top_p=0.8, repetition_penalty=1.3, do_sample=True
     )
-    return tempered(CausalLM(model, word_tokenizer()), 0.7)
+    return temper(CausalLM(model, word_tokenizer()), 0.7)
 
 
 def test_generate_draws_from_the_policys_law(reference: CausalLM, tmp_path: Path) -> None:
@@ -63,6 +64,6 @@ def test_the_policy_as_a_reference_ends_where_it_ended(reference: CausalLM, tmp_
 
 @pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs peft")
 def test_an_adapter_brings_its_generation_config(model_dir: str, tmp_path: Path) -> None:
-    LoRAPolicy(tempered(load_causal_lm(model_dir, "cpu"), 0.5), rank=2).save(tmp_path)
+    LoRAPolicy(temper(load_causal_lm(model_dir, "cpu"), 0.5), rank=2).save(tmp_path)
     config = load_causal_lm(str(tmp_path), "cpu").model.generation_config
     assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.5, 0, 1.0)

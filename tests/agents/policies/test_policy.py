@@ -18,9 +18,10 @@ from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
 from lmgym.kl import episode_kl
-from lmgym.models.causal import CausalLM, freeze, load_causal_lm
+from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.policy import CausalPolicy
 from lmgym.models.sampling import Sampler
+from lmgym.models.sharing import load_causal_lm
 from lmgym.rollout import collect
 
 CRITICS = get_args(Critic)

@@ -45,7 +45,7 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    for target in ("lmgym.models.causal.AutoModelForCausalLM", "lmgym.models.loading.AutoTokenizer"):
+    for target in ("lmgym.models.sharing.AutoModelForCausalLM", "lmgym.models.loading.AutoTokenizer"):
         monkeypatch.setattr(f"{target}.from_pretrained", refuse)
     monkeypatch.setattr("lmgym.rewards.classifier.AutoModelForSequenceClassification.from_pretrained", refuse)
 

@@ -29,7 +29,7 @@ from agents.runs.trust import (
     trusted_modules,
 )
 from lmgym.errors import InvalidArgumentError, LmGymError
-from lmgym.models.causal import load_causal_lm
+from lmgym.models.sharing import load_causal_lm
 from lmgym.rewards.base import import_function
 
 CONF = Path(__file__).parents[3] / "conf"
