@@ -1,5 +1,6 @@
 # make train   install, train PPO on the built-in task, show what it learned
-# make test    install, then lint, types and tests
+# make test    install, then lint, types, documentation and tests
+# make docs    install, then build the documentation site in build/site, where a warning is an error
 # make test-lowest  the tests alone, in .venv-lowest with the oldest versions that pyproject.toml admits
 # make test-seeds   the tests that draw from a seed, at three others
 # make gpu     on a machine with CUDA: checks and measures everything there, in runs/gpu
@@ -30,7 +31,7 @@ except ImportError: sys.exit("Python cannot make virtual environments here: on D
 endef
 export CHECK_PYTHON
 
-.PHONY: help train test test-only test-lowest test-seeds gpu lint format clean
+.PHONY: help train docs test test-only test-lowest test-seeds gpu lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -53,7 +54,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: lint test-only
+# The variable silences a notice about the future of MkDocs, which is no warning about the pages.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+test: lint docs test-only
 
 test-lowest:
 	$(MAKE) test-only VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt

@@ -34,6 +34,7 @@ from agents.algorithms.dpo import DPO, DPOConfig
 from agents.algorithms.ppo import PPOConfig
 from agents.algorithms.sft import SFT, SFTConfig
 from agents.on_policy import OnPolicyConfig
+from builders.pages import add_agent_rows, missing_agents
 from lmgym.envs.settings import Settings
 from lmgym.envs.single import RESET_OPTIONS
 from lmgym.envs.vector import RLHFVectorEnv
@@ -41,7 +42,10 @@ from lmgym.feedback.preferences import Rankings
 from lmgym.tasks import base
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-README, CONTRIBUTING, AGENTS = ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "agents"
+README = ROOT / "README.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+ENVIRONMENTS = ROOT / "docs" / "environments.md"
+AGENTS = ROOT / "docs" / "agents"
 # Those on the template have a page that adds to the common one; those below, a page with all there is.
 WHOLE = [*SUPERVISED, *(name for name, kind in FIXED.items() if dataclasses.fields(kind.Config))]
 # Those that extend another one, and have its metrics.
@@ -142,19 +146,21 @@ def test_the_worked_examples_train(alone: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def test_the_keyword_arguments_are_those_of_the_settings() -> None:
-    written = {name: cells[0] for name, cells in table(README, "keyword").items()}
+    written = {name: cells[0] for name, cells in table(ENVIRONMENTS, "keyword").items()}
     settings = {field.name: as_written(field.default) for field in dataclasses.fields(Settings)}
     assert written == settings | {"top_k": as_written(None)}  # which `lmgym.wrappers.inside` takes
 
 
 def test_the_keyword_arguments_of_the_vector_env_are_those_of_its_signature() -> None:
-    written = {name: cells[0] for name, cells in table(README, "keyword of make_vec").items()}
+    written = {name: cells[0] for name, cells in table(ENVIRONMENTS, "keyword of make_vec").items()}
     parameters = inspect.signature(RLHFVectorEnv).parameters.values()
     assert written == {p.name: as_written(p.default) for p in parameters if p.kind != p.VAR_KEYWORD}
 
 
 def test_the_ids_are_those_registered() -> None:
-    listed = set(table(README, "id")) | set(re.findall(r"`(lmgym/[\w.-]+-v\d+)`", (ROOT / "docs/tasks.md").read_text()))
+    listed = set(table(ENVIRONMENTS, "id")) | set(
+        re.findall(r"`(lmgym/[\w.-]+-v\d+)`", (ROOT / "docs/tasks.md").read_text())
+    )
     assert listed == {name for name in gym.registry if name.startswith("lmgym/")}
 
 
@@ -162,11 +168,11 @@ def test_the_info_keys_are_those_of_an_episode() -> None:
     env = gym.make("lmgym/RLHF-v0", max_new_tokens=2)
     env.reset(seed=0)
     keys = set(env.step(4)[4]) | set(env.step(4)[4])
-    assert set(table(README, "info key")) == keys
+    assert set(table(ENVIRONMENTS, "info key")) == keys
 
 
 def test_the_reset_options_are_those_the_envs_take() -> None:
-    assert set(table(README, "reset option")) == {*RESET_OPTIONS, "reset_mask"}
+    assert set(table(ENVIRONMENTS, "reset option")) == {*RESET_OPTIONS, "reset_mask"}
 
 
 def shipped(agent: str) -> tuple[Any, dict[str, Any]]:
@@ -184,23 +190,27 @@ def defaults(config: Any) -> dict[str, str]:
 COMMON_FIELDS = defaults(OnPolicyConfig)
 
 
-def test_the_agents_listed_are_those_that_can_be_chosen() -> None:
-    cells = (re.sub(r"\(.*?\)", "", cell) for cell in table(AGENTS / "README.md", "`agent=`"))
+def test_the_agents_listed_are_those_that_can_be_chosen(tmp_path: Path) -> None:
+    """On the site, which adds a row for each agent that the page in the checkout does not name."""
+    page = tmp_path / "README.md"
+    page.write_text(add_agent_rows((AGENTS / "README.md").read_text(encoding="utf-8"), ROOT), encoding="utf-8")
+    cells = (re.sub(r"\(.*?\)", "", cell) for cell in table(page, "`agent=`"))
     listed = {name for cell in cells for name in re.findall(r"\w+", cell)}
     assert listed == {*NAMES}
 
 
 def test_every_agent_has_a_page() -> None:
+    """One of its own, one that it shares, or one that the site makes of its docstring."""
     pages = {page.stem for page in AGENTS.glob("*.md")} - {"README"}
-    assert pages == {*ON_POLICY, *WHOLE, "reference", "sb3"}
-    assert {*NAMES} == {*ON_POLICY, *WHOLE, *BARE, *SB3}
+    assert pages <= {*ON_POLICY, *WHOLE, "reference", "sb3"}
+    assert {*NAMES} == {*pages, *missing_agents(ROOT), *BARE, *SB3} - {"sb3"}
 
 
 def test_the_fields_that_agents_have_in_common() -> None:
     assert {name: cells[0] for name, cells in table(AGENTS / "README.md", "field").items()} == COMMON_FIELDS
 
 
-@pytest.mark.parametrize("agent", [*ON_POLICY, *WHOLE])
+@pytest.mark.parametrize("agent", [agent for agent in (*ON_POLICY, *WHOLE) if (AGENTS / f"{agent}.md").exists()])
 def test_the_fields_of_an_agent_are_those_of_its_config_and_its_yaml(agent: str) -> None:
     """On the template its own, and those with another default than is common (for a variant: than in its base)."""
     kind, values = shipped(agent)
@@ -233,7 +243,7 @@ def metrics_on(page: str) -> set[str]:
     return set(table(AGENTS / f"{page}.md", "metric"))
 
 
-@pytest.mark.parametrize("agent", ON_POLICY)
+@pytest.mark.parametrize("agent", [agent for agent in ON_POLICY if (AGENTS / f"{agent}.md").exists()])
 def test_the_metrics_of_an_agent_are_those_it_logs(agent: str, tmp_path: Path) -> None:
     kind, _ = shipped(agent)
     (tmp_path / "texts.txt").write_text("the film was good\n")
@@ -352,7 +362,7 @@ def commands(document: Path, pattern: str) -> list[str]:
 
 
 def test_commands_are_found() -> None:
-    assert len(commands(README, r"python -m agents\.")) >= 8
+    assert len(commands(ROOT / "docs" / "training.md", r"python -m agents\.")) >= 8
     assert {"train", "test"} <= {arguments.split()[0] for arguments in commands(README, "make ")}
 
 
@@ -401,6 +411,20 @@ def test_commands_compose(document: Path, alone: pytest.MonkeyPatch, tmp_path: P
             cfg = composed(module, overrides, tmp_path / "conf")
             if module == "train":
                 train.check(cfg)
+
+
+def test_the_readme_shows_what_the_agents_reach() -> None:
+    """Its table is the one that the benchmark has written to the agents' page."""
+    assert table(README, "agent") == table(AGENTS / "README.md", "agent")
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_public_names_are_listed() -> None:
+    names = table(ROOT / "docs" / "stable.md", "name")
+    assert {name.removeprefix("lmgym.") for name in names} == set(lmgym.__all__)
 
 
 def test_the_version_is_the_one_to_cite() -> None:
