@@ -2,6 +2,7 @@
 # make test    install, then lint, types, documentation and tests
 # make docs    install, then build the documentation site in build/site, where a warning is an error
 # make test-lowest  the tests alone, in .venv-lowest with the oldest versions that pyproject.toml admits
+# make test-bare    tests of the package alone, in .venv-bare without any extra
 # make test-seeds   the tests that draw from a seed, at three others
 # make gpu     on a machine with CUDA: checks and measures everything there, in runs/gpu
 #
@@ -31,7 +32,7 @@ except ImportError: sys.exit("Python cannot make virtual environments here: on D
 endef
 export CHECK_PYTHON
 
-.PHONY: help train docs test test-only test-lowest test-seeds gpu lint format clean
+.PHONY: help train docs test test-only test-lowest test-bare test-seeds gpu lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -62,6 +63,14 @@ test: lint docs test-only
 
 test-lowest:
 	$(MAKE) test-only VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
+# What `pip install lmgym` gives, without an extra. The file that is left out asks SB3's checker.
+test-bare:
+	test -x .venv-bare/bin/python || $(PYTHON) -m venv .venv-bare
+	.venv-bare/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	.venv-bare/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable . pytest pytest-timeout hypothesis
+	OMP_NUM_THREADS=$(THREADS) .venv-bare/bin/python -m pytest -m "not slow and not network" --ignore tests/envs/test_env.py \
+		tests/envs tests/data tests/feedback tests/tasks/test_tasks.py tests/test_rollout.py tests/test_evaluation.py
 
 # One thread a test process: the processes already fill the cores. THREADS=2 tries two.
 test-only: $(STAMP)

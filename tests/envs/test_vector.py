@@ -328,6 +328,7 @@ def test_attributes_and_methods_come_once_a_row(parts: Parts) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_rendering_is_that_of_single_envs(parts: Parts, mode: str) -> None:
+    pytest.importorskip("PIL")
     one = native(parts, render_mode="ansi", autoreset_mode=mode)
     other = sync(parts, mode=mode, render_mode="ansi")
     with pytest.raises(ResetNeeded):
