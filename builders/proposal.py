@@ -11,7 +11,8 @@ from agents.algorithms.sft import train_sft
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.policy import CausalPolicy, Policy
 from lmgym.optimum.bounds import Mixture
-from lmgym.optimum.smc import smc, stratified
+from lmgym.optimum.resampling import stratified
+from lmgym.optimum.smc import smc
 from lmgym.tasks.base import Task
 
 REFERENCE_SHARE = 0.2  # of the reference in every mixture: it keeps the weights of the responses that no fit has found

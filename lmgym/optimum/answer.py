@@ -92,3 +92,10 @@ def check_solvable(task: Task) -> None:
         raise InvalidArgumentError(
             f"`kl_coef` must be > 0 for the regularised optimum, got {task.kl_coef!r}: at 0 it is the largest score."
         )
+
+
+def check_bounded(task: Task) -> None:
+    """Raises `InvalidArgumentError` unless V* is kl_coef log E exp(score / kl_coef): at gamma = 1 and a price."""
+    check_solvable(task)
+    if task.gamma != 1:
+        raise InvalidArgumentError(f"`gamma` must be 1 for these bounds on the optimum, got {task.gamma!r}.")

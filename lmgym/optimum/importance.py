@@ -25,9 +25,10 @@ from torch import Tensor
 from lmgym.errors import check_int, check_number
 from lmgym.intervals import Interval
 from lmgym.models.policy import CausalPolicy, Policy
-from lmgym.optimum.answer import Optimum
+from lmgym.optimum.answer import Optimum, check_bounded
 from lmgym.optimum.bounds import multi_sample_upper_bound
-from lmgym.optimum.smc import accept, check_bounded, check_enough, encode_prompts, smc
+from lmgym.optimum.rejection import accept, check_enough
+from lmgym.optimum.smc import encode_prompts, smc
 from lmgym.tasks.base import Task
 
 

@@ -21,7 +21,8 @@ from lmgym.optimum import importance, solve
 from lmgym.optimum.answer import Optimum
 from lmgym.optimum.bounds import Mixture, multi_sample_bound, multi_sample_upper_bound
 from lmgym.optimum.importance import importance_bounds, price, share_above
-from lmgym.optimum.smc import Accepted, accept, smc
+from lmgym.optimum.rejection import Accepted, accept
+from lmgym.optimum.smc import smc
 from lmgym.tasks import Task
 
 COUNT = 20  # derivations, each with a seed of its own

@@ -19,7 +19,10 @@ from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.decoding import PlainDecoder, RingDecoder
 from lmgym.models.policy import CausalPolicy, Policy
 from lmgym.optimum.bounds import Mixture, log_weights, multi_sample_bound
-from lmgym.optimum.smc import conditional_stratified, rejection_samples, sandwich, smc, stratified
+from lmgym.optimum.rejection import rejection_samples
+from lmgym.optimum.resampling import conditional_stratified, stratified
+from lmgym.optimum.sandwich import sandwich
+from lmgym.optimum.smc import smc
 from lmgym.rewards.base import RewardFunction
 from lmgym.rewards.noise import NoisyReward
 from lmgym.rollout import collect
