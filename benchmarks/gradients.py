@@ -47,19 +47,19 @@ def make_task() -> Task:
 
 
 def states(episodes: Episodes) -> Tensor:
-    """(n,) which of the T * V rows of a table each chosen token is drawn from: by its place and the token before."""
+    """(n,) which of the T * V rows of a table each chosen token is drawn from: by its position and the token before."""
     before = torch.cat([episodes.prompt_ids[:, -1:], episodes.response_ids[:, :-1]], 1)
-    places = torch.arange(before.shape[1]) * (len(SYMBOLS) + 1)
-    return (places + before)[episodes.response_mask]
+    positions = torch.arange(before.shape[1]) * (len(SYMBOLS) + 1)
+    return (positions + before)[episodes.response_mask]
 
 
-def law(table: Tensor, episodes: Episodes) -> Tensor:
-    """(n, V) logits at every chosen token, from a table (T, V, V) by place and last token."""
+def table_logits(table: Tensor, episodes: Episodes) -> Tensor:
+    """(n, V) logits at every chosen token, from a table (T, V, V) by position and last token."""
     return table.flatten(0, 1)[states(episodes)]
 
 
 def reference_table(task: Task) -> Tensor:
-    """(T, V, V) float64: the table of the reference, the same at every place."""
+    """(T, V, V) float64: the table of the reference, the same at every position."""
     probs = task.reference("cpu").model.probs(torch.arange(len(SYMBOLS) + 1))
     return probs.double().log().repeat(task.max_new_tokens, 1, 1)
 
@@ -71,7 +71,7 @@ def at_distance(tree: Tree, direction: Tensor, nats: float) -> Tensor:
     high = 16.0
     for _ in range(50):
         middle = (low + high) / 2
-        far = tree.evaluate(partial(law, start + middle * direction)).kl.item() > nats
+        far = tree.evaluate(partial(table_logits, start + middle * direction)).kl.item() > nats
         low, high = (low, middle) if far else (middle, high)
     return start + high * direction
 
@@ -118,11 +118,11 @@ class Facts:
         for t in range(returns.shape[1]):
             total, mass = torch.zeros((2, int(self.prefixes.max()) + 1), dtype=torch.float64)
             rows = self.mask[:, t]
-            places = self.prefixes[rows, t]
+            states = self.prefixes[rows, t]
             probs = self.probs[rows]
-            total.index_add_(0, places, probs * returns[rows, t])
-            mass.index_add_(0, places, probs)
-            result[rows, t] = (total / mass)[places]
+            total.index_add_(0, states, probs * returns[rows, t])
+            mass.index_add_(0, states, probs)
+            result[rows, t] = (total / mass)[states]
         return result
 
 
@@ -132,9 +132,9 @@ def facts(tree: Tree, table: Tensor) -> Facts:
     mask = tree.episodes.response_mask
     tokens = episodes.response_ids[mask].unsqueeze(1)
     log_ref = law_of(tree.task.reference("cpu"))(episodes).double().log_softmax(-1)
-    log_law = law(table, episodes).log_softmax(-1)
-    probs = log_law.exp()
-    log_ratio = log_law - log_ref
+    log_pi = table_logits(table, episodes).log_softmax(-1)
+    probs = log_pi.exp()
+    log_ratio = log_pi - log_ref
 
     def by_parameter(by_logit: Tensor) -> Tensor:
         jacobian = torch.zeros((len(by_logit), *table.flatten(0, 1).shape), dtype=torch.float64)
@@ -143,9 +143,9 @@ def facts(tree: Tree, table: Tensor) -> Facts:
 
     prefixes = [episodes.response_ids[:, :t].unique(dim=0, return_inverse=True)[1] for t in range(1, mask.shape[1])]
     return Facts(
-        probs=padded(mask, log_law.gather(1, tokens).squeeze(1)).sum(1).exp(),
+        probs=padded(mask, log_pi.gather(1, tokens).squeeze(1)).sum(1).exp(),
         score_function=by_parameter(torch.zeros_like(probs).scatter(1, tokens, 1.0) - probs),
-        kl_gradient=by_parameter(probs * (log_ratio - exact(log_law, log_ref).unsqueeze(1))),
+        kl_gradient=by_parameter(probs * (log_ratio - exact(log_pi, log_ref).unsqueeze(1))),
         log_ratio=padded(mask, log_ratio.gather(1, tokens).squeeze(1)),
         scores=tree.scores[0],
         prefixes=torch.stack([torch.zeros_like(episodes.prompt_index), *prefixes], 1),
@@ -187,10 +187,10 @@ def estimates(f: Facts, *, baseline: bool = False) -> dict[str, Tensor]:
 def surrogates(table: Tensor, tree: Tree, episodes: Episodes) -> dict[str, Tensor]:
     """Scalar by name: the losses of episodes, summed, as a training loop writes them; autograd does the rest."""
     mask = episodes.response_mask
-    log_law = law(table, episodes).log_softmax(-1)
+    log_pi = table_logits(table, episodes).log_softmax(-1)
     log_ref = law_of(tree.task.reference("cpu"))(episodes).double().log_softmax(-1)
     tokens = episodes.response_ids[mask].unsqueeze(1)
-    log_probs = padded(mask, log_law.gather(1, tokens).squeeze(1))
+    log_probs = padded(mask, log_pi.gather(1, tokens).squeeze(1))
     log_ratio = log_probs - padded(mask, log_ref.gather(1, tokens).squeeze(1))
     b = tree.task.kl_coef
     score = episodes.scores.double().unsqueeze(1)
@@ -201,7 +201,7 @@ def surrogates(table: Tensor, tree: Tree, episodes: Episodes) -> dict[str, Tenso
         "k2 in the loss, a token": by_score + b * k2(log_ratio).sum(),
         "k2 in the loss, whole response": by_score + b * k2(log_ratio.sum(1)).sum(),
         "k3 in the loss, a token": by_score + b * k3(log_ratio).sum(),
-        "exact KL in the loss, a state": by_score + b * exact(log_law, log_ref).sum(),
+        "exact KL in the loss, a state": by_score + b * exact(log_pi, log_ref).sum(),
     }
 
 
@@ -226,7 +226,7 @@ class Quality:
 def exact_gradient(tree: Tree, table: Tensor) -> Tensor:
     """(P,) of J."""
     parameter = table.clone().requires_grad_()
-    return tree.gradient(partial(law, parameter), [parameter])[1][0].flatten()
+    return tree.gradient(partial(table_logits, parameter), [parameter])[1][0].flatten()
 
 
 def directions(tree: Tree, count: int, seed: int) -> list[Tensor]:

@@ -12,7 +12,7 @@ def markers(name: str) -> tuple[str, str]:
 
 
 def has_markers(path: Path, name: str) -> bool:
-    """Whether a page has a place for the table of that name."""
+    """Whether a page has lines for the table of that name."""
     page = path.read_text(encoding="utf-8")
     return all(marker in page for marker in markers(name))
 
@@ -25,7 +25,7 @@ def table(path: Path, name: str) -> list[str]:
 
 
 def fill(path: Path, name: str, lines: Sequence[str]) -> None:
-    """Puts a table into a page, in the place of the one that is there.
+    """Puts a table into a page, instead of the one that is there.
 
     Raises:
         ValueError: if the page has no markers of that name.

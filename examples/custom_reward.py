@@ -1,4 +1,4 @@
-"""A reward of one's own: any function with the signature of TRL's reward functions, in the place of the reward model.
+"""A reward of one's own: any function with the signature of TRL's reward functions, instead of the reward model.
 
     python examples/custom_reward.py --samples 16
 
@@ -43,8 +43,8 @@ if __name__ == "__main__":
         env.reset(options={"prompt_index": i})
         ended = False
         while not ended:
-            law = np.exp(env.unwrapped.reference_log_probs())
-            _, _, ended, _, info = env.step(int(rng.choice(len(law), p=law)))
+            probs = np.exp(env.unwrapped.reference_log_probs())
+            _, _, ended, _, info = env.step(int(rng.choice(len(probs), p=probs)))
         print(f"{info['score']:+.2f}  {info['prompt']}{info['response']}")
     envs: Any = gym.make_vec("lmgym/RLHF-v0", reward=variety, kl_coef=0.1, split="test", device="cpu")
     reference = CausalPolicy(envs.engine.lm)

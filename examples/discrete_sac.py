@@ -41,14 +41,14 @@ def train(envs: gym.vector.VectorEnv, steps: int, seed: int, batch: int = 256, t
         rows = [buffer[j] for j in torch.randint(len(buffer), (batch // envs.num_envs,)).tolist()]
         s, a, r, s_after, end = (torch.cat(column) for column in zip(*rows, strict=True))
         with torch.no_grad():
-            law = actor(s_after).log_softmax(-1)
-            wanted = r + gamma * (1 - end) * (law.exp() * (target(s_after) - alpha * law)).sum(-1)
+            log_probs = actor(s_after).log_softmax(-1)
+            wanted = r + gamma * (1 - end) * (log_probs.exp() * (target(s_after) - alpha * log_probs)).sum(-1)
         q = critic(s)
-        law = actor(s).log_softmax(-1)
+        log_probs = actor(s).log_softmax(-1)
         error = nn.functional.mse_loss(q.gather(1, a[:, None]).squeeze(1), wanted)
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - i / rounds)  # falls to 0: the last policy is a settled one
         optimizer.zero_grad()
-        (error + (law.exp() * (alpha * law - q.detach())).sum(-1).mean()).backward()
+        (error + (log_probs.exp() * (alpha * log_probs - q.detach())).sum(-1).mean()).backward()
         optimizer.step()
         torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), tau)
     return actor

@@ -38,8 +38,8 @@ if __name__ == "__main__":
             state = torch.from_numpy(obs) + 1
             reference = torch.from_numpy(envs.unwrapped.reference_log_probs())
             out = network(state).detach()
-            law = Categorical(logits=reference + out[:, 1:])
-            log_prob = law.log_prob(action := law.sample())
+            distribution = Categorical(logits=reference + out[:, 1:])
+            log_prob = distribution.log_prob(action := distribution.sample())
             obs, reward, terminated, *_ = envs.step({"token": action.numpy(), "log_prob": log_prob.numpy()})
             steps.append((state, reference, action, log_prob, out[:, 0], torch.from_numpy(reward).float(), alive))
             alive = alive & ~torch.from_numpy(terminated)

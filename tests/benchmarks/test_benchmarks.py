@@ -14,7 +14,7 @@ from lmgym.tasks import make_task
 
 
 def test_an_interval_over_two_seeds_is_students_with_one_degree_of_freedom() -> None:
-    half = math.tan(0.475 * math.pi) * 0.1  # the law with one degree is Cauchy's; 0.2 / sqrt(2) / sqrt(2) is the error
+    half = math.tan(0.475 * math.pi) * 0.1  # Cauchy's distribution; 0.2 / sqrt(2) / sqrt(2) is the error
     assert interval([0.4, 0.6]) == f"0.500 ± {half:.3f}"
 
 

@@ -16,10 +16,10 @@ from benchmarks.gradients import (
     estimates,
     exact_gradient,
     facts,
-    law,
     make_task,
     reference_table,
     surrogates,
+    table_logits,
 )
 from lmgym.optimum.tree import Tree
 
@@ -54,8 +54,8 @@ def gradient(tree: Tree, table: Tensor) -> Tensor:
 
 
 def test_the_reference_is_at_distance_0_and_the_policy_where_it_was_put(tree: Tree, table: Tensor) -> None:
-    assert tree.evaluate(partial(law, reference_table(tree.task))).kl.item() == pytest.approx(0, abs=1e-6)
-    assert tree.evaluate(partial(law, table)).kl.item() == pytest.approx(1, abs=1e-6)
+    assert tree.evaluate(partial(table_logits, reference_table(tree.task))).kl.item() == pytest.approx(0, abs=1e-6)
+    assert tree.evaluate(partial(table_logits, table)).kl.item() == pytest.approx(1, abs=1e-6)
 
 
 def test_the_responses_have_probability_1(at_table: Facts) -> None:
@@ -65,7 +65,7 @@ def test_the_responses_have_probability_1(at_table: Facts) -> None:
 
 def test_the_exact_gradient_is_the_slope_of_j(tree: Tree, table: Tensor, gradient: Tensor) -> None:
     step = 1e-5 * gradient.view_as(table) / gradient.norm()
-    ahead, behind = (tree.evaluate(partial(law, x)).value for x in (table + step, table - step))
+    ahead, behind = (tree.evaluate(partial(table_logits, x)).value for x in (table + step, table - step))
     assert (ahead - behind) / 2e-5 == pytest.approx(gradient.norm().item(), rel=1e-6)
 
 
@@ -112,8 +112,8 @@ def test_k2_a_token_has_the_expectation_of_the_exact_kl_of_the_states(at_table: 
 def test_k3_a_token_has_the_gradient_of_the_other_kl_at_the_states(tree: Tree, table: Tensor, at_table: Facts) -> None:
     """KL(pi_ref || pi) at the states that pi visits, by autograd, with their distribution held."""
     parameter = table.clone().requires_grad_()
-    own = law(parameter, tree.episodes).log_softmax(-1)
-    ref = law(reference_table(tree.task), tree.episodes).log_softmax(-1)
+    own = table_logits(parameter, tree.episodes).log_softmax(-1)
+    ref = table_logits(reference_table(tree.task), tree.episodes).log_softmax(-1)
     weights = at_table.probs.unsqueeze(1).expand_as(at_table.mask)[at_table.mask]
     other = (weights * (ref.exp() * (ref - own)).sum(-1)).sum()
     (expected,) = torch.autograd.grad(other, parameter)
