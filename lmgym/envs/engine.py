@@ -46,7 +46,7 @@ class Transition:
     """What one step of the MDP gave. Rows that were not live are 0 or False throughout.
 
     Attributes:
-        rewards: (N,) the env's own half of the reward (README, "The MDP").
+        rewards: (N,) the env's own half of the reward (docs/mdp.md).
         ref_log_probs: (N,) nats, log pi_ref of the tokens this step paid for; None where it paid for none.
         terminated: (N,). truncated: (N,).
         ended: rows (n,) whose episode ended, in order; the lists below belong to them.

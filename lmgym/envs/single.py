@@ -40,7 +40,7 @@ class EnvState:
 
 
 class RLHFEnv(EngineBacked, gym.Env[Any, int]):
-    """The token MDP of RLHF (README, "The MDP").
+    """The token MDP of RLHF (docs/mdp.md).
 
     ## Observation
     `Dict(input_ids=Box int64 (L,), attention_mask=Box int8 (L,))`, L = P + T: the prompt left-padded to P columns, then

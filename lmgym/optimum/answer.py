@@ -18,7 +18,7 @@ from lmgym.tasks.base import StoredOptimum, Task
 class Optimum:
     """What is known of V*, the best return that any policy can have, and of the reference's own return.
 
-    All in units of the score, of the discounted return with both halves of the KL (README, "The MDP").
+    All in units of the score, of the discounted return with both halves of the KL (docs/mdp.md).
 
     Attributes:
         method: what computed it.

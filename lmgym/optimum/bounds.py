@@ -1,4 +1,4 @@
-"""Bounds on the optimum V* of a task at gamma = 1, from samples (README, "The MDP")."""
+"""Bounds on the optimum V* of a task at gamma = 1, from samples (docs/mdp.md)."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class StoredOptimum:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One token MDP (README, "The MDP").
+    """One token MDP (docs/mdp.md).
 
     Attributes:
         name: what it is called.
