@@ -28,7 +28,7 @@ from benchmarks.pages import fill
 from lmgym.automata import Automaton
 from lmgym.intervals import Interval, of_episodes
 from lmgym.optimum.answer import expected_reward
-from lmgym.optimum.automaton import AutomatonMDP, AutomatonPolicy, AutomatonSolution, MarkovLaw
+from lmgym.optimum.automaton import AutomatonMDP, AutomatonPolicy, AutomatonSolution, ReferenceTable
 from lmgym.optimum.verifiable import VerifiablePolicy
 from lmgym.tasks import Task, make_task
 from lmgym.tasks.base import registered_tasks
@@ -81,7 +81,7 @@ def scores_of_reference(task: Task) -> tuple[Floats, Floats]:
         policy = VerifiablePolicy(task)
         success = np.exp([policy.table(ids).log_prob for ids in prompts])
         return np.array([0.0, 1.0]), np.stack([1 - success, success], 1)
-    law = MarkovLaw(lm)
+    reference = ReferenceTable(lm)
     end_rule = task.end_rule(lm)
     solved: dict[int, AutomatonMDP] = {}
     found = []
@@ -89,8 +89,8 @@ def scores_of_reference(task: Task) -> tuple[Floats, Floats]:
         automaton = reward.for_prompt(ids)  # type: ignore[attr-defined]
         if id(automaton) not in solved:
             at_the_end = paid_at_the_end(automaton, task.max_new_tokens)
-            solved[id(automaton)] = AutomatonMDP(law, at_the_end, task, end_rule)
-        scores, probs = solved[id(automaton)].score_distribution(torch.tensor([law.first_context(ids)]))
+            solved[id(automaton)] = AutomatonMDP(reference, at_the_end, task, end_rule)
+        scores, probs = solved[id(automaton)].score_distribution(torch.tensor([reference.first_context(ids)]))
         found.append((scores.numpy().round(9), probs[0].numpy()))
     every = np.unique(np.concatenate([scores for scores, _ in found]))
     table = np.zeros((len(found), len(every)))
@@ -146,7 +146,7 @@ def _pool(task: Task, strength: float) -> Population:
     lm = task.reference("cpu")
     prompts = lm.encode_all(tuple(task.prompts["test"]))
     policy = AutomatonPolicy(replace(task, kl_coef=task.kl_coef / max(strength, 1e-6), optima={}), prompts)
-    solved = [(policy.solutions[policy.number(ids)], policy.law.first_context(ids)) for ids in prompts]
+    solved = [(policy.solutions[policy.solution_index(ids)], policy.reference.first_context(ids)) for ids in prompts]
     generator = torch.Generator().manual_seed(0)
     rows = [_sample(task, solution, context, strength, generator) for solution, context in solved]
     numbers = {name: np.stack([row[name].numpy() for row in rows]) for name in rows[0]}
@@ -163,7 +163,7 @@ def _sample(
     going = torch.ones(_POOL, dtype=torch.bool)
     returns, scores, kl, lengths = torch.zeros((4, _POOL), dtype=torch.float64)
     for t in range(mdp.horizon):
-        log_ref = mdp.law.probs(contexts).log()
+        log_ref = mdp.reference.probs(contexts).log()
         log_probs = solution.log_policy(t, contexts, states) if strength else log_ref
         tokens = torch.multinomial(log_probs.exp(), 1, generator=generator)
         log_ratio = (log_probs - log_ref).gather(1, tokens).squeeze(1)
@@ -175,7 +175,7 @@ def _sample(
         kl += going * log_ratio
         lengths += going
         states = mdp.delta[tokens, states]
-        contexts = mdp.law.following(contexts, tokens)
+        contexts = mdp.reference.next_contexts(contexts, tokens)
         going &= ~ends
     return {"return": returns, "score": scores, "kl": kl, "length": lengths}
 

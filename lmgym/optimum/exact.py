@@ -18,7 +18,8 @@ from lmgym.models.markov import MarkovLM
 from lmgym.models.policy import CausalPolicy, Policy
 from lmgym.models.sampling import Sampler
 from lmgym.optimum.answer import expected_reward
-from lmgym.optimum.automaton import AutomatonMDP, MarkovLaw, PolicyLogits, is_late
+from lmgym.optimum.automaton import AutomatonMDP, PolicyLogits, ReferenceTable
+from lmgym.optimum.lengths import is_late
 from lmgym.optimum.tree import Law, Tree, count_responses, law_of
 from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks.base import Task
@@ -89,26 +90,27 @@ def _sampled(policy: Policy, sampler: Sampler, horizon: int) -> Law:
 
 def _by_states(policy: Policy, task: Task, split: str, is_reference: bool) -> dict[str, float] | None:
     """The metrics by backward recursion over (step, context, automaton state), where the policy depends on no more."""
-    lm, reward = task.reference("cpu"), expected_reward(task)
+    lm = task.reference("cpu")
+    reward = expected_reward(task)
     if not isinstance(reward, AutomatonReward):
         return None
-    law = MarkovLaw(lm)
+    table = ReferenceTable(lm)
     end_rule = task.end_rule(lm)
     groups: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     for ids in lm.encode_all(tuple(task.prompts[split])):
-        start = law.first_context(ids) if is_late(task) else -1
+        start = table.first_context(ids) if is_late(task) else -1
         groups.setdefault((id(reward.for_prompt(ids)), start), []).append(tuple(ids))
     sums = torch.zeros(3, dtype=torch.float64)
     entries = 0
     for prompts in groups.values():
-        mdp = AutomatonMDP(law, reward.for_prompt(prompts[0]), task, end_rule)
+        mdp = AutomatonMDP(table, reward.for_prompt(prompts[0]), task, end_rule)
         logits = None
         if not is_reference:
-            logits = _state_logits(policy, law, prompts[0], mdp.automaton)
-            entries += mdp.num_states * mdp.horizon * (math.prod(law.shape) * law.vocab_size + _CALL)
+            logits = _state_logits(policy, table, prompts[0], mdp.automaton)
+            entries += mdp.num_states * mdp.horizon * (math.prod(table.shape) * table.vocab_size + _CALL)
             if logits is None or entries > MAX_ENTRIES:
                 return None
-        earned = mdp.performance(torch.tensor([law.first_context(ids) for ids in prompts]), logits)
+        earned = mdp.evaluate(torch.tensor([table.first_context(ids) for ids in prompts]), logits)
         kl = torch.zeros_like(earned.kl) if is_reference else earned.kl
         sums += torch.stack([earned.returns, earned.score, kl]).sum(1)
     means = sums / len(task.prompts[split])
@@ -116,14 +118,14 @@ def _by_states(policy: Policy, task: Task, split: str, is_reference: bool) -> di
 
 
 def _state_logits(
-    policy: Policy, law: MarkovLaw, prompt_ids: tuple[int, ...], automaton: Automaton
+    policy: Policy, reference: ReferenceTable, prompt_ids: tuple[int, ...], automaton: Automaton
 ) -> PolicyLogits | None:
     """The logits of a policy as a function of the state, or None where it may depend on more."""
     if isinstance(policy, StatePolicy):
         return policy.state_logits(prompt_ids, automaton)
     if not isinstance(policy, CausalPolicy) or not isinstance(policy.lm.model, MarkovLM) or policy.lm.temperature != 1:
         return None
-    table = MarkovLaw(policy.lm)
-    if (table.order, table.size, table.vocab_size) != (law.order, law.size, law.vocab_size):
+    table = ReferenceTable(policy.lm)
+    if (table.order, table.size, table.vocab_size) != (reference.order, reference.size, reference.vocab_size):
         return None
     return lambda t, contexts, states: table.probs(contexts).log()

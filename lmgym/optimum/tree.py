@@ -23,6 +23,7 @@ from lmgym.models.causal import CausalLM
 from lmgym.models.padding import pack
 from lmgym.models.policy import Policy
 from lmgym.optimum.answer import Optimum, check_repeatable, check_solvable, expected_reward
+from lmgym.optimum.lengths import discounts_by_length, length_multiplier
 from lmgym.rewards.base import RewardFunction, bind_tokenizer, remove_noise, score
 from lmgym.tasks.base import Task, check_split
 
@@ -32,7 +33,6 @@ _LOGITS = 2**22  # logits that a law is asked for at once, the prompt's columns 
 _ROWS = 4096  # responses that a law, or a reward, is asked for at once
 _REPEATED = 1024  # responses that are scored a second time, for a reward that is noise
 _MASS = 1e-6  # nats by which the legal tokens may miss a probability of 1
-_LEAST = 1e-30  # a discount below this counts as this: it changes no return, and pi* stays unique at gamma = 0
 
 
 def law_of(model: CausalLM | Policy) -> Law:
@@ -376,8 +376,8 @@ class Tree:
         beta, depth, weights = self.task.kl_coef, len(self.levels), self.scores / self.task.kl_coef
         exponents = weights + self._total(self.reference)
         by_length = torch.stack([exponents[:, level.responses].logsumexp(1) for level in self.levels], dim=1)
-        discounts = (self.task.gamma ** torch.arange(depth, dtype=torch.float64)).clamp(min=_LEAST)
-        lam = _multiplier(by_length, discounts, beta)
+        discounts = discounts_by_length(self.task.gamma, depth)
+        lam = torch.tensor([length_multiplier(row, discounts, beta) for row in by_length], dtype=torch.float64)
         factors = -lam.unsqueeze(1) / (beta * discounts)  # (X, D) log c_n
         log_probs: list[Tensor] = []
         behind = torch.zeros((len(self.prompts), 0), dtype=torch.float64)
@@ -592,29 +592,3 @@ def _children(prefixes: Tensor, tokens: Tensor) -> Tensor:
     """(N * C, t + 1) from prefixes (N, t) and tokens (C,): those of a prefix one behind the other."""
     repeated = prefixes.repeat_interleave(len(tokens), dim=0)
     return torch.cat([repeated, tokens.repeat(len(prefixes)).unsqueeze(1)], dim=1)
-
-
-def _multiplier(by_length: Tensor, discounts: Tensor, beta: float) -> Tensor:
-    """lam of `Tree.solve`: the root of sum_n exp(by_length_n - 1 - lam / (beta d_n)) = 1, by bisection.
-
-    The sum falls with lam, at least by the factor exp(-lam / beta) as d <= 1: at lam = beta log(sum at 0) it is on the
-    other side of 1 than at 0.
-
-    Args:
-        by_length: (X, D) log sum_y pi_ref(y) exp(score / beta) over responses of n = 1 ... D tokens; -inf for none.
-        discounts: (D,) d_n > 0.
-
-    Returns:
-        (X,) lam, in units of the score.
-    """
-
-    def excess(lam: Tensor) -> Tensor:
-        return (by_length - 1 - lam.unsqueeze(1) / (beta * discounts)).logsumexp(1)
-
-    edge = beta * excess(torch.zeros_like(by_length[:, 0]))
-    low, high = edge.clamp(max=0), edge.clamp(min=0)
-    for _ in range(200):  # enough for a root as small as the least discount
-        middle = (low + high) / 2
-        above = excess(middle) > 0
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    return (low + high) / 2

@@ -23,14 +23,8 @@ from lmgym.kl import discounted_return, episode_kl, token_rewards
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.markov import MarkovLM, dirichlet_rows, markov_lm, symbol_tokenizer
 from lmgym.optimum.answer import Optimum
-from lmgym.optimum.automaton import (
-    AutomatonPolicy,
-    AutomatonSolution,
-    MarkovLaw,
-    length_multiplier,
-    log_matmul,
-    solve_automaton,
-)
+from lmgym.optimum.automaton import AutomatonPolicy, AutomatonSolution, ReferenceTable, solve_automaton
+from lmgym.optimum.automaton.logspace import log_matmul
 from lmgym.optimum.solve import best_response, solve
 from lmgym.optimum.tree import Tree, law_of
 from lmgym.rewards.automaton import AutomatonReward
@@ -231,7 +225,7 @@ def test_exact_evaluation_of_the_optimum_the_reference_and_others(seed: int) -> 
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
     def reference(solution: AutomatonSolution) -> object:
-        return lambda t, contexts, states: solution.mdp.law.probs(contexts).log()
+        return lambda t, contexts, states: solution.mdp.reference.probs(contexts).log()
 
     for policy in (reference, lambda s: None):
         torch.testing.assert_close(evaluated(optimum, "returns", policy), optimum.references, rtol=0, atol=1e-9)
@@ -462,7 +456,7 @@ def test_a_low_rank_is_the_table_written_out(order: int, gamma: float, dense_kl:
             markov_lm(mixture @ rows, symbols, order=order),
         )
     )
-    assert len(factored.policy.law.factors) == 2
+    assert len(factored.policy.reference.factors) == 2
     torch.testing.assert_close(factored.values, full.values, rtol=0, atol=1e-5)
     torch.testing.assert_close(factored.references, full.references, rtol=0, atol=1e-5)
     contexts, states = torch.arange(6**order), torch.zeros(6**order, dtype=torch.int64)
@@ -483,7 +477,7 @@ def test_factors_too_small_to_factor_are_multiplied_out() -> None:
     rows = np.array([[0.5, 0.5, 0.0], [0.2, 0.8, 0.0]])
     mixture = dirichlet_rows(np.random.default_rng(0), 3, 2, 1.0)
     model = markov_lm(rows, ["a", "b"], mixture=mixture)
-    assert len(MarkovLaw(model).factors) == 1
+    assert len(ReferenceTable(model).factors) == 1
     pays_b = AutomatonReward(Automaton.dense([[0, 0, 1], [0, 0, 1]], [0.0, 1.0]))
     task = Task(name="t", model=model, reward=pays_b, prompts={"test": ["a"]}, kl_coef=0.02, max_new_tokens=1)
     optimum = solve_automaton(task)
@@ -494,7 +488,7 @@ def test_factors_too_small_to_factor_are_multiplied_out() -> None:
         rows = np.zeros((1, size))
         rows[0, 0] = 1.0
         lm = markov_lm(rows, [f"s{i}" for i in range(1, size)], mixture=np.ones((size, 1)))
-        MarkovLaw(lm)
+        ReferenceTable(lm)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -548,16 +542,6 @@ def test_log_matmul(groups: int, factored: bool) -> None:
         torch.testing.assert_close(log_matmul(factors, log_x), slow, rtol=1e-12, atol=1e-12)
         if scale > 1000:
             assert log_x.exp().isinf().any()  # what the largest entry is taken out for
-
-
-def test_the_multiplier_is_the_root() -> None:
-    discounts = 0.3 ** torch.arange(5, dtype=torch.float64)
-    for shift in (-40.0, -1.0, 0.0, 3.0, 200.0):
-        log_weights = shift + torch.tensor([0.5, -torch.inf, 1.0, -3.0, 0.2], dtype=torch.float64)
-        lam = length_multiplier(log_weights, discounts, 0.2)
-        total = (log_weights - 1 - lam / (0.2 * discounts)).logsumexp(0)
-        assert total.item() == pytest.approx(0, abs=1e-9)
-        assert lam * float((log_weights - 1).logsumexp(0)) > 0
 
 
 # --- the rest of the interface -------------------------------------------------------------------------------------

@@ -305,16 +305,6 @@ def test_a_late_discounted_kl_can_be_earned() -> None:
     assert now.value < 1
 
 
-def test_the_root_is_found_wherever_it_lies() -> None:
-    by_length = torch.tensor([[-3.0, 1.0, 5.0], [3.0, -torch.inf, 8.0], [-2.0, -9.0, -1.0], [40.0, 0.0, 0.0]])
-    for gamma in (1.0, 0.9, 0.1, 1e-8):
-        discounts = gamma ** torch.arange(3, dtype=torch.float64)
-        lam = lmgym.optimum.tree._multiplier(by_length.double(), discounts, 0.3)
-        for row, root in zip(by_length.tolist(), lam.tolist(), strict=True):
-            terms = [x - 1 - root / (0.3 * d) for x, d in zip(row, discounts.tolist(), strict=True)]
-            assert sum(math.exp(min(x, 50)) for x in terms) == pytest.approx(1, abs=1e-8)
-
-
 def test_a_noisy_reward_counts_as_expected() -> None:
     def noisy(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         return [math.inf for _ in prompts]
