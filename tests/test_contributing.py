@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from builders.pages import add_agent_rows, generate_pages
+
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"```\w+\n(?:# ([\w/]+\.\w+)|<!-- (in )?([\w/]+\.md) -->)\n(.*?)```", re.S)
+BLOCK = re.compile(r"```\w+\n# ([\w/]+\.\w+)\n(.*?)```", re.S)
 # What runs over all tasks or all agents, or compares a list of them; the rest of the suite does not know the new ones.
 DEMANDING = "brief or vpg or ids_are_those or agents_listed or has_a_page or page_of_tasks or every_family or module"
 FILES = ("test_readme", "agents/runs/test_config", "tasks/test_suite", "builders/test_cards", "test_project")
@@ -33,18 +35,12 @@ def copied(to: Path) -> Path:
     return to
 
 
-def follow(page: str, checkout: Path) -> list[str]:
-    """Writes the files that a page shows, and adds the rows; gives their names."""
-    written = []
-    for code_file, is_row, document, text in BLOCK.findall(page):
-        path = checkout / (code_file or document)
-        if is_row:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            last = max(i for i, line in enumerate(lines) if line.startswith("| [`optimal`]"))
-            path.write_text("\n".join([*lines[:last], text.strip(), *lines[last:]]) + "\n", encoding="utf-8")
-        else:
-            path.write_text(text, encoding="utf-8")
-        written.append(code_file or document)
+def follow(page: str, checkout: Path) -> set[str]:
+    """Writes the files that a page shows; gives their names."""
+    written = set()
+    for name, text in BLOCK.findall(page):
+        (checkout / name).write_text(text, encoding="utf-8")
+        written.add(name)
     return written
 
 
@@ -53,9 +49,15 @@ def follow(page: str, checkout: Path) -> list[str]:
 def test_who_follows_contributing_passes_the_tests(tmp_path: Path) -> None:
     checkout = copied(tmp_path / "checkout")
     written = follow((checkout / "CONTRIBUTING.md").read_text(encoding="utf-8"), checkout)
-    assert {"lmgym/tasks/brief.py", "conf/task/brief.yaml", "agents/algorithms/vpg.py", "docs/agents/vpg.md"} <= set(
-        written
-    )
+    assert {
+        "lmgym/tasks/brief.py",
+        "conf/task/brief.yaml",
+        "agents/algorithms/vpg.py",
+        "conf/agent/vpg.yaml",
+    } <= written
+    assert "agents/vpg.md" in generate_pages(checkout)
+    agents = (checkout / "docs" / "agents" / "README.md").read_text(encoding="utf-8")
+    assert "| [`vpg`](vpg.md) | Policy gradient with a learned baseline" in add_agent_rows(agents, checkout)
 
     def run(*command: str) -> str:
         done = subprocess.run(
