@@ -1,5 +1,6 @@
 # make train   install, train PPO on the built-in task, show what it learned
 # make test    install, then lint, types, documentation and tests
+# make check   lint, types, and the first case of every test that is not slow: a minute or so, for the inner loop
 # make docs    install, then build the documentation site in build/site, where a warning is an error
 # make test-lowest  the tests alone, in .venv-lowest with the oldest versions that pyproject.toml admits
 # make test-bare    tests of the package alone, in .venv-bare without any extra
@@ -32,7 +33,7 @@ except ImportError: sys.exit("Python cannot make virtual environments here: on D
 endef
 export CHECK_PYTHON
 
-.PHONY: help train docs test test-only test-lowest test-bare test-seeds gpu lint format clean
+.PHONY: help train docs check test test-only test-lowest test-bare test-seeds gpu lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -58,6 +59,9 @@ lint: $(STAMP)
 # The variable silences a notice about the future of MkDocs, which is no warning about the pages.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+check: lint
+	OMP_NUM_THREADS=$(THREADS) $(PYTEST) -m fast
 
 test: lint docs test-only
 

@@ -151,6 +151,7 @@ def test_importing_lmgym_loads_neither_torch_nor_transformers() -> None:
     assert run("import sys, lmgym; print(sorted({'torch', 'transformers'} & sys.modules.keys()))") == "[]"
 
 
+@pytest.mark.slow
 def test_the_public_names_load_when_they_are_used() -> None:
     """PEP 562: all are there, `dir` and so completion list them, and those that need torch load it then."""
     code = (

@@ -131,6 +131,7 @@ def test_a_snippet_has_no_network(alone: pytest.MonkeyPatch) -> None:
         socket.create_connection(("127.0.0.1", 9))
 
 
+@pytest.mark.slow
 def test_the_worked_examples_train(alone: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The task, the agent and the configs of CONTRIBUTING, as files in their places, behind the command line."""
     install_files(CONTRIBUTING, alone, tmp_path)

@@ -223,6 +223,7 @@ print("stepped", torch.get_num_threads())
 """
 
 
+@pytest.mark.slow
 def test_worker_processes_do_not_wait_for_ever() -> None:
     """Forked after use, with several threads; and the process that forks keeps its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}

@@ -301,6 +301,7 @@ def test_what_was_saved_is_what_loads(order: int, rank: int | None, tmp_path: Pa
     assert not any(p.requires_grad for p in loaded.model.parameters())
 
 
+@pytest.mark.slow
 def test_loading_needs_no_import_of_the_module(tmp_path: Path) -> None:
     lm = make(1, None)
     lm.model.save_pretrained(tmp_path)

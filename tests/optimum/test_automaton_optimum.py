@@ -418,6 +418,7 @@ def test_at_gamma_0_only_one_token_counts() -> None:
 # --- scale ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_large_task() -> None:
     """T = 128, V = 512, 32 states: runs, and keeps what must hold at any size."""
     rng = np.random.default_rng(0)

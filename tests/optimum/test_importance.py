@@ -137,6 +137,7 @@ def derive(problem: TinyProblem, seed: int, draws: int, repeats: int) -> Optimum
     )
 
 
+@pytest.mark.slow
 def test_both_bounds_hold_as_often_as_they_say() -> None:
     """Each end may fail in one of 40; and both are near."""
     problem = TinyProblem(horizon=2, kl_coef=0.2)
@@ -176,6 +177,7 @@ def test_the_price_covers_what_the_assumption_misses() -> None:
         assert clipped < value <= clipped + price(problem.kl_coef, missed)
 
 
+@pytest.mark.slow
 def test_what_the_draws_show_to_be_cut_off_is_part_of_the_upper_bound() -> None:
     """With a cap that cuts off a good part of pi*, the price of that part keeps the upper side above V*."""
     problem = TinyProblem(horizon=2, kl_coef=0.2)
@@ -212,6 +214,7 @@ def test_what_cannot_be_is_refused(problem: TinyProblem) -> None:
         importance_bounds(problem.task, "train", proposal_of(problem), max_ratio=1e6, budget=20, generator=seeded(0))
 
 
+@pytest.mark.slow
 def test_an_agent_that_has_learned_stays_below_the_upper_bound() -> None:
     """PPO comes near V*, and the upper bound, from draws of the reference alone, is above it."""
     envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=16, task="anchor-0.3", device="cpu")

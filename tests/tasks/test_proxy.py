@@ -50,6 +50,7 @@ def test_the_task_is_made_without_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_the_shipped_proxies_are_worse_the_fewer_rankings_they_learned_from() -> None:
     lm = make_task("reviews").reference("cpu")
     models: list[ClassifierReward] = [load_reward_model(str(SHIPPED / f"reward-{n}"), "cpu") for n in SETTINGS]

@@ -342,6 +342,7 @@ def test_accumulating_does_not_change_the_step(micro_batch_size: int) -> None:
     torch.testing.assert_close(*ends, rtol=0, atol=0.01 * ends[0].abs().max().item())
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_objective() -> None:
     """So much damping that the step is along the plain gradient, which Tree knows exactly."""
     envs = tiny_envs()

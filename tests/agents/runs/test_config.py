@@ -291,6 +291,7 @@ def test_a_config_is_refused_before_torch_is_imported() -> None:
     assert [line.split()[1] for line in done.stdout.splitlines()] == ["False"] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "override", "parts"),
     [

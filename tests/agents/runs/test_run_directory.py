@@ -361,6 +361,7 @@ def test_where_saving_fails_too_the_first_error_is_raised_and_the_last_checkpoin
 # -- kills -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_kill_before_any_file_operation_of_a_run_costs_no_more_than_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -612,6 +612,7 @@ def test_maskable_ppo_takes_what_a_mask_of_its_own_allows() -> None:
         SB3Agent(Masked(tiny_envs(4)), SB3Config(algorithm="MaskablePPO", n_envs=4))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @needs_contrib
 @pytest.mark.parametrize("mask", [{"top_k": 2}, {"top_p": 0.5}])
 def test_what_maskable_ppo_does_under_a_mask_is_what_is_graded(mask: dict[str, Any], tmp_path: Path) -> None:
