@@ -8,15 +8,13 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from sources import ROOT, imports, modules
 
 import lmgym
 import lmgym.tasks
 
-ROOT = Path(__file__).parent.parent
 # A module imports from its own layer and from lower ones (to the left).
 LAYERS = (
     "errors, episodes, forking, ending < files, kl, intervals, data < models < automata < rewards < feedback < tasks"
@@ -29,12 +27,6 @@ HEIGHT = {name.strip(): height for height, layer in enumerate(LAYERS.split("<"))
 NAMES_OF_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 
-def modules() -> dict[str, Path]:
-    """Dotted name to file of everything in `lmgym`, `agents` and `builders`."""
-    files = [file for package in ("lmgym", "agents", "builders") for file in sorted((ROOT / package).rglob("*.py"))]
-    return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
-
-
 # --- layers ------------------------------------------------------------------------------------------------------
 
 
@@ -45,21 +37,6 @@ def part(module: str) -> str:
     if names[0] == "agents":
         return room if room in HEIGHT else "agents"
     return "builders" if names[0] == "builders" else ".".join(names[1:2])
-
-
-def imports(source: str, module: str, is_package: bool = False) -> Iterator[str]:
-    """Every module of ours that the source imports, at any depth: functions and `TYPE_CHECKING` blocks included."""
-    package = module.split(".") if is_package else module.split(".")[:-1]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            origin = ".".join([*base, *(node.module.split(".") if node.module else [])])
-            found = [f"{origin}.{alias.name}" if origin == "lmgym" else origin for alias in node.names]
-        else:
-            continue
-        yield from (name for name in found if name.split(".")[0] in ("lmgym", "agents", "builders"))
 
 
 def upward_imports(source: str, module: str, is_package: bool = False) -> list[str]:
