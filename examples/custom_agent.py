@@ -1,14 +1,14 @@
-"""An agent of one's own, from scratch: tabular soft Q-learning in the env's step loop, held against the known optimum.
+"""An agent of your own, from scratch: tabular soft Q-learning in a step loop, compared with the known optimum.
 
     python examples/custom_agent.py --steps 6000
 
-The env pays kl_coef * log pi_ref and the score. What is left of the KL, -kl_coef * log pi, is an entropy bonus, so RLHF
-is maximum-entropy RL of the env's own reward at temperature kl_coef (Haarnoja et al. 2017, eqs. 8 and 9):
+The env pays kl_coef * log pi_ref and the score. The other half of the KL, -kl_coef * log pi, is an entropy bonus. So
+RLHF is maximum-entropy RL of the env's own reward at temperature kl_coef (Haarnoja et al. 2017, eqs. 8 and 9):
 
     V(s) = kl_coef * log sum_a exp(Q(s, a) / kl_coef),    pi(a|s) = exp((Q(s, a) - V(s)) / kl_coef)
 
-Transitions are deterministic, so a visit sets Q(s, a) to r + gamma * V(s') outright. Q starts above every Q*, so that V
-falls to V* while J(pi) rises to it.
+Transitions are deterministic, so a visit can set Q(s, a) to r + gamma * V(s') without a learning rate. Q starts above
+every Q*. So V falls to V*, while J(pi) rises to V*.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def soft_value(q: np.ndarray, temperature: float) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Tabular soft Q-learning on a task of the suite")
-    parser.add_argument("--task", default="echo-2", help="one with a few hundred states; stop-4 has already 400,000")
-    parser.add_argument("--highest", type=float, default=2.0, help="where Q starts: no score of the task is above")
+    parser.add_argument("--task", default="echo-2", help="a task with a few hundred states; stop-4 has 400,000")
+    parser.add_argument("--highest", type=float, default=2.0, help="where Q starts: at least the largest score")
     parser.add_argument("--steps", type=int, default=6_000, help="tokens to train on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

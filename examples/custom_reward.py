@@ -1,4 +1,4 @@
-"""A reward of one's own: any function with the signature of TRL's reward functions, instead of the reward model.
+"""A reward of your own: any function with the signature of TRL's reward functions, instead of the reward model.
 
     python examples/custom_reward.py --samples 16
 
@@ -17,13 +17,11 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-import lmgym  # noqa: F401 - registers the environments
-from lmgym.evaluation import evaluate
-from lmgym.models.policy import CausalPolicy
+import lmgym
 
 
 def variety(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """The share of the words of a response that it has once only, less 0.02 a token beyond 8: one float an episode.
+    """Returns one float an episode: the share of words that occur once in the response, less 0.02 a token beyond 8.
 
     `columns` has `prompt_ids` and `completion_ids`, token ids with the EOS.
     """
@@ -33,7 +31,7 @@ def variety(prompts: Sequence[str], completions: Sequence[str], **columns: Any) 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="A reward of one's own on the prompts and the reference of reviews")
+    parser = argparse.ArgumentParser(description="A reward of your own on the prompts and the reference of reviews")
     parser.add_argument("--samples", type=int, default=16, help="episodes a prompt")
     parser.add_argument("--prompts", type=int, default=32)
     args = parser.parse_args()
@@ -47,9 +45,10 @@ if __name__ == "__main__":
             _, _, ended, _, info = env.step(int(rng.choice(len(probs), p=probs)))
         print(f"{info['score']:+.2f}  {info['prompt']}{info['response']}")
     envs: Any = gym.make_vec("lmgym/RLHF-v0", reward=variety, kl_coef=0.1, split="test", device="cpu")
-    reference = CausalPolicy(envs.engine.lm)
     generator = torch.Generator().manual_seed(0)
-    found = evaluate(reference, envs, samples=args.samples, prompts=args.prompts, generator=generator)
+    found = lmgym.evaluate(
+        envs.reference_policy(), envs, samples=args.samples, prompts=args.prompts, generator=generator
+    )
     score = found.metrics["score"]
     print(f"mean score of the reference: {score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]")
     if found.bound is None:

@@ -3,7 +3,7 @@
     python examples/discrete_sac.py --steps 40000 --seed 0
 
 SAC maximises the sum of r_t + alpha * entropy of pi(.|s_t) (Haarnoja et al. 2018; Christodoulou 2019 for finite
-actions), and the env's r_t holds kl_coef * log pi_ref(a|s). At alpha = kl_coef the two make J.
+actions). The env's r_t has kl_coef * log pi_ref(a|s). At alpha = kl_coef the sum is J.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def train(envs: gym.vector.VectorEnv, steps: int, seed: int, batch: int = 256, t
         q = critic(s)
         log_probs = actor(s).log_softmax(-1)
         error = nn.functional.mse_loss(q.gather(1, a[:, None]).squeeze(1), wanted)
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - i / rounds)  # falls to 0: the last policy is a settled one
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - i / rounds)  # falls to 0, so that the last policy is steady
         optimizer.zero_grad()
         (error + (log_probs.exp() * (alpha * log_probs - q.detach())).sum(-1).mean()).backward()
         optimizer.step()

@@ -2,8 +2,8 @@
 
     python examples/dqn_mlp.py --steps 20000
 
-A greedy policy is a point mass, log pi = 0, so the env's own reward is the whole reward of the trained policy. Greedy
-decoding of the reference is action 0 throughout.
+A greedy policy is certain of its action, log pi = 0. So the env's own reward is the whole reward of the trained policy.
+Action 0 is always the greedy choice of the reference.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # small networks: threads only wait for each other
-    rate = lambda remaining: 1e-3 * remaining  # noqa: E731 - falls to 0, so that the last policy is a settled one
+    rate = lambda remaining: 1e-3 * remaining  # noqa: E731 - falls to 0, so that the last policy is steady
     options = {"learning_rate": rate, "batch_size": 64, "train_freq": 4, "gradient_steps": 2}
     explore = {"learning_starts": 500, "exploration_fraction": 0.3, "target_update_interval": 500}
     net = {"net_arch": [256, 256]}

@@ -2,8 +2,8 @@
 
     python examples/mcts.py --simulations 400 --prompts 5
 
-The reference is the prior of the search (Silver et al. 2017) and goes on from a new state to the end. What a search
-plays is one response, a point mass: log pi = 0, the env's own return is all of its return, and V* is above it.
+The reference is the prior of the search (Silver et al. 2017), and writes the rest of the response after a new state. A
+search plays one response for certain: log pi = 0, so the env's own return is the whole return. V* is above it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from lmgym.optimum import solve
+import lmgym
 
 
 class Node:
@@ -46,7 +46,9 @@ if __name__ == "__main__":
     parser.add_argument("--simulations", type=int, default=400, help="a token")
     parser.add_argument("--prompts", type=int, default=5, help="of the test split, at most 14")
     args = parser.parse_args()
-    env: Any = gym.make("lmgym/Keyword-8-v0", split="test", kl_coef=0.02, device="cpu")  # a point mass pays all its KL
+    env: Any = gym.make(
+        "lmgym/Keyword-8-v0", split="test", kl_coef=0.02, device="cpu"
+    )  # a certain choice pays all its KL
     rng = np.random.default_rng(0)
     returns = np.zeros((3, args.prompts))
     for i in range(args.prompts):
@@ -61,5 +63,5 @@ if __name__ == "__main__":
             returns[2, i] = node.best.max()
             node = node.children[int(node.best.argmax())]
     mean = returns.mean(1)
-    optimum = solve("keyword-8", kl_coef=0.02).values[: args.prompts].mean()
+    optimum = lmgym.solve("keyword-8", kl_coef=0.02).values[: args.prompts].mean()
     print(f"the reference: greedy {mean[0]:+.4f}, sampled {mean[1]:+.4f}; MCTS: {mean[2]:+.4f}; V*: {optimum:+.4f}")

@@ -2,8 +2,8 @@
 
     python examples/ppo_single_file.py --steps 150000
 
-`VectorPolicyKL` pays the policy's half of the KL, so that rewards add up to J. The network's output is added to the
-logits of the reference, and its last layer starts at 0: training starts from the reference, at KL 0.
+`VectorPolicyKL` pays the policy's half of the KL, so the rewards add up to J. The network's output is added to the
+logits of the reference, and its last layer starts at 0. So training starts from the reference, at KL 0.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributions import Categorical
 
-from lmgym.optimum import solve
+import lmgym
 from lmgym.wrappers import VectorPolicyKL
 
 if __name__ == "__main__":
@@ -24,7 +24,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     make: Any = {"prompt_order": "sequential", "obs_format": "flat", "autoreset_mode": "SameStep", "device": "cpu"}
     envs: Any = VectorPolicyKL(gym.make_vec("lmgym/Echo-4-v0", num_envs=256, **make))
-    optimum = solve("echo-4", split="train")
+    optimum = lmgym.solve("echo-4", split="train")
     size = int(envs.unwrapped.single_action_space.n)
     head = nn.Linear(256, 1 + size, bias=False)  # the value, and what is added to the logits
     nn.init.zeros_(head.weight)
@@ -34,7 +34,7 @@ if __name__ == "__main__":
         obs, _ = envs.reset()
         alive = torch.ones(256, dtype=torch.bool)
         steps = []
-        for _ in range(4):  # a row that has ended plays on; `alive` leaves that out
+        for _ in range(4):  # a row that has ended goes on; `alive` leaves it out
             state = torch.from_numpy(obs) + 1
             reference = torch.from_numpy(envs.unwrapped.reference_log_probs())
             out = network(state).detach()

@@ -1,10 +1,10 @@
-"""What a stock library optimises, and the route to J: Stable-Baselines3's PPO with its own MLP on keyword-8.
+"""What an unchanged library optimises, and how it gets to J: Stable-Baselines3's PPO with an MLP on keyword-8.
 
     python examples/sb3_ppo_mlp.py --steps 100000 --seed 0
 
-The env's reward holds one half of the KL, `kl_coef * log pi_ref(a|s)`. Without the other half, PPO maximises the score
-less kl_coef times the cross-entropy to the reference, whose optimum is certain of every token. `PolicyKLCallback` adds
-the other half, and the optimum is pi*. Both are graded by J, on the scale of V*: 0 is the reference, 1 the optimum.
+The env's reward has one half of the KL, `kl_coef * log pi_ref(a|s)`. Without the other half, PPO maximises the score less
+kl_coef times the cross-entropy to the reference. The optimum of that is certain of every token. `PolicyKLCallback` adds
+the other half, and then the optimum is pi*. Both are graded by J, on the scale of V*: 0 is the reference, 1 the optimum.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # small networks: threads only wait for each other
-    rate = lambda remaining: 3e-3 * remaining  # noqa: E731 - falls to 0, so that the last policy is a settled one
+    rate = lambda remaining: 3e-3 * remaining  # noqa: E731 - falls to 0, so that the last policy is steady
     options = {"learning_rate": rate, "n_steps": 32, "batch_size": 512, "n_epochs": 4, "gae_lambda": 0.95}
     for name, callback in (("the env's reward alone", None), ("with PolicyKLCallback", PolicyKLCallback())):
         model = PPO("MlpPolicy", VecEnvBridge(make(64, "train")), gamma=1.0, seed=args.seed, device="cpu", **options)
