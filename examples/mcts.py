@@ -46,9 +46,8 @@ if __name__ == "__main__":
     parser.add_argument("--simulations", type=int, default=400, help="a token")
     parser.add_argument("--prompts", type=int, default=5, help="of the test split, at most 14")
     args = parser.parse_args()
-    env: Any = gym.make(
-        "lmgym/Keyword-8-v0", split="test", kl_coef=0.02, device="cpu"
-    )  # a certain choice pays all its KL
+    # A certain choice pays for all of its surprise, so a nat is cheap here.
+    env: Any = gym.make("lmgym/Keyword-8-v0", split="test", kl_coef=0.02, device="cpu")
     rng = np.random.default_rng(0)
     returns = np.zeros((3, args.prompts))
     for i in range(args.prompts):

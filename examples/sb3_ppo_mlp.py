@@ -2,9 +2,10 @@
 
     python examples/sb3_ppo_mlp.py --steps 100000 --seed 0
 
-The env's reward has one half of the KL, `kl_coef * log pi_ref(a|s)`. Without the other half, PPO maximises the score less
-kl_coef times the cross-entropy to the reference. The optimum of that is certain of every token. `PolicyKLCallback` adds
-the other half, and then the optimum is pi*. Both are graded by J, on the scale of V*: 0 is the reference, 1 the optimum.
+The env's reward has one half of the KL, `kl_coef * log pi_ref(a|s)`. Without the other half, PPO maximises the score
+less kl_coef times the cross-entropy to the reference. The optimum of that is certain of every token. `PolicyKLCallback`
+adds the other half, and then the optimum is pi*. Both are graded by J, on the scale of V*: 0 is the reference, 1 the
+optimum.
 """
 
 from __future__ import annotations
