@@ -17,8 +17,8 @@ from transformers import LlamaConfig
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.models import cuda_graphs
 from lmgym.models.causal import CausalLM, freeze
-from lmgym.models.decoding import RingDecoder
 from lmgym.models.policy import CausalPolicy
+from lmgym.models.ring import RingDecoder
 from lmgym.rollout import collect
 from lmgym.tasks import Task
 
@@ -71,7 +71,7 @@ def test_a_captured_step_is_the_step(lm: CausalLM) -> None:
     plain = [drive(RingDecoder(lm, SLOTS, CAPACITY, record=False), 20, seed) for seed in (0, 1)]
     assert_alike(drive(RingDecoder(lm, SLOTS, CAPACITY), 20, 0), plain[0])
     gc.collect()
-    assert len(cuda_graphs._waiting[lm]) == 1
+    assert len(lm.remember(cuda_graphs._waiting_graphs)) == 1
     assert_alike(drive(RingDecoder(lm, SLOTS, CAPACITY), 20, 1), plain[1])  # on the same graphs
 
 

@@ -198,7 +198,8 @@ class Engine:
         self.returns[rows] = self.discounted[rows] = 0.0
         self.ref_log_probs[rows] = np.nan
         if self._reader is not None:
-            self._reader.start(rows, prompts, ahead)
+            sequences = {row: prompt.ids for row, prompt in zip(rows.tolist(), prompts, strict=True)}
+            self._reader.start(sequences, None if ahead is None else _ids_of(ahead))
 
     def reseed(self, seed: int) -> None:
         """Begins anew what is random in the reward.
@@ -252,8 +253,13 @@ class Engine:
         if ref_log_probs is not None:
             self.ref_log_probs[row] = ref_log_probs
         if self._reader is not None and n:
-            end = self.width + n
-            self._reader.restart(row, self.input_ids[row, :end], self.attention_mask[row, :end])
+            self._reader.restart(row, self._token_ids(row))
+
+    def _token_ids(self, row: int) -> tuple[int, ...]:
+        """Prompt and response so far of a row inside an episode."""
+        prompt = self.current[row]
+        assert prompt is not None
+        return (*prompt.ids, *self.response_ids(row))
 
     def check_prefix(self, response_ids: Sequence[int]) -> None:
         """Raises `InvalidArgumentError` unless an episode can go on behind these response tokens."""
@@ -360,10 +366,7 @@ class Engine:
         if self._stepping_reader().keeps_hidden:
             return
         self._reader = Reader(self.lm, self.num_rows, self.width + self.horizon, keep_hidden=True)
-        for row, prompt in enumerate(self.current):
-            if prompt is not None:
-                end = self.width + self.lengths[row]
-                self._reader.restart(row, self.input_ids[row, :end], self.attention_mask[row, :end])
+        self._reader.start({row: self._token_ids(row) for row, p in enumerate(self.current) if p is not None}, None)
 
     def _stepping_reader(self) -> Reader:
         if self._reader is None:
@@ -488,6 +491,11 @@ class Engine:
         gold = None if gold_reward is None else score(gold_reward, texts, completions, **columns)
         reasons = ["eos" if e else "length" for e in eos]
         return _Scores(scores, gold, reasons, [str(text) for text in texts], completions)
+
+
+def _ids_of(choose: Callable[[int], Prompt]) -> Callable[[int], tuple[int, ...]]:
+    """What gives the token ids of the prompts that `choose` gives."""
+    return lambda row: choose(row).ids
 
 
 class EngineBacked:

@@ -1,6 +1,6 @@
 """Decoding steps on a GPU as CUDA graphs: one launch a token, where the forward of a model is hundreds.
 
-A graph replays its kernels on the addresses it was captured with, so the rings of keys and values stay where they are.
+A graph replays its kernels on the addresses that it was captured with, so the rings of keys and values must not move.
 They belong to `StepGraphs`, which decoders borrow one after the other and give back. The graphs read the model's own
 parameters, and follow their training.
 
@@ -20,7 +20,7 @@ from lmgym.models.causal import CausalLM
 Step = Callable[..., tuple[Tensor, ...]]
 Key = tuple[object, ...]
 
-MAX_KEPT = 2  # rings of a model that wait for their next decoder
+MAX_WAITING = 2  # rings of a model that wait for their next decoder
 _WARM_UPS = 3  # runs before a capture: libraries choose their kernels in the first
 
 
@@ -45,7 +45,7 @@ class StepGraphs:
 
     @torch.inference_mode()
     def run(self, tokens: Tensor, age: Tensor, column: Tensor) -> tuple[Tensor, ...]:
-        """The step for the first n slots: tokens (n,) behind age (n,) tokens, in ring column (1,)."""
+        """The step for the first n slots: appends tokens (n,) to age (n,) tokens each, in ring column (1,)."""
         n = len(tokens)
         self._tokens[:n].copy_(tokens)
         self._age[:n].copy_(age)
@@ -71,7 +71,9 @@ class StepGraphs:
         return graph, outputs
 
 
-_waiting: weakref.WeakKeyDictionary[CausalLM, list[tuple[Key, StepGraphs]]] = weakref.WeakKeyDictionary()
+def _waiting_graphs(lm: CausalLM) -> list[tuple[Key, StepGraphs]]:
+    """An empty list, for graphs whose decoder is no more."""
+    return []
 
 
 def borrow_graphs(
@@ -86,7 +88,7 @@ def borrow_graphs(
     """
     # A model that was moved has its parameters elsewhere, where its graphs do not look.
     key = (name, slots, capacity, tuple(parameter.data_ptr() for parameter in lm.model.parameters()))
-    waiting = _waiting.setdefault(lm, [])
+    waiting = lm.remember(_waiting_graphs)
     found = next((graphs for known, graphs in waiting if known == key), None)
     if found is None:
         found = StepGraphs(step, slots, capacity, like)
@@ -98,4 +100,4 @@ def borrow_graphs(
 
 def _give_back(waiting: list[tuple[Key, StepGraphs]], key: Key, graphs: StepGraphs) -> None:
     waiting.append((key, graphs))
-    del waiting[:-MAX_KEPT]
+    del waiting[:-MAX_WAITING]

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import lmgym
 from lmgym.errors import InvalidActionError, InvalidArgumentError, LmGymError, UnknownNameError
-from lmgym.models.decoding import RingDecoder
+from lmgym.models.ring import RingDecoder
 from lmgym.tasks import Task
 
 ID = "lmgym/RLHF-v0"

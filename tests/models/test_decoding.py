@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from lmgym.models.causal import CausalLM, freeze
-from lmgym.models.decoding import Decoder, PlainDecoder, RingDecoder, make_decoder
+from lmgym.models.decoding import Decoder, PlainDecoder, make_decoder
+from lmgym.models.ring import RingDecoder
 
 V = len(WORDS) + 3
 CAPACITY = 14
@@ -328,6 +329,64 @@ def test_reading_ahead_does_not_touch_the_ring(gpt2_lm: CausalLM) -> None:
     for _ in range(4):
         drive.step()
     drive.check_all()
+
+
+class Prompts:
+    """An endless stream of prompts for each slot, and what a decoder was told of them."""
+
+    def __init__(self, slots: int) -> None:
+        self.rng = torch.Generator().manual_seed(0)
+        self.next = [self.draw() for _ in range(slots)]
+
+    def draw(self) -> tuple[int, ...]:
+        length = int(torch.randint(1, 6, (1,), generator=self.rng))
+        return tuple(torch.randint(2, V, (length,), generator=self.rng).tolist())
+
+    def take(self, slots: list[int]) -> dict[int, tuple[int, ...]]:
+        taken = {slot: self.next[slot] for slot in slots}
+        for slot in slots:
+            self.next[slot] = self.draw()
+        return taken
+
+
+@pytest.mark.parametrize("guesses", ["right", "wrong", "none"])
+@pytest.mark.parametrize("cls", [RingDecoder, PlainDecoder])
+def test_slots_start_from_sequences_whatever_was_read_ahead(cls: type, guesses: str, gpt2_lm: CausalLM) -> None:
+    decoder = cls(gpt2_lm, SLOTS, CAPACITY)
+    prompts = Prompts(SLOTS)
+    drive = Drive(gpt2_lm, decoder, SLOTS)
+    upcoming = {"right": lambda slot: prompts.next[slot], "wrong": lambda slot: (3, 4), "none": None}[guesses]
+    for t in range(30):
+        ended = [slot for slot in range(SLOTS) if t == 0 or t == 20 or (t + slot) % 5 == 0]
+        if ended:
+            for slot in ended:
+                drive.check(slot)
+            taken = prompts.take(ended)
+            decoder.start(taken, upcoming)
+            for slot, ids in taken.items():
+                drive.history[slot], drive.starts[slot] = list(ids), len(ids)
+                drive.seen[slot] = [decoder.logits[slot].clone()]
+        drive.step()
+    drive.check_all()
+    tokens = torch.arange(SLOTS) + 3
+    expected = decoder.logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    torch.testing.assert_close(decoder.log_probs(tokens), expected, rtol=0, atol=1e-5)
+
+
+def test_one_forward_reads_what_is_due_and_what_comes_next(gpt2_lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, prompts, reads = RingDecoder(gpt2_lm, SLOTS, CAPACITY), Prompts(SLOTS), []
+    prefill = RingDecoder.prefill
+    monkeypatch.setattr(
+        RingDecoder, "prefill", lambda self, ids, mask: reads.append(len(ids)) or prefill(self, ids, mask)
+    )
+    upcoming = prompts.next.__getitem__
+    decoder.start(prompts.take(list(range(SLOTS))), upcoming)
+    for slot in range(SLOTS):
+        decoder.start(prompts.take([slot]), upcoming)
+    assert reads == [SLOTS, SLOTS]  # the first slot to end has the next prompts of all the others read with its own
+    decoder.keep(torch.tensor([2, 0]))
+    decoder.start({0: (3, 4)}, None)
+    assert reads[2:] == [1]
 
 
 # --- what the head reads ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 from lmgym.models import recording
 from lmgym.models.causal import CausalLM, freeze
-from lmgym.models.decoding import RingDecoder
 from lmgym.models.recording import Forward, record
+from lmgym.models.ring import RingDecoder
+from lmgym.models.ring_step import RingStep, make_step
+from lmgym.tasks import make_task
 
 
 class Tied(nn.Module):
@@ -137,3 +140,36 @@ def test_policies_of_one_shape_are_recorded_once(traces: list[object]) -> None:
         with torch.inference_mode():
             torch.testing.assert_close(decoder.logits, lm.model(input_ids=ids).logits[:, -1], rtol=1e-4, atol=1e-4)
     assert len(traces) == 1
+
+
+# --- steps of decoding -----------------------------------------------------------------------------------------------
+
+
+def drive(lm: CausalLM) -> None:
+    """Makes two decoders of a model, with and without hidden states, and takes a step with each."""
+    ids = torch.tensor([[3, 4], [5, 6]])
+    for keep_hidden in (False, True, False):
+        decoder = RingDecoder(lm, 2, 8, keep_hidden=keep_hidden)
+        decoder.begin(torch.arange(2), ids, torch.ones_like(ids).bool())
+        decoder.step(ids[:, 0])
+
+
+def test_the_step_of_the_shipped_model_is_recorded(traces: list[object]) -> None:
+    """torch.jit.trace is deprecated upstream: here it shows when a new torch no longer records."""
+    lm = make_task("reviews").reference("cpu")
+    lm = CausalLM(lm.model, lm.tokenizer)  # one that has not decoded yet
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drive(lm)
+    assert len(traces) == 2  # with and without hidden states
+    for keep_hidden in (False, True):
+        assert not isinstance(lm.remember(make_step, keep_hidden), RingStep)
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is_and_warns_once_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.jit, "trace")
+    lm = CausalLM(freeze(gpt2(len(word_tokenizer()), n_positions=24)), word_tokenizer())
+    with pytest.warns(UserWarning, match="GPT2LMHeadModel could not be recorded with torch.jit.trace") as caught:
+        drive(lm)
+    assert len(caught) == 1
+    assert isinstance(lm.remember(make_step, False), RingStep)

@@ -16,8 +16,9 @@ from torch import Tensor
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
 from lmgym.models.causal import CausalLM, freeze
-from lmgym.models.decoding import PlainDecoder, RingDecoder
+from lmgym.models.decoding import PlainDecoder
 from lmgym.models.policy import CausalPolicy, Policy
+from lmgym.models.ring import RingDecoder
 from lmgym.optimum.bounds import Mixture, log_weights, multi_sample_bound
 from lmgym.optimum.rejection import rejection_samples
 from lmgym.optimum.resampling import conditional_stratified, stratified

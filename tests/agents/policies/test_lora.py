@@ -32,9 +32,10 @@ from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, UnknownNameError
 from lmgym.kl import episode_kl
 from lmgym.models.causal import CausalLM
-from lmgym.models.decoding import RingDecoder, make_decoder
+from lmgym.models.decoding import make_decoder
 from lmgym.models.markov import dirichlet_rows, markov_lm
 from lmgym.models.policy import CausalPolicy
+from lmgym.models.ring import RingDecoder
 from lmgym.models.sharing import load_causal_lm
 from lmgym.rollout import collect
 from lmgym.tasks.base import Task

@@ -1,0 +1,193 @@
+"""A cache of keys and values that decodes many sequences at once, on an unmodified Hugging Face model.
+
+Memory is allocated once, and a slot can be restarted at any time: the keys of its prompt are written into the columns
+just before the clock's (`ring_step.py` says what a step does with them).
+
+Shapes: N slots, W prompt columns, C ring columns, V vocabulary, D width of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from lmgym.models.caches import cache_keyword
+from lmgym.models.causal import CausalLM, token_log_probs
+from lmgym.models.cuda_graphs import StepGraphs, borrow_graphs
+from lmgym.models.padding import pad_left
+from lmgym.models.recording import Forward
+from lmgym.models.ring_step import RingStep, make_step
+
+TokenIds = tuple[int, ...]
+
+
+class Prefilled(NamedTuple):
+    """n prompts that have been read and wait for a slot.
+
+    Attributes:
+        cache: their keys and values. logits: (n, V) of their next tokens.
+        hidden: (n, D) input of the LM head, or None where it is not kept. lengths: (n,) in tokens.
+    """
+
+    cache: DynamicCache
+    logits: Tensor
+    hidden: Tensor | None
+    lengths: Tensor
+
+
+class _Waiting(NamedTuple):
+    """What a slot will most likely start from: row `row` of prompts that have been read."""
+
+    ids: TokenIds
+    prompts: Prefilled
+    row: int
+
+
+class RingDecoder:
+    """The ring cache. Memory: 2 * layers * N * C * width of all key-value heads, plus the logits N * V.
+
+    Args:
+        lm: the model. slots: N. capacity: C, the longest sequence a slot will hold.
+        keep_hidden: whether to keep the input of the LM head.
+        record: whether steps may run as a recorded graph.
+    """
+
+    def __init__(
+        self, lm: CausalLM, slots: int, capacity: int, *, keep_hidden: bool = False, record: bool = True
+    ) -> None:
+        self._lm = lm
+        self._slots = slots
+        self._capacity = capacity
+        self._keep_hidden = keep_hidden
+        self._cache_keyword = cache_keyword(lm.model)
+        self._step: Forward = lm.remember(make_step, keep_hidden) if record else RingStep(lm, keep_hidden)
+        self._captures = record and lm.device.type == "cuda"
+        self._graphs: StepGraphs | None = None
+        self._rings: list[Tensor] = []
+        self._clock = 0
+        self._column = torch.zeros(1, dtype=torch.int64, device=lm.device)  # clock % C
+        self._age = torch.zeros(slots, dtype=torch.int64, device=lm.device)  # tokens each slot has seen
+        self._waiting: dict[int, _Waiting] = {}  # by slot
+        self.logits = torch.zeros((slots, lm.vocab_size), dtype=lm.dtype, device=lm.device)
+        self.hidden: Tensor | None = None
+
+    def log_probs(self, tokens: Tensor) -> Tensor:
+        """(N,) float32 nats of each slot's next token being this one."""
+        with torch.inference_mode():
+            return token_log_probs(self.logits, tokens)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, mask: Tensor) -> Prefilled:
+        """Reads prompts (n, W) without touching the ring."""
+        cache = DynamicCache()
+        mask = mask.to(torch.int64)
+        out = self._lm.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp_(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+            output_hidden_states=self._keep_hidden,
+            **{self._cache_keyword: cache},
+        )
+        hidden = out.hidden_states[-1][:, -1] if self._keep_hidden else None
+        return Prefilled(cache, self._lm.legal_logits(out.logits[:, -1]), hidden, mask.sum(-1))
+
+    @torch.inference_mode()
+    def insert(self, slots: Tensor, prompts: Prefilled, rows: Tensor) -> None:
+        """Starts slots (n,) from rows (n,) of prompts that have been read."""
+        states = [x for layer in prompts.cache.layers for x in (layer.keys, layer.values)]
+        if not self._rings:
+            self._rings = self._make_rings(states)
+        width = states[0].shape[2]
+        columns = torch.arange(self._clock - width, self._clock, device=slots.device) % self._capacity
+        for ring, state in zip(self._rings, states, strict=True):
+            ring[slots[:, None], :, columns[None, :]] = state[rows].transpose(1, 2)
+        self._age[slots] = prompts.lengths[rows]
+        self.logits[slots] = prompts.logits[rows]
+        if prompts.hidden is not None:
+            if self.hidden is None:
+                self.hidden = prompts.hidden.new_zeros((self._slots, prompts.hidden.shape[-1]))
+            self.hidden[slots] = prompts.hidden[rows]
+
+    def _make_rings(self, states: list[Tensor]) -> list[Tensor]:
+        """Rings for keys and values like these; on a GPU those of graphs that wait to be used again."""
+        if not self._captures:
+            return [x.new_zeros((self._slots, x.shape[1], self._capacity, x.shape[3])) for x in states]
+        name = f"hidden={self._keep_hidden}"
+        self._graphs = borrow_graphs(self, self._lm, self._step, self._slots, self._capacity, states, name)
+        return self._graphs.rings
+
+    def begin(self, slots: Tensor, ids: Tensor, mask: Tensor) -> None:
+        """Restarts slots (n,) from sequences (n, W), left-padded."""
+        self.insert(slots, self.prefill(ids, mask), torch.arange(len(slots), device=slots.device))
+
+    def start(self, sequences: Mapping[int, TokenIds], upcoming: Callable[[int], TokenIds] | None = None) -> None:
+        """Restarts slots from a sequence each, and reads ahead what other slots will most likely start from.
+
+        One forward reads the sequences that are due, and with them the next one of every slot that has none waiting.
+
+        Args:
+            sequences: token ids by slot. upcoming: the sequence that a slot will most likely start from next.
+        """
+        if len(sequences) == self._slots:
+            self._rewind()
+        if not all(self._is_waiting(slot, ids) for slot, ids in sequences.items()):
+            self._read_ahead(sequences, upcoming)
+        batches: dict[int, list[int]] = {}
+        for slot in sequences:
+            batches.setdefault(id(self._waiting[slot].prompts), []).append(slot)
+        for slots in batches.values():
+            taken = [self._waiting.pop(slot) for slot in slots]
+            rows = torch.tensor([each.row for each in taken], device=self._lm.device)
+            self.insert(torch.tensor(slots, device=self._lm.device), taken[0].prompts, rows)
+
+    def _is_waiting(self, slot: int, ids: TokenIds) -> bool:
+        return slot in self._waiting and self._waiting[slot].ids == ids
+
+    def _read_ahead(self, sequences: Mapping[int, TokenIds], upcoming: Callable[[int], TokenIds] | None) -> None:
+        wanted = {slot: ids for slot, ids in sequences.items() if not self._is_waiting(slot, ids)}
+        if upcoming is not None:
+            for slot in range(self._slots):
+                if slot not in sequences and slot not in self._waiting:
+                    wanted[slot] = upcoming(slot)
+        ids, mask = pad_left(list(wanted.values()), self._lm.pad_token_id)
+        prompts = self.prefill(ids.to(self._lm.device), mask.to(self._lm.device))
+        for row, (slot, sequence) in enumerate(wanted.items()):
+            self._waiting[slot] = _Waiting(sequence, prompts, row)
+
+    def _rewind(self) -> None:
+        """Goes back to the first column where every slot is about to be restarted: then rounding is the same again."""
+        self._clock = 0
+        self._column = torch.zeros_like(self._column)
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> None:
+        """Appends a token (N,) to every slot: one forward."""
+        if self._graphs is not None:
+            self.logits, *hidden = self._graphs.run(tokens, self._age, self._column)
+        else:
+            self.logits, *hidden = self._step(tokens, self._age, self._column, *self._rings)
+        self.hidden = hidden[0] if hidden else None
+        self._age = (self._age + 1).clamp_(max=self._capacity - 1)
+        self._clock += 1
+        self._column = (self._column + 1) % self._capacity
+
+    @torch.inference_mode()
+    def keep(self, slots: Tensor) -> None:
+        """Keeps only these slots (n,), in this order."""
+        self._slots = len(slots)
+        self._waiting.clear()  # slots have other numbers now
+        if self._graphs is None:
+            self._rings = [ring[slots] for ring in self._rings]
+        else:  # graphs read the rings where they are
+            for ring in self._rings:
+                ring[: self._slots] = ring[slots]
+            self._rings = [ring[: self._slots] for ring in self._rings]
+        self._age = self._age[slots]
+        self.logits = self.logits[slots]
+        self.hidden = None if self.hidden is None else self.hidden[slots]

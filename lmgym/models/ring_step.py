@@ -1,0 +1,140 @@
+"""One decoding step of an unmodified Hugging Face model over a ring of keys and values.
+
+The ring: every slot writes the keys and values of its newest token into the same column, `clock % C`; a slot that has
+seen n tokens attends to the n newest columns. Positions reach the model through `position_ids`, so the column of a key
+does not matter.
+
+Shapes: N slots, C ring columns, V vocabulary, D width of the model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from lmgym.models.caches import cache_keyword
+from lmgym.models.causal import CausalLM, legal_logits
+from lmgym.models.recording import Forward, record
+
+
+class _RingLayer(CacheLayerMixin):
+    """Keys and values (N, heads, C, head width) of one layer; a forward writes one column and reads all."""
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
+        super().__init__()
+        self.keys = keys
+        self.values = values
+        self.column = column
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Does nothing, because the decoder allocates."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self.column, key_states)
+        self.values.index_copy_(2, self.column, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[2] - 1
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+    def get_max_cache_shape(self) -> int:  # its name in the oldest transformers that we support
+        return self.keys.shape[2]
+
+
+class RingStep(nn.Module):
+    """One decoding step of the unmodified model over a ring: it runs as it is, or is recorded once and then run."""
+
+    def __init__(self, lm: CausalLM, keep_hidden: bool) -> None:
+        super().__init__()
+        self.model = lm.model
+        # Not a method of `lm`, which remembers its steps: neither must keep the other alive.
+        self._legal_logits = partial(legal_logits, vocab_size=lm.vocab_size, holes=lm.holes, temperature=lm.temperature)
+        self._keep_hidden = keep_hidden
+        self._dtype = lm.dtype
+        self._cache_keyword = cache_keyword(lm.model)
+        # Only sdpa takes a bool mask; the others add theirs to the attention scores.
+        self._bool_mask = lm.model.config.get_text_config()._attn_implementation == "sdpa"
+
+    def forward(self, tokens: Tensor, age: Tensor, column: Tensor, *rings: Tensor) -> tuple[Tensor, ...]:
+        """Appends tokens (N,) to slots that have seen age (N,) tokens, in ring column (1,).
+
+        Args:
+            tokens, age, column: int64. rings: keys and values (N, heads, C, width) of every layer, written in place.
+
+        Returns:
+            logits (N, V), and the hidden state (N, D) where it is kept.
+        """
+        cache = Cache(layers=[_RingLayer(k, v, column) for k, v in zip(rings[::2], rings[1::2], strict=True)])
+        capacity = rings[0].shape[2]
+        columns_ago = (column - torch.arange(capacity, device=column.device)) % capacity
+        mask = (columns_ago <= age[:, None])[:, None, None, :]
+        if not self._bool_mask:
+            mask = torch.where(mask, 0.0, torch.finfo(self._dtype).min).to(self._dtype)
+        out = self.model(
+            input_ids=tokens[:, None],
+            attention_mask=mask,
+            position_ids=age[:, None],
+            use_cache=True,
+            logits_to_keep=1,
+            output_hidden_states=self._keep_hidden,
+            **{self._cache_keyword: cache},
+        )
+        logits = self._legal_logits(out.logits[:, -1])
+        return (logits, out.hidden_states[-1][:, -1]) if self._keep_hidden else (logits,)
+
+
+def make_step(lm: CausalLM, keep_hidden: bool) -> Forward:
+    """The step as a recorded graph, which spares the Python of a forward; with a warning, as it is where that fails.
+
+    On a GPU it is always left as it is: there the decoder captures it (`cuda_graphs.py`).
+    """
+    step = RingStep(lm, keep_hidden)
+    if lm.device.type == "cuda":
+        return step
+    recorded = _record(lm, step)
+    if recorded is None:
+        lm.remember(_warn_that_steps_are_slow)
+        return step
+    return recorded
+
+
+def _warn_that_steps_are_slow(lm: CausalLM) -> None:
+    warnings.warn(
+        f"A decoding step of {type(lm.model).__name__} could not be recorded with torch.jit.trace: each token runs the "
+        "model's own Python, with the same results and in more time.",
+        stacklevel=2,
+    )
+
+
+def _record(lm: CausalLM, step: RingStep) -> Forward | None:
+    """The step's graph, for any number of slots and any capacity; None where it cannot be recorded."""
+
+    def make_example(rows: int, capacity: int) -> tuple[Tensor, ...]:
+        cache = DynamicCache()
+        ids = torch.arange(rows * 2, device=lm.device).view(rows, 2) % lm.vocab_size
+        lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{cache_keyword(lm.model): cache})
+        rings = []
+        for layer in cache.layers:
+            for state in (layer.keys, layer.values):
+                ring = state.new_zeros((rows, state.shape[1], capacity, state.shape[3]))
+                ring[:, :, :2] = state
+                rings.append(ring)
+        age = torch.full((rows,), 2, device=lm.device)
+        return ids[:, 1], age, torch.tensor([2], device=lm.device), *rings
+
+    return record(step, make_example)
