@@ -24,9 +24,10 @@ from torch import Tensor
 from transformers import MistralConfig
 
 from lmgym.errors import InvalidActionError, InvalidArgumentError
-from lmgym.models import decoding
+from lmgym.models import ring
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.markov import dirichlet_rows, markov_lm
+from lmgym.models.ring_step import RingStep
 from lmgym.models.sampling import Sampler
 from lmgym.wrappers import (
     ActionMask,
@@ -546,7 +547,7 @@ def test_the_space_holds_every_text_of_a_tokenizer_of_bytes(parts: Parts) -> Non
 @pytest.fixture
 def counted(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> tuple[Parts, list[int]]:
     """Parts over a model of their own whose forwards are counted: its steps are not recorded as a graph."""
-    monkeypatch.setattr(decoding, "_recorded", lambda lm, step: None)
+    monkeypatch.setattr(ring, "make_step", RingStep)
     lm = CausalLM(freeze(gpt2(V)), word_tokenizer())
     calls: list[int] = []
     lm.model.transformer.register_forward_pre_hook(lambda module, args: calls.append(1))
