@@ -20,7 +20,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from agents.sb3.agent import SB3Agent, SB3Config
+from agents.sb3.agent import SB3Agent
+from agents.sb3.config import SB3Config
 from lmgym.envs.vector import RLHFVectorEnv
 
 _AGENTS = Path(__file__).parents[1] / "conf" / "agent"
@@ -28,7 +29,7 @@ _ALL = ("sb3_ppo", "sb3_a2c", "sb3_maskable_ppo", "sb3_recurrent_ppo", "sb3_dqn"
 
 
 def alone(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `agents.sb3.network._shared` returns, with a sequence for every state."""
+    """What `agents.sb3.network._share_prefixes` returns, with a sequence for every state."""
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
     every = torch.arange(len(ids), device=ids.device)
     return torch.where(mask, ids, -1).gather(1, order), every, (mask.sum(1) - 1).clamp(min=0), every
@@ -40,7 +41,10 @@ def each_alone(shared: bool) -> Iterator[None]:
     if shared:
         yield
         return
-    with patch("agents.sb3.network._shared", alone), patch("agents.sb3.agent._one_backward", lambda trpo: trpo):
+    with (
+        patch("agents.sb3.network._share_prefixes", alone),
+        patch("agents.sb3.algorithms.with_one_backward", lambda trpo: trpo),
+    ):
         yield
 
 

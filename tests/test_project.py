@@ -224,7 +224,7 @@ IMPORTERS = {
         "lmgym/__init__.py",
         "lmgym/tasks/base.py",
         "lmgym/rewards/base.py",
-        "agents/sb3/agent.py",
+        "agents/sb3/algorithms.py",
     },
     "hydra.utils.get_class": {"agents/train.py"},
     "hydra.utils.get_object": set(),

@@ -1,26 +1,32 @@
-"""Buffers of Stable-Baselines3 whose minibatches are stretches: successive steps of a row, drawn at random together.
+"""Buffers of Stable-Baselines3 whose minibatches are stretches, and a replay buffer as a file.
 
-A language model reads the steps of a stretch in one forward (`agents.sb3.network.Trunk`).
+A stretch is successive steps of a row. A language model reads its steps in one forward (`agents.sb3.network.Trunk`).
+
+Shapes: S steps that a buffer holds of each row, N rows, L columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 from stable_baselines3.common.buffers import DictReplayBuffer, DictRolloutBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
+
+from lmgym.errors import InvalidArgumentError
 
 
 class StretchReplayBuffer(DictReplayBuffer):
     """A replay buffer that draws stretches of successive steps of a row; any step is as likely as another.
 
-    In a full buffer the oldest steps come behind the newest.
+    In a full buffer the oldest steps follow the newest.
 
     Args:
-        stretch: steps each; 1 is SB3's own way.
+        stretch: steps of each; 1 is SB3's own way.
     """
 
     def __init__(self, *args: Any, stretch: int = 1, **kwargs: Any) -> None:
@@ -36,14 +42,16 @@ class StretchReplayBuffer(DictReplayBuffer):
         return self._at(steps.ravel()[:batch_size], np.repeat(rows, self._stretch)[:batch_size], env)
 
     def _at(self, steps: Any, rows: Any, env: VecNormalize | None) -> DictReplayBufferSamples:
-        def tensors(observations: dict[str, Any]) -> Any:
+        """The steps (n,) of rows (n,)."""
+
+        def select(observations: dict[str, Any]) -> Any:
             chosen = self._normalize_obs({name: x[steps, rows] for name, x in observations.items()}, env)
             return {name: self.to_torch(x) for name, x in cast(Any, chosen).items()}
 
         return DictReplayBufferSamples(
-            observations=tensors(self.observations),
+            observations=select(self.observations),
             actions=self.to_torch(self.actions[steps, rows]),
-            next_observations=tensors(self.next_observations),
+            next_observations=select(self.next_observations),
             dones=self.to_torch((self.dones[steps, rows] * (1 - self.timeouts[steps, rows]))[:, None]),
             rewards=self.to_torch(self._normalize_reward(self.rewards[steps, rows, None], env)),
         )
@@ -57,18 +65,61 @@ class Stretches:
         super().__init__(*args, **kwargs)
 
     def get(self: Any, batch_size: int | None = None) -> Generator[Any, None, None]:
+        """Yields minibatches of `batch_size` steps, in a random order of the stretches; the whole rollout for None."""
         if batch_size is None:
             yield from super().get()  # type: ignore[misc]
             return
         next(super().get(1))  # type: ignore[misc] # lays the steps out, row after row
-        n, pieces = self.buffer_size, []
+        n = self.buffer_size
+        stretches = []
         for row in range(0, n * self.n_envs, n):
-            pieces += np.split(np.arange(row, row + n), range(self._stretch, n, self._stretch))
-        drawn = np.random.permutation(len(pieces))  # noqa: NPY002 - what SB3 draws from
-        order = np.concatenate([pieces[i] for i in drawn])
+            stretches += np.split(np.arange(row, row + n), range(self._stretch, n, self._stretch))
+        drawn = np.random.permutation(len(stretches))  # noqa: NPY002 - what SB3 draws from
+        order = np.concatenate([stretches[i] for i in drawn])
         for start in range(0, len(order), batch_size):
             yield self._get_samples(order[start : start + batch_size])
 
 
 class StretchRolloutBuffer(Stretches, DictRolloutBuffer):
     """The rollout buffer of PPO and TRPO, in stretches."""
+
+
+def save_replay(buffer: DictReplayBuffer, path: Path) -> None:
+    """Writes what a replay buffer holds as safetensors; `buffer.pos` is not in the file."""
+    size = buffer.size()
+    save_file({name: array[:size] for name, array in _replay_arrays(buffer).items()}, path)
+
+
+def load_replay(buffer: DictReplayBuffer, path: Path, position: int) -> None:
+    """Fills a replay buffer with what `save_replay` wrote.
+
+    Args:
+        buffer: of the same shape; what it held is forgotten.
+        path: the file.
+        position: `buffer.pos` when it was saved, where the next step goes.
+
+    Raises:
+        InvalidArgumentError: for a buffer of another shape.
+    """
+    saved = load_file(path)
+    size = len(saved["actions"])
+    is_full = position < size
+    for name, array in _replay_arrays(buffer).items():
+        fits = size == len(array) if is_full else size < len(array)
+        if not fits or saved[name].shape[1:] != array.shape[1:]:
+            raise InvalidArgumentError(
+                f"`directory` must hold a replay buffer with {name} of shape {array.shape}, got {saved[name].shape}: "
+                "`kwargs.buffer_size` and `n_envs` must be those of the run that saved it."
+            )
+        array[:size] = saved[name]
+    buffer.pos = position
+    buffer.full = is_full
+
+
+def _replay_arrays(buffer: DictReplayBuffer) -> dict[str, Any]:
+    """The arrays (S, N, ...) of a replay buffer by name."""
+    arrays = {name: getattr(buffer, name) for name in ("actions", "rewards", "dones", "timeouts")}
+    for kind in ("observations", "next_observations"):
+        for name, array in getattr(buffer, kind).items():
+            arrays[f"{kind}.{name}"] = array  # (S, N, L)
+    return arrays

@@ -1,4 +1,4 @@
-"""The episodes in hand of an algorithm of Stable-Baselines3, written and taken up again: rollouts cut them anywhere.
+"""The running episodes of an algorithm of Stable-Baselines3, saved and restored: a rollout ends in the midst of them.
 
 Shapes: N rows, T tokens.
 """
@@ -15,8 +15,12 @@ from lmgym.envs.single import EnvState, observe, restore_row, row_state
 from lmgym.envs.vector import RLHFVectorEnv
 
 
-def running_episodes(envs: RLHFVectorEnv) -> list[dict[str, Any]] | None:
-    """Where each row stands, as JSON values; None before the first reset, or for a prompt that is of no split."""
+def describe_episodes(envs: RLHFVectorEnv) -> list[dict[str, Any]] | None:
+    """The running episode of each row, as JSON values.
+
+    Returns:
+        N rows; None before the first reset, or where a prompt belongs to no split.
+    """
     states = [row_state(envs.engine, row, None) for row in range(envs.num_envs)]
     rows = []
     for state in states:
@@ -35,13 +39,13 @@ def running_episodes(envs: RLHFVectorEnv) -> list[dict[str, Any]] | None:
     return rows
 
 
-def take_up(envs: RLHFVectorEnv, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
-    """Puts every row where `running_episodes` found it.
+def restore_episodes(envs: RLHFVectorEnv, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """Continues the episodes that `describe_episodes` described.
 
     Returns:
-        The observation there, and (N,) bool, which rows are at the start of an episode.
+        The observation, and (N,) bool: which rows are at the start of an episode.
     """
-    envs.reset()  # makes the env ready; its streams of prompts are set by the caller, afterwards
+    envs.reset()  # makes the env ready; the caller sets its streams of prompts afterwards
     engine = envs.engine
     for row, saved in enumerate(rows):
         ref_log_probs = np.full(engine.horizon, np.nan)
@@ -63,16 +67,19 @@ def take_up(envs: RLHFVectorEnv, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
     return observe(engine, envs.settings.obs_format, slice(None)), starts
 
 
-def memory_of(model: Any) -> dict[str, Tensor]:
-    """An LSTM's memory of the episodes in hand, as named tensors; empty where there is none."""
+def lstm_states(model: Any) -> dict[str, Tensor]:
+    """The states of an LSTM in the running episodes, as named tensors; empty where there is no LSTM."""
     states = getattr(model, "_last_lstm_states", None)
     if states is None:
         return {}
     return {f"{name}.{i}": x.contiguous() for name in states._fields for i, x in enumerate(getattr(states, name))}
 
 
-def remember(model: Any, tensors: dict[str, Tensor]) -> None:
-    """Gives an LSTM the memory that `memory_of` took."""
+def restore_lstm_states(model: Any, tensors: dict[str, Tensor]) -> None:
+    """Gives an LSTM the states that `lstm_states` returned."""
     states = model._last_lstm_states
-    parts = {name: tuple(tensors[f"{name}.{i}"] for i in range(len(getattr(states, name)))) for name in states._fields}
-    model._last_lstm_states = type(states)(**{name: tuple(map(torch.clone, x)) for name, x in parts.items()})
+    restored = {}
+    for name in states._fields:
+        count = len(getattr(states, name))
+        restored[name] = tuple(torch.clone(tensors[f"{name}.{i}"]) for i in range(count))
+    model._last_lstm_states = type(states)(**restored)

@@ -23,7 +23,8 @@ from agents.algorithms.reference import Reference
 from agents.algorithms.sft import SFT
 from agents.algorithms.trpo import TRPO
 from agents.finite import all_finite, check_saving, check_step, check_weights
-from agents.sb3.agent import SB3Agent, SB3Config
+from agents.sb3.agent import SB3Agent
+from agents.sb3.config import SB3Config
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import LmGymError, NotFiniteError, RewardError
 from lmgym.evaluation import evaluate

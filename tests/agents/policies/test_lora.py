@@ -26,7 +26,8 @@ from agents.algorithms.rloo import RLOO, RLOOConfig
 from agents.algorithms.trpo import TRPO, TRPOConfig
 from agents.policies.actor_critic import ActorCritic, read_logits
 from agents.policies.lora import LoRAPolicy
-from agents.sb3.agent import SB3Agent, SB3Config
+from agents.sb3.agent import SB3Agent
+from agents.sb3.config import SB3Config
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, UnknownNameError

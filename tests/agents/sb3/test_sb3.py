@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
-import agents.sb3.agent
 from agents.agent import TokenCount
 from agents.policies.actor_critic import ActorCritic
-from agents.sb3.agent import SB3Agent, SB3Config
+from agents.sb3 import algorithms
+from agents.sb3.agent import SB3Agent
 from agents.sb3.buffers import StretchReplayBuffer
+from agents.sb3.config import SB3Config
 from agents.sb3.network import Trunk
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, UnknownNameError
@@ -52,8 +53,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "MaskablePPO": {"batch_size": 64, "n_epochs": 2},
     "RecurrentPPO": {"batch_size": 64, "n_epochs": 2, "kwargs": {"policy_kwargs": {"lstm_hidden_size": 8}}},
 }
-ALGORITHMS = [pytest.param(name, marks=[needs_contrib] if name in agents.sb3.agent._CONTRIB else []) for name in SMALL]
-ON_POLICY = [p for p in ALGORITHMS if p.values[0] not in agents.sb3.agent._VALUE_BASED]
+ALGORITHMS = [pytest.param(name, marks=[needs_contrib] if name in algorithms.CONTRIB else []) for name in SMALL]
+ON_POLICY = [p for p in ALGORITHMS if p.values[0] not in algorithms.VALUE_BASED]
 
 
 @functools.cache
@@ -101,8 +102,8 @@ def moved(agent: SB3Agent, scale: float = 0.3) -> SB3Agent:
     return agent
 
 
-def law_behind(lm: CausalLM, ids: Any, mask: Any) -> Tensor:
-    """(V,) log-law behind one observation: a plain forward over its tokens."""
+def next_log_probs(lm: CausalLM, ids: Any, mask: Any) -> Tensor:
+    """(V,) log-probs of the token after one observation: a plain forward over its tokens."""
     tokens = torch.tensor(np.asarray(ids)[np.asarray(mask).astype(bool)].astype(int))[None]
     with torch.no_grad():
         return lm.model(input_ids=tokens).logits[0, -1, : lm.vocab_size].log_softmax(-1)
@@ -214,7 +215,7 @@ def test_the_first_policy_is_the_reference_and_its_values_are_0(algorithm: str, 
     for row in range(8):
         if observation["attention_mask"][row, -agent.envs.engine.horizon :].any():
             seen += 1
-        expected = law_behind(lm, observation["input_ids"][row], observation["attention_mask"][row])
+        expected = next_log_probs(lm, observation["input_ids"][row], observation["attention_mask"][row])
         torch.testing.assert_close(logits[row].log_softmax(-1), expected, atol=1e-5, rtol=0)
     assert seen
     bare = {"kwargs": {**SMALL[algorithm].get("kwargs", {}), "normalize_advantage": False}}
@@ -303,30 +304,30 @@ def test_the_replay_buffer_draws_stretches_of_a_row(stretch: int, filled: int) -
     columns = spaces[0]["input_ids"].shape[0]  # type: ignore[index]
     for step in range(filled):
         number = step * 10 + np.arange(n)
-        before, behind = (
+        before, after = (
             {"input_ids": np.tile(x[:, None], columns), "attention_mask": np.ones((n, columns))}
             for x in (number, number + 10)
         )
         late = [{"TimeLimit.truncated": step % 3 == 2} for _ in range(n)]
-        buffer.add(before, behind, number, number / 2, np.full(n, step % 3 != 0), late)  # type: ignore[arg-type]
+        buffer.add(before, after, number, number / 2, np.full(n, step % 3 != 0), late)  # type: ignore[arg-type]
     np.random.seed(0)  # noqa: NPY002 - what SB3 draws from
     counts = np.zeros((filled, n))
-    for _ in range(3000):
-        drawn = buffer.sample(10)
+    for _ in range(333):
+        drawn = buffer.sample(90)  # the last stretch of 4 is cut
         numbers = drawn.actions[:, 0].long()
         assert drawn.observations["input_ids"][:, 0].tolist() == numbers.tolist()
         assert drawn.next_observations["input_ids"][:, 0].tolist() == (numbers + 10).tolist()
         assert drawn.rewards[:, 0].tolist() == (numbers / 2).tolist()
         steps, rows = numbers // 10, numbers % 10
         assert drawn.dones[:, 0].tolist() == (steps % 3 == 1).float().tolist()  # % 3 == 2 ran out of time
-        assert len(numbers) == 10
+        assert len(numbers) == 90
         assert (steps >= filled - size).all()
-        for start in range(0, 10, stretch):
+        for start in range(0, 90, stretch):
             some, on = steps[start : start + stretch].numpy(), rows[start : start + stretch]
             assert (on == on[0]).all()
             assert ((some - some[0]) % min(filled, size) == np.arange(len(some))).all()
         np.add.at(counts, (steps.numpy(), rows.numpy()), 1)
-    expected = 30_000 / (min(filled, size) * n)
+    expected = 333 * 90 / (min(filled, size) * n)
     assert np.abs(counts[max(0, filled - size) :] / expected - 1).max() < 0.2
 
 
@@ -367,9 +368,9 @@ def test_one_backward_pass_gives_trpo_the_gradients_that_one_a_parameter_gives(p
     found = []
     for compute in (model._compute_actor_grad, super(type(model), model)._compute_actor_grad):
         with sdpa_kernel(SDPBackend.MATH):
-            law = model.policy.get_distribution(observations).distribution
-            kl = torch.distributions.kl_divergence(law, torch.distributions.Categorical(logits=old)).mean()
-            params, objective, of_kl, shapes = compute(kl, law.logits[:, 3].mean())
+            new = model.policy.get_distribution(observations).distribution
+            kl = torch.distributions.kl_divergence(new, torch.distributions.Categorical(logits=old)).mean()
+            params, objective, of_kl, shapes = compute(kl, new.logits[:, 3].mean())
             vector = torch.randn(objective.shape, generator=torch.Generator().manual_seed(1))
             found.append([objective, of_kl, model.hessian_vector_product(params, of_kl, vector)])
         assert [p.shape for p in params] == list(shapes)
@@ -398,8 +399,8 @@ def by_hand(agent: SB3Agent, dense: bool = True) -> tuple[Any, Any, list[float]]
         for t in range(steps):
             ids, mask = (observations[name][t, i] for name in ("input_ids", "attention_mask"))
             action, width = int(actions[t, i]), len(ids) - task.max_new_tokens
-            log_probs[t, i] = law_behind(agent.policy.lm, ids, mask)[action]
-            owed += task.kl_coef * (law_behind(lm, ids, mask)[action].item() - log_probs[t, i])
+            log_probs[t, i] = next_log_probs(agent.policy.lm, ids, mask)[action]
+            owed += task.kl_coef * (next_log_probs(lm, ids, mask)[action].item() - log_probs[t, i])
             response = [int(token) for token, on in zip(ids[width:], mask[width:], strict=True) if on] + [action]
             ended = action == lm.tokenizer.eos_token_id or len(response) == task.max_new_tokens
             if dense or ended:
@@ -616,17 +617,17 @@ def test_maskable_ppo_takes_what_a_mask_of_its_own_allows() -> None:
 @needs_contrib
 @pytest.mark.parametrize("mask", [{"top_k": 2}, {"top_p": 0.5}])
 def test_what_maskable_ppo_does_under_a_mask_is_what_is_graded(mask: dict[str, Any], tmp_path: Path) -> None:
-    """It plays, predicts and is graded on one law: its own among what the mask leaves."""
+    """It plays, predicts and is graded on one distribution: its own, restricted to the tokens of the mask."""
     fields = {f"mask_{name}": value for name, value in mask.items()}
     agent = moved(make("MaskablePPO", learning_rate=0.0, **fields))
     history = learn(agent, 4096)  # nothing is learned, so that all its batches are of one policy
     lm, observation = agent.envs.engine.lm, agent.envs.reset(seed=0)[0]
     logits = agent.next_logits(*(torch.from_numpy(observation[k]) for k in ("input_ids", "attention_mask")))
     for row in range(8):
-        behind = observation["input_ids"][row], observation["attention_mask"][row]
-        kept = Sampler(**mask).adjust_logits(law_behind(lm, *behind)[None], 0)[0].isfinite()
+        observed_row = (observation["input_ids"][row], observation["attention_mask"][row])
+        kept = Sampler(**mask).adjust_logits(next_log_probs(lm, *observed_row)[None], 0)[0].isfinite()
         kept[1] = True  # EOS
-        free = law_behind(agent._actor.lm, *behind)  # type: ignore[union-attr]
+        free = next_log_probs(agent._actor.lm, *observed_row)  # type: ignore[union-attr]
         expected = torch.where(kept, free, -torch.inf).log_softmax(-1)
         torch.testing.assert_close(logits[row].log_softmax(-1), expected, atol=1e-5, rtol=0)
         assert not kept.all()
@@ -724,7 +725,7 @@ def test_a_checkpoint_holds_no_pickle_and_its_actor_is_a_model(tmp_path: Path) -
     assert other.envs.get_state() == agent.envs.get_state()
     for trained in (agent, other):
         trained.model._last_obs = None
-        trained._report.restart()
+        trained._metrics.restart()
         learn(trained, 384)
     assert torch.equal(weights(agent), weights(other))
 
@@ -744,7 +745,7 @@ def test_a_single_observation_gets_a_single_action() -> None:
         one = {name: values[row] for name, values in observation.items()}
         action, state = agent.predict(one, deterministic=True)
         assert (action, state) == (several[row], None)
-        assert action == law_behind(agent.policy.lm, one["input_ids"], one["attention_mask"]).argmax()
+        assert action == next_log_probs(agent.policy.lm, one["input_ids"], one["attention_mask"]).argmax()
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -775,7 +776,7 @@ def test_a_config_that_cannot_be_is_refused(config: dict[str, Any], message: str
 
 
 def test_what_cannot_be_put_together_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="`sampler` must be the policy's own law"):
+    with pytest.raises(InvalidArgumentError, match="`sampler` must be the policy's own distribution"):
         SB3Agent(tiny_envs(4), SB3Config(n_envs=4), sampler=Sampler(temperature=0.5))
     with pytest.raises(InvalidArgumentError, match="`envs` must have n_envs=4 rows, got 3"):
         SB3Agent(tiny_envs(3), SB3Config(n_envs=4))
@@ -794,18 +795,23 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(agents.sb3.agent.importlib, "import_module", missing)
+    monkeypatch.setattr(algorithms.importlib, "import_module", missing)
     config = SB3Config(algorithm="TRPO", n_envs=2)  # can be read all the same
     with pytest.raises(InvalidArgumentError, match=r"needs the package sb3-contrib \(pip install sb3-contrib\)"):
         SB3Agent(tiny_envs(2), config)
 
 
-@pytest.mark.parametrize("algorithm", [*ON_POLICY, "PPO, paid at the end"])
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "PPO, paid at the end", "DQN, with a full buffer"])
 def test_an_interrupted_run_goes_on_to_the_same_curve(algorithm: str, tmp_path: Path) -> None:
     """Rollouts of 8 steps end within episodes of up to 32 tokens, which the resumed run goes on with."""
-    algorithm, _, late = algorithm.partition(", ")
-    task = make_task("stop-16", dense_kl=not late)
-    sizes = {"A2C": {}, "TRPO": {"batch_size": 32}}.get(algorithm, {"batch_size": 32, "n_epochs": 1})
+    algorithm, _, variant = algorithm.partition(", ")
+    task = make_task("stop-16", dense_kl=variant != "paid at the end")
+    size = 64 if variant == "with a full buffer" else 1000
+    replay: dict[str, Any] = {"buffer_size": size, "learning_starts": 40, "train_freq": 2, "target_update_interval": 40}
+    replay |= {"exploration_fraction": 1.0, "exploration_final_eps": 0.8}
+    settings: dict[str, dict[str, Any]] = {"A2C": {}, "TRPO": {"batch_size": 32}}
+    settings |= {name: {"batch_size": 32, "stretch": 4, "kwargs": replay} for name in algorithms.VALUE_BASED}
+    sizes = settings.get(algorithm, {"batch_size": 32, "n_epochs": 1})
 
     def agent(seed: int) -> SB3Agent:
         envs = RLHFVectorEnv(4, autoreset_mode="SameStep", task=task, device="cpu")
@@ -836,8 +842,19 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(algorithm: str, tmp_path: 
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-6, nan_ok=True)
 
 
-def test_a_checkpoint_before_the_first_rollout_begins_as_a_new_run(tmp_path: Path) -> None:
-    first, second = make(), make(seed=1)
+def test_a_replay_buffer_of_another_size_is_refused(tmp_path: Path) -> None:
+    agent = make("DQN")
+    learn(agent, 128)
+    agent.save(tmp_path / "checkpoint")
+    other = make("DQN", kwargs={**OFF_POLICY, "buffer_size": 64})
+    with pytest.raises(InvalidArgumentError, match=r"`kwargs.buffer_size` and `n_envs` must be those of the run"):
+        other.load(tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "DQN"])
+def test_a_checkpoint_before_the_first_rollout_begins_as_a_new_run(algorithm: str, tmp_path: Path) -> None:
+    first = make(algorithm)
+    second = make(algorithm, seed=1)
     first.save(tmp_path / "checkpoint")
     second.load(tmp_path / "checkpoint")
     for found, expected in zip(learn(second, 256), learn(first, 256), strict=True):

@@ -1,0 +1,114 @@
+"""What an algorithm of Stable-Baselines3 runs with."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from agents.policies.choice import PolicyConfig
+from agents.sb3.algorithms import CONTRIB, VALUE_BASED, WITHOUT_STRETCHES, Algorithm, algorithm_class
+from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number, unknown_name
+
+# Arguments of an algorithm that come from elsewhere than `kwargs`.
+_SET_BY_AGENT = (
+    "policy",
+    "env",
+    "learning_rate",
+    "gamma",
+    "seed",
+    "device",
+    "verbose",
+    "tensorboard_log",
+    "_init_setup_model",
+)
+_SET_BY_CONFIG = ("n_epochs", "batch_size")
+_POLICY_KWARGS = ("n_quantiles", "lstm_hidden_size", "n_lstm_layers")  # entries of `policy_kwargs` that may be given
+
+
+@dataclass(frozen=True)
+class SB3Config(PolicyConfig):
+    """The algorithm and its numbers; None leaves SB3's own default."""
+
+    algorithm: Algorithm = "PPO"
+    n_envs: int = 64  # rows of the env
+    n_steps: int = 32  # steps of every row between two updates; of DQN and QRDQN, between two rows of metrics
+    learning_rate: float = 5e-4
+    lr_schedule: Literal["constant", "linear"] = "linear"  # linear ends at 0
+    batch_size: int | None = None  # tokens a minibatch
+    n_epochs: int | None = None  # passes over a rollout
+    stretch: int | None = None  # successive steps of a row that stay together in a minibatch; None, as SB3: 1
+    mask_top_k: int | None = None  # of MaskablePPO: only the reference's k likeliest tokens may be chosen, and EOS
+    mask_top_p: float | None = None  # of MaskablePPO: the smallest set of likeliest tokens with this mass, and EOS
+    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the algorithm, by SB3's names
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("algorithm", self.algorithm, get_args(Algorithm))
+        check_choice("lr_schedule", self.lr_schedule, ("constant", "linear"))
+        for name in ("n_envs", "n_steps"):
+            check_int(name, getattr(self, name), 1)
+        check_number("learning_rate", self.learning_rate, 0)
+        for name in ("batch_size", "n_epochs", "stretch"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 1)
+        if self.stretch is not None and self.algorithm in WITHOUT_STRETCHES:
+            raise InvalidArgumentError(f"`stretch` must be None for {self.algorithm}, got {self.stretch}.")
+        self._check_mask()
+        self._check_kwargs()
+        if self.algorithm not in CONTRIB or importlib.util.find_spec("sb3_contrib"):
+            self.arguments(algorithm_class(self.algorithm))
+
+    def _check_mask(self) -> None:
+        for name in ("mask_top_k", "mask_top_p"):
+            if getattr(self, name) is not None and self.algorithm != "MaskablePPO":
+                raise InvalidArgumentError(f"`{name}` must be None for {self.algorithm}, got {getattr(self, name)!r}.")
+        if self.mask_top_k is not None:
+            check_int("mask_top_k", self.mask_top_k, 1)
+        if self.mask_top_p is not None:
+            check_number("mask_top_p", self.mask_top_p, 0, 1, open_low=True)
+            if self.mask_top_k is not None:
+                raise InvalidArgumentError(f"`mask_top_k` must be None beside `mask_top_p`, got {self.mask_top_k!r}.")
+
+    def _check_kwargs(self) -> None:
+        if not isinstance(self.kwargs, Mapping):
+            raise InvalidArgumentError(f"`kwargs` must be a mapping of names to plain values, got {self.kwargs!r}.")
+        if self.algorithm in VALUE_BASED and self.kwargs.get("n_steps", 1) != 1:
+            raise InvalidArgumentError(
+                f"`kwargs.n_steps` must be 1, for SB3 has no n-step returns of dict observations, got "
+                f"{self.kwargs['n_steps']!r}."
+            )
+        policy_kwargs = self.kwargs.get("policy_kwargs", {})
+        if not isinstance(policy_kwargs, Mapping):
+            raise InvalidArgumentError(
+                f"`kwargs.policy_kwargs` must be a mapping of names to values, got {policy_kwargs!r}."
+            )
+        for name in policy_kwargs:
+            check_choice("kwargs.policy_kwargs", name, _POLICY_KWARGS)
+
+    @property
+    def num_envs(self) -> int:
+        """Rows that the vector env must have."""
+        return self.n_envs
+
+    def arguments(self, algorithm: Any) -> dict[str, Any]:
+        """Keyword arguments for the class of the algorithm, without those that come from the env.
+
+        Raises:
+            InvalidArgumentError: for a setting that the algorithm does not take.
+            UnknownNameError: for a name in `kwargs` that it does not take.
+        """
+        parameters = inspect.signature(algorithm.__init__).parameters
+        accepted = [name for name in parameters if name not in ("self", *_SET_BY_AGENT)]
+        for name in self.kwargs:
+            if name not in accepted or name in _SET_BY_CONFIG:
+                raise unknown_name("kwargs", name, set(accepted) - set(_SET_BY_CONFIG))
+        chosen: dict[str, Any] = {"batch_size": self.batch_size, "n_epochs": self.n_epochs}
+        for name, value in chosen.items():
+            if value is not None and name not in accepted:
+                raise InvalidArgumentError(f"`{name}` must be None, for {self.algorithm} has no such, got {value!r}.")
+        if self.algorithm not in VALUE_BASED:
+            chosen["n_steps"] = self.n_steps
+        return {**self.kwargs, **{name: value for name, value in chosen.items() if value is not None}}
