@@ -433,3 +433,9 @@ def test_a_known_bug_turns_its_invariant_red(mutant: Mutant, monkeypatch: pytest
         mutant.patch(patched)
         with pytest.raises(AssertionError):
             mutant.check()
+
+
+def test_what_a_mutant_rewrites_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for mutant in MUTANTS:
+        with monkeypatch.context() as patched:
+            mutant.patch(patched)
