@@ -217,7 +217,7 @@ class TinyProblem:
         ]
 
     def token_log_probs(self, lm: CausalLM, prompt: str) -> torch.Tensor:
-        """(R, T) float64 log-probs of the tokens of every response, 0 behind its end; plain forwards."""
+        """(R, T) float64 log-probs of the tokens of every response, 0 after its end; plain forwards."""
         ids = lm.tokenizer(prompt)["input_ids"]
         result = torch.zeros((len(self.responses), self.T), dtype=torch.float64)
         by_length = itertools.groupby(sorted(range(len(self.responses)), key=self._length), key=self._length)
@@ -225,8 +225,8 @@ class TinyProblem:
             rows = list(group)
             batch = torch.tensor([[*ids, *self.responses[i]] for i in rows])
             with torch.inference_mode():
-                law = lm.model(input_ids=batch).logits.double().log_softmax(-1)[:, len(ids) - 1 : -1]
-            result[rows, :length] = law.gather(2, batch[:, len(ids) :, None]).squeeze(2)
+                log_pi = lm.model(input_ids=batch).logits.double().log_softmax(-1)[:, len(ids) - 1 : -1]
+            result[rows, :length] = log_pi.gather(2, batch[:, len(ids) :, None]).squeeze(2)
         return result
 
     def _length(self, i: int) -> int:

@@ -55,13 +55,13 @@ class Ways:
     weights: Tensor
 
 
-def law(agent: OnPolicyAgent, episodes: Episodes) -> Tensor:
+def logits_of(agent: OnPolicyAgent, episodes: Episodes) -> Tensor:
     return agent.policy.read(episodes).logits
 
 
 def probabilities(agent: OnPolicyAgent, tree: Tree) -> Tensor:
     """(X, R / X) of the responses of each prompt."""
-    return tree.evaluate(lambda episodes: law(agent, episodes)).log_probs.exp().view(tree.scores.shape)
+    return tree.evaluate(lambda episodes: logits_of(agent, episodes)).log_probs.exp().view(tree.scores.shape)
 
 
 def alone(agent: OnPolicyAgent, tree: Tree) -> Ways:
@@ -71,7 +71,7 @@ def alone(agent: OnPolicyAgent, tree: Tree) -> Ways:
 
 
 def pairs(agent: OnPolicyAgent, tree: Tree) -> Ways:
-    """Every group of two responses to one prompt, one behind the other; each of the two counts half."""
+    """Every group of two responses to one prompt, one after the other; each of the two counts half."""
     probs = probabilities(agent, tree)
     x, n = probs.shape
     first, second = torch.cartesian_prod(torch.arange(n), torch.arange(n)).unbind(1)
@@ -138,7 +138,7 @@ def direction(agent: OnPolicyAgent, tree: Tree, ways: Ways, *, scored: bool = Tr
 def gradient(agent: OnPolicyAgent, tree: Tree) -> Tensor:
     """(p,) of J, exact."""
     parameters = parameters_of(agent)
-    _, found = tree.gradient(lambda episodes: law(agent, episodes), parameters)
+    _, found = tree.gradient(lambda episodes: logits_of(agent, episodes), parameters)
     return flat(found, parameters)
 
 
@@ -156,8 +156,8 @@ def late_term(agent: OnPolicyAgent, tree: Tree) -> Tensor:
     task = tree.task
     mask = episodes.response_mask
     weights = alone(agent, tree).weights * task.gamma ** (episodes.lengths - 1)
-    law = agent.policy.read(episodes).logits.log_softmax(-1)
-    chosen = law.gather(1, episodes.response_ids[mask].unsqueeze(1)).squeeze(1)
+    log_pi = agent.policy.read(episodes).logits.log_softmax(-1)
+    chosen = log_pi.gather(1, episodes.response_ids[mask].unsqueeze(1)).squeeze(1)
     total = -task.kl_coef * (weights.unsqueeze(1).expand_as(mask)[mask] * chosen).sum()
     found = torch.autograd.grad(total, parameters_of(agent), materialize_grads=True)
     return torch.cat([x.flatten() for x in found]).double()

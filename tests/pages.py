@@ -68,7 +68,7 @@ def prose(document: Path) -> str:
 
 
 def table(document: Path, first: str) -> dict[str, list[str]]:
-    """The rows below the header whose first cell is `first`: name without backticks to the cells behind it."""
+    """The rows below the header whose first cell is `first`: name without backticks to the cells after it."""
     lines = iter(document.read_text(encoding="utf-8").splitlines())
     header = next((line for line in lines if line.startswith(f"| {first} |")), None)
     assert header is not None, f"{document.name} has no table of {first!r}"

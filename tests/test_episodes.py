@@ -97,10 +97,10 @@ def test_picking_rows_picks_every_field(rows: object) -> None:
     assert picked.values is None
     numbers = torch.arange(B)[rows].tolist()  # type: ignore[index]
     assert len(picked) == len(numbers)
-    for place, row in enumerate(numbers):
+    for position, row in enumerate(numbers):
         for f in fields(Episodes):
             if f.name != "values":
-                assert torch.equal(getattr(picked, f.name)[place], getattr(batch, f.name)[row])
+                assert torch.equal(getattr(picked, f.name)[position], getattr(batch, f.name)[row])
 
 
 def test_concatenating_parts_gives_the_whole() -> None:

@@ -38,16 +38,16 @@ def envs_of(problem: TinyProblem, **changes: Any) -> RLHFVectorEnv:
 
 
 class Tabular:
-    """A policy from a law over whole responses: pi(a | prefix) is the mass of what begins so."""
+    """A policy from a distribution over whole responses: pi(a | prefix) is the mass of what begins so."""
 
     device = torch.device("cpu")
 
-    def __init__(self, problem: TinyProblem, laws: dict[str, Tensor]) -> None:
+    def __init__(self, problem: TinyProblem, log_probs: dict[str, Tensor]) -> None:
         self.problem = problem
         self.tokenizer = problem.lm.tokenizer
         self.mass: dict[tuple[str, tuple[int, ...]], float] = {}
-        for prompt, law in laws.items():
-            for response, p in zip(problem.responses, law.exp().tolist(), strict=True):
+        for prompt, log_pi in log_probs.items():
+            for response, p in zip(problem.responses, log_pi.exp().tolist(), strict=True):
                 for t in range(len(response) + 1):
                     key = (prompt, response[:t])
                     self.mass[key] = self.mass.get(key, 0.0) + p
@@ -71,7 +71,7 @@ class TabularState:
             for prompt, prefix in self.rows
         ]
         flat = torch.tensor(masses, dtype=torch.float64)
-        return torch.where(flat.sum(1, keepdim=True) > 0, flat, 1.0).log()  # behind an end anything goes
+        return torch.where(flat.sum(1, keepdim=True) > 0, flat, 1.0).log()  # after an end anything goes
 
     def step(self, tokens: Tensor) -> None:
         self.rows = [(prompt, (*prefix, int(i))) for (prompt, prefix), i in zip(self.rows, tokens, strict=True)]
@@ -95,21 +95,21 @@ def test_the_reference_has_no_kl_and_earns_its_score(problem: TinyProblem) -> No
     assert metrics["kl"].mean == pytest.approx(0, abs=1e-5)
     assert metrics["return"].mean == pytest.approx(metrics["score"].mean, abs=1e-5)
     for i, prompt in enumerate(problem.prompts):
-        law = problem.token_log_probs(problem.lm, prompt).sum(1).exp()
+        distribution = problem.token_log_probs(problem.lm, prompt).sum(1).exp()
         scores = problem.scores(prompt)
-        mean = float((law * scores).sum())
-        error = math.sqrt(float((law * (scores - mean) ** 2).sum()) / 200)
+        mean = float((distribution * scores).sum())
+        error = math.sqrt(float((distribution * (scores - mean) ** 2).sum()) / 200)
         assert abs(per_prompt(found, found.episodes.scores)[i].mean() - mean) < 4 * error
         lengths = torch.tensor([len(r) for r in problem.responses]).double()
         assert per_prompt(found, found.episodes.lengths.double())[i].mean() == pytest.approx(
-            float((law * lengths).sum()), abs=0.3
+            float((distribution * lengths).sum()), abs=0.3
         )
 
 
 def test_the_optimum_earns_v_star_with_every_sample(problem: TinyProblem) -> None:
     """score - kl_coef * log(pi* / pi_ref) is V*(x) for every response: no variance at all."""
     optima = {prompt: problem.optimum(prompt) for prompt in problem.prompts}
-    policy = Tabular(problem, {prompt: law for prompt, (_, law) in optima.items()})
+    policy = Tabular(problem, {prompt: log_pi for prompt, (_, log_pi) in optima.items()})
     found = evaluate(policy, envs_of(problem), samples=40, generator=rng())
     values = torch.tensor([value for value, _ in optima.values()])
     returns = found.episodes.scores - problem.kl_coef * episode_kl(found.episodes)
@@ -128,9 +128,9 @@ def test_any_policy_lies_below_the_optimum_and_its_bound_between(problem: TinyPr
     returns = per_prompt(found, found.episodes.scores - problem.kl_coef * episode_kl(found.episodes))
     optimum = 0.0
     for i, prompt in enumerate(problem.prompts):
-        law = problem.token_log_probs(problem.other, prompt).sum(1)
+        log_pi = problem.token_log_probs(problem.other, prompt).sum(1)
         error = returns[i].std() / math.sqrt(600)
-        assert abs(returns[i].mean() - problem.objective(prompt, law)) < 4 * error
+        assert abs(returns[i].mean() - problem.objective(prompt, log_pi)) < 4 * error
         optimum += problem.optimum(prompt)[0] / 3
     assert found.metrics["kl"].mean > 0.1
     assert found.bound is not None
@@ -185,7 +185,7 @@ def test_the_gold_score_is_graded_too() -> None:
     assert found.metrics["gold_score"].mean == pytest.approx(found.episodes.gold_scores.mean().item())
 
 
-def test_the_law_graded_is_that_of_the_sampler(problem: TinyProblem) -> None:
+def test_the_distribution_graded_is_that_of_the_sampler(problem: TinyProblem) -> None:
     envs = envs_of(problem)
     greedy = evaluate(CausalPolicy(problem.lm), envs, samples=3, sampler=Sampler(temperature=0), generator=rng())
     assert (greedy.episodes.log_probs == 0).all()
@@ -193,7 +193,9 @@ def test_the_law_graded_is_that_of_the_sampler(problem: TinyProblem) -> None:
     assert (per_prompt(greedy, greedy.episodes.scores).std(1) == 0).all()
 
 
-def test_log_probs_of_another_law_are_a_loud_error(problem: TinyProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probs_of_another_distribution_are_a_loud_error(
+    problem: TinyProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As of a sampler that forgets its temperature."""
     forgetful = Sampler(temperature=1.7)
     monkeypatch.setattr(

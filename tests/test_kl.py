@@ -15,7 +15,7 @@ from lmgym.errors import InvalidArgumentError, LogProbError
 TOKENS = 5
 
 
-def laws(seed: int, rows: int = 7) -> tuple[Tensor, Tensor]:
+def distributions(seed: int, rows: int = 7) -> tuple[Tensor, Tensor]:
     """(rows, V) log-probs in float64 of a policy and of a reference."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn((2, rows, TOKENS), generator=generator, dtype=torch.float64) * 1.5
@@ -37,12 +37,12 @@ def expectation(estimator: object, pi: Tensor, ref: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("estimator", [kl.k1, kl.k3])
 def test_k1_and_k3_are_unbiased(estimator: object) -> None:
-    pi, ref = laws(0)
+    pi, ref = distributions(0)
     torch.testing.assert_close(expectation(estimator, pi, ref), slow_kl(pi, ref), rtol=1e-12, atol=1e-12)
 
 
 def test_an_estimator_of_the_wrong_sign_or_direction_is_not() -> None:
-    pi, ref = laws(1)
+    pi, ref = distributions(1)
     true = slow_kl(pi, ref)
     assert (true > 0.05).all()  # so that what follows means something
     for wrong in (lambda x: -kl.k1(x), lambda x: kl.k1(-x), lambda x: kl.k3(-x)):
@@ -51,14 +51,14 @@ def test_an_estimator_of_the_wrong_sign_or_direction_is_not() -> None:
 
 
 def test_k2_is_half_the_mean_square_and_its_gradient_that_of_the_kl() -> None:
-    pi, ref = laws(2)
+    pi, ref = distributions(2)
     torch.testing.assert_close(expectation(kl.k2, pi, ref), 0.5 * (pi.exp() * (pi - ref) ** 2).sum(-1))
     assert ((expectation(kl.k2, pi, ref) - slow_kl(pi, ref)).abs() > 1e-4).all()  # biased
     logits = pi.clone().requires_grad_()
-    law = logits.log_softmax(-1)
-    (true,) = torch.autograd.grad((law.exp() * (law - ref)).sum(), logits)
-    law = logits.log_softmax(-1)
-    (sampled,) = torch.autograd.grad((law.detach().exp() * kl.k2(law - ref)).sum(), logits)
+    log_pi = logits.log_softmax(-1)
+    (true,) = torch.autograd.grad((log_pi.exp() * (log_pi - ref)).sum(), logits)
+    log_pi = logits.log_softmax(-1)
+    (sampled,) = torch.autograd.grad((log_pi.detach().exp() * kl.k2(log_pi - ref)).sum(), logits)
     torch.testing.assert_close(sampled, true)
 
 
@@ -73,13 +73,13 @@ def test_signs() -> None:
 
 
 def test_exact_is_the_sum_over_the_vocabulary() -> None:
-    pi, ref = laws(3)
+    pi, ref = distributions(3)
     torch.testing.assert_close(kl.exact(pi, ref), slow_kl(pi, ref))
     torch.testing.assert_close(kl.exact(pi, pi), torch.zeros(len(pi), dtype=torch.float64))
 
 
 def test_exact_where_the_policy_never_goes() -> None:
-    pi, ref = laws(4)
+    pi, ref = distributions(4)
     pi[:, 2] = -torch.inf
     ref[:3, 2] = -torch.inf
     pi = pi.log_softmax(-1)
@@ -91,19 +91,21 @@ def test_exact_where_the_policy_never_goes() -> None:
     assert kl.exact(pi, ref)[0] == torch.inf
 
 
-def test_entropy_is_that_of_the_enumerated_law() -> None:
+def test_entropy_is_that_of_the_enumerated_distribution() -> None:
     uniform = torch.full((1, TOKENS), -math.log(TOKENS), dtype=torch.float64)
     assert kl.entropy(uniform).item() == pytest.approx(math.log(TOKENS))
-    pi, _ = laws(5)
+    pi, _ = distributions(5)
     pi[:, 0] = -torch.inf
     pi = pi.log_softmax(-1)
     slow = torch.tensor([-sum(math.exp(p) * p for p in row if p > -math.inf) for row in pi.tolist()])
     torch.testing.assert_close(kl.entropy(pi), slow.double())
 
 
-@pytest.mark.parametrize("of", [kl.entropy, lambda law: kl.exact(law, torch.full_like(law, -math.log(TOKENS)))])
+@pytest.mark.parametrize(
+    "of", [kl.entropy, lambda log_pi: kl.exact(log_pi, torch.full_like(log_pi, -math.log(TOKENS)))]
+)
 def test_gradients_do_not_feel_tokens_outside_the_support(of: object) -> None:
-    logits, _ = laws(6)
+    logits, _ = distributions(6)
     inside = logits[:, 1:].clone().requires_grad_()
     gaps = torch.cat([torch.full((len(logits), 1), -torch.inf), logits[:, 1:]], dim=1).requires_grad_()
     with_gap = torch.autograd.grad(of(gaps.log_softmax(-1)).sum(), gaps)[0]  # type: ignore[operator]

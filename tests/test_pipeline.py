@@ -32,7 +32,7 @@ def run(command: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_page_runs_and_its_checkpoint_generates_the_policy_s_law(
+def test_the_page_runs_and_its_checkpoint_generates_the_policy_s_distribution(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -229,16 +229,16 @@ def recomputed(policy: CausalPolicy, episodes: Episodes, sampler: Sampler) -> tu
     """(n,) log-probs and values of the chosen tokens from one plain forward over the finished texts."""
     mask = episodes.response_mask
     ids, rows, columns, targets = pack(episodes.prompt_ids, episodes.prompt_mask, episodes.response_ids, mask)
-    places = mask.nonzero()[:, 1]
+    positions = mask.nonzero()[:, 1]
     with torch.inference_mode():
         hidden, logits = policy.lm.response_hidden(ids, rows, columns)
-        log_probs = sampler.log_distribution(logits, places).gather(1, targets.unsqueeze(1)).squeeze(1)
+        log_probs = sampler.log_distribution(logits, positions).gather(1, targets.unsqueeze(1)).squeeze(1)
         assert policy.value_head is not None
         return log_probs, policy.value_head(hidden).squeeze(1)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-def test_log_probs_and_values_are_those_of_the_law_that_sampled(
+def test_log_probs_and_values_are_those_of_the_distribution_that_sampled(
     parts: Parts, policy: CausalPolicy, sampler: Sampler
 ) -> None:
     envs = native(parts)
@@ -252,7 +252,7 @@ def test_log_probs_and_values_are_those_of_the_law_that_sampled(
     assert (episodes.log_probs[~mask] == 0).all()
     assert (episodes.values[~mask] == 0).all()
     assert (episodes.response_ids[~mask] == 0).all()
-    if sampler != Sampler():  # the law without the sampler's cut would be another
+    if sampler != Sampler():  # the distribution without the sampler's cut would be another
         assert (recomputed(policy, episodes, Sampler())[0] - log_probs).abs().max() > 0.1
 
 
@@ -277,11 +277,11 @@ def test_the_reference_as_a_policy_has_no_kl(parts: Parts) -> None:
     torch.testing.assert_close(episodes.log_probs, episodes.ref_log_probs, rtol=0, atol=1e-5)
     check_sampled_law(episode_kl(episodes))
     sharp = collect(envs, reference, 60, Sampler(temperature=0.5), rng(7))
-    assert episode_kl(sharp).mean() > 0.5  # another law, and its log-probs say so
+    assert episode_kl(sharp).mean() > 0.5  # another distribution, and its log-probs say so
 
 
 def test_a_policy_that_the_ring_cannot_drive(parts: Parts) -> None:
-    """The slow decoder behind the same interface: tokens, values, and rows that leave."""
+    """The slow decoder with the same interface: tokens, values, and rows that leave."""
     lm = tiny_lm(
         MistralConfig(
             vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -160,14 +160,14 @@ def discounted_by_lambda_alone(r: Tensor, v: Tensor, m: Tensor) -> Tensor:
     return slow_gae(r, v, m, 1.0, LAMBDA, None)
 
 
-def with_the_value_of_the_padding_behind(r: Tensor, v: Tensor, m: Tensor) -> Tensor:
+def with_the_value_of_the_padding_after(r: Tensor, v: Tensor, m: Tensor) -> Tensor:
     behind = torch.cat([v, torch.zeros_like(v[:, :1])], dim=1).gather(1, m.sum(-1, keepdim=True)).squeeze(1)
     return slow_gae(r, v, m, GAMMA, LAMBDA, behind)
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [without_lambda, discounted_by_lambda_alone, with_the_value_of_the_padding_behind],
+    [without_lambda, discounted_by_lambda_alone, with_the_value_of_the_padding_after],
     ids=lambda f: f.__name__,
 )
 def test_a_wrong_formula_is_told_from_gae(wrong: object) -> None:
@@ -238,7 +238,7 @@ def slow_leave_one_out(returns: Tensor, mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("lengths", [[6, 1, 4, 3], [5, 5], [2], [1, 1, 1], [6, 2, 2]])
-def test_a_baseline_is_the_mean_of_the_other_episodes_at_the_same_place(lengths: list[int]) -> None:
+def test_a_baseline_is_the_mean_of_the_other_episodes_at_the_same_position(lengths: list[int]) -> None:
     returns, _, mask = problem(lengths)
     baseline = leave_one_out(returns, mask)
     torch.testing.assert_close(baseline, slow_leave_one_out(returns, mask), rtol=0, atol=1e-12)

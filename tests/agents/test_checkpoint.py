@@ -206,15 +206,15 @@ def test_no_byte_of_the_manifest_can_flip_unnoticed(tmp_path: Path) -> None:
     write(tmp_path, "numbers")
     content = (tmp_path / MANIFEST).read_bytes()
     meaning = json.loads(content)
-    for place in range(len(content)):
+    for position in range(len(content)):
         changed = bytearray(content)
-        changed[place] ^= 1
+        changed[position] ^= 1
         (tmp_path / MANIFEST).write_bytes(changed)
         try:
             verify(tmp_path)
         except RunFileError:
             continue
-        assert json.loads(changed) == meaning, place  # white space
+        assert json.loads(changed) == meaning, position  # white space
 
 
 def test_a_file_of_another_checkpoint_is_noticed(tmp_path: Path) -> None:

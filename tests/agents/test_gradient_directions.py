@@ -17,7 +17,7 @@ from directions import (
     direction,
     drawn,
     gradient,
-    law,
+    logits_of,
     pairs,
     parameters_of,
     probabilities,
@@ -46,7 +46,7 @@ def tree(task: Task) -> Tree:
 
 def test_the_policy_is_away_from_the_reference(task: Task, tree: Tree) -> None:
     agent = agent_of(REINFORCE, task)
-    assert 0.3 < tree.evaluate(lambda episodes: law(agent, episodes)).kl.mean().item() < 1.0
+    assert 0.3 < tree.evaluate(lambda episodes: logits_of(agent, episodes)).kl.mean().item() < 1.0
     for ways in (alone(agent, tree), pairs(agent, tree)):
         assert ways.weights.sum().item() == pytest.approx(1, abs=1e-6)
 
@@ -90,12 +90,12 @@ def test_a_lambda_below_one_trusts_the_critic_and_is_biased_by_it(task: Task, tr
 def test_a_small_step_raises_j(task: Task, tree: Tree, kind: type[OnPolicyAgent]) -> None:
     agent = agent_of(kind, task, **({"whiten_advantages": "none"} if kind is PPO else {}))
     step = 1e-2 * direction(agent, tree, alone(agent, tree))
-    before = tree.evaluate(lambda episodes: law(agent, episodes)).value
+    before = tree.evaluate(lambda episodes: logits_of(agent, episodes)).value
     with torch.no_grad():
         parameters = parameters_of(agent)
         for parameter, part in zip(parameters, step.split([p.numel() for p in parameters]), strict=True):
             parameter += part.view_as(parameter)
-    assert tree.evaluate(lambda episodes: law(agent, episodes)).value > before
+    assert tree.evaluate(lambda episodes: logits_of(agent, episodes)).value > before
 
 
 # -- a discount ------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_the_upper_clip_and_the_dual_clip(
 
 
 @pytest.mark.parametrize(("ratio", "advantage"), [(1.5, 2.0), (0.5, -2.0)])
-def test_a_clipped_token_gives_every_parameter_behind_it_exactly_no_gradient(ratio: float, advantage: float) -> None:
+def test_a_clipped_token_gives_every_parameter_after_it_exactly_no_gradient(ratio: float, advantage: float) -> None:
     logits = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     log_probs = logits.log_softmax(-1)[1:2]
     one = torch.ones(1, dtype=torch.float64)
@@ -247,8 +247,8 @@ def kl_problem(n: int = 6, v: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def estimated(kind: KLEstimator, logits: Tensor, ref: Tensor, chosen: Tensor) -> Tensor:
-    law = logits.log_softmax(-1)
-    return kl_estimate(kind, law.gather(1, chosen).squeeze(1), ref.gather(1, chosen).squeeze(1), law, ref)
+    log_pi = logits.log_softmax(-1)
+    return kl_estimate(kind, log_pi.gather(1, chosen).squeeze(1), ref.gather(1, chosen).squeeze(1), log_pi, ref)
 
 
 KINDS: list[KLEstimator] = ["k1", "k2", "k3", "exact"]
@@ -257,10 +257,10 @@ KINDS: list[KLEstimator] = ["k1", "k2", "k3", "exact"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_estimate_of_the_kl_is_its_formula_token_by_token(kind: KLEstimator) -> None:
     logits, ref, chosen = kl_problem()
-    law = logits.detach().log_softmax(-1)
+    log_pi = logits.detach().log_softmax(-1)
     for i, found in enumerate(estimated(kind, logits, ref, chosen).tolist()):
-        x = (law[i, chosen[i]] - ref[i, chosen[i]]).item()
-        whole = sum(math.exp(p) * (p - q) for p, q in zip(law[i].tolist(), ref[i].tolist(), strict=True))
+        x = (log_pi[i, chosen[i]] - ref[i, chosen[i]]).item()
+        whole = sum(math.exp(p) * (p - q) for p, q in zip(log_pi[i].tolist(), ref[i].tolist(), strict=True))
         assert found == pytest.approx({"k1": x, "k2": x * x / 2, "k3": math.exp(-x) - 1 + x, "exact": whole}[kind])
 
 
@@ -284,10 +284,10 @@ def test_what_the_gradient_of_an_estimate_of_the_kl_is_in_expectation(kind: KLEs
     probs = logits.detach().softmax(-1).squeeze(0)
     expected = (probs * estimated(kind, logits.expand(5, 5), ref.expand(5, 5), every)).sum()
     (found,) = torch.autograd.grad(expected, logits)
-    law = logits.log_softmax(-1)
-    (right,) = torch.autograd.grad((law.exp() * (law - ref)).sum(), logits)
-    law = logits.log_softmax(-1)
-    (other,) = torch.autograd.grad((ref.exp() * (ref - law)).sum(), logits)
+    log_pi = logits.log_softmax(-1)
+    (right,) = torch.autograd.grad((log_pi.exp() * (log_pi - ref)).sum(), logits)
+    log_pi = logits.log_softmax(-1)
+    (other,) = torch.autograd.grad((ref.exp() * (ref - log_pi)).sum(), logits)
     truth = {"k1": torch.zeros_like(right), "k2": right, "k3": other, "exact": right}[kind]
     torch.testing.assert_close(found, truth, rtol=0, atol=1e-12)
     assert (right - other).norm() > 0.1
@@ -303,7 +303,7 @@ def test_no_kl_to_itself(kind: KLEstimator) -> None:
         assert slope.abs().max() < 1e-12
 
 
-def test_a_token_that_the_law_rules_out_adds_nothing_to_the_exact_kl() -> None:
+def test_a_token_that_the_distribution_rules_out_adds_nothing_to_the_exact_kl() -> None:
     logits, ref, chosen = kl_problem()
     ruled_out = logits.masked_fill(torch.arange(5) == (chosen + 1) % 5, -torch.inf)
     found = estimated("exact", ruled_out, ref, chosen)
@@ -317,11 +317,11 @@ def test_a_chosen_token_that_left_the_support_adds_nothing_to_a_loss(kind: KLEst
     logits, ref, chosen = kl_problem()
     gone = torch.zeros(6, 5, dtype=torch.bool)
     gone[2, chosen[2]] = True
-    law = logits.masked_fill(gone, -torch.inf).log_softmax(-1)
-    log_probs = law.gather(1, chosen).squeeze(1)
+    log_pi = logits.masked_fill(gone, -torch.inf).log_softmax(-1)
+    log_probs = log_pi.gather(1, chosen).squeeze(1)
     weights = torch.full((6,), 1 / 6, dtype=torch.float64)
     advantages = torch.tensor([1.0, -2, 3, -4, 5, -6])
-    kl = kl_estimate(kind, log_probs, ref.gather(1, chosen).squeeze(1), law, ref)
+    kl = kl_estimate(kind, log_probs, ref.gather(1, chosen).squeeze(1), log_pi, ref)
     assert kind == "exact" or kl[2] == 0
     loss = policy_gradient_loss(log_probs, advantages, weights) + kl.sum()
     (slope,) = torch.autograd.grad(loss, logits)

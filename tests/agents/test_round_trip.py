@@ -56,7 +56,7 @@ def check_weights(agent: Any, directory: Path, observation: dict[str, Any]) -> N
     torch.testing.assert_close(saved, own.begin(ids, mask, horizon).logits, rtol=0, atol=1e-5)
     reference = CausalPolicy(agent.envs.engine.lm).begin(ids, mask, horizon).logits
     assert (saved - reference).abs().max() > 1e-3
-    if not isinstance(agent, NLPO):  # whose law is of a mask too
+    if not isinstance(agent, NLPO):  # whose distribution is of a mask too
         assert np.array_equal(agent.predict(observation, deterministic=True)[0], saved.argmax(-1).numpy())
 
 

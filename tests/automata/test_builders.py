@@ -101,7 +101,7 @@ def test_phrases_have_as_few_states_as_can_be() -> None:
 
 
 @pytest.mark.parametrize("targets", [[1], [2, 2, 0], [0, 1, 2, 1], []])
-def test_positions_pays_place_by_place(targets: list[int]) -> None:
+def test_positions_pays_position_by_position(targets: list[int]) -> None:
     automaton = positions(targets, 3)
     ids = strings(3, 6)
     expected = [float(sum(a == b for a, b in zip(y, targets, strict=False))) for y in ids]

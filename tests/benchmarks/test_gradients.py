@@ -65,8 +65,8 @@ def test_the_responses_have_probability_1(at_table: Facts) -> None:
 
 def test_the_exact_gradient_is_the_slope_of_j(tree: Tree, table: Tensor, gradient: Tensor) -> None:
     step = 1e-5 * gradient.view_as(table) / gradient.norm()
-    ahead, behind = (tree.evaluate(partial(table_logits, x)).value for x in (table + step, table - step))
-    assert (ahead - behind) / 2e-5 == pytest.approx(gradient.norm().item(), rel=1e-6)
+    ahead, back = (tree.evaluate(partial(table_logits, x)).value for x in (table + step, table - step))
+    assert (ahead - back) / 2e-5 == pytest.approx(gradient.norm().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("baseline", [False, True])
@@ -94,7 +94,7 @@ def test_the_value_is_the_mean_of_the_responses_that_share_a_prefix(tree: Tree, 
         same = (ids[:, :column] == ids[row, :column]).all(1) & at_table.mask[:, column]
         mean = at_table.probs[same] @ at_table.scores[same] / at_table.probs[same].sum()
         assert value[row, column].item() == pytest.approx(mean.item())
-    assert value[0, 1:].abs().sum() == 0  # behind the end
+    assert value[0, 1:].abs().sum() == 0  # after the end
 
 
 def test_k1_in_the_loss_does_nothing_about_the_kl(at_table: Facts) -> None:

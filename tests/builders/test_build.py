@@ -307,12 +307,12 @@ def test_sampling_follows_the_model(artefacts: Path) -> None:
     size = 20_000
     responses = module.sample_tokens(model, [prompt] * size, 2, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        law = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
-        first = int(law.argmax())
-        second_law = model(torch.tensor([[*prompt, first]])).logits[0, -1].softmax(-1)
+        distribution = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        first = int(distribution.argmax())
+        second_distribution = model(torch.tensor([[*prompt, first]])).logits[0, -1].softmax(-1)
     for expected, drawn in (
-        (law, [response[0] for response in responses]),
-        (second_law, [response[1] for response in responses if response[0] == first]),
+        (distribution, [response[0] for response in responses]),
+        (second_distribution, [response[1] for response in responses if response[0] == first]),
     ):
         counts = np.bincount(drawn, minlength=len(tokenizer))
         probable = expected.numpy() * len(drawn) > 20

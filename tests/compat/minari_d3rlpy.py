@@ -17,8 +17,10 @@ for episode in range(40):
     collector.reset(seed=episode)
     ended = False
     while not ended:
-        law = np.exp(env.unwrapped.reference_log_probs()).astype(np.float64)
-        _, _, terminated, truncated, _ = collector.step(int(rng.choice(len(law), p=law / law.sum())))
+        distribution = np.exp(env.unwrapped.reference_log_probs()).astype(np.float64)
+        _, _, terminated, truncated, _ = collector.step(
+            int(rng.choice(len(distribution), p=distribution / distribution.sum()))
+        )
         ended = terminated or truncated
 dataset = collector.create_dataset("lmgym/keyword-v0", algorithm_name="reference", description="the reference")
 assert dataset.total_episodes == 40

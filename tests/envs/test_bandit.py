@@ -118,7 +118,7 @@ def test_spaces(parts: Parts) -> None:
     assert bandit.observation_space == mdp.observation_space
 
 
-def test_tokens_behind_the_end_do_not_matter(parts: Parts) -> None:
+def test_tokens_after_the_end_do_not_matter(parts: Parts) -> None:
     env = gym.make(ID, **parts).unwrapped
     seen = []
     for tail in ([7] * 5, [EOS] * 5, [-1, V, V + 50, 0, 2]):

@@ -166,7 +166,7 @@ def test_seeds_that_are_none_are_refused(env: Any, envs: Any, seed: Any) -> None
 
 
 @pytest.mark.parametrize("index", [True, 1.0, "1", None, -1, 2, [1], np.array([1])])
-def test_places_of_prompts_that_are_none_are_refused(env: Any, index: Any) -> None:
+def test_indices_of_prompts_that_are_none_are_refused(env: Any, index: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="`prompt_index` must be an int from 0 to 1"):
         env.reset(options={"prompt_index": index})
 

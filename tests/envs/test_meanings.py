@@ -39,7 +39,7 @@ def env(parts: dict[str, Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def letters() -> CausalLM:
-    """A model over bytes, in whose tokens a blank is a part of the word behind it."""
+    """A model over bytes, in whose tokens a blank is a part of the word after it."""
     tokenizer = byte_tokenizer()
     return CausalLM(freeze(gpt2(len(tokenizer), n_positions=64)), tokenizer)
 

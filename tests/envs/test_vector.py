@@ -188,11 +188,11 @@ def test_sequential_order_deals_the_prompts_out(parts: Parts) -> None:
     ]
     for group, expected in ((1, [0, 1, 2, 3]), (2, [0, 0, 1, 1]), (4, [0, 0, 0, 0])):
         envs = native(parts, prompt_order="sequential", group_size=group)
-        place = np.array(expected)
+        position = np.array(expected)
         for _ in range(5):
             observation, _ = envs.reset()
-            assert prompts_of(observation) == [texts[i % 6] for i in place]
-            place = place + N // group
+            assert prompts_of(observation) == [texts[i % 6] for i in position]
+            position = position + N // group
         assert prompts_of(envs.reset(seed=0)[0]) == [texts[i] for i in expected]
 
 

@@ -29,11 +29,11 @@ def positions(ranking: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 3.0])
 def test_every_pair_of_a_plackett_luce_ranking_is_bradley_terry(temperature: float) -> None:
     ranking = plackett_luce_ranking(np.tile(SCORES, (DRAWS, 1)), temperature, np.random.default_rng(0))
-    place = positions(ranking)
+    position = positions(ranking)
     for i, j in itertools.combinations(range(len(SCORES)), 2):
         expected = 1 / (1 + math.exp(-(SCORES[i] - SCORES[j]) / temperature))
         error = math.sqrt(expected * (1 - expected) / DRAWS)
-        assert (place[:, i] < place[:, j]).mean() == pytest.approx(expected, abs=4 * error)
+        assert (position[:, i] < position[:, j]).mean() == pytest.approx(expected, abs=4 * error)
         assert preference_probability(SCORES[i], SCORES[j], temperature) == pytest.approx(expected)
 
 
@@ -42,13 +42,13 @@ def test_whole_rankings_follow_plackett_luce() -> None:
     ranking = plackett_luce_ranking(np.tile(SCORES, (DRAWS, 1)), temperature, np.random.default_rng(1))
     weights = np.exp(SCORES / temperature)
     for order in itertools.permutations(range(4)):
-        expected = math.prod(weights[i] / weights[list(order[place:])].sum() for place, i in enumerate(order))
+        expected = math.prod(weights[i] / weights[list(order[position:])].sum() for position, i in enumerate(order))
         frequency = (ranking == np.array(order)).all(axis=1).mean()
         assert frequency == pytest.approx(expected, abs=4 * math.sqrt(expected / DRAWS))
 
 
 def test_gaussian_noise_of_the_same_spread_would_be_rejected() -> None:
-    # The test above has teeth: noise of another law, scaled to the variance of a Gumbel, fails its tolerance.
+    # The test above has teeth: noise of another distribution, scaled to the variance of a Gumbel, fails its tolerance.
     rng = np.random.default_rng(2)
     scores = np.array([2.5, 0.0])
     noisy = np.tile(scores, (DRAWS, 1)) + rng.normal(scale=math.pi / math.sqrt(6), size=(DRAWS, 2))

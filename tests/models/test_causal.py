@@ -78,7 +78,7 @@ def batch(rows: int = 37, seed: int = 0) -> Batch:
 
 
 def slow_log_probs(lm: CausalLM, data: Batch, vocabulary: int = V) -> Tensor:
-    """A full forward a token, on that row's own tokens; the law is normalised over the tokenizer's vocabulary."""
+    """A full forward a token, on that row's own tokens; normalised over the tokenizer's vocabulary."""
     prompt_ids, prompt_mask, response_ids, response_mask = data
     result = torch.zeros(response_ids.shape)
     for row in range(len(prompt_ids)):
@@ -100,7 +100,7 @@ def test_log_probs_are_those_of_a_slow_loop(lm: CausalLM) -> None:
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, slow_log_probs(lm, few), rtol=0, atol=1e-5)
     assert (found[~few[3]] == 0).all()
-    # Normalising over the padded embeddings too would be another law.
+    # Normalising over the padded embeddings too would be another distribution.
     assert (found - slow_log_probs(lm, few, vocabulary=PADDED)).abs().max() > 1e-3
 
 
@@ -219,7 +219,7 @@ def test_a_row_without_a_response_costs_nothing(gpt2_lm: CausalLM) -> None:
     torch.testing.assert_close(found[others], together[others], rtol=0, atol=1e-5)
 
 
-def test_hidden_states_and_logits_at_chosen_places(lm: CausalLM) -> None:
+def test_hidden_states_and_logits_at_chosen_positions(lm: CausalLM) -> None:
     rng = torch.Generator().manual_seed(1)
     ids = torch.randint(0, V, (4, 9), generator=rng)
     rows, columns = torch.tensor([0, 3, 1, 3]), torch.tensor([8, 0, 4, 5])

@@ -1,4 +1,4 @@
-"""The transition table as a language model: its law written out, its caches, and every place that takes a model."""
+"""The transition table as a language model: its probabilities, its caches, and every place that takes a model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make(order: int, rank: int | None, seed: int = 0) -> CausalLM:
     return markov_lm(rows, SYMBOLS, mixture=mixture, order=order)
 
 
-def law(order: int, rank: int | None, history: list[int], eos: int = 0, seed: int = 0) -> np.ndarray:
+def distribution(order: int, rank: int | None, history: list[int], eos: int = 0, seed: int = 0) -> np.ndarray:
     """pi(. | history) from the definition: (V,)."""
     rows, mixture = tables(order, rank, seed)
     before, last = ([eos, eos, *history])[-2:]
@@ -68,7 +68,7 @@ def left_padded(sequences: list[list[int]], pad: int = 0) -> tuple[Tensor, Tenso
     return ids, torch.tensor([[False] * (width - len(s)) + [True] * len(s) for s in sequences])
 
 
-# --- the law -----------------------------------------------------------------------------------------------------
+# --- the distribution --------------------------------------------------------------------------------------------
 
 
 @every_shape
@@ -76,7 +76,7 @@ def test_logits_are_the_log_probs_of_the_table(order: int, rank: int | None) -> 
     ids = random_ids(3, 9)
     with torch.no_grad():
         out = make(order, rank).model(input_ids=ids, output_hidden_states=True)
-    expected = [[law(order, rank, row[: t + 1]) for t in range(9)] for row in ids.tolist()]
+    expected = [[distribution(order, rank, row[: t + 1]) for t in range(9)] for row in ids.tolist()]
     np.testing.assert_allclose(out.logits.exp().numpy(), expected, rtol=1e-5)
     assert out.hidden_states[-1].shape == (3, 9, rank or V)
 
@@ -87,7 +87,7 @@ def test_probs_are_those_of_contexts_by_index(order: int, rank: int | None) -> N
     contexts = list(itertools.product(range(V), repeat=order))
     probs = model.probs(torch.arange(len(contexts)))
     assert probs.dtype == torch.float32
-    np.testing.assert_allclose(probs.numpy(), [law(order, rank, list(c)) for c in contexts], rtol=1e-5)
+    np.testing.assert_allclose(probs.numpy(), [distribution(order, rank, list(c)) for c in contexts], rtol=1e-5)
     assert model.rows.shape == (rank or V**order, V)
     assert model.mixture is None if rank is None else model.mixture.shape == (V**order, rank)
 
@@ -99,8 +99,8 @@ def test_before_the_start_there_are_ends(eos: int) -> None:
     for token in range(V):
         first = model(input_ids=torch.tensor([[token]])).logits[0, 0].exp()
         np.testing.assert_allclose(first.detach().numpy(), rows[eos * V + token], rtol=1e-5)
-        behind_the_end = model(input_ids=torch.tensor([[1, eos, token]])).logits[0, -1].exp()
-        torch.testing.assert_close(first, behind_the_end)
+        after_the_end = model(input_ids=torch.tensor([[1, eos, token]])).logits[0, -1].exp()
+        torch.testing.assert_close(first, after_the_end)
 
 
 @every_shape
@@ -197,7 +197,7 @@ def test_generate_is_the_same_with_and_without_a_cache(order: int, rank: int | N
     for sequence, row in zip(sequences, batch, strict=True):
         expected = list(sequence)
         while len(expected) < len(sequence) + 7 and (len(expected) == len(sequence) or expected[-1]):
-            expected.append(int(law(order, rank, expected).argmax()))
+            expected.append(int(distribution(order, rank, expected).argmax()))
         alone = model.generate(torch.tensor([sequence]), do_sample=False, **rest)[0]
         assert alone.tolist() == expected
         assert row[3 - len(sequence) :].tolist()[: len(expected)] == expected
@@ -331,7 +331,7 @@ GOOD = np.full((V, V), 1 / V)
         (GOOD, None, {"eos_token_id": V}, "`eos_token_id` must be an int >= 0 and <= 4"),
     ],
 )
-def test_what_is_no_law_is_refused(
+def test_what_is_no_distribution_is_refused(
     rows: np.ndarray, mixture: np.ndarray | None, changes: dict[str, int], message: str
 ) -> None:
     with pytest.raises(InvalidArgumentError) as raised:
@@ -372,7 +372,7 @@ def test_drawn_rows_are_distributions_above_the_floor(concentration: float) -> N
     np.testing.assert_array_equal(rows, dirichlet_rows(np.random.default_rng(3), 40, 7, concentration))
 
 
-def test_the_concentration_is_that_of_the_dirichlet_law() -> None:
+def test_the_concentration_is_that_of_the_dirichlet_distribution() -> None:
     rng = np.random.default_rng(0)
     size = 4
     concentration = 2.0
@@ -494,7 +494,7 @@ def test_the_reference_of_an_env_is_the_table(order: int, rank: int | None) -> N
         observation, _ = env.reset(seed=episode)
         history = observation["input_ids"][observation["attention_mask"] == 1].tolist()
         done = False
-        if episode == 5:  # behind a prefix of a response
+        if episode == 5:  # after a prefix of a response
             observation, info = env.reset(options={"prompt_index": 1, "response_ids": [4, 3]})
             history = [2, 3, 4, 3]
         discounted = 0.0
@@ -502,7 +502,7 @@ def test_the_reference_of_an_env_is_the_table(order: int, rank: int | None) -> N
         while not done:
             token = int(rng.integers(0, V))
             _, reward, terminated, truncated, info = env.step(token)
-            assert info["ref_log_prob"] == pytest.approx(np.log(law(order, rank, history)[token]), rel=1e-5)
+            assert info["ref_log_prob"] == pytest.approx(np.log(distribution(order, rank, history)[token]), rel=1e-5)
             done = terminated or truncated
             assert reward == pytest.approx(0.3 * info["ref_log_prob"] + (info["score"] if done else 0.0))
             history.append(token)
@@ -549,7 +549,7 @@ def test_whole_episodes_are_what_stepping_gives(order: int, rank: int | None, de
         for t in range(int(whole.response_mask[i].sum())):
             token = int(whole.response_ids[i, t])
             for seed, log_probs in ((9, whole.log_probs), (0, whole.ref_log_probs)):
-                expected = np.log(law(order, rank, history, seed=seed)[token])
+                expected = np.log(distribution(order, rank, history, seed=seed)[token])
                 assert log_probs[i, t].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
             history.append(token)
 

@@ -158,7 +158,7 @@ def test_a_prompt_of_which_nothing_is_left_is_refused_wherever_it_comes_from(tmp
         ("wordpiece", "the book was", " good"),
     ],
 )
-def test_a_completion_is_written_behind_its_prompt(kind: str, prompt: str, completion: str) -> None:
+def test_a_completion_is_written_after_its_prompt(kind: str, prompt: str, completion: str) -> None:
     texts = Texts(KINDS[kind]())  # type: ignore[operator]
     prompt_ids = texts.encode(prompt)
     response = texts.encode_response(prompt, prompt_ids, completion)

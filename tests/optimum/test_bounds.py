@@ -54,11 +54,11 @@ def test_the_gap_to_the_optimum_is_the_kl_to_it(problem: TinyProblem) -> None:
         assert optimal.exp().sum() == pytest.approx(1, abs=1e-6)
         assert problem.objective(prompt, optimal) == pytest.approx(value, abs=1e-6)
         for lm in (problem.lm, problem.other):
-            law = problem.token_log_probs(lm, prompt).sum(1)
-            gap = problem.kl_coef * float((law.exp() * (law - optimal)).sum())
+            log_pi = problem.token_log_probs(lm, prompt).sum(1)
+            gap = problem.kl_coef * float((log_pi.exp() * (log_pi - optimal)).sum())
             assert gap > 0.01
-            assert value - problem.objective(prompt, law) == pytest.approx(gap, abs=1e-6)
-            wrong_way = problem.kl_coef * float((optimal.exp() * (optimal - law)).sum())
+            assert value - problem.objective(prompt, log_pi) == pytest.approx(gap, abs=1e-6)
+            wrong_way = problem.kl_coef * float((optimal.exp() * (optimal - log_pi)).sum())
             assert abs(wrong_way - gap) > 1e-3
 
 
@@ -73,10 +73,10 @@ def test_log_weights_are_those_of_the_design(problem: TinyProblem) -> None:
         assert mean == pytest.approx(problem.optimum(prompt)[0], abs=1e-6)
 
 
-def expected_bound(problem: TinyProblem, prompt: str, weights: Tensor, law: Tensor, n: int) -> float:
+def expected_bound(problem: TinyProblem, prompt: str, weights: Tensor, log_pi: Tensor, n: int) -> float:
     """E of the bound over all R^n tuples of responses of a policy."""
-    tuples = torch.tensor(list(itertools.product(range(len(law)), repeat=n)))
-    probability = law[tuples].sum(1).exp()
+    tuples = torch.tensor(list(itertools.product(range(len(log_pi)), repeat=n)))
+    probability = log_pi[tuples].sum(1).exp()
     return float((probability * multi_sample_bound(weights[tuples], problem.kl_coef)).sum())
 
 
@@ -86,9 +86,9 @@ def test_the_bound_is_j_at_one_sample_then_grows_and_never_passes_the_optimum(pr
         for lm in (problem.lm, problem.other):
             log_probs = problem.token_log_probs(lm, prompt)
             weights = log_weights(all_episodes(problem, prompt, log_probs), problem.kl_coef)
-            law = log_probs.sum(1)
-            bounds = [expected_bound(problem, prompt, weights, law, n) for n in (1, 2, 3)]
-            assert bounds[0] == pytest.approx(problem.objective(prompt, law), abs=1e-6)
+            log_pi = log_probs.sum(1)
+            bounds = [expected_bound(problem, prompt, weights, log_pi, n) for n in (1, 2, 3)]
+            assert bounds[0] == pytest.approx(problem.objective(prompt, log_pi), abs=1e-6)
             assert bounds[0] + 1e-3 < bounds[1] < bounds[2] < value
 
 
@@ -141,7 +141,7 @@ def mixture_of(problem: TinyProblem) -> Mixture:
 
 
 def test_a_mixture_gives_a_whole_response_the_average_of_its_components(problem: TinyProblem) -> None:
-    """log q(y) = log sum_k w_k q_k(y), for all responses there are: not the average of the laws of each token."""
+    """log q(y) = log sum_k w_k q_k(y), for all responses there are: not the average of each token."""
     for prompt in problem.prompts:
         ids = torch.tensor([problem.lm.encode(prompt)] * len(problem.responses))
         state = mixture_of(problem).begin(ids, torch.ones_like(ids, dtype=torch.bool), problem.T)
@@ -180,7 +180,7 @@ def test_a_mixture_keeps_and_restarts_its_rows(problem: TinyProblem) -> None:
 
 
 def test_a_mixture_draws_each_component_as_often_as_its_weight() -> None:
-    """Token by token or a component first: the same law of whole responses."""
+    """Token by token or a component first: the same distribution of whole responses."""
     problem = TinyProblem(horizon=2)
     n = 5000
     ids = torch.tensor([problem.lm.encode("x")])
@@ -190,8 +190,10 @@ def test_a_mixture_draws_each_component_as_often_as_its_weight() -> None:
     first, _ = inverse_cdf(state.logits.float(), uniforms[:, 0])
     state.step(first)
     second, _ = inverse_cdf(state.logits.float(), uniforms[:, 1])
-    law = sum(w * problem.token_log_probs(lm, "x").sum(1).exp() for w, lm in ((0.3, problem.lm), (0.7, problem.other)))
-    for response, p in zip(problem.responses, law.tolist(), strict=True):
+    log_pi = sum(
+        w * problem.token_log_probs(lm, "x").sum(1).exp() for w, lm in ((0.3, problem.lm), (0.7, problem.other))
+    )
+    for response, p in zip(problem.responses, log_pi.tolist(), strict=True):
         drawn = first == response[0]
         if len(response) > 1:
             drawn &= second == response[1]

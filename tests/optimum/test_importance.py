@@ -41,7 +41,7 @@ def proposal_of(problem: TinyProblem) -> Mixture:
     return Mixture([CausalPolicy(problem.other), CausalPolicy(problem.lm)], [0.7, 0.3])
 
 
-def laws(problem: TinyProblem, prompt: str) -> tuple[Tensor, Tensor]:
+def distributions(problem: TinyProblem, prompt: str) -> tuple[Tensor, Tensor]:
     """(R,) log q and log w of every response under the mixture."""
     parts = [problem.token_log_probs(lm, prompt).sum(1) for lm in (problem.other, problem.lm)]
     log_q = torch.logaddexp(parts[0] + math.log(0.7), parts[1] + math.log(0.3))
@@ -59,7 +59,7 @@ def truth(problem: TinyProblem) -> float:
 def test_the_upper_bound_is_above_and_falls_with_the_samples(problem: TinyProblem) -> None:
     for prompt in problem.prompts:
         value, optimal = problem.optimum(prompt)
-        log_q, log_w = laws(problem, prompt)
+        log_q, log_w = distributions(problem, prompt)
         rows = range(len(log_q))
         upper = []
         wrong = []
@@ -87,22 +87,22 @@ def test_the_upper_bound_replaces_the_first_of_the_weights() -> None:
 
 
 @pytest.mark.parametrize("clipped", [False, True])
-def test_what_is_accepted_has_the_clipped_law(problem: TinyProblem, clipped: bool) -> None:
+def test_what_is_accepted_has_the_clipped_distribution(problem: TinyProblem, clipped: bool) -> None:
     """q min(w, cap), which is pi* where no weight is above the cap."""
     n = 600
     prompt_ids = [problem.lm.encode(prompt) for prompt in problem.prompts]
-    log_weights = torch.stack([laws(problem, prompt)[1] for prompt in problem.prompts])
+    log_weights = torch.stack([distributions(problem, prompt)[1] for prompt in problem.prompts])
     log_caps = log_weights.quantile(0.7, dim=1) if clipped else log_weights.amax(1) + 1e-4
     found = accept(problem.task, prompt_ids, proposal_of(problem), log_caps, n, 10**5, seeded(2))
     assert (found.excess > 0).tolist() == [clipped] * 3
     for x, prompt in enumerate(problem.prompts):
-        log_q, log_w = laws(problem, prompt)
-        law = (log_q + log_w.clamp(max=log_caps[x].item())).softmax(0)
-        distance = (law - problem.optimum(prompt)[1].exp()).abs().sum()
+        log_q, log_w = distributions(problem, prompt)
+        distribution = (log_q + log_w.clamp(max=log_caps[x].item())).softmax(0)
+        distance = (distribution - problem.optimum(prompt)[1].exp()).abs().sum()
         assert distance > 0.1 if clipped else distance < 1e-5
         rows = [problem.responses.index(response) for response in found.responses[x]]
         assert len(rows) == n
-        for i, p in enumerate(law.tolist()):
+        for i, p in enumerate(distribution.tolist()):
             assert abs(rows.count(i) - n * p) <= 4.5 * math.sqrt(n * p * (1 - p)) + 1
         said = torch.tensor(found.log_weights[x], dtype=torch.float64)
         torch.testing.assert_close(said, log_w[rows], rtol=0, atol=1e-5)
@@ -169,7 +169,7 @@ def test_the_price_covers_what_the_assumption_misses() -> None:
     problem = TinyProblem(horizon=2, kl_coef=0.2)
     for prompt in problem.prompts:
         value, optimal = problem.optimum(prompt)
-        log_q, log_w = laws(problem, prompt)
+        log_q, log_w = distributions(problem, prompt)
         cap = log_w.sort().values[-2].item()
         missed = float(optimal.exp()[log_w > cap].sum())
         clipped = problem.kl_coef * float((log_q + log_w.clamp(max=cap)).logsumexp(0))

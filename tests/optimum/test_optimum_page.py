@@ -56,15 +56,15 @@ def look(optimum: Optimum) -> dict[str, float]:
         "V* - J(pi_ref)": optimum.value - optimum.reference,
     }
     for name in ("x", "x a"):
-        law = state.logits[0].log_softmax(-1)
+        log_pi = state.logits[0].log_softmax(-1)
         value = float(state.values[0])
         found |= {
-            f"pi*(a) at {name}": math.exp(law[A]),
-            f"pi*(EOS) at {name}": math.exp(law[EOS]),
+            f"pi*(a) at {name}": math.exp(log_pi[A]),
+            f"pi*(EOS) at {name}": math.exp(log_pi[EOS]),
             f"V*({name})": value,
         }
         for token, action in ((EOS, "EOS"), (A, "a")):
-            found[f"Q*({name}, {action})"] = value + float(law[token]) - math.log(1 / 2)  # (2), at b = 1
+            found[f"Q*({name}, {action})"] = value + float(log_pi[token]) - math.log(1 / 2)  # (2), at b = 1
         if name == "x":
             state.step(torch.tensor([A]))
     found["V*(x)"] = optimum.value

@@ -305,7 +305,7 @@ def test_every_architecture_scores_a_sequence_as_on_its_own(name: str) -> None:
         ids = torch.tensor([[*prompt, *completion]])
         extra = {}
         if name == "RoBERTa":
-            extra["position_ids"] = torch.arange(2, 2 + ids.shape[1])[None]  # behind the pad token's, which is 1
+            extra["position_ids"] = torch.arange(2, 2 + ids.shape[1])[None]  # after the pad token's, which is 1
         with torch.inference_mode():
             slow.append(float(model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits))
     np.testing.assert_allclose(found, slow, rtol=0, atol=2e-5)

@@ -1,4 +1,4 @@
-"""Grading models of Stable-Baselines3 on the scale of V*: against laws whose J is known, and real models."""
+"""Grading models of Stable-Baselines3 on the scale of V*: against distributions whose J is known, and real models."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_when_the_kl_is_paid_is_no_matter() -> None:
 
 
 def test_a_function_of_logits_is_a_model() -> None:
-    """The uniform law, whose KL is minus the entropy and the mean log-prob of the reference."""
+    """The uniform distribution, whose KL is minus the entropy and the mean log-prob of the reference."""
     envs = make(32)
     grade = evaluate(lambda observation: torch.zeros(len(observation["input_ids"]), 6), envs, samples=64)
     j, kl, score = (grade.metrics[name].mean for name in ("return", "kl", "score"))

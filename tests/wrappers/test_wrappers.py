@@ -311,7 +311,7 @@ def test_actions_follow_a_state_that_was_restored(parts: Parts) -> None:
 
 
 def test_a_vocabulary_with_holes_and_several_ends(parts: Parts) -> None:
-    """Padded embeddings, an id the tokenizer lacks, and a second EOS: all of it as the reference's law has it."""
+    """Padded embeddings, an id the tokenizer lacks, and a second EOS: all as in the reference's distribution."""
     tokenizer = word_tokenizer()
     tokenizer.add_tokens(["extra"])
     vocabulary = tokenizer.get_vocab
@@ -374,12 +374,14 @@ def test_outside_an_episode_there_is_nothing_to_step(parts: Parts) -> None:
 # --- ActionMask ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("law", [{"top_k": 1}, {"top_k": 5}, {"top_k": 99}, {"top_p": 0.5}, {"top_p": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "distribution", [{"top_k": 1}, {"top_k": 5}, {"top_k": 99}, {"top_p": 0.5}, {"top_p": 1.0}], ids=str
+)
 @pytest.mark.parametrize("reference", ["parts", "table"])
 def test_a_mask_is_the_support_of_the_sampler_and_the_eos(
-    law: Any, reference: str, request: pytest.FixtureRequest
+    distribution: Any, reference: str, request: pytest.FixtureRequest
 ) -> None:
-    env = ActionMask(make(request.getfixturevalue(reference)), **law)
+    env = ActionMask(make(request.getfixturevalue(reference)), **distribution)
     size = env.unwrapped.engine.lm.vocab_size
     assert (env.action_masks() == np.ones(size, dtype=bool)).all()  # before the first reset
     for _, info, ended in walk(env, np.random.default_rng(3), 6):
@@ -389,7 +391,7 @@ def test_a_mask_is_the_support_of_the_sampler_and_the_eos(
             assert info["action_mask"].all()
             assert mask.all()
             continue
-        kept = Sampler(**law).adjust_logits(forward(env)[1][None], 0)[0].isfinite().numpy()
+        kept = Sampler(**distribution).adjust_logits(forward(env)[1][None], 0)[0].isfinite().numpy()
         assert (mask == (kept | env.unwrapped.engine.is_eos)).all()
         assert (info["action_mask"] == mask).all()
         info["action_mask"][:] = False
@@ -427,7 +429,7 @@ def test_maskable_ppo_takes_no_masked_action(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize(
-    ("law", "message"),
+    ("distribution", "message"),
     [
         ({}, "Exactly one of `top_p` and `top_k` must be given, got top_p=None and top_k=None."),
         ({"top_p": 0.5, "top_k": 3}, "Exactly one of `top_p` and `top_k` must be given, got top_p=0.5 and top_k=3."),
@@ -436,11 +438,11 @@ def test_maskable_ppo_takes_no_masked_action(parts: Parts) -> None:
     ],
     ids=str,
 )
-def test_laws_that_cannot_be_are_refused(parts: Parts, law: Any, message: str) -> None:
+def test_distributions_that_cannot_be_are_refused(parts: Parts, distribution: Any, message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
-        ActionMask(make(parts), **law)
+        ActionMask(make(parts), **distribution)
     with pytest.raises(InvalidArgumentError, match=message):
-        VectorActionMask(gym.make_vec(ID, **parts), **law)
+        VectorActionMask(gym.make_vec(ID, **parts), **distribution)
 
 
 # --- EmbeddingObservation ------------------------------------------------------------------------------------------
@@ -603,7 +605,7 @@ def test_vector_envs_cost_no_forward_more(counted: tuple[Parts, list[int]], mode
                 envs.reset(options={"reset_mask": ended})
         envs.step(actions_of(envs.action_space, rng))  # pays for what the last look was given in advance
         costs.append(len(calls))
-    assert 0 <= costs[1] - costs[0] <= 1  # the look behind the last step
+    assert 0 <= costs[1] - costs[0] <= 1  # the look after the last step
     assert costs[0] > 40
 
 

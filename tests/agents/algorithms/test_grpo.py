@@ -17,7 +17,7 @@ from directions import (
     direction,
     flat,
     gradient,
-    law,
+    logits_of,
     pairs,
     parameters_of,
 )
@@ -105,7 +105,7 @@ def alone_twice(agent: OnPolicyAgent, tree: Tree) -> Ways:
 def state_kl_gradient(agent: OnPolicyAgent, tree: Tree, *, other: bool = False) -> Tensor:
     """(p,) of -E sum_t KL at s_t, by autograd, with the distribution of the states held; `other`: of the other KL."""
     mask = tree.episodes.response_mask
-    own = law(agent, tree.episodes).double().log_softmax(-1)
+    own = logits_of(agent, tree.episodes).double().log_softmax(-1)
     ref = law_of(tree.task.reference("cpu"))(tree.episodes).double().log_softmax(-1)
     weights = alone(agent, tree).weights.unsqueeze(1).expand_as(mask)[mask]
     total = -(weights * (exact(ref, own) if other else exact(own, ref))).sum()

@@ -1,4 +1,4 @@
-"""A checkpoint generated from with plain transformers, as it lies there: the law is the policy's own."""
+"""A checkpoint generated from with plain transformers, as it lies there: the distribution is the policy's own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def reference() -> CausalLM:
     return temper(CausalLM(model, word_tokenizer()), 0.7)
 
 
-def test_generate_draws_from_the_policys_law(reference: CausalLM, tmp_path: Path) -> None:
+def test_generate_draws_from_the_policys_distribution(reference: CausalLM, tmp_path: Path) -> None:
     policy = ActorCritic(reference)
     with torch.no_grad():
         policy.actor.transformer.ln_f.weight.mul_(3)
@@ -47,10 +47,10 @@ def test_generate_draws_from_the_policys_law(reference: CausalLM, tmp_path: Path
     state = policy.begin(batch["input_ids"], batch["attention_mask"].bool(), T)
     running = torch.ones(len(PROMPTS), dtype=torch.bool)
     for scores, tokens in zip(out.scores, out.sequences[:, batch["input_ids"].shape[1] :].T, strict=True):
-        law = scores.softmax(-1)
-        assert (law[:, V:] == 0).all()
-        torch.testing.assert_close(law[running, :V], state.logits.softmax(-1)[running], rtol=0, atol=1e-5)
-        assert (law[running, :V] > 0).all()
+        distribution = scores.softmax(-1)
+        assert (distribution[:, V:] == 0).all()
+        torch.testing.assert_close(distribution[running, :V], state.logits.softmax(-1)[running], rtol=0, atol=1e-5)
+        assert (distribution[running, :V] > 0).all()
         running &= ~torch.isin(tokens, torch.tensor([1, 7]))
         state.step(tokens)
     assert reference.model.generation_config.to_dict() == before
