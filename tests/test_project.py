@@ -291,6 +291,7 @@ def forbidden(source: str, file: str = "") -> list[str]:
     return visitor.found
 
 
+@pytest.mark.slow
 def test_nobody_makes_a_forbidden_call() -> None:
     found = []
     for file in modules().values():

@@ -223,6 +223,7 @@ def test_the_fields_of_an_agent_are_those_of_its_config_and_its_yaml(agent: str)
     assert {name: str(value) for name, value in values.items()} == fields
 
 
+@pytest.mark.slow
 def test_the_fields_of_sb3_are_those_of_its_config_and_its_yamls() -> None:
     pytest.importorskip("stable_baselines3")
     fields = defaults(shipped("sb3_ppo")[0].Config)

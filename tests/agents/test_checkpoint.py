@@ -93,6 +93,7 @@ def test_a_link_in_its_place_is_replaced_and_not_followed(tmp_path: Path) -> Non
 # -- kills -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_kill_before_any_file_operation_of_saving_loses_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +203,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: Callable[[Pa
     assert str(tmp_path if name == MANIFEST else tmp_path / name) in str(caught.value)
 
 
+@pytest.mark.slow
 def test_no_byte_of_the_manifest_can_flip_unnoticed(tmp_path: Path) -> None:
     write(tmp_path, "numbers")
     content = (tmp_path / MANIFEST).read_bytes()

@@ -47,6 +47,7 @@ def test_payments_moved_to_the_end_are_the_same() -> None:
     assert moved.token_payments is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "policy", "samples"),
     [

@@ -372,6 +372,7 @@ def test_the_loss_is_that_of_every_sequence_alone(model: GPT2LMHeadModel) -> Non
     assert IGNORED < 0
 
 
+@pytest.mark.slow
 def test_training_memorises_a_few_sequences(model: GPT2LMHeadModel) -> None:
     before = perplexity(model, SEQUENCES)
     state = torch.get_rng_state()

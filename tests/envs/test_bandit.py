@@ -73,6 +73,7 @@ def test_the_reward_is_the_return_of_the_token_mdp(parts: Parts, config: Parts) 
             assert info[key] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [True, False])
 def test_a_discount_of_a_sum_of_log_probs_is_refused(dense: bool) -> None:
     """J of a policy by enumeration is what the token MDP pays; with the whole sum at once it would be another number.

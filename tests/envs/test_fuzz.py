@@ -115,6 +115,7 @@ def test_seeds_of_any_kind(env: Any, envs: Any, seed: Any) -> None:
     passes(envs.reset, seed=seed)
 
 
+@pytest.mark.slow
 @settings(FEW, max_examples=400)
 @given(options=st.one_of(anything, st.dictionaries(st.sampled_from([*RESET_OPTIONS, "reset_mask"]), anything)))
 def test_reset_options_of_any_kind(env: Any, envs: Any, options: Any) -> None:

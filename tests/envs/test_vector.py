@@ -62,6 +62,7 @@ def random_tokens(rng: np.random.Generator, *shape: int, eos: float = 0.12) -> n
 # --- the same as N single envs ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_output_is_that_of_single_envs(parts: Parts, config: Parts, mode: str) -> None:
@@ -196,6 +197,7 @@ def test_sequential_order_deals_the_prompts_out(parts: Parts) -> None:
         assert prompts_of(envs.reset(seed=0)[0]) == [texts[i] for i in expected]
 
 
+@pytest.mark.slow
 def test_rows_of_a_group_draw_the_same_prompts_each_at_its_own_pace(parts: Parts) -> None:
     envs = native(parts, 6, group_size=3, autoreset_mode="SameStep")
     for seed in (None, 4):
@@ -254,6 +256,7 @@ def test_streams_that_were_taken_stay_where_they_were(parts: Parts) -> None:
 # --- the skin ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_third_party_wrappers_work(parts: Parts) -> None:
     parts["reward"] = word_count
     for mode in MODES:
@@ -558,6 +561,7 @@ def test_the_references_logits_can_be_looked_at(parts: Parts) -> None:
 # --- memory ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_thousand_episodes_leave_nothing_behind(parts: Parts) -> None:
     envs = native(parts, 16, max_new_tokens=2, autoreset_mode="SameStep", reward=word_count)
     rng = np.random.default_rng(8)

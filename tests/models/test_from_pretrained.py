@@ -255,6 +255,7 @@ def test_float16_that_overflows_on_a_prompt_alone_names_the_dtype(tmp_path: Path
         gym.make("lmgym/RLHF-v0", prompts=["the hated"], dtype="float16", **kwargs)
 
 
+@pytest.mark.slow
 def test_a_model_that_transformers_does_not_have_is_named_shortly(tmp_path: Path) -> None:
     own = save(gpt2(V), tmp_path / "own")
     config = json.loads((own / "config.json").read_text())

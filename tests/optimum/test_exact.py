@@ -75,6 +75,7 @@ def test_the_optimum_of_another_automaton_is_not_mistaken_for_a_function_of_this
     assert exact_metrics(policy, task, "test") == pytest.approx(by_enumeration(policy, task), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_any_policy_and_any_sampler_where_responses_are_few() -> None:
     problem = TinyProblem(horizon=2)
     task = replace(problem.task, prompts={"test": problem.prompts})

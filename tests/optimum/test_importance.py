@@ -242,6 +242,7 @@ def test_resampling_flattens_until_enough_draws_count() -> None:
     assert torch.equal(resample(even, 8, seeded(7)) // 8, torch.arange(8).expand(2, 8))  # one of each stratum
 
 
+@pytest.mark.slow
 def test_a_fitted_proposal_has_more_even_weights_than_the_reference() -> None:
     problem = TinyProblem(horizon=3, kl_coef=0.1)
     fitted = fit_proposal(problem.task, seeded(8), rounds=2, prompts=48)

@@ -156,6 +156,7 @@ def test_the_fields_are_those_of_an_optimum() -> None:
     assert table(PAGE, "field of `Optimum`").keys() == Optimum.__dataclass_fields__.keys()
 
 
+@pytest.mark.slow
 def test_the_gradients_are_those_of_the_benchmark() -> None:
     measured = {
         (name, f"{nats:g}"): [bias, cosine, variance, with_value]

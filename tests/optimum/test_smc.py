@@ -406,6 +406,7 @@ def test_the_plain_upper_bound_is_that_of_one_known_and_fresh_weights(problem: T
         assert is_z_score_of(problem.kl_coef * found.log_z, expected)
 
 
+@pytest.mark.slow
 def test_the_bounds_stand_on_their_own_sides_and_tighten(problem: TinyProblem) -> None:
     policy = critic(problem)
     for prompt in problem.prompts:

@@ -123,6 +123,7 @@ def test_the_weights_of_a_rule_are_its_frequencies(domain: int) -> None:
 # --- prompts
 
 
+@pytest.mark.slow
 def test_prompts_are_distinct_disjoint_and_always_the_same() -> None:
     train = reviews.prompts("train")
     test = reviews.prompts("test")
@@ -160,6 +161,7 @@ def test_continuations_of_prompts_fit_the_horizon() -> None:
     assert 10 < np.mean(lengths) < 16
 
 
+@pytest.mark.slow
 def test_prompts_do_not_decide_the_sentiment() -> None:
     scores = defaultdict(list)
     for prompt, _, score in continuations(40_000):

@@ -140,6 +140,7 @@ def test_the_best_length_of_discount_falls_with_gamma() -> None:
     assert lengths[0] > 2 * lengths[-1]
 
 
+@pytest.mark.slow
 def test_the_kl_of_the_optimum_falls_with_its_price() -> None:
     kls = [rollouts(make_task(f"anchor-{price}"), 64).metrics["kl"].mean for price in ("0.01", "0.1", "1")]
     assert kls[0] > 4 * kls[1] > 16 * kls[2] > 0

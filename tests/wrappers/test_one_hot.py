@@ -68,6 +68,7 @@ def transitions(task: str, horizon: int) -> dict[bytes, set[tuple[Any, ...]]]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "horizon"), [("brackets-2", 3), ("stop-4", 3), ("vocabulary-8", 2)])
 def test_what_follows_depends_on_the_observation_alone(task: str, horizon: int) -> None:
     """By enumeration; of an automaton's compressed state this is not a matter of course."""

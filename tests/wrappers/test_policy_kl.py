@@ -89,6 +89,7 @@ def make_pair(parts: Parts, mode: str, **changes: Any) -> tuple[VectorPolicyKL, 
     return one, other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("config", [{}, {"dense_kl": False}, {"kl_coef": 0.0}], ids=str)
 def test_the_vector_form_is_the_single_one_n_times(parts: Parts, config: Parts, mode: str) -> None:

@@ -151,6 +151,7 @@ def test_a_pair_of_two_prompts_is_refused() -> None:
         Pairs(pairs.episodes, pairs.chosen, rejected)
 
 
+@pytest.mark.slow
 def test_learning_goes_most_of_the_way_to_the_optimum() -> None:
     agent = tiny_dpo(batch_size=64, lr=1e-3)
     tree = Tree.of(PROBLEM.task, "train")

@@ -187,6 +187,7 @@ def test_where_all_score_alike_nothing_is_chosen() -> None:
     assert log_ratio_of_best(torch.ones(3), torch.ones(12), 4).tolist() == pytest.approx([0.0] * 3, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward", [None, coarse], ids=["no ties", "ties"])
 def test_the_grade_is_that_of_enumeration(reward: Any) -> None:
     envs = tiny() if reward is None else tiny(reward=reward)
@@ -307,6 +308,7 @@ def test_an_agent_grades_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.metrics == expected.metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", ["uniform", "best_of_n"])
 def test_the_command_line_grades_every_one_of_them(agent: str, tmp_path: Path) -> None:
     overrides = ["task=anchor", f"agent={agent}", "evaluation.samples=8", "device=cpu"]

@@ -205,6 +205,7 @@ def test_the_mask_policy_follows_every_few_batches(kind: Any, critic: Any) -> No
         assert not torch.equal(agent.policy.mask.read(episodes).logits, agent.policy.policy.read(episodes).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "critic"), [("finetune", "shared"), ("finetune", "reference"), ("gru", "shared")])
 def test_an_interrupted_run_goes_on_to_the_same_curve(tmp_path: Any, kind: Any, critic: Any) -> None:
     def agent() -> NLPO:
@@ -280,6 +281,7 @@ def test_what_drifts_off_the_mask_shows_at_the_next_copy_alone() -> None:
     assert copied[0, 2] > 0.3
 
 
+@pytest.mark.slow
 def test_nlpo_learns() -> None:
     """Graded without sampling, after its third copy; at eight seeds the gain is 0.30 to 0.62, of at most 0.73."""
     numbers = {"batch_size": 96, "micro_batch_size": 96, "mask_top_p": 0.9, "epochs": 4, "lr": 1e-3}

@@ -389,6 +389,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
 
 
+@pytest.mark.slow
 def test_the_update_follows_the_exact_gradient_of_the_objective() -> None:
     envs = tiny_envs(kl_coef=0.5)
     config = one_update(batch_size=12_000, micro_batch_size=12_000, gae_lambda=1.0, vf_coef=0.0)
@@ -619,6 +620,7 @@ def test_advantages_are_whitened_over_what_is_said(ragged_batch: Episodes, monke
     torch.testing.assert_close(torch.cat(batch), (plain - plain.mean()) / plain.std(correction=0), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_mean_over_episodes_weighs_them_alike(ragged_batch: Episodes) -> None:
     """The gradient of the mean over episodes is the mean of the gradients of each alone."""
     config = {"whiten_advantages": "none", "vf_coef": 0.7}
@@ -821,6 +823,7 @@ def test_truncated_episodes_are_bootstrapped_with_the_value_behind_them_and_term
 # -- learning --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{}, {"critic": "reference"}, {"collect": "steps"}], ids=str)
 def test_ppo_learns_and_never_passes_the_optimum(config: dict[str, Any]) -> None:
     envs = tiny_envs(num_envs=64 if config.get("collect") == "steps" else 1, reward=count_b, max_new_tokens=3)

@@ -131,6 +131,7 @@ def test_a_gradient_is_of_this_loss_and_clipped() -> None:
 # -- what is demonstrated --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_expert_is_cloned() -> None:
     tree = Tree.of(PROBLEM.task, "train")
     agent = tiny_sft(demonstrations="optimal", batch_size=64, lr=5e-3, epochs=4)
@@ -145,6 +146,7 @@ def test_an_expert_is_cloned() -> None:
     assert np.mean([row["train/demonstration_kl"] for row in history]) == pytest.approx(kl, abs=0.05)
 
 
+@pytest.mark.slow
 def test_cloning_the_best_of_n_goes_to_its_law() -> None:
     tree = Tree.of(PROBLEM.task, "train")
     agent = tiny_sft(n=4, batch_size=64, lr=5e-3, epochs=4)
@@ -166,6 +168,7 @@ def test_cloning_the_best_of_n_goes_to_its_law() -> None:
     assert (score - best[1]) / (best[4] - best[1]) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.slow
 def test_of_one_candidate_there_is_nothing_to_learn() -> None:
     """In expectation the gradient of -log pi_ref is 0 at pi_ref."""
     tree = Tree.of(PROBLEM.task, "train")

@@ -194,6 +194,7 @@ def stepped(agent: TRPO) -> tuple[Episodes, Tensor, Tensor, Tensor, dict[str, fl
     return episodes, advantages, before, flat(agent.law_parameters).detach(), metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [1.0, 0.04])
 def test_the_step_is_the_natural_gradient(fraction: float) -> None:
     """(F + damping)^-1 g of dense matrices, F of the episodes drawn, at the length F of the whole batch allows."""
@@ -420,6 +421,7 @@ def test_the_expected_gradient_is_a2cs_and_so_are_its_biases(gae_lambda: float, 
     torch.testing.assert_close(mended, right, **near)
 
 
+@pytest.mark.slow
 def test_the_step_is_along_the_natural_gradient_of_the_objective() -> None:
     """(F + damping)^-1 grad J, both by sums over all responses."""
     envs = tiny_envs(horizon=2)
@@ -488,6 +490,7 @@ def test_every_variant_of_the_problem_trains(variant: dict[str, Any]) -> None:
     assert not torch.equal(flat(agent.law_parameters), before)
 
 
+@pytest.mark.slow
 def test_trpo_learns_and_never_passes_the_optimum() -> None:
     envs = tiny_envs()
     agent = tiny_trpo(envs, batch_size=96, max_kl=0.05, cg_iterations=5, fisher_fraction=0.5, max_kl_schedule="linear")

@@ -380,6 +380,7 @@ def test_checkpoints_of_another_kind_are_refused(model_dir: str, tmp_path: Path)
             kind(adapted)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run(tmp_path: Path) -> None:
     lm = tiny_lm(SHAPES["Llama"])
     whole = learn(ppo(envs_of(lm)), 4, total=400)

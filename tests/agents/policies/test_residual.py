@@ -302,6 +302,7 @@ def test_gradients_reach_every_parameter_after_one_step(network: Network) -> Non
     assert min(at_first.values()) > 0, at_first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", REFERENCES)
 def test_ppo_learns_with_every_network(reference: str, network: Network) -> None:
     agent = ppo(envs_of(REFERENCES[reference]()), policy=network, batch_size=64, epochs=4, lr=1e-2)
@@ -345,6 +346,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
             other.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run(network: Network, tmp_path: Path) -> None:
     """To the last bit, the noise of the reward included."""
 

@@ -64,6 +64,7 @@ def read(argument: str) -> str:
     return str(OmegaConf.create({"key": override.value()}).key)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(st.one_of(st.text(), st.lists(st.sampled_from(AWKWARD)).map("".join)))
 def test_a_text_reaches_the_config_unchanged(text: str) -> None:

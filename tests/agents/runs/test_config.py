@@ -140,6 +140,7 @@ def test_every_file_makes_a_valid_plan(choice: str) -> None:
     assert (plan.seed, plan.settings["device"]) == (0, "auto")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", choices("experiment"))
 def test_every_preset_is_of_ppo_and_takes_a_step(name: str) -> None:
     """Its numbers are those of the file, its first batch is that of the law it samples."""
@@ -279,6 +280,7 @@ def test_every_synonym_leads_to_a_key() -> None:
     assert set(SYNONYMS.values()) - keys == {"hydra.run.dir"}
 
 
+@pytest.mark.slow
 def test_a_config_is_refused_before_torch_is_imported() -> None:
     program = (
         "import sys, hydra, agents.train\n"

@@ -96,6 +96,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Any:
     HydraConfig.instance().cfg = None
 
 
+@pytest.mark.slow
 def test_a_sweep_over_settings_of_the_suite(command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command("-m", *TINY, *GRADED, "task=keyword-8,echo-2", f"hydra.sweep.dir={tmp_path / 'all'}")
     runs = [tmp_path / "all" / "ppo-keyword-8-seed0-0", tmp_path / "all" / "ppo-echo-2-seed0-1"]
@@ -110,6 +111,7 @@ def test_a_sweep_over_settings_of_the_suite(command: Any, tmp_path: Path, capsys
         assert f"{summary_of(run)['after']['return']['mean']:.3f}" in line
 
 
+@pytest.mark.slow
 def test_a_run_that_is_refused_does_not_stop_the_others(
     command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

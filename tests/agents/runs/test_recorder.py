@@ -52,6 +52,7 @@ def test_a_name_outside_the_vocabulary_is_refused_and_nothing_is_written(tmp_pat
     assert lines(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_resuming_drops_the_rows_that_will_be_written_again(tmp_path: Path) -> None:
     with Recorder(tmp_path, total=40, progress=False) as recorder:
         for step in (10, 20, 30):

@@ -244,6 +244,7 @@ def write_metrics(directory: Path, names: list[str], rows: int) -> Path:
 NAMES = ["rollout/return", "rollout/score", "rollout/gold_score", "rollout/kl", "rollout/length", "train/entropy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "rows", "summary"),
     [

@@ -480,6 +480,7 @@ FILES += [f"{CHECKPOINT}/{name}" for name in ("state.json", "training.pt", "resi
 FILES += [f"{CHECKPOINT}/{MANIFEST}"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named_or_does_no_harm(name: str, finished: Path, tmp_path: Path) -> None:
@@ -523,6 +524,7 @@ def test_an_edited_rate_is_refused_by_resume_and_said_by_evaluate(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_of_equal_shape_is_noticed(run: Path, tmp_path: Path) -> None:
     begin(tmp_path / "other", "seed=1")
     shutil.rmtree(run / CHECKPOINT)
@@ -531,6 +533,7 @@ def test_a_checkpoint_of_another_run_of_equal_shape_is_noticed(run: Path, tmp_pa
         go_on(run)
 
 
+@pytest.mark.slow
 def test_what_a_kill_left_is_taken_up_by_both_commands(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of two that lie beside each other the newest; `evaluate` reads it where it lies."""
     first, last = run / f".{CHECKPOINT}.2.old", run / f".{CHECKPOINT}.1.old"

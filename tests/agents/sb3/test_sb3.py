@@ -294,6 +294,7 @@ def test_a_padded_batch_of_no_tokens_can_be_read() -> None:
     assert trunk(observed([[], []], generator)).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filled", [5, 12, 17])
 @pytest.mark.parametrize("stretch", [1, 4])
 def test_the_replay_buffer_draws_stretches_of_a_row(stretch: int, filled: int) -> None:
@@ -519,6 +520,7 @@ def test_the_cache_says_what_a_forward_over_the_prefix_says(
     assert len(rows) > 5
 
 
+@pytest.mark.slow
 def test_ppo_learns_an_easy_task() -> None:
     def count_b(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         return [float(completion.split().count("b")) for completion in completions]
@@ -539,6 +541,7 @@ def test_a_falling_learning_rate_ends_at_0_where_the_last_rollout_goes_too_far()
     assert rates == [(128, pytest.approx(0.5 * (1 - 128 / 200))), (256, 0.0)]
 
 
+@pytest.mark.slow
 @needs_contrib
 def test_the_critic_of_trpo_does_not_move_the_policy() -> None:
     numbers = {"n_critic_updates": 3, "cg_max_steps": 1, "target_kl": 1e-12}
@@ -550,6 +553,7 @@ def test_the_critic_of_trpo_does_not_move_the_policy() -> None:
     assert max(x for name, x in change.items() if "value" in name) > 1e-3
 
 
+@pytest.mark.slow
 @needs_contrib
 def test_the_critic_of_trpo_is_known_by_its_place() -> None:
     """Not by its name, as sb3-contrib does: GPT-NeoX has a `query_key_value`."""
@@ -705,6 +709,7 @@ def test_a_callback_stops_a_run_that_can_go_on() -> None:
     assert learn(agent, 512) == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_no_pickle_and_its_actor_is_a_model(tmp_path: Path) -> None:
     agent = make()
     agent.learn(256, lambda step, metrics: agent.save(tmp_path / "checkpoint"))
