@@ -22,7 +22,7 @@ from lmgym.automata import phrases
 from lmgym.episodes import Episodes
 from lmgym.kl import exact, k2, k3
 from lmgym.models.markov import dirichlet_rows, markov_lm
-from lmgym.optimum.tree import Tree, law_of
+from lmgym.optimum.tree import Tree, make_episode_logits
 from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks import Task
 
@@ -131,7 +131,7 @@ def facts(tree: Tree, table: Tensor) -> Facts:
     episodes = tree.episodes
     mask = tree.episodes.response_mask
     tokens = episodes.response_ids[mask].unsqueeze(1)
-    log_ref = law_of(tree.task.reference("cpu"))(episodes).double().log_softmax(-1)
+    log_ref = make_episode_logits(tree.task.reference("cpu"))(episodes).double().log_softmax(-1)
     log_pi = table_logits(table, episodes).log_softmax(-1)
     probs = log_pi.exp()
     log_ratio = log_pi - log_ref
@@ -188,7 +188,7 @@ def surrogates(table: Tensor, tree: Tree, episodes: Episodes) -> dict[str, Tenso
     """Scalar by name: the losses of episodes, summed, as a training loop writes them; autograd does the rest."""
     mask = episodes.response_mask
     log_pi = table_logits(table, episodes).log_softmax(-1)
-    log_ref = law_of(tree.task.reference("cpu"))(episodes).double().log_softmax(-1)
+    log_ref = make_episode_logits(tree.task.reference("cpu"))(episodes).double().log_softmax(-1)
     tokens = episodes.response_ids[mask].unsqueeze(1)
     log_probs = padded(mask, log_pi.gather(1, tokens).squeeze(1))
     log_ratio = log_probs - padded(mask, log_ref.gather(1, tokens).squeeze(1))

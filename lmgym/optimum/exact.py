@@ -20,7 +20,7 @@ from lmgym.models.sampling import Sampler
 from lmgym.optimum.answer import expected_reward
 from lmgym.optimum.automaton import AutomatonMDP, PolicyLogits, ReferenceTable
 from lmgym.optimum.lengths import is_late
-from lmgym.optimum.tree import Law, Tree, count_responses, law_of
+from lmgym.optimum.tree import EpisodeLogits, Tree, count_responses, make_episode_logits
 from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks.base import Task
 
@@ -70,22 +70,22 @@ def exact_metrics(
     if task.kl_coef <= 0 or count_responses(task, lm) * len(task.prompts[split]) > MAX_RESPONSES:
         return {"kl": 0.0} if is_reference else {}
     tree = Tree.of(task, split, MAX_RESPONSES)
-    earned = tree.evaluate(_sampled(policy, sampler or Sampler(), task.max_new_tokens))
+    earned = tree.evaluate(_make_sampled_logits(policy, sampler or Sampler(), task.max_new_tokens))
     return {name: earned.metrics[name] for name in ("return", "score", "kl")}
 
 
-def _sampled(policy: Policy, sampler: Sampler, horizon: int) -> Law:
-    """What a sampler makes of a policy's logits."""
-    law = law_of(policy)
+def _make_sampled_logits(policy: Policy, sampler: Sampler, horizon: int) -> EpisodeLogits:
+    """A function that gives the log-probs with which a sampler draws from a policy's logits."""
+    read_logits = make_episode_logits(policy)
     if sampler == Sampler():
-        return law
+        return read_logits
 
-    def sampled(episodes: Episodes) -> Tensor:
+    def read_sampled_logits(episodes: Episodes) -> Tensor:
         mask = episodes.response_mask
-        places = torch.arange(horizon).expand_as(mask)[mask]
-        return sampler.log_distribution(law(episodes).cpu(), places)
+        positions = torch.arange(horizon).expand_as(mask)[mask]
+        return sampler.log_distribution(read_logits(episodes).cpu(), positions)
 
-    return sampled
+    return read_sampled_logits
 
 
 def _by_states(policy: Policy, task: Task, split: str, is_reference: bool) -> dict[str, float] | None:

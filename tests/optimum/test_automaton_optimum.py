@@ -26,7 +26,7 @@ from lmgym.optimum.answer import Optimum
 from lmgym.optimum.automaton import AutomatonPolicy, AutomatonSolution, ReferenceTable, solve_automaton
 from lmgym.optimum.automaton.logspace import log_matmul
 from lmgym.optimum.solve import best_response, solve
-from lmgym.optimum.tree import Tree, law_of
+from lmgym.optimum.tree import Tree, make_episode_logits
 from lmgym.rewards.automaton import AutomatonReward
 from lmgym.rewards.noise import NoisyReward
 from lmgym.rollout import collect, collect_steps
@@ -219,7 +219,7 @@ def test_exact_evaluation_of_the_optimum_the_reference_and_others(seed: int) -> 
     assert isinstance(optimum.policy, AutomatonPolicy)
     found = evaluated(optimum, "returns", lambda s: s.log_policy)
     torch.testing.assert_close(found, optimum.values, rtol=0, atol=1e-9)
-    whole = tree.evaluate(law_of(optimum.policy))  # as the env drives it
+    whole = tree.evaluate(make_episode_logits(optimum.policy))  # as the env drives it
     for name, theirs in (("returns", whole.returns), ("kl", whole.kl), ("score", whole.score)):
         mine = evaluated(optimum, name, lambda s: s.log_policy)
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
@@ -556,7 +556,7 @@ def test_score_distribution_against_all_responses() -> None:
         task = random_task(base, reward=plain, missing_eos_penalty=0.25)
         optimum, tree = solve_automaton(task), Tree.of(task)
         (solution,) = optimum.policy.solutions if task.dense_kl or task.gamma == 1 else optimum.policy.solutions[:1]
-        for policy, law in ((None, tree.evaluate(law_of(task.reference()))), (solution.log_policy, None)):
+        for policy, law in ((None, tree.evaluate(make_episode_logits(task.reference()))), (solution.log_policy, None)):
             scores, probabilities = solution.score_distribution(policy)
             torch.testing.assert_close(probabilities.sum(1), torch.ones(len(probabilities), dtype=torch.float64))
             torch.testing.assert_close(probabilities @ scores, solution.evaluate(policy).score)

@@ -19,7 +19,7 @@ from lmgym.models.policy import CausalPolicy
 from lmgym.models.sampling import Sampler
 from lmgym.optimum import exact, solve
 from lmgym.optimum.exact import exact_metrics
-from lmgym.optimum.tree import Tree, count_responses, law_of
+from lmgym.optimum.tree import Tree, count_responses, make_episode_logits
 from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks import Task, make_task
 
@@ -35,7 +35,7 @@ def table_task(**changes: Any) -> Task:
 
 
 def by_enumeration(policy: Any, task: Task) -> dict[str, float]:
-    metrics = Tree.of(task, "test").evaluate(law_of(policy)).metrics
+    metrics = Tree.of(task, "test").evaluate(make_episode_logits(policy)).metrics
     return {name: metrics[name] for name in ("return", "score", "kl")}
 
 

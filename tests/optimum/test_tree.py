@@ -20,14 +20,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-import lmgym.optimum.tree
+import lmgym.optimum.tree.responses
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
 from lmgym.kl import discounted_return, token_rewards
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.policy import CausalPolicy
-from lmgym.optimum.tree import Law, Tree, TreePolicy, law_of, solve_tree
+from lmgym.optimum.tree import EpisodeLogits, Tree, TreePolicy, make_episode_logits, solve_tree
 from lmgym.rewards.noise import NoisyReward
 from lmgym.rollout import collect, collect_steps
 
@@ -76,7 +76,7 @@ def tiny_tree(**changes: Any) -> Tree:
 
 @cache
 def next_probs(lm: CausalLM, prompt: str, prefix: tuple[int, ...]) -> list[float]:
-    """The law behind a prefix, from a forward of its own."""
+    """The probabilities after a prefix, from a forward of its own."""
     ids = [*lm.tokenizer(prompt)["input_ids"], *prefix]
     with torch.no_grad():
         logits = lm.model(input_ids=torch.tensor([ids])).logits[0, -1].double()
@@ -236,17 +236,17 @@ def test_undiscounted_it_is_the_log_mean_exp_of_the_score(kl_coef: float) -> Non
 def test_no_policy_beats_the_optimum_and_pi_star_attains_it(case: dict[str, Any]) -> None:
     tree = tiny_tree(**case)
     optimum = tree.solve()
-    best = tree.evaluate(law_of(optimum.policy))
+    best = tree.evaluate(make_episode_logits(optimum.policy))
     torch.testing.assert_close(best.returns, optimum.values, rtol=0, atol=1e-9)
-    reference = tree.evaluate(law_of(PROBLEM.lm))
+    reference = tree.evaluate(make_episode_logits(PROBLEM.lm))
     torch.testing.assert_close(reference.returns, optimum.references, rtol=0, atol=1e-6)
     assert (reference.returns < optimum.values + 1e-9).all()
-    assert (tree.evaluate(law_of(PROBLEM.other)).returns < optimum.values - 1e-3).all()
+    assert (tree.evaluate(make_episode_logits(PROBLEM.other)).returns < optimum.values - 1e-3).all()
     generator = torch.Generator().manual_seed(0)
     for scale in (1e-3, 0.1, 0.1, 1.0, 1.0, 5.0):
         noise = torch.randn(optimum.policy.log_probs.shape, generator=generator, dtype=torch.float64)
         perturbed = with_logits(optimum.policy, optimum.policy.log_probs + scale * noise)
-        assert (tree.evaluate(law_of(perturbed)).returns < optimum.values + 1e-9).all()
+        assert (tree.evaluate(make_episode_logits(perturbed)).returns < optimum.values + 1e-9).all()
 
 
 @pytest.mark.parametrize("dense_kl", [True, False])
@@ -254,8 +254,8 @@ def test_undiscounted_the_gap_is_the_kl_to_pi_star(dense_kl: bool) -> None:
     """V* - J(pi) = kl_coef * KL(pi || pi*), whatever the time of payment."""
     tree = tiny_tree(dense_kl=dense_kl)
     optimum = tree.solve()
-    optimal = tree.evaluate(law_of(optimum.policy)).log_probs.view(3, -1)
-    found = tree.evaluate(law_of(PROBLEM.other))
+    optimal = tree.evaluate(make_episode_logits(optimum.policy)).log_probs.view(3, -1)
+    found = tree.evaluate(make_episode_logits(PROBLEM.other))
     log_probs = found.log_probs.view(3, -1)
     gap = PROBLEM.kl_coef * (log_probs.exp() * (log_probs - optimal)).sum(1)
     torch.testing.assert_close(optimum.values - found.returns, gap, rtol=0, atol=1e-10)
@@ -264,11 +264,11 @@ def test_undiscounted_the_gap_is_the_kl_to_pi_star(dense_kl: bool) -> None:
 
 @pytest.mark.parametrize("case", LATE.values(), ids=LATE)
 def test_a_late_payment_is_solved_by_numerical_optimisation_too(case: dict[str, Any]) -> None:
-    """J is concave in the law over whole responses: ascent from the reference finds its one maximum."""
+    """J is concave in the distribution over whole responses: ascent from the reference finds its one maximum."""
     task = tiny_task(dense_kl=False, **case)
     tree = tiny_tree(dense_kl=False, **case)
     optimum = tree.solve()
-    found = tree.evaluate(law_of(optimum.policy)).log_probs.view(3, -1).exp()
+    found = tree.evaluate(make_episode_logits(optimum.policy)).log_probs.view(3, -1).exp()
     for i, prompt in enumerate(PROBLEM.prompts[:2]):
         slow = slow_returns(task, PROBLEM.lm, prompt)
         order = sorted(slow, key=rows_of(tree, i).__getitem__)
@@ -279,9 +279,9 @@ def test_a_late_payment_is_solved_by_numerical_optimisation_too(case: dict[str, 
 
         def cost(x: Any, log_ref: Any = log_ref, scores: Any = scores, weight: Any = weight, scale: Any = scale) -> Any:
             """-J of softmax(log_ref + scale x), and its gradient."""
-            law = log_softmax(log_ref + scale * x)
-            p = np.exp(law)
-            paid = weight * (scores - task.kl_coef * (law - log_ref))
+            log_probs = log_softmax(log_ref + scale * x)
+            p = np.exp(log_probs)
+            paid = weight * (scores - task.kl_coef * (log_probs - log_ref))
             slope = paid - weight * task.kl_coef
             return -(p @ paid), -scale * p * (slope - p @ slope)
 
@@ -337,12 +337,12 @@ def test_the_kl_is_a_price_not_a_prize() -> None:
         best = (tree.scores * tree._discounts).amax(1)
         assert (optima[0].values <= best).all()
         torch.testing.assert_close(optima[0].values, best, rtol=0, atol=0.02)
-        assert (tree.evaluate(law_of(optima[-1].policy)).kl < 1e-6).all()
+        assert (tree.evaluate(make_episode_logits(optima[-1].policy)).kl < 1e-6).all()
         torch.testing.assert_close(optima[-1].values, optima[-1].references, rtol=0, atol=1e-3)
-    paid = [tiny_tree(kl_coef=price).evaluate(law_of(PROBLEM.other)).returns for price in prices]
+    paid = [tiny_tree(kl_coef=price).evaluate(make_episode_logits(PROBLEM.other)).returns for price in prices]
     assert all((dearer < cheaper).all() for dearer, cheaper in zip(paid[1:], paid, strict=False))
-    best_score = tiny_tree().evaluate(law_of(tiny_tree().solve().policy)).score
-    assert (best_score > tiny_tree().evaluate(law_of(PROBLEM.lm)).score + 0.05).all()
+    best_score = tiny_tree().evaluate(make_episode_logits(tiny_tree().solve().policy)).score
+    assert (best_score > tiny_tree().evaluate(make_episode_logits(PROBLEM.lm)).score + 0.05).all()
 
 
 def two_token_tree(reward: Callable[..., list[float]], **changes: Any) -> Tree:
@@ -353,7 +353,7 @@ def test_the_eos_itself_is_paid_for() -> None:
     """A score for stopping at once: V* = beta log(1 + p_eos (e^(1 / beta) - 1)), and the KL is that of the EOS."""
     tree = two_token_tree(lambda completion_ids, **_: [float(ids == [EOS]) for ids in completion_ids])
     optimum = tree.solve()
-    found = tree.evaluate(law_of(optimum.policy))
+    found = tree.evaluate(make_episode_logits(optimum.policy))
     for i, prompt in enumerate(PROBLEM.prompts):
         p = next_probs(PROBLEM.lm, prompt, ())[EOS]
         value = 0.5 * math.log(1 + p * (math.exp(2) - 1))
@@ -411,14 +411,14 @@ def test_ids_that_are_no_token_are_no_actions() -> None:
         for response in [(1,), *((a, b) for a in (3, 4, 5) for b in (1, 3, 4, 5))]:
             p = 1.0
             for t, a in enumerate(response):
-                law = next_probs(PROBLEM.lm, prompt, response[:t])
-                p *= law[a] / sum(law[b] for b in (1, 3, 4, 5))
+                probs = next_probs(PROBLEM.lm, prompt, response[:t])
+                p *= probs[a] / sum(probs[b] for b in (1, 3, 4, 5))
             total += p * math.exp(score_of(tree.task, prompt, response) / PROBLEM.kl_coef)
         assert optimum.values[i] == pytest.approx(PROBLEM.kl_coef * math.log(total), abs=1e-5)
-    assert (tree.evaluate(law_of(lm)).kl.abs() < 1e-9).all()
+    assert (tree.evaluate(make_episode_logits(lm)).kl.abs() < 1e-9).all()
     unmasked = PROBLEM.lm
     with pytest.raises(LmGymError, match="must sum to 1"):
-        tree.evaluate(law_of(unmasked))
+        tree.evaluate(make_episode_logits(unmasked))
 
 
 def test_where_all_must_have_ended_the_tree_stops() -> None:
@@ -437,7 +437,7 @@ def test_where_all_must_have_ended_the_tree_stops() -> None:
         assert tree.solve().values.tolist() == pytest.approx([0.35], abs=1e-9)
 
 
-# --- any law -----------------------------------------------------------------------------------------------------
+# --- any policy -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dense_kl", [True, False])
@@ -447,7 +447,7 @@ def test_a_policy_is_worth_what_plain_python_says(gamma: float, kl_coef: float, 
     changes = {"gamma": gamma, "dense_kl": dense_kl, "kl_coef": kl_coef, "missing_eos_penalty": 0.3}
     task = tiny_task(**changes)
     tree = tiny_tree(**changes)
-    found = tree.evaluate(law_of(PROBLEM.other))
+    found = tree.evaluate(make_episode_logits(PROBLEM.other))
     distribution: dict[float, float] = {}
     for i, prompt in enumerate(PROBLEM.prompts):
         slow = slow_returns(task, PROBLEM.other, prompt)
@@ -469,16 +469,19 @@ def test_a_policy_is_worth_what_plain_python_says(gamma: float, kl_coef: float, 
 def test_the_reference_pays_nothing() -> None:
     for case in ({}, {"gamma": 0.5}, {"gamma": 0.5, "dense_kl": False}):
         tree = tiny_tree(**case)
-        for law in (law_of(PROBLEM.lm), law_of(CausalPolicy(PROBLEM.lm))):
-            found = tree.evaluate(law)
+        for read_logits in (make_episode_logits(PROBLEM.lm), make_episode_logits(CausalPolicy(PROBLEM.lm))):
+            found = tree.evaluate(read_logits)
             torch.testing.assert_close(found.kl, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-6)
             torch.testing.assert_close(found.returns, tree.solve().references, rtol=0, atol=1e-6)
         assert found.log_probs.view(3, -1).exp().sum(1).tolist() == pytest.approx([1, 1, 1])
 
 
-def test_stepping_a_model_and_reading_it_are_one_law() -> None:
+def test_stepping_a_model_and_reading_it_give_the_same_logits() -> None:
     tree = tiny_tree()
-    read, stepped = (tree.evaluate(law) for law in (law_of(PROBLEM.other), law_of(CausalPolicy(PROBLEM.other))))
+    read, stepped = (
+        tree.evaluate(read_logits)
+        for read_logits in (make_episode_logits(PROBLEM.other), make_episode_logits(CausalPolicy(PROBLEM.other)))
+    )
     torch.testing.assert_close(read.log_probs, stepped.log_probs, rtol=0, atol=1e-4)
 
 
@@ -487,19 +490,19 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     table = torch.randn((6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
 
-    def law(episodes: Episodes) -> Tensor:
+    def read_logits(episodes: Episodes) -> Tensor:
         calls.append(len(episodes))
-        return previous_token_law(table)(episodes)
+        return previous_token_logits(table)(episodes)
 
-    whole = tree.evaluate(law)
-    value, gradient = tree.gradient(law, [table])
+    whole = tree.evaluate(read_logits)
+    value, gradient = tree.gradient(read_logits, [table])
     assert calls == [75, 75]
     for rows, logits in ((7, 2**22), (4096, 6 * 6 * 4)):
-        monkeypatch.setattr(lmgym.optimum.tree, "_ROWS", rows)
-        monkeypatch.setattr(lmgym.optimum.tree, "_LOGITS", logits)
+        monkeypatch.setattr(lmgym.optimum.tree.responses, "MAX_ROWS_AT_ONCE", rows)
+        monkeypatch.setattr(lmgym.optimum.tree.responses, "MAX_LOGITS_AT_ONCE", logits)
         calls.clear()
-        parts = tree.evaluate(law)
-        part_value, part_gradient = tree.gradient(law, [table])
+        parts = tree.evaluate(read_logits)
+        part_value, part_gradient = tree.gradient(read_logits, [table])
         assert len(calls) > 20
         assert max(calls) <= 7
         torch.testing.assert_close(parts.log_probs, whole.log_probs)
@@ -509,16 +512,16 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(Tree.of(tree.task, SPLIT).episodes.ref_log_probs, tree.episodes.ref_log_probs)
 
 
-def test_a_law_without_support_somewhere_is_still_graded() -> None:
+def test_a_policy_without_support_somewhere_is_still_graded() -> None:
     """Never an x, by a logit of -inf: finite numbers, for none of them is asked of what never happens."""
     tree = tiny_tree()
 
-    def law(episodes: Episodes) -> Tensor:
-        logits = law_of(PROBLEM.other)(episodes).clone()
+    def read_logits(episodes: Episodes) -> Tensor:
+        logits = make_episode_logits(PROBLEM.other)(episodes).clone()
         logits[:, 3] = -torch.inf
         return logits
 
-    found = tree.evaluate(law)
+    found = tree.evaluate(read_logits)
     assert torch.stack([found.returns, found.kl, found.entropy]).isfinite().all()
     has_x = (tree.episodes.response_ids == 3).any(1) & tree.episodes.response_mask.any(1)
     assert found.log_probs[has_x].exp().sum() == 0
@@ -529,26 +532,26 @@ def test_a_law_without_support_somewhere_is_still_graded() -> None:
 def test_where_the_reference_never_goes_costs_all_there_is_unless_it_is_free() -> None:
     for kl_coef in (0.4, 0.0):
         tree = Tree.of(tiny_task(kl_coef=kl_coef), SPLIT)
-        law = law_of(PROBLEM.other)
-        before = tree.evaluate(law)
+        read_logits = make_episode_logits(PROBLEM.other)
+        before = tree.evaluate(read_logits)
         tree.reference[0][1, 0, 3] = -torch.inf
-        found = tree.evaluate(law)
+        found = tree.evaluate(read_logits)
         assert found.kl.isinf().tolist() == [False, True, False]
         assert found.returns[1] == (before.returns[1] if kl_coef == 0 else -torch.inf)
         if kl_coef > 0:  # and pi* stays away
             optimum = tree.solve()
             assert optimum.policy.log_probs[1, 3] == -torch.inf
-            best = tree.evaluate(law_of(optimum.policy))
+            best = tree.evaluate(make_episode_logits(optimum.policy))
             torch.testing.assert_close(best.returns, optimum.values, rtol=0, atol=1e-9)
 
 
-def test_a_law_that_is_none_is_refused() -> None:
+def test_logits_that_are_none_are_refused() -> None:
     tree = tiny_tree()
     rows = {"nan": torch.nan, "nothing": -torch.inf}
     for fill in rows.values():
         with pytest.raises(LmGymError, match="must sum to 1"):
             tree.evaluate(lambda episodes, fill=fill: torch.full((episodes.num_tokens, 6), fill))
-    with pytest.raises(InvalidArgumentError, match=r"`law` must give one row of logits .* \(225, 6\), got \(225, 5\)"):
+    with pytest.raises(InvalidArgumentError, match=r"must give one row of logits .* \(225, 6\), got \(225, 5\)"):
         tree.evaluate(lambda episodes: torch.zeros((episodes.num_tokens, 5)))
 
 
@@ -579,7 +582,7 @@ def rollouts(tree: Tree, policy: Any, samples: int, seed: int) -> Episodes:
 def test_samples_of_a_policy_agree(case: dict[str, Any]) -> None:
     tree = tiny_tree(**case)
     episodes = rollouts(tree, CausalPolicy(PROBLEM.other), 400, 0)
-    exact = tree.evaluate(law_of(PROBLEM.other))
+    exact = tree.evaluate(make_episode_logits(PROBLEM.other))
     returns = discounted_return(token_rewards(episodes, tree.task.kl_coef, dense=tree.task.dense_kl), tree.task.gamma)
     for i in range(3):
         mine = episodes.prompt_index == i
@@ -662,14 +665,14 @@ def test_an_unknown_prompt_and_a_longer_horizon_are_refused() -> None:
 # --- the gradient ------------------------------------------------------------------------------------------------
 
 
-def previous_token_law(table: Tensor) -> Law:
+def previous_token_logits(table: Tensor) -> EpisodeLogits:
     """Logits by the token before, (V, V) of them; differentiable, in float64."""
 
-    def law(episodes: Episodes) -> Tensor:
+    def read_logits(episodes: Episodes) -> Tensor:
         before = torch.cat([episodes.prompt_ids[:, -1:], episodes.response_ids[:, :-1]], dim=1)
         return table[before[episodes.response_mask]]
 
-    return law
+    return read_logits
 
 
 def random_table(seed: int = 0) -> Tensor:
@@ -683,14 +686,14 @@ GRADIENTS = [{}, {"gamma": 0.5}, {"gamma": 0.5, "dense_kl": False}, {"gamma": 0.
 def test_the_gradient_is_that_of_finite_differences(case: dict[str, Any]) -> None:
     tree = tiny_tree(**case)
     table = random_table().requires_grad_()
-    value, (gradient,) = tree.gradient(previous_token_law(table), [table])
-    assert value == pytest.approx(tree.evaluate(previous_token_law(table.detach())).value, abs=1e-10)
+    value, (gradient,) = tree.gradient(previous_token_logits(table), [table])
+    assert value == pytest.approx(tree.evaluate(previous_token_logits(table.detach())).value, abs=1e-10)
     for i, j in ((3, 0), (3, EOS), (5, 3), (4, 5), (0, 2)):
         both = []
         for step in (1e-5, -1e-5):
             moved = table.detach().clone()
             moved[i, j] += step
-            both.append(tree.evaluate(previous_token_law(moved)).value)
+            both.append(tree.evaluate(previous_token_logits(moved)).value)
         assert gradient[i, j].item() == pytest.approx((both[0] - both[1]) / 2e-5, rel=1e-4, abs=1e-8)
     torch.testing.assert_close(gradient.sum(1), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-10)
 
@@ -707,10 +710,10 @@ def test_the_gradient_of_a_transformer(dtype: torch.dtype) -> None:
         with torch.no_grad():
             for p, d in zip(lm.model.parameters(), direction, strict=True):
                 p += step * d
-        both.append(tree.evaluate(law_of(lm)).value)
+        both.append(tree.evaluate(make_episode_logits(lm)).value)
     lm.model.to(dtype)
     parameters = [p.requires_grad_() for p in lm.model.parameters()]
-    value, gradients = tree.gradient(law_of(lm), parameters)
+    value, gradients = tree.gradient(make_episode_logits(lm), parameters)
     assert [g.dtype for g in gradients] == [dtype] * len(parameters)
     slope = sum(float((g.double() * d).sum()) for g, d in zip(gradients, direction, strict=True))
     loose = 1e-4 if dtype == torch.float64 else 1e-3
@@ -720,20 +723,20 @@ def test_the_gradient_of_a_transformer(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", GRADIENTS[:3], ids=str)
 def test_the_gradient_is_the_mean_of_sampled_reinforce_gradients(case: dict[str, Any]) -> None:
-    """E[G(y) grad log pi(y)], with responses drawn token by token from the law itself."""
+    """E[G(y) grad log pi(y)], with responses drawn token by token from the policy itself."""
     tree = tiny_tree(**case)
     table = random_table(1).requires_grad_()
     samples = 20_000
     task = tree.task
-    _, (gradient,) = tree.gradient(previous_token_law(table), [table])
+    _, (gradient,) = tree.gradient(previous_token_logits(table), [table])
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, (samples,), generator=generator)
-    law = table.detach().softmax(1)
+    probs = table.detach().softmax(1)
     rows = [rows_of(tree, i) for i in range(3)]
     before = torch.tensor([ids[-1] for ids in tree.prompts])[prompt]
     drawn = []
     for _ in range(T):
-        drawn.append(before := torch.multinomial(law[before], 1, generator=generator).squeeze(1))
+        drawn.append(before := torch.multinomial(probs[before], 1, generator=generator).squeeze(1))
     responses = []
     for row in torch.stack(drawn, 1).tolist():
         length = next((t + 1 for t, a in enumerate(row) if ends(task, tuple(row[: t + 1]))), T)
@@ -741,7 +744,7 @@ def test_the_gradient_is_the_mean_of_sampled_reinforce_gradients(case: dict[str,
     episodes = tree.episodes[[rows[i][y] for i, y in zip(prompt.tolist(), responses, strict=True)]]
     before = torch.cat([episodes.prompt_ids[:, -1:], episodes.response_ids[:, :-1]], dim=1)
     mask = episodes.response_mask
-    log_probs = law.log()[before, episodes.response_ids] * mask
+    log_probs = probs.log()[before, episodes.response_ids] * mask
     rewards = token_rewards(replace(episodes, log_probs=log_probs), task.kl_coef, dense=task.dense_kl)
     returns = discounted_return(rewards, task.gamma)
     grads = torch.zeros((samples, 6, 6), dtype=torch.float64)
@@ -749,7 +752,7 @@ def test_the_gradient_is_the_mean_of_sampled_reinforce_gradients(case: dict[str,
         row = torch.arange(samples)[mask[:, t]]
         seen = before[row, t]
         chosen = episodes.response_ids[row, t]
-        grads[row, seen] -= law[seen]
+        grads[row, seen] -= probs[seen]
         grads[row, seen, chosen] += 1
     if not task.dense_kl:  # the price of a late KL has a gradient of its own: -kl_coef E[gamma^(n - 1) grad log pi]
         returns = returns - task.kl_coef * task.gamma ** (episodes.lengths - 1)
@@ -764,34 +767,34 @@ def test_at_the_optimum_the_gradient_vanishes() -> None:
         tree = tiny_tree(**case)
         policy = tree.solve().policy
         logits = policy.log_probs.clone().requires_grad_()
-        value, (gradient,) = tree.gradient(law_of(with_logits(policy, logits)), [logits])
+        value, (gradient,) = tree.gradient(make_episode_logits(with_logits(policy, logits)), [logits])
         assert gradient.abs().max() < 1e-10
         assert value == pytest.approx(tree.solve().value, abs=1e-9)
         moved = (2 * policy.log_probs).requires_grad_()
-        _, (gradient,) = tree.gradient(law_of(with_logits(policy, moved)), [moved])
+        _, (gradient,) = tree.gradient(make_episode_logits(with_logits(policy, moved)), [moved])
         assert gradient.abs().max() > 1e-3
 
 
-def test_a_law_without_support_somewhere_still_has_a_gradient() -> None:
+def test_a_policy_without_support_somewhere_still_has_a_gradient() -> None:
     tree = tiny_tree()
     table = random_table()
     table[:, 3] = -torch.inf
-    value, (gradient,) = tree.gradient(previous_token_law(table.requires_grad_()), [table])
+    value, (gradient,) = tree.gradient(previous_token_logits(table.requires_grad_()), [table])
     assert math.isfinite(value)
     assert gradient.isfinite().all()
     assert (gradient[:, 3] == 0).all()
     assert (gradient != 0).any()
 
 
-def test_a_law_that_cannot_be_differentiated_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="`law` must be differentiable"):
-        tiny_tree().gradient(law_of(PROBLEM.other), [torch.zeros(3, requires_grad=True)])
+def test_logits_that_cannot_be_differentiated_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="`episode_logits` must be differentiable"):
+        tiny_tree().gradient(make_episode_logits(PROBLEM.other), [torch.zeros(3, requires_grad=True)])
 
 
 def test_parameters_that_take_no_part_have_a_gradient_of_zero() -> None:
     table = random_table().requires_grad_()
     idle = torch.ones(2, requires_grad=True)
-    _, (gradient, none) = tiny_tree().gradient(previous_token_law(table), [table, idle])
+    _, (gradient, none) = tiny_tree().gradient(previous_token_logits(table), [table, idle])
     assert gradient.abs().max() > 0
     assert none.tolist() == [0, 0]
     assert none.dtype == torch.float32

@@ -15,7 +15,7 @@ from lmgym.errors import InvalidArgumentError
 from lmgym.kl import discounted_return, episode_kl, token_rewards
 from lmgym.models.markov import dirichlet_rows, markov_lm
 from lmgym.optimum.solve import solve
-from lmgym.optimum.tree import Tree, law_of
+from lmgym.optimum.tree import Tree, make_episode_logits
 from lmgym.optimum.verifiable import log_exp_reward, prefix_table, solve_verifiable
 from lmgym.rewards.noise import NoisyReward
 from lmgym.rollout import collect, collect_steps
@@ -68,7 +68,7 @@ def test_closed_form_is_that_of_all_responses(seed: int, kl_coef: float) -> None
     torch.testing.assert_close(optimum.values, enumerated.values, rtol=0, atol=1e-5)
     torch.testing.assert_close(optimum.references, enumerated.references, rtol=0, atol=1e-5)
     assert optimum.policy is not None
-    earned = tree.evaluate(law_of(optimum.policy))
+    earned = tree.evaluate(make_episode_logits(optimum.policy))
     torch.testing.assert_close(earned.returns, enumerated.values, rtol=0, atol=1e-5)
     assert optimum.values[1] == 0
     assert earned.kl[1].abs() < 1e-6  # with nothing to reach, pi* is the reference

@@ -18,7 +18,7 @@ from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, LmGymError
 from lmgym.feedback.annotators import preference_probability
 from lmgym.feedback.preferences import Rankings
-from lmgym.optimum.tree import Tree, law_of
+from lmgym.optimum.tree import Tree, make_episode_logits
 from lmgym.rollout import collect
 from lmgym.tasks.base import Task
 
@@ -72,7 +72,7 @@ def slope(beta: float, temperature: float, of_task: Task | None = None) -> float
 def whole(tree: Tree, table: Tensor, prompt: int) -> Tensor:
     """(R / X,) log-probs of the responses to a prompt, of a law (S, A) over the prefixes of all prompts; T = 2."""
     law = table.log_softmax(-1)
-    first, second = tree.levels
+    first, second = tree.responses.levels
     root = law[prompt]
     behind = law[len(tree.prompts) + prompt * second.nodes :][: second.nodes]
     return torch.cat([root[first.ending], (root[first.going].unsqueeze(1) + behind[:, second.ending]).flatten()])
@@ -116,7 +116,10 @@ def test_log_ratios_are_those_of_enumeration() -> None:
     learn(agent, 3)
     tree = Tree.of(PROBLEM.task, "train")
     found = agent.log_ratios(tree.episodes)
-    exact = tree.evaluate(law_of(agent.policy)).log_probs - tree.evaluate(law_of(PROBLEM.lm)).log_probs
+    exact = (
+        tree.evaluate(make_episode_logits(agent.policy)).log_probs
+        - tree.evaluate(make_episode_logits(PROBLEM.lm)).log_probs
+    )
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
     assert exact.abs().max() > 0.05
 
@@ -157,7 +160,7 @@ def test_learning_goes_most_of_the_way_to_the_optimum() -> None:
     tree = Tree.of(PROBLEM.task, "train")
     optimum = tree.solve()
     learn(agent, 100, total=12_000)
-    value = tree.evaluate(law_of(agent.policy)).value
+    value = tree.evaluate(make_episode_logits(agent.policy)).value
     assert (value - optimum.reference) / (optimum.value - optimum.reference) > 0.55
 
 

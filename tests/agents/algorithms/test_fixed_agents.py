@@ -27,7 +27,7 @@ from lmgym.errors import InvalidArgumentError
 from lmgym.evaluation import evaluate
 from lmgym.kl import episode_kl
 from lmgym.models.sampling import Sampler
-from lmgym.optimum.tree import Tree, law_of
+from lmgym.optimum.tree import Tree, make_episode_logits
 from lmgym.rewards.noise import NoisyReward
 
 ROOT = Path(__file__).parents[3]
@@ -84,7 +84,7 @@ def test_the_reference_pays_no_kl_and_chance_pays_the_kl_of_the_uniform_law() ->
     assert evaluate(Reference(envs).policy, envs, samples=20, generator=seeded(0)).metrics["kl"].mean == pytest.approx(
         0, abs=1e-5
     )
-    exact = tree.evaluate(law_of(Uniform(envs).policy)).metrics
+    exact = tree.evaluate(make_episode_logits(Uniform(envs).policy)).metrics
     assert exact["kl"] > 0.1
     found = evaluate(Uniform(envs).policy, envs, samples=300, generator=seeded(0)).metrics
     for name in ("kl", "return", "score"):
@@ -128,7 +128,7 @@ def test_the_law_of_the_best_is_that_of_all_tuples(scores: list[float], n: int) 
 def exact(tree: Tree, n: int) -> dict[str, float]:
     """Score, KL and J of the best of n, by enumeration; means over prompts."""
     shape = (len(tree.prompts), -1)
-    reference = tree.evaluate(law_of(PROBLEM.lm)).log_probs.view(shape)
+    reference = tree.evaluate(make_episode_logits(PROBLEM.lm)).log_probs.view(shape)
     law = torch.stack([best_of_n_log_probs(*both, n) for both in zip(reference, tree.scores, strict=True)])
     score, kl = ((law.exp() * x).sum(1).mean().item() for x in (tree.scores, law - reference))
     return {"score": score, "kl": kl, "return": score - PROBLEM.kl_coef * kl}

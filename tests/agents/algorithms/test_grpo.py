@@ -26,7 +26,7 @@ from torch import Tensor
 from agents.algorithms.grpo import GRPO
 from agents.on_policy import OnPolicyAgent
 from lmgym.kl import exact
-from lmgym.optimum.tree import Tree, law_of
+from lmgym.optimum.tree import Tree, make_episode_logits
 from lmgym.tasks.base import Task
 
 
@@ -106,7 +106,7 @@ def state_kl_gradient(agent: OnPolicyAgent, tree: Tree, *, other: bool = False) 
     """(p,) of -E sum_t KL at s_t, by autograd, with the distribution of the states held; `other`: of the other KL."""
     mask = tree.episodes.response_mask
     own = logits_of(agent, tree.episodes).double().log_softmax(-1)
-    ref = law_of(tree.task.reference("cpu"))(tree.episodes).double().log_softmax(-1)
+    ref = make_episode_logits(tree.task.reference("cpu"))(tree.episodes).double().log_softmax(-1)
     weights = alone(agent, tree).weights.unsqueeze(1).expand_as(mask)[mask]
     total = -(weights * (exact(ref, own) if other else exact(own, ref))).sum()
     return flat(torch.autograd.grad(total, parameters_of(agent), allow_unused=True), parameters_of(agent))

@@ -16,7 +16,7 @@ from agents.algorithms.klq import KLQ
 from agents.on_policy import OnPolicyAgent
 from agents.policies.actor_critic import Read
 from lmgym.episodes import Episodes
-from lmgym.optimum.tree import Tree, law_of
+from lmgym.optimum.tree import Tree, make_episode_logits
 
 
 class Table(torch.nn.Module):
@@ -67,7 +67,7 @@ def tabular(tree: Tree, *, moved: float = 0.0, **config: Any) -> OnPolicyAgent:
     table = Table(tree, torch.zeros(1), torch.zeros(1))
     states = table.states()
     generator = torch.Generator().manual_seed(0)
-    logits = torch.zeros((len(table.places), tree.vocab_size), dtype=torch.float64)
+    logits = torch.zeros((len(table.places), tree.responses.vocab_size), dtype=torch.float64)
     values = torch.zeros(len(table.places), dtype=torch.float64)
     logits[states] = torch.stack(law_at, 1)[mask]
     values[states] = torch.stack(values_at, 1)[mask]
@@ -152,7 +152,7 @@ def test_the_value_of_klq_is_the_soft_value_of_its_q() -> None:
     agent = tabular(tree, moved=0.5)
     price = tree.task.kl_coef
     read = agent.policy.read(tree.episodes)
-    ref = law_of(tree.task.reference("cpu"))(tree.episodes).double().log_softmax(-1)
+    ref = make_episode_logits(tree.task.reference("cpu"))(tree.episodes).double().log_softmax(-1)
     q = read.values.unsqueeze(1) + price * (read.logits.log_softmax(-1) - ref)
     torch.testing.assert_close(price * (ref + q / price).logsumexp(1), read.values, rtol=0, atol=1e-9)
 

@@ -27,7 +27,7 @@ from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, LmGymError
 from lmgym.models.sampling import Sampler
-from lmgym.optimum.tree import Tree, law_of
+from lmgym.optimum.tree import Tree, make_episode_logits
 from lmgym.tasks.base import Task
 
 ROOT = Path(__file__).parents[3]
@@ -70,8 +70,8 @@ def expert(tree: Tree) -> tuple[Tensor, Tensor]:
     """(R,) probabilities of pi* for each response, the mean over prompts, and its law (n, V) at every token."""
     policy = tree.solve().policy
     assert policy is not None
-    probs = tree.evaluate(law_of(policy)).log_probs.exp() / len(tree.prompts)
-    return probs, law_of(policy)(tree.episodes).log_softmax(-1)
+    probs = tree.evaluate(make_episode_logits(policy)).log_probs.exp() / len(tree.prompts)
+    return probs, make_episode_logits(policy)(tree.episodes).log_softmax(-1)
 
 
 def test_the_gradient_under_the_expert_is_that_of_the_kl_from_it() -> None:
@@ -138,11 +138,11 @@ def test_an_expert_is_cloned() -> None:
     optimum = tree.solve()
     assert optimum.policy is not None
     history = learn(agent, 200, total=4_000)
-    value = tree.evaluate(law_of(agent.policy)).value
+    value = tree.evaluate(make_episode_logits(agent.policy)).value
     assert (value - optimum.reference) / (optimum.value - optimum.reference) > 0.9
     returns = np.mean([row["train/demonstration_return"] for row in history])
     assert returns == pytest.approx(optimum.value, abs=0.03)
-    kl = tree.evaluate(law_of(optimum.policy)).metrics["kl"]
+    kl = tree.evaluate(make_episode_logits(optimum.policy)).metrics["kl"]
     assert np.mean([row["train/demonstration_kl"] for row in history]) == pytest.approx(kl, abs=0.05)
 
 
@@ -150,9 +150,9 @@ def test_an_expert_is_cloned() -> None:
 def test_cloning_the_best_of_n_goes_to_its_law() -> None:
     tree = Tree.of(PROBLEM.task, "train")
     agent = tiny_sft(n=4, batch_size=64, lr=5e-3, epochs=4)
-    reference = tree.evaluate(law_of(PROBLEM.lm)).log_probs.view(3, -1)
+    reference = tree.evaluate(make_episode_logits(PROBLEM.lm)).log_probs.view(3, -1)
     history = learn(agent, 100, total=15_000)
-    found = tree.evaluate(law_of(agent.policy)).log_probs.view(3, -1)
+    found = tree.evaluate(make_episode_logits(agent.policy)).log_probs.view(3, -1)
     best = {}
     distance = {}
     start = {}
@@ -172,7 +172,7 @@ def test_cloning_the_best_of_n_goes_to_its_law() -> None:
 def test_of_one_candidate_there_is_nothing_to_learn() -> None:
     """In expectation the gradient of -log pi_ref is 0 at pi_ref."""
     tree = Tree.of(PROBLEM.task, "train")
-    log_probs = tree.evaluate(law_of(PROBLEM.lm)).log_probs
+    log_probs = tree.evaluate(make_episode_logits(PROBLEM.lm)).log_probs
     row = tree.episodes.response_mask.nonzero()[:, 0]
     agents_by_n = {n: tiny_sft(n=n, batch_size=1500) for n in (1, 4)}
     exact = gradient(agents_by_n[1], -(log_probs.exp()[row] * agents_by_n[1].log_probs(tree.episodes)).sum())

@@ -25,7 +25,7 @@ from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, UnknownNameError
 from lmgym.kl import exact
 from lmgym.models.sampling import Sampler
-from lmgym.optimum.tree import Tree, law_of
+from lmgym.optimum.tree import Tree, make_episode_logits
 
 KINDS = ["finetune", "transformer", "gru", "mlp"]
 
@@ -494,7 +494,7 @@ def test_every_variant_of_the_problem_trains(variant: dict[str, Any]) -> None:
 def test_trpo_learns_and_never_passes_the_optimum() -> None:
     envs = tiny_envs()
     agent = tiny_trpo(envs, batch_size=96, max_kl=0.05, cg_iterations=5, fisher_fraction=0.5, max_kl_schedule="linear")
-    tree, law, curve = Tree.of(envs.task, "train"), law_of(agent.policy.lm), []
+    tree, law, curve = Tree.of(envs.task, "train"), make_episode_logits(agent.policy.lm), []
     reference, best = tree.evaluate(law).value, tree.solve().value
     agent.learn(5000, lambda step, metrics: curve.append(tree.evaluate(law).value))
     assert best > reference + 0.1
