@@ -35,8 +35,8 @@ from agents.algorithms.ppo import PPOConfig
 from agents.algorithms.sft import SFT, SFTConfig
 from agents.on_policy import OnPolicyConfig
 from builders.pages import add_agent_rows, missing_agents
+from lmgym.envs.options import RESET_OPTIONS
 from lmgym.envs.settings import Settings
-from lmgym.envs.single import RESET_OPTIONS
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.feedback.preferences import Rankings
 from lmgym.tasks import base

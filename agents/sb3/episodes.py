@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmgym.envs.single import EnvState, observe, restore_row, row_state
+from lmgym.envs.single import EnvState, restore_row, row_state
+from lmgym.envs.spaces import observe
 from lmgym.envs.vector import RLHFVectorEnv
 
 

@@ -9,11 +9,11 @@ import numpy.typing as npt
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 
-from lmgym.envs.arguments import as_actions
-from lmgym.envs.engine import Transition
-from lmgym.envs.meanings import refuse_text
+from lmgym.envs.options import RESET_OPTIONS
+from lmgym.envs.outcomes import Transition
 from lmgym.envs.settings import Settings
-from lmgym.envs.single import RESET_OPTIONS, RLHFEnv
+from lmgym.envs.single import RLHFEnv
+from lmgym.envs.token_ids import as_actions, refuse_text
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError
 

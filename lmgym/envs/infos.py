@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lmgym.envs.engine import Engine, Transition
+from lmgym.envs.engine import Engine
+from lmgym.envs.outcomes import Transition
 
 Bools = npt.NDArray[np.bool_]
 Columns = dict[str, npt.NDArray[Any]]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lmgym.data.prompts import PromptIndex, PromptText
 from lmgym.data.rows import check_text
-from lmgym.envs.arguments import as_token_ids, is_integer
+from lmgym.envs.token_ids import as_token_ids, is_integer
 from lmgym.errors import InvalidArgumentError, shorten
 from lmgym.models.causal import CausalLM
 from lmgym.tasks.base import Task

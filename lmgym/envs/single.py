@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +12,21 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from lmgym.envs.arguments import as_actions, as_options, as_seed, as_token_ids
-from lmgym.envs.engine import Engine, EngineBacked, Outcomes, Transition
+from lmgym.envs.base import EngineBacked
+from lmgym.envs.engine import Engine
 from lmgym.envs.infos import info_columns, row_info
-from lmgym.envs.meanings import read_episode, refuse_text
+from lmgym.envs.options import RESET_OPTIONS, as_seed, choose_prompt
+from lmgym.envs.outcomes import Outcomes, Transition
 from lmgym.envs.prompts import Prompt, PromptOrder
 from lmgym.envs.rendering import Frame, scale_costs, show, to_rgb, to_text, wait_for_turn
 from lmgym.envs.settings import RENDER_MODES, Settings
-from lmgym.errors import InvalidArgumentError, unknown_name
+from lmgym.envs.spaces import observation_space, observe
+from lmgym.envs.token_ids import as_actions, refuse_text
+from lmgym.errors import InvalidArgumentError
 
-RESET_OPTIONS = ("prompt", "prompt_ids", "prompt_index", "response_ids")
 _ROW = np.zeros(1, dtype=np.int64)
 _LIVE = np.ones(1, dtype=np.bool_)
+_COPIED_ATTRIBUTES = ("_np_random", "_np_random_seed", "spec")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
     See `lmgym.envs.settings.Settings`.
 
     ## Reset options
-    `prompt` (text), `prompt_ids` or `prompt_index`, and `response_ids` to start behind a prefix of a response.
+    `prompt` (text), `prompt_ids` or `prompt_index`, and `response_ids` to start after the first tokens of a response.
     """
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 8}
@@ -84,15 +87,15 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
         self._drawn = 0  # lines of the terminal that the episode's block takes
         self._shown_at = 0.0  # when, in seconds of the monotonic clock
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The engine holds a model: another process builds its own from the settings, then continues from the state.
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The engine holds a model: a copy builds its own from the arguments, then goes on from the state.
         state = self.clone_state() if self._engine.current[0] is not None else None
-        held = {name: self.__dict__.get(name) for name in ("_np_random", "_np_random_seed", "spec")}
-        return {"settings": self.settings, "state": state, "order": self._order.position, "held": held}
+        attributes = {name: self.__dict__.get(name) for name in _COPIED_ATTRIBUTES}
+        pickled = {"state": state, "order": self._order.position, "attributes": attributes}
+        return functools.partial(type(self), **vars(self.settings)), (), pickled
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
-        self.__init__(**vars(pickled["settings"]))  # type: ignore[misc]
-        self.__dict__.update({name: value for name, value in pickled["held"].items() if value is not None})
+        self.__dict__.update({name: value for name, value in pickled["attributes"].items() if value is not None})
         self._order.position = pickled["order"]
         if pickled["state"] is not None:
             self.restore_state(pickled["state"])
@@ -113,7 +116,8 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
         self._engine.begin(_ROW, [prompt])
         if prefix:
             self._engine.resume(0, prefix, None, None)
-        self._outcomes, self._drawn = None, 0
+        self._outcomes = None
+        self._drawn = 0
         self._render_if_human()
         return self._observation(), row_info(info_columns(self._engine, self.settings.text_info))
 
@@ -180,7 +184,7 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
             gymnasium.error.ResetNeeded: before the first reset.
         """
         check_running(self._engine.current[0] is not None)
-        return read_episode(self._engine, 0)
+        return self._engine.text(0)
 
     def render(self) -> Any:
         """The episode so far: a string ("ansi"), a picture ("rgb_array"), or on the terminal at each step ("human")."""
@@ -213,65 +217,29 @@ def row_state(engine: Engine, row: int, outcomes: Outcomes | None) -> EnvState |
         return None
     returns = (float(engine.returns[row]), float(engine.discounted[row]))
     tokens = tuple(engine.response_ids(row))
-    start, running = int(engine.starts[row]), bool(engine.running[row])
-    return EnvState(prompt, tokens, engine.ref_log_probs[row].copy(), returns, start, running, outcomes)
+    return EnvState(
+        prompt=prompt,
+        response_ids=tokens,
+        ref_log_probs=engine.ref_log_probs[row].copy(),
+        returns=returns,
+        start=int(engine.starts[row]),
+        running=bool(engine.running[row]),
+        outcomes=outcomes,
+    )
 
 
 def restore_row(engine: Engine, row: int, state: EnvState) -> None:
-    """Puts a row where an episode stood."""
+    """Puts a row where an episode was."""
     engine.begin(np.array([row]), [state.prompt])
     engine.resume(row, state.response_ids, state.returns, state.ref_log_probs)
     engine.starts[row] = state.start
     engine.running[row] = state.running
 
 
-def observation_space(engine: Engine, obs_format: str) -> spaces.Space[Any]:
-    """The space of one row's observations."""
-    length, largest = engine.width + engine.horizon, engine.lm.vocab_size - 1
-    if obs_format == "flat":
-        return spaces.Box(-1, largest, (length,), np.int64)
-    ids, mask = spaces.Box(0, largest, (length,), np.int64), spaces.Box(0, 1, (length,), np.int8)
-    return spaces.Dict(input_ids=ids, attention_mask=mask)
-
-
-def observe(engine: Engine, obs_format: str, rows: int | slice | npt.NDArray[np.int64]) -> Any:
-    """A copy of what rows show."""
-    ids, mask = engine.input_ids[rows], engine.attention_mask[rows]
-    if obs_format == "flat":
-        return np.where(mask == 1, ids, -1)
-    return {"input_ids": ids.copy(), "attention_mask": mask.copy()}
-
-
 def check_running(running: bool | np.bool_) -> None:
     """Raises Gymnasium's `ResetNeeded` outside an episode."""
     if not running:
         raise gym.error.ResetNeeded("Cannot call `step` (or look at an episode) before `reset`, or after its end.")
-
-
-def choose_prompt(
-    engine: Engine, order: PromptOrder, options: dict[str, Any] | None, known: Sequence[str] = RESET_OPTIONS
-) -> tuple[Prompt, Sequence[int]]:
-    """The prompt, and the response prefix, that reset options ask for."""
-    options = as_options(options)
-    if not options:
-        return order.take(), ()
-    for name in options:
-        if name not in known:
-            raise unknown_name("options", name, known)
-    given = [name for name in RESET_OPTIONS[:3] if name in options]
-    if len(given) > 1:
-        raise InvalidArgumentError(f"`options` must have at most one of {list(RESET_OPTIONS[:3])}, got {given}.")
-    if "prompt" in options:
-        prompt = engine.prompts.of_text(options["prompt"])
-    elif "prompt_ids" in options:
-        prompt = engine.prompts.of_ids(options["prompt_ids"])
-    elif "prompt_index" in options:
-        prompt = engine.prompts[options["prompt_index"]]
-    else:
-        prompt = order.take()
-    prefix = as_token_ids("response_ids", options.get("response_ids", ()))
-    engine.check_prefix(prefix)
-    return prompt, prefix
 
 
 def frame(engine: Engine, row: int, outcomes: Outcomes | None, i: int = 0) -> Frame:

@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
-from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from lmgym.envs.arguments import as_actions, as_options, as_seeds
-from lmgym.envs.engine import Engine, EngineBacked, Outcomes, Replay, Transition
+from lmgym.envs.base import EngineBacked, SharedAttributes
+from lmgym.envs.engine import Engine
 from lmgym.envs.infos import info_columns, vector_infos
-from lmgym.envs.meanings import read_episode, refuse_text
-from lmgym.envs.prompts import Prompt, PromptOrder
+from lmgym.envs.options import RESET_OPTIONS, as_options, as_reset_mask, as_seeds, choose_prompt
+from lmgym.envs.outcomes import Outcomes, Replay, Transition
+from lmgym.envs.prompts import Prompt
 from lmgym.envs.rendering import to_rgb, to_text
 from lmgym.envs.settings import Settings
-from lmgym.envs.single import (
-    RESET_OPTIONS,
-    check_running,
-    choose_prompt,
-    frame,
-    observation_space,
-    observe,
-    restore_row,
-    row_state,
-)
+from lmgym.envs.single import check_running, frame, restore_row, row_state
+from lmgym.envs.spaces import observation_space, observe
+from lmgym.envs.streams import PromptStreams
+from lmgym.envs.token_ids import as_actions, refuse_text
 from lmgym.errors import InvalidArgumentError, check_choice, check_int
 
 AUTORESET_MODES = tuple(mode.value for mode in AutoresetMode)
-# What a copy of the env takes over as it is.
-_HELD = ("_outcomes", "last_outcomes", "_to_reset", "spec", "_np_random", "_np_random_seed")
+_COPIED_ATTRIBUTES = ("_outcomes", "last_outcomes", "_to_reset", "spec", "_np_random", "_np_random_seed")
 
 
-class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
+class RLHFVectorEnv(SharedAttributes, EngineBacked, VectorEnv[Any, Any, Any]):
     """`RLHFEnv` N times over, with the results of N of them and one forward a step.
 
     Args:
@@ -45,7 +39,7 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         group_size: k; rows i*k .. i*k + k - 1 draw the same prompts in the same order, each at its own pace.
         **kwargs: those of `RLHFEnv`, see `lmgym.envs.settings.Settings`.
 
-    A sequential `prompt_order` deals the prompts out: row i starts at prompt i // k and takes every (N / k)-th.
+    A sequential `prompt_order` deals the prompts out (`lmgym.envs.streams.PromptStreams`).
 
     Attributes:
         last_outcomes: of the episodes that the last step ended, in the order of their rows; None where it ended none.
@@ -75,7 +69,9 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         self.settings = Settings.of(kwargs, type(self).__name__)
         if self.settings.render_mode is not None:
             check_choice("render_mode", self.settings.render_mode, self.metadata["render_modes"])
-        self.num_envs, self.group_size, self.render_mode = num_envs, group_size, self.settings.render_mode
+        self.num_envs = num_envs
+        self.group_size = group_size
+        self.render_mode = self.settings.render_mode
         self.autoreset_mode = AutoresetMode(mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self._engine = Engine(self.settings, num_envs)
@@ -83,50 +79,31 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         self.single_action_space: gym.Space[Any] = gym.spaces.Discrete(self._engine.lm.vocab_size)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._seed_rows([None] * num_envs, np.ones(num_envs, dtype=np.bool_))
-        groups = num_envs // group_size
-        self._orders = [
-            PromptOrder(
-                self._engine.prompts,
-                self.settings.prompt_order,
-                lambda row=row: self._rngs[row],  # type: ignore[misc]
-                start=row // group_size,
-                stride=groups,
-            )
-            for row in range(num_envs)
-        ]
+        self._streams = PromptStreams(self._engine.prompts, self.settings.prompt_order, num_envs, group_size)
         self._outcomes: list[tuple[Outcomes, int] | None] = [None] * num_envs
         self.last_outcomes: Outcomes | None = None
         self._to_reset = np.zeros(num_envs, dtype=np.bool_)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The engine holds a model: another process builds its own from the arguments, then goes on from the rows.
-        mode = {"autoreset_mode": self.autoreset_mode.value, "group_size": self.group_size}
-        return {
-            "arguments": {"num_envs": self.num_envs, **mode, **vars(self.settings)},
-            "rows": [row_state(self._engine, row, None) for row in range(self.num_envs)],
-            "streams": self.get_state(),
-            "held": {name: self.__dict__[name] for name in _HELD if name in self.__dict__},
-        }
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The engine holds a model: a copy builds its own from the arguments, then goes on from the state.
+        mode: dict[str, Any] = {"autoreset_mode": self.autoreset_mode.value, "group_size": self.group_size}
+        build = functools.partial(type(self), self.num_envs, **mode, **vars(self.settings))
+        return (
+            build,
+            (),
+            {
+                "rows": [row_state(self._engine, row, None) for row in range(self.num_envs)],
+                "streams": self.get_state(),
+                "attributes": {name: self.__dict__[name] for name in _COPIED_ATTRIBUTES if name in self.__dict__},
+            },
+        )
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
-        self.__init__(**pickled["arguments"])  # type: ignore[misc]
-        self.__dict__.update(pickled["held"])
+        self.__dict__.update(pickled["attributes"])
         self.set_state(pickled["streams"])
         for row, state in enumerate(pickled["rows"]):
             if state is not None:
                 restore_row(self._engine, row, state)
-
-    def _seed_rows(self, seeds: Sequence[int | None], rows: npt.NDArray[np.bool_]) -> None:
-        """Gives rows their generators; rows of a group share the seed of their first, so that they draw alike."""
-        if not hasattr(self, "_rngs"):
-            self._rngs: list[np.random.Generator] = [np.random.default_rng(0)] * self.num_envs
-            fresh = np.random.SeedSequence().generate_state(self.num_envs).tolist()
-            seeds = [int(fresh[row // self.group_size]) for row in range(self.num_envs)]
-        for row in np.flatnonzero(rows).tolist():
-            seed = seeds[row - row % self.group_size]
-            if seed is not None:
-                self._rngs[row] = seeding.np_random(seed)[0]
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -141,15 +118,12 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
             InvalidArgumentError: for an option with a value it cannot have.
         """
         options = as_options(options)
-        mask = self._reset_mask(options.pop("reset_mask", None))
+        mask = as_reset_mask(options.pop("reset_mask", None), self.num_envs)
         if seed is not None:
             seeds = as_seeds(seed, self.num_envs)
-            self._seed_rows(seeds, mask)
+            self._streams.seed(seeds, mask)
             if seeds[0] is not None:
                 self._engine.reseed(seeds[0])
-            for row in np.flatnonzero(mask):
-                if seeds[row - row % self.group_size] is not None:
-                    self._orders[row].restart()
         self._begin(np.flatnonzero(mask), options)
         self._to_reset[mask] = False
         return self._observe(), self._infos(mask)
@@ -159,24 +133,9 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         """Whether every row has begun; none has after a reward raised."""
         return None not in self._engine.current
 
-    def _reset_mask(self, mask: Any) -> npt.NDArray[np.bool_]:
-        if mask is None:
-            return np.ones(self.num_envs, dtype=np.bool_)
-        if (
-            not isinstance(mask, np.ndarray)
-            or mask.shape != (self.num_envs,)
-            or mask.dtype != np.bool_
-            or not mask.any()
-        ):
-            raise InvalidArgumentError(
-                f"`options['reset_mask']` must be a bool array of shape ({self.num_envs},) with a True in it, "
-                f"got {mask!r}."
-            )
-        return mask
-
     def _begin(self, rows: npt.NDArray[np.int64], options: dict[str, Any] | None = None) -> None:
-        chosen = [choose_prompt(self._engine, self._orders[row], options, self.reset_options) for row in rows]
-        self._engine.begin(rows, [prompt for prompt, _ in chosen], lambda row: self._orders[row].peek())
+        chosen = [choose_prompt(self._engine, self._streams[row], options, self.reset_options) for row in rows]
+        self._engine.begin(rows, [prompt for prompt, _ in chosen], lambda row: self._streams[row].peek())
         for row, (_, prefix) in zip(rows, chosen, strict=True):
             if prefix:
                 self._engine.resume(int(row), prefix, None, None)
@@ -219,7 +178,7 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         return self._engine.step(tokens, live)
 
     def _final(self, step: Transition) -> dict[str, Any]:
-        """What "SameStep" infos say of the rows that ended, which are about to begin anew."""
+        """What "SameStep" infos say of the rows that ended, which are about to begin again."""
         if self.autoreset_mode != AutoresetMode.SAME_STEP or not len(step.ended):
             return {}
         ended = np.zeros(self.num_envs, dtype=np.bool_)
@@ -236,7 +195,7 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         }
 
     def _infos(self, rows: npt.NDArray[np.bool_], step: Transition | None = None) -> dict[str, Any]:
-        """Infos of rows (N,) bool, those that a step has just begun anew as they begin."""
+        """Infos of rows (N,) bool; rows that have just begun again are told of as they begin."""
         told = None
         if step is not None and len(step.ended) and self.autoreset_mode == AutoresetMode.SAME_STEP:
             told = np.ones(self.num_envs, dtype=np.bool_)
@@ -258,7 +217,7 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
     def next_prompts(self, episodes: int) -> list[Prompt]:
         """Takes the next prompts of the rows' own streams, row by row: what `episodes` resets would start from."""
         check_int("episodes", episodes, 1)
-        return [self._orders[i % self.num_envs].take() for i in range(episodes)]
+        return self._streams.take(episodes)
 
     def reference_log_probs(self) -> npt.NDArray[np.float32]:
         """(N, V) nats: log pi_ref(.|s) at each row's state, from the forward that the next step will use.
@@ -282,11 +241,7 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
 
     def streams(self) -> dict[str, Any]:
         """`get_state` with the rows' orders of prompts as the arrays that the env has: cheap enough for every batch."""
-        prompts = []
-        for order, rng in zip(self._orders, self._rngs, strict=True):
-            epoch, place = order.position
-            prompts.append({"epoch": epoch, "place": place, "rng": rng.bit_generator.state})
-        state: dict[str, Any] = {"prompts": prompts}
+        state: dict[str, Any] = {"prompts": self._streams.state()}
         if hasattr(self.engine.reward, "get_state"):
             state["reward"] = self.engine.reward.get_state()
         return state
@@ -297,11 +252,7 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
         Raises:
             InvalidArgumentError: for the state of another number of rows.
         """
-        if len(state["prompts"]) != self.num_envs:
-            raise InvalidArgumentError(f"`state` must be that of {self.num_envs} rows, got {len(state['prompts'])}.")
-        for order, rng, row in zip(self._orders, self._rngs, state["prompts"], strict=True):
-            rng.bit_generator.state = row["rng"]
-            order.position = (None if row["epoch"] is None else np.array(row["epoch"]), row["place"])
+        self._streams.set_state(state["prompts"])
         if "reward" in state:
             cast(Any, self.engine.reward).set_state(state["reward"])
 
@@ -312,7 +263,7 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
             gymnasium.error.ResetNeeded: before the first reset.
         """
         check_running(self._ready)
-        return tuple(read_episode(self._engine, row) for row in range(self.num_envs))
+        return tuple(self._engine.text(row) for row in range(self.num_envs))
 
     def render(self) -> tuple[Any, ...] | None:
         """One string ("ansi") or picture ("rgb_array") a row."""
@@ -328,19 +279,3 @@ class RLHFVectorEnv(EngineBacked, VectorEnv[Any, Any, Any]):
             outcomes, i = self._outcomes[row] or (None, 0)
             frames.append(draw(frame(self._engine, row, outcomes, i)))
         return tuple(frames)
-
-    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """An attribute, or what a method returns, once a row; the method is called once, for rows share it."""
-        found = getattr(self, name)
-        return (found(*args, **kwargs) if callable(found) else found,) * self.num_envs
-
-    def get_attr(self, name: str) -> tuple[Any, ...]:
-        """An attribute of the env, once a row."""
-        return (getattr(self, name),) * self.num_envs
-
-    def set_attr(self, name: str, values: Any) -> None:
-        """Sets an attribute of the env: one value, or N equal ones (rows share everything they have)."""
-        values = list(values) if isinstance(values, (list, tuple)) else [values] * self.num_envs
-        if len(values) != self.num_envs or any(value != values[0] for value in values):
-            raise InvalidArgumentError(f"`values` must be one value or {self.num_envs} equal ones, got {values!r}.")
-        setattr(self, name, values[0])

@@ -15,7 +15,8 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from lmgym.envs.engine import Engine, stepping_engine_of
+from lmgym.envs.base import stepping_engine_of
+from lmgym.envs.engine import Engine
 from lmgym.envs.infos import add_columns
 from lmgym.errors import InvalidArgumentError, check_int
 from lmgym.models.sampling import Sampler

@@ -16,7 +16,8 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from lmgym.envs.engine import Engine, stepping_engine_of
+from lmgym.envs.base import stepping_engine_of
+from lmgym.envs.engine import Engine
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.markov import MarkovLM
 from lmgym.wrappers.vector import TokenVectorWrapper

@@ -17,8 +17,9 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from lmgym.automata import Automaton
-from lmgym.envs.engine import Engine, engine_of
-from lmgym.envs.single import observation_space
+from lmgym.envs.base import engine_of
+from lmgym.envs.engine import Engine
+from lmgym.envs.spaces import observation_space
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.markov import MarkovLM
 from lmgym.rewards.automaton import AutomatonReward

@@ -12,7 +12,7 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from lmgym.envs.arguments import to_array
+from lmgym.envs.token_ids import to_array
 from lmgym.errors import InvalidActionError
 from lmgym.wrappers.vector import TokenVectorWrapper
 

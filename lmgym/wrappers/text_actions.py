@@ -12,7 +12,8 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 
-from lmgym.envs.engine import Engine, engine_of
+from lmgym.envs.base import engine_of
+from lmgym.envs.engine import Engine
 from lmgym.envs.single import check_running
 from lmgym.errors import InvalidActionError, InvalidArgumentError
 from lmgym.wrappers.text_observation import text_space

@@ -11,7 +11,8 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from lmgym.envs.engine import Engine, engine_of
+from lmgym.envs.base import engine_of
+from lmgym.envs.engine import Engine
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.wrappers.vector import TokenVectorWrapper
 

@@ -17,10 +17,11 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from lmgym.envs.arguments import to_array
-from lmgym.envs.engine import Engine, stepping_engine_of
+from lmgym.envs.base import stepping_engine_of
+from lmgym.envs.engine import Engine
 from lmgym.envs.infos import Columns, add_columns, row_info
 from lmgym.envs.single import check_running
+from lmgym.envs.token_ids import to_array
 from lmgym.errors import InvalidActionError, InvalidArgumentError, check_int
 from lmgym.wrappers.vector import TokenVectorWrapper
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import lmgym  # noqa: F401
 from lmgym.data.prompts import read_prompts
+from lmgym.envs.options import RESET_OPTIONS
 from lmgym.envs.settings import Settings
-from lmgym.envs.single import RESET_OPTIONS
 from lmgym.errors import InvalidActionError, InvalidArgumentError, LmGymError
 from lmgym.feedback.preferences import Rankings
 from lmgym.models.causal import CausalLM, freeze
