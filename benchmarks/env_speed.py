@@ -39,7 +39,8 @@ SIZES = {
     "small": {"n_layer": 2, "n_embd": 128, "n_head": 4, "vocab_size": 512},
     "large": {"n_layer": 6, "n_embd": 512, "n_head": 8, "vocab_size": 50257},
 }
-PROMPTS, EOS = (8, 16), 1
+PROMPTS = (8, 16)
+EOS = 1
 PATHS = {
     "bare loop": "Hugging Face forward a token, dynamic cache, tokens given, a prefill an episode: limit of stepping",
     "step": "RLHFVectorEnv.step",
@@ -98,7 +99,9 @@ class Bench:
             "device": device,
             "min_new_tokens": horizon - 1,
         }
-        self.n, self.horizon, self.vocabulary = num_envs, horizon, vocabulary
+        self.n = num_envs
+        self.horizon = horizon
+        self.vocabulary = vocabulary
         self.tokens = rng.integers(3, vocabulary, (horizon, num_envs))
         self.made: dict[str, Any] = {}
         self.generator = torch.Generator().manual_seed(0)
@@ -168,7 +171,8 @@ class Bench:
         tokens = torch.from_numpy(self.tokens).to(ids.device)
         ones = mask.new_ones((self.n, 1))
         for t in range(self.horizon - 1):
-            mask, position = torch.cat([mask, ones], 1), position + 1
+            mask = torch.cat([mask, ones], 1)
+            position = position + 1
             model(
                 input_ids=tokens[t][:, None],
                 attention_mask=mask,
@@ -240,7 +244,8 @@ class NaiveEnv(gym.Env[Any, Any]):
 
     def __init__(self, kwargs: dict[str, Any]) -> None:
         self.env = gym.make("lmgym/RLHF-v0", disable_env_checker=True, **{**kwargs, "kl_coef": 0.0})
-        self.observation_space, self.action_space = self.env.observation_space, self.env.action_space
+        self.observation_space = self.env.observation_space
+        self.action_space = self.env.action_space
         self.model: Any = AutoModelForCausalLM.from_pretrained(kwargs["model"], trust_remote_code=False).eval()
         self.kl_coef = kwargs["kl_coef"]
 
@@ -394,7 +399,8 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     print(f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads, torch {torch.__version__}")
-    by_n, by_t = [], []
+    by_n = []
+    by_t = []
     with tempfile.TemporaryDirectory() as scratch:
         for size in args.sizes:
             model = make_model(Path(scratch), size, PROMPTS[1] + args.horizon)

@@ -26,7 +26,11 @@ from lmgym.rollout import collect, collect_steps
 from lmgym.tasks import Task
 
 ID = "lmgym/RLHF-v0"
-EOS, V, P, T, N = 1, len(WORDS) + 3, 6, 8, 6
+EOS = 1
+V = len(WORDS) + 3
+P = 6
+T = 8
+N = 6
 SAMPLERS = {
     "plain": Sampler(),
     "temperature": Sampler(temperature=0.7),
@@ -65,14 +69,16 @@ def assert_same(one: Episodes, other: Episodes, *, leave_out: tuple[str, ...] = 
     assert torch.equal(one.response_mask, other.response_mask)
     mask = one.response_mask
     for f in fields(Episodes):
-        left, right = getattr(one, f.name), getattr(other, f.name)
+        left = getattr(one, f.name)
+        right = getattr(other, f.name)
         if f.name in leave_out:
             continue
         assert (left is None) == (right is None), f.name
         if left is None:
             continue
         if f.name.startswith("response") or f.name in ("log_probs", "ref_log_probs", "values"):
-            left, right = left[mask], right[mask]
+            left = left[mask]
+            right = right[mask]
         if left.is_floating_point():
             torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5, msg=lambda text, f=f: f"{f.name}: {text}")
         else:
@@ -114,10 +120,12 @@ def test_whole_episodes_are_those_of_stepping(parts: Parts, policy: CausalPolicy
     ids=str,
 )
 def test_in_every_configuration(parts: Parts, policy: CausalPolicy, config: Parts) -> None:
-    one, other = native(parts, **config), native(parts, **config)
+    one = native(parts, **config)
+    other = native(parts, **config)
     one.reset(seed=3)
     other.reset(seed=3)
-    fast, slow = collect(one, policy, N, None, rng(1)), collect_steps(other, policy, N, None, rng(1))
+    fast = collect(one, policy, N, None, rng(1))
+    slow = collect_steps(other, policy, N, None, rng(1))
     assert_same(fast, slow)
     assert (fast.terminated == (slow.lengths < T) | ~torch.tensor("truncate" in config) | _ends(fast)).all()
     if config.get("kl_coef") == 0.0:
@@ -133,10 +141,14 @@ def _ends(episodes: Episodes) -> torch.Tensor:
 
 def test_a_late_payment_is_the_same_sum(parts: Parts, policy: CausalPolicy) -> None:
     """Stepping with `dense_kl=False` hears of the reference only at the end."""
-    one, other, dense = native(parts, dense_kl=False), native(parts, dense_kl=False), native(parts)
+    one = native(parts, dense_kl=False)
+    other = native(parts, dense_kl=False)
+    dense = native(parts)
     for envs in (one, other, dense):
         envs.reset(seed=3)
-    fast, slow, plain = collect(one, policy, N, None, rng(1)), collect_steps(other, policy, N, None, rng(1)), None
+    fast = collect(one, policy, N, None, rng(1))
+    slow = collect_steps(other, policy, N, None, rng(1))
+    plain = None
     assert_same(fast, slow, leave_out=("prompt_index", "ref_log_probs"))
     torch.testing.assert_close(token_rewards(fast, 0.2, dense=False), token_rewards(slow, 0.2, dense=False))
     plain = collect(dense, policy, N, None, rng(1))
@@ -175,7 +187,8 @@ def test_the_gold_score_comes_along(parts: Parts, policy: CausalPolicy) -> None:
     one, other = (gym.make_vec(ID, num_envs=4, task=task, autoreset_mode="SameStep") for _ in range(2))
     for envs in (one, other):
         envs.reset(seed=0)
-    fast, slow = collect(one, policy, 4, None, rng()), collect_steps(other, policy, 4, None, rng())
+    fast = collect(one, policy, 4, None, rng())
+    slow = collect_steps(other, policy, 4, None, rng())
     assert_same(fast, slow)
     assert fast.gold_scores is not None
     words = ((fast.input_ids > 2) & fast.attention_mask).sum(1)  # all but the special tokens
@@ -187,7 +200,8 @@ def test_the_gold_score_comes_along(parts: Parts, policy: CausalPolicy) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "hot", "top-p", "greedy, then top-p"])
 def test_rows_that_finish_and_leave_do_not_change_the_others(parts: Parts, policy: CausalPolicy, name: str) -> None:
-    envs, sampler = native(parts), SAMPLERS[name]
+    envs = native(parts)
+    sampler = SAMPLERS[name]
     prompts = [envs.engine.prompts[i % 6] for i in range(40)]
     together = collect(envs, policy, prompts, sampler, rng(4))
     assert len(set(together.lengths.tolist())) > 3  # many leave, at many times
@@ -199,7 +213,8 @@ def test_rows_that_finish_and_leave_do_not_change_the_others(parts: Parts, polic
 
 
 def test_the_rows_of_the_env_are_not_touched(parts: Parts, policy: CausalPolicy) -> None:
-    one, other = native(parts), native(parts)
+    one = native(parts)
+    other = native(parts)
     for envs in (one, other):
         envs.reset(seed=0)
         envs.step(np.full(N, 5))
@@ -216,7 +231,8 @@ def test_one_generator_one_batch_and_no_global_one(parts: Parts, policy: CausalP
     assert_same(first, again, leave_out=())
     assert torch.equal(first.log_probs, again.log_probs)
     assert not torch.equal(first.response_ids, other.response_ids)
-    fresh, fresher = collect(envs, policy, prompts), collect(envs, policy, prompts)
+    fresh = collect(envs, policy, prompts)
+    fresher = collect(envs, policy, prompts)
     assert not torch.equal(fresh.response_ids, fresher.response_ids)  # without one, every call draws anew
     collect_steps(envs, policy, N)
     assert torch.equal(torch.get_rng_state(), state)
@@ -289,7 +305,8 @@ def test_a_policy_that_the_ring_cannot_drive(parts: Parts) -> None:
         )
     )  # fmt: skip
     head = torch.nn.Linear(32, 1)
-    policy, envs = CausalPolicy(lm, head), native(parts)
+    policy = CausalPolicy(lm, head)
+    envs = native(parts)
     with pytest.warns(UserWarning, match="falling back to a full forward"):
         episodes = collect(envs, policy, 20, None, rng(8))
     log_probs, values = recomputed(policy, episodes, Sampler())

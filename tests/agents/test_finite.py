@@ -64,8 +64,10 @@ def test_one_number_among_many_is_seen(dtype: torch.dtype, wrong: float) -> None
 
 
 def test_what_was_not_finite_first_is_named_and_what_to_try() -> None:
-    policy, config = torch.nn.Linear(3, 1), PPOConfig(lr=0.5, max_grad_norm=0.0)
-    fine, huge = torch.ones(4), torch.full((4,), 1e30)
+    policy = torch.nn.Linear(3, 1)
+    config = PPOConfig(lr=0.5, max_grad_norm=0.0)
+    fine = torch.ones(4)
+    huge = torch.full((4,), 1e30)
     wrong = {"train/policy_loss": 1.0, "train/value_loss": math.inf, "train/grad_norm": NAN}
     check_step({"train/value_loss": 1.0, "train/entropy": NAN, "train/grad_norm": 2.0}, policy, config, {})
     with pytest.raises(NotFiniteError) as caught:
@@ -139,7 +141,8 @@ def test_an_agent_that_diverges_says_so_and_its_checkpoint_stays(case: str, tmp_
 
 def test_a_gradient_that_is_no_number_changes_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     agent = agent_of(PPO, minibatches=2, epochs=1)
-    plain, seen = agent.loss, []
+    plain = agent.loss
+    seen = []
 
     def broken(batch: Any) -> Any:
         loss, metrics = plain(batch)
@@ -182,7 +185,8 @@ def test_a_last_uniform_still_draws_no_token_of_probability_0() -> None:
 class Broken:
     """A policy that gives NaN from its second token on; its own running responses."""
 
-    device, values = torch.device("cpu"), None
+    device = torch.device("cpu")
+    values = None
 
     def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> Any:
         self.logits = torch.zeros(len(prompt_ids), PROBLEM.lm.vocab_size)
@@ -197,7 +201,8 @@ class Broken:
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(temperature=0.0)])
 def test_a_policy_that_is_no_law_is_an_error_and_no_grade(sampler: Sampler) -> None:
-    envs, policy = envs_of(4), cast(Any, Broken())
+    envs = envs_of(4)
+    policy = cast(Any, Broken())
     envs.reset(seed=0)
     grade = functools.partial(evaluate, policy, envs, samples=2, sampler=sampler, exact=True)
     calls = [grade, lambda: collect(envs, policy, 4, sampler), lambda: collect_steps(envs, policy, 4, sampler)]

@@ -29,7 +29,8 @@ from lmgym.models.sharing import load_causal_lm, resolve_device, temper
 
 V = len(WORDS) + 3
 PADDED = V + 4  # embeddings without a token
-P, T = 5, 20
+P = 5
+T = 20
 WIDE = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
     "vocab_size": PADDED, "max_position_embeddings": 40,
@@ -67,10 +68,8 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 def batch(rows: int = 37, seed: int = 0) -> Batch:
     """Ragged prompts and responses with garbage off the masks; more than one chunk, more than one block of the head."""
     rng = torch.Generator().manual_seed(seed)
-    prompts, responses = (
-        torch.randint(1, P + 1, (rows,), generator=rng),
-        torch.randint(1, T + 1, (rows,), generator=rng),
-    )
+    prompts = torch.randint(1, P + 1, (rows,), generator=rng)
+    responses = torch.randint(1, T + 1, (rows,), generator=rng)
     responses[: rows // 2] = T
     prompt_ids = torch.randint(0, V, (rows, P), generator=rng)
     response_ids = torch.randint(0, V, (rows, T), generator=rng)
@@ -126,7 +125,8 @@ def test_log_probs_do_not_feel_batch_mates_padding_or_order(lm: CausalLM) -> Non
 
 def test_a_temperature_divides_the_logits_wherever_they_are_read(lm: CausalLM) -> None:
     """Teacher-forced, at chosen places, and while decoding; the weights are shared, and the model itself stays."""
-    warm, data = temper(lm, 0.5), tuple(x[[0, 20, 36]] for x in batch())
+    warm = temper(lm, 0.5)
+    data = tuple(x[[0, 20, 36]] for x in batch())
     assert (warm.model, warm.tokenizer) == (lm.model, lm.tokenizer)
     assert temper(lm, 0.5) is warm is not lm
     assert temper(lm, 1.0) is lm
@@ -222,7 +222,8 @@ def test_a_row_without_a_response_costs_nothing(gpt2_lm: CausalLM) -> None:
 def test_hidden_states_and_logits_at_chosen_positions(lm: CausalLM) -> None:
     rng = torch.Generator().manual_seed(1)
     ids = torch.randint(0, V, (4, 9), generator=rng)
-    rows, columns = torch.tensor([0, 3, 1, 3]), torch.tensor([8, 0, 4, 5])
+    rows = torch.tensor([0, 3, 1, 3])
+    columns = torch.tensor([8, 0, 4, 5])
     with torch.inference_mode():
         hidden, logits = lm.response_hidden(ids, rows, columns)
         for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
@@ -347,7 +348,8 @@ def test_prompt_and_completion_are_the_whole(make: Any) -> None:
     responses = [
         torch.randint(0, size, (int(torch.randint(1, 9, (1,), generator=rng)),), generator=rng).tolist() for _ in ids
     ]
-    responses[0], responses[1] = [], [*lm.encode(" and good"), tokenizer.eos_token_id]
+    responses[0] = []
+    responses[1] = [*lm.encode(" and good"), tokenizer.eos_token_id]
     completions = lm.completions(ids, responses)
     for prompt, completion, p, r in zip(texts, completions, ids, responses, strict=True):
         assert prompt + completion == tokenizer.decode([*p, *r], skip_special_tokens=True)
@@ -376,7 +378,8 @@ def own_dir(model_dir: str, tmp_path: Path) -> Path:
 
 
 def test_two_loads_are_one_object_freed_when_dropped(own_dir: Path) -> None:
-    first, second = load_causal_lm(str(own_dir), "cpu"), load_causal_lm(str(own_dir) + "/", "cpu")
+    first = load_causal_lm(str(own_dir), "cpu")
+    second = load_causal_lm(str(own_dir) + "/", "cpu")
     assert first is second
     assert load_causal_lm(str(own_dir), "cpu", "bfloat16") is not first
     link = own_dir.parent / "link"

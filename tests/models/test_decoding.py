@@ -364,7 +364,8 @@ def test_slots_start_from_sequences_whatever_was_read_ahead(cls: type, guesses: 
             taken = prompts.take(ended)
             decoder.start(taken, upcoming)
             for slot, ids in taken.items():
-                drive.history[slot], drive.starts[slot] = list(ids), len(ids)
+                drive.history[slot] = list(ids)
+                drive.starts[slot] = len(ids)
                 drive.seen[slot] = [decoder.logits[slot].clone()]
         drive.step()
     drive.check_all()
@@ -374,7 +375,9 @@ def test_slots_start_from_sequences_whatever_was_read_ahead(cls: type, guesses: 
 
 
 def test_one_forward_reads_what_is_due_and_what_comes_next(gpt2_lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder, prompts, reads = RingDecoder(gpt2_lm, SLOTS, CAPACITY), Prompts(SLOTS), []
+    decoder = RingDecoder(gpt2_lm, SLOTS, CAPACITY)
+    prompts = Prompts(SLOTS)
+    reads = []
     prefill = RingDecoder.prefill
     monkeypatch.setattr(
         RingDecoder, "prefill", lambda self, ids, mask: reads.append(len(ids)) or prefill(self, ids, mask)

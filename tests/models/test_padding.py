@@ -34,16 +34,19 @@ def scattered(seed: int) -> tuple[Tensor, Tensor]:
     """(6, 9) ids and a mask with gaps, one row of it empty and one full."""
     rng = torch.Generator().manual_seed(seed)
     mask = torch.rand((6, 9), generator=rng) < 0.5
-    mask[0], mask[1] = False, True
+    mask[0] = False
+    mask[1] = True
     return torch.randint(1, 99, (6, 9), generator=rng), mask
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_tokens_move_together_in_their_order(seed: int) -> None:
     ids, mask = scattered(seed)
-    left, right = compact_left(ids, mask), compact_right(ids, mask)
+    left = compact_left(ids, mask)
+    right = compact_right(ids, mask)
     for row in range(len(ids)):
-        tokens, others = ids[row][mask[row]].tolist(), ids[row][~mask[row]].tolist()
+        tokens = ids[row][mask[row]].tolist()
+        others = ids[row][~mask[row]].tolist()
         assert left[row].tolist() == tokens + others
         assert right[row].tolist() == others + tokens
     assert torch.equal(compact_left(ids, mask.long(), 4), left[:, :4])
@@ -58,7 +61,8 @@ def test_compacting_undoes_padding() -> None:
 
 
 def test_packing_joins_prompts_and_responses() -> None:
-    prompts, responses = [[1, 2], [3], [4, 5, 6]], [[7], [8, 9, 10], [11, 12]]
+    prompts = [[1, 2], [3], [4, 5, 6]]
+    responses = [[7], [8, 9, 10], [11, 12]]
     packed, rows, columns, targets = pack(*pad_left(prompts, PAD, 4), *pad_right(responses, PAD, 4))
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         whole = prompt + response

@@ -38,15 +38,19 @@ SEEDS = range(24)
 def random_task(seed: int, **changes: object) -> Task:
     """A small task; order, gamma and the form of the reward go round with the seed, the rest is drawn."""
     rng = np.random.default_rng(seed)
-    vocab_size, states, horizon = int(rng.integers(3, 7)), int(rng.integers(2, 6)), int(rng.integers(2, 5))
-    order, gamma = seed % 3, (1.0, 0.95, 0.5)[seed // 3 % 3]
+    vocab_size = int(rng.integers(3, 7))
+    states = int(rng.integers(2, 6))
+    horizon = int(rng.integers(2, 5))
+    order = seed % 3
+    gamma = (1.0, 0.95, 0.5)[seed // 3 % 3]
     horizon = min(horizon, 3) if vocab_size == 6 else horizon
     late = bool(rng.integers(2))
     paid = rng.normal(size=(states, vocab_size)) if gamma == 1 or late else None
 
     def automaton(prompt_ids: tuple[int, ...] = ()) -> Automaton:
         own = np.random.default_rng([seed, *prompt_ids])
-        payments, initial = own.normal(size=states), int(own.integers(states))
+        payments = own.normal(size=states)
+        initial = int(own.integers(states))
         return Automaton.dense(own.integers(0, states, (states, vocab_size)), payments, paid, initial)
 
     symbols = [f"s{i}" for i in range(1, vocab_size)]
@@ -98,8 +102,12 @@ def context_of(ids: list[int], order: int, vocab_size: int) -> int:
 
 def by_hand(task: Task, prompt: list[int]) -> tuple[float, float]:
     """V*(x) and J(pi_ref | x), from all responses in plain Python."""
-    model, b, reward = task.reference().model, task.kl_coef, task.reward_function()
-    table, size, order = table_of(task), model.config.vocab_size, model.config.order
+    model = task.reference().model
+    b = task.kl_coef
+    reward = task.reward_function()
+    table = table_of(task)
+    size = model.config.vocab_size
+    order = model.config.order
     probability: dict[tuple[int, ...], float] = {}
     score: dict[tuple[int, ...], float] = {}
     for y in responses_of(task, size):
@@ -112,7 +120,8 @@ def by_hand(task: Task, prompt: list[int]) -> tuple[float, float]:
     if task.dense_kl or task.gamma == 1:
 
         def value(prefix: tuple[int, ...]) -> float:
-            law, total = table[context_of([*prompt, *prefix], order, size)], []
+            law = table[context_of([*prompt, *prefix], order, size)]
+            total = []
             for a in range(size):
                 y = (*prefix, a)
                 total.append(math.log(law[a]) + (score[y] if y in score else task.gamma * value(y)) / b)
@@ -124,7 +133,8 @@ def by_hand(task: Task, prompt: list[int]) -> tuple[float, float]:
     def law_at(lam: float) -> dict[tuple[int, ...], float]:
         return {y: probability[y] * math.exp(min(score[y] / b - 1 - lam / b / discount[y], 600.0)) for y in score}
 
-    low, high = -1e4, 1e4
+    low = -1e4
+    high = 1e4
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(law_at(middle).values()) > 1 else (low, middle)
@@ -181,9 +191,15 @@ def test_optimum_and_reference_are_those_of_all_responses(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_best_response_is_the_best_of_all(seed: int) -> None:
     task = random_task(seed)
-    lm, b, gamma, reward = task.reference(), task.kl_coef, task.gamma, task.reward_function()
-    table, size, order = table_of(task), lm.model.config.vocab_size, lm.model.config.order
-    found, values = best_response(task), solve(task).values
+    lm = task.reference()
+    b = task.kl_coef
+    gamma = task.gamma
+    reward = task.reward_function()
+    table = table_of(task)
+    size = lm.model.config.vocab_size
+    order = lm.model.config.order
+    found = best_response(task)
+    values = solve(task).values
     for i, prompt in enumerate(lm.encode_all(tuple(task.prompts["test"]))):
         earned = []
         for y in responses_of(task, size):
@@ -207,7 +223,8 @@ def test_a_reference_at_a_temperature_is_the_tables_power() -> None:
     lm = task.reference()
     rows = np.array(table_of(task)) ** 2
     powered = CausalLM(freeze(MarkovLM.from_probs(rows / rows.sum(1, keepdims=True), order=1)), lm.tokenizer)
-    warm, cold = replace(task, temperature=0.5), replace(task, model=powered)
+    warm = replace(task, temperature=0.5)
+    cold = replace(task, model=powered)
     for solver in (solve_automaton, lambda x: Tree.of(x).solve()):
         assert solver(warm).value == pytest.approx(solver(cold).value, abs=1e-5)
         assert abs(solver(warm).value - solver(task).value) > 1e-3
@@ -265,14 +282,17 @@ def test_the_policy_and_its_values_are_those_of_the_tree(seed: int) -> None:
         ends = ((tokens == 0) & (place >= task.min_new_tokens)) | (place == task.max_new_tokens - 1)
         for state in states:
             state.step(tokens)
-        alive, place = alive & ~ends, place + 1
+        alive = alive & ~ends
+        place = place + 1
         if step == 0:
             kept = torch.tensor([5, 0, 3, 1])
             for state in states:
                 state.keep(kept)
                 state.begin(torch.tensor([2, 0]), ids[[1, 2]], mask[[1, 2]])
-            alive, place = alive[kept], place[kept]
-            alive[[2, 0]], place[[2, 0]] = True, 0
+            alive = alive[kept]
+            place = place[kept]
+            alive[[2, 0]] = True
+            place[[2, 0]] = 0
 
 
 @pytest.mark.parametrize("seed", [0, 2, 4, 6, 7, 9, 10, 13, 18, 22])
@@ -302,7 +322,8 @@ def test_what_the_optimum_earns_in_the_env(seed: int) -> None:
 def test_stepping_the_env_gives_the_same_episodes() -> None:
     task, optimum, _ = solved(9)
     assert optimum.policy is not None
-    one, other = make_envs(task, 3, prompt_order="sequential"), make_envs(task, 3, prompt_order="sequential")
+    one = make_envs(task, 3, prompt_order="sequential")
+    other = make_envs(task, 3, prompt_order="sequential")
     for envs in (one, other):
         envs.reset(seed=0)
     fast = collect(one, optimum.policy, 30, generator=torch.Generator().manual_seed(1))
@@ -396,7 +417,8 @@ def test_place_of_gamma_where_the_kl_is_paid_last() -> None:
     best = -math.inf
     for q in torch.linspace(1e-6, 1 - 1e-6, 501, dtype=torch.float64):
         laws = torch.cat([(1 - p) * q, (1 - p) * (1 - q), p], dim=1)  # "<eos>", "a a", "a <eos>"
-        reference, scores = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.0, 0.0, 1.0])
+        reference = torch.tensor([0.5, 0.25, 0.25])
+        scores = torch.tensor([0.0, 0.0, 1.0])
         ratio = torch.where(laws > 0, (laws.clamp(min=1e-300) / reference).log(), 0.0)
         discounts = torch.tensor([1.0, 0.6, 0.6])
         best = max(best, float((laws * discounts * (scores - 0.5 * ratio)).sum(1).max()))
@@ -460,7 +482,8 @@ def test_a_low_rank_is_the_table_written_out(order: int, gamma: float, dense_kl:
     assert len(factored.policy.reference.factors) == 2
     torch.testing.assert_close(factored.values, full.values, rtol=0, atol=1e-5)
     torch.testing.assert_close(factored.references, full.references, rtol=0, atol=1e-5)
-    contexts, states = torch.arange(6**order), torch.zeros(6**order, dtype=torch.int64)
+    contexts = torch.arange(6**order)
+    states = torch.zeros(6**order, dtype=torch.int64)
     for t in (0, 5, 11):
         ours, theirs = (o.policy.solutions[0].log_policy(t, contexts, states) for o in (factored, full))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
@@ -511,7 +534,8 @@ def test_a_small_kl_coef_against_log_space(order: int, scale: float) -> None:
     for t in reversed(range(6)):
         terms = torch.zeros((5**order, 4, 5), dtype=torch.float64)
         for c, s, a in itertools.product(range(5**order), range(4), range(5)):
-            after, column = int(automaton.transitions[s, automaton.classes[a]]), automaton.classes[a]
+            after = int(automaton.transitions[s, automaton.classes[a]])
+            column = automaton.classes[a]
             q = automaton.token_payments[s, column]
             ends = a == 0 or t == 5
             following = (0, a, c % 5 * 5 + a)[order]
@@ -554,7 +578,8 @@ def test_score_distribution_against_all_responses() -> None:
         own = task.reward_function().for_prompt(prompts_of(task)[0])
         plain = AutomatonReward(Automaton(own.transitions, own.payments.round(), own.classes, None, own.initial))
         task = random_task(base, reward=plain, missing_eos_penalty=0.25)
-        optimum, tree = solve_automaton(task), Tree.of(task)
+        optimum = solve_automaton(task)
+        tree = Tree.of(task)
         (solution,) = optimum.policy.solutions if task.dense_kl or task.gamma == 1 else optimum.policy.solutions[:1]
         for policy, law in ((None, tree.evaluate(make_episode_logits(task.reference()))), (solution.log_policy, None)):
             scores, probabilities = solution.score_distribution(policy)
@@ -617,7 +642,8 @@ def test_embeddings_and_ids_beyond_the_tokenizer_are_no_actions(order: int, rank
     fields = {"name": "t", "model": lm, "reward": AutomatonReward(automaton), "prompts": {"test": ["a c", "d"]}}
     for late in (False, True):
         task = Task(**fields, kl_coef=0.3, max_new_tokens=3, dense_kl=not late, gamma=0.9 if late else 1.0)
-        optimum, enumerated = solve_automaton(task), Tree.of(task).solve()
+        optimum = solve_automaton(task)
+        enumerated = Tree.of(task).solve()
         torch.testing.assert_close(optimum.values, enumerated.values, rtol=0, atol=1e-5)
         torch.testing.assert_close(optimum.references, enumerated.references, rtol=0, atol=1e-5)
         ids = torch.tensor([[1, 3]])

@@ -115,7 +115,8 @@ def next_log_probs(lm: CausalLM, ids: Any, mask: Any) -> Tensor:
 @pytest.mark.parametrize("truncate", [False, True])
 @pytest.mark.parametrize("kl_coef", [0.2, 0.0])
 def test_the_bridge_is_a_dummy_vec_env_over_single_envs(parts: Any, truncate: bool, kl_coef: float) -> None:
-    n, settings = 3, {**parts, "truncate": truncate, "kl_coef": kl_coef, "device": "cpu"}
+    n = 3
+    settings = {**parts, "truncate": truncate, "kl_coef": kl_coef, "device": "cpu"}
     bridge = VecEnvBridge(RLHFVectorEnv(n, autoreset_mode="SameStep", **settings))
     dummy = DummyVecEnv([lambda: gym.make("lmgym/RLHF-v0", **settings) for _ in range(n)])
     assert (bridge.observation_space, bridge.action_space) == (dummy.observation_space, dummy.action_space)
@@ -127,7 +128,8 @@ def test_the_bridge_is_a_dummy_vec_env_over_single_envs(parts: Any, truncate: bo
     assert bridge.reset_infos == dummy.reset_infos
     for _ in range(30):
         actions = rng.choice([1, 3, 4, 5, 6, 7], n, p=[0.1, 0.2, 0.2, 0.2, 0.2, 0.1])
-        ours, theirs = bridge.step(actions), dummy.step(actions)
+        ours = bridge.step(actions)
+        theirs = dummy.step(actions)
         assert data_equivalence(dict(ours[0]), dict(theirs[0]))
         assert ours[1].dtype == np.float32
         assert ours[1].flags.writeable
@@ -208,7 +210,8 @@ def test_the_single_env_passes_the_check_of_sb3() -> None:
 @pytest.mark.parametrize("algorithm", ON_POLICY)
 def test_the_first_policy_is_the_reference_and_its_values_are_0(algorithm: str, envs: Any) -> None:
     agent = make(algorithm, envs(), **({"policy": "auto"} if envs is tiny_envs else {}))
-    lm, seen = agent.envs.engine.lm, 0
+    lm = agent.envs.engine.lm
+    seen = 0
     agent.envs.reset(seed=0)
     observation = agent.envs.step(np.full(8, 3))[0]
     logits = agent.next_logits(*(torch.from_numpy(observation[k]) for k in ("input_ids", "attention_mask")))
@@ -231,7 +234,8 @@ def test_the_first_policy_is_the_reference_and_its_values_are_0(algorithm: str, 
 def test_the_copy_of_the_model_is_left_as_it_is() -> None:
     """SB3's own initialisation would draw most of it anew."""
     agent = make()
-    ours, theirs = agent.policy.lm.model.state_dict(), agent.envs.engine.lm.model.state_dict()
+    ours = agent.policy.lm.model.state_dict()
+    theirs = agent.envs.engine.lm.model.state_dict()
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor)
@@ -256,10 +260,12 @@ def test_dropout_stays_off() -> None:
 
 def observed(rows: list[list[int]], generator: torch.Generator, columns: int = 9) -> dict[str, Tensor]:
     """Sequences as observations with gaps at random."""
-    ids, mask = torch.zeros(len(rows), columns, dtype=torch.int64), torch.zeros(len(rows), columns, dtype=torch.int64)
+    ids = torch.zeros(len(rows), columns, dtype=torch.int64)
+    mask = torch.zeros(len(rows), columns, dtype=torch.int64)
     for i, row in enumerate(rows):
         places = torch.randperm(columns, generator=generator)[: len(row)].sort().values
-        ids[i, places], mask[i, places] = torch.tensor(row, dtype=torch.int64), 1
+        ids[i, places] = torch.tensor(row, dtype=torch.int64)
+        mask[i, places] = 1
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -268,7 +274,8 @@ def test_sequences_that_begin_one_another_are_read_together_as_if_alone(heads: b
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randint(3, 7, (int(n),), generator=generator).tolist() for n in torch.arange(1, 7).repeat(4)]
     rows = [[3], [3, 4], [3, 4, 5], [4], [3, 4, 5, 6], [3, 5], [3, 4], *drawn, *(row[:-1] or row for row in drawn)]
-    space, tokens = tiny_envs().single_observation_space, TokenCount()
+    space = tiny_envs().single_observation_space
+    tokens = TokenCount()
     trunk = Trunk(space, lambda: ActorCritic(tiny_lm()), heads, hidden, tokens)
     torch.nn.init.normal_(trunk.policy.value_head.weight, generator=generator)
     trunk.train()
@@ -299,7 +306,8 @@ def test_a_padded_batch_of_no_tokens_can_be_read() -> None:
 @pytest.mark.parametrize("stretch", [1, 4])
 def test_the_replay_buffer_draws_stretches_of_a_row(stretch: int, filled: int) -> None:
     """Each number says its step and row: step * 10 + row."""
-    n, size = 3, 12
+    n = 3
+    size = 12
     spaces = tiny_envs(n).single_observation_space, tiny_envs(n).single_action_space
     buffer = StretchReplayBuffer(n * size, *spaces, device="cpu", n_envs=n, stretch=stretch)
     columns = spaces[0]["input_ids"].shape[0]  # type: ignore[index]
@@ -319,12 +327,14 @@ def test_the_replay_buffer_draws_stretches_of_a_row(stretch: int, filled: int) -
         assert drawn.observations["input_ids"][:, 0].tolist() == numbers.tolist()
         assert drawn.next_observations["input_ids"][:, 0].tolist() == (numbers + 10).tolist()
         assert drawn.rewards[:, 0].tolist() == (numbers / 2).tolist()
-        steps, rows = numbers // 10, numbers % 10
+        steps = numbers // 10
+        rows = numbers % 10
         assert drawn.dones[:, 0].tolist() == (steps % 3 == 1).float().tolist()  # % 3 == 2 ran out of time
         assert len(numbers) == 90
         assert (steps >= filled - size).all()
         for start in range(0, 90, stretch):
-            some, on = steps[start : start + stretch].numpy(), rows[start : start + stretch]
+            some = steps[start : start + stretch].numpy()
+            on = rows[start : start + stretch]
             assert (on == on[0]).all()
             assert ((some - some[0]) % min(filled, size) == np.arange(len(some))).all()
         np.add.at(counts, (steps.numpy(), rows.numpy()), 1)
@@ -390,22 +400,29 @@ def stored(buffer: Any, array: Any) -> Any:
 
 def by_hand(agent: SB3Agent, dense: bool = True) -> tuple[Any, Any, list[float]]:
     """(T, N) rewards, log-probs, and the returns of whole episodes, from the buffer's observations and actions."""
-    buffer, task, lm = agent.model.rollout_buffer, agent.envs.task, agent.envs.engine.lm
+    buffer = agent.model.rollout_buffer
+    task = agent.envs.task
+    lm = agent.envs.engine.lm
     actions = stored(buffer, buffer.actions)[..., 0]
     observations = {name: stored(buffer, array) for name, array in buffer.observations.items()}
     steps, rows = actions.shape[:2]
-    rewards, log_probs, returns = np.zeros((steps, rows)), np.zeros((steps, rows)), []
+    rewards = np.zeros((steps, rows))
+    log_probs = np.zeros((steps, rows))
+    returns = []
     for i in range(rows):
-        owed, total = 0.0, 0.0
+        owed = 0.0
+        total = 0.0
         for t in range(steps):
             ids, mask = (observations[name][t, i] for name in ("input_ids", "attention_mask"))
-            action, width = int(actions[t, i]), len(ids) - task.max_new_tokens
+            action = int(actions[t, i])
+            width = len(ids) - task.max_new_tokens
             log_probs[t, i] = next_log_probs(agent.policy.lm, ids, mask)[action]
             owed += task.kl_coef * (next_log_probs(lm, ids, mask)[action].item() - log_probs[t, i])
             response = [int(token) for token, on in zip(ids[width:], mask[width:], strict=True) if on] + [action]
             ended = action == lm.tokenizer.eos_token_id or len(response) == task.max_new_tokens
             if dense or ended:
-                rewards[t, i], owed = owed, 0.0
+                rewards[t, i] = owed
+                owed = 0.0
             if ended:
                 prompt = lm.decode([int(token) for token, on in zip(ids[:width], mask[:width], strict=True) if on])
                 rewards[t, i] += table_reward([prompt], [""], [response])[0]
@@ -434,7 +451,8 @@ def test_the_buffer_gets_both_halves_of_the_kl(algorithm: str, dense: bool) -> N
 def test_the_return_is_discounted() -> None:
     agent = make(envs=tiny_envs(gamma=0.5, kl_coef=0.0), learning_rate=0.0)
     (metrics,) = learn(agent, 128)
-    buffer, returns = agent.model.rollout_buffer, []
+    buffer = agent.model.rollout_buffer
+    returns = []
     assert agent.model.gamma == 0.5
     for i in range(8):
         start = 0
@@ -470,7 +488,8 @@ def test_an_action_without_a_log_prob_is_a_point_mass(algorithm: str) -> None:
 def test_every_algorithm_learns_from_what_it_does(algorithm: str, envs: Any, tmp_path: Path) -> None:
     """Some 500 steps, graded, saved, and loaded into an agent that then does the same."""
     agent = make(algorithm, envs(), seed=1, lr_schedule="constant")
-    before, reference = weights(agent), [p.clone() for p in agent.envs.engine.lm.model.parameters()]
+    before = weights(agent)
+    reference = [p.clone() for p in agent.envs.engine.lm.model.parameters()]
     history = learn(agent, 512)
     assert agent.num_timesteps == history[-1]["step"] == 512
     assert (weights(agent) - before).abs().max() > 1e-4
@@ -503,10 +522,13 @@ def test_the_cache_says_what_a_forward_over_the_prefix_says(
     """With rows that restart at different times, across updates, and a 1-row look at a truncated end."""
     whole = {} if algorithm == "A2C" else {"batch_size": 45}
     agent = moved(make(algorithm, tiny_envs(5, truncate=True), policy=policy, n_steps=9, learning_rate=0.01, **whole))
-    decode, calls, rows = Trunk._decode, [], set()
+    decode = Trunk._decode
+    calls = []
+    rows = set()
 
     def checked(self: Trunk, ids: Tensor, mask: Tensor) -> Tensor:
-        cached, self._caches = decode(self, ids, mask), False
+        cached = decode(self, ids, mask)
+        self._caches = False
         torch.testing.assert_close(cached, self.forward({"input_ids": ids, "attention_mask": mask}), atol=1e-4, rtol=0)
         self._caches = True
         calls.append(len(ids))
@@ -536,7 +558,8 @@ def test_ppo_learns_an_easy_task() -> None:
 
 def test_a_falling_learning_rate_ends_at_0_where_the_last_rollout_goes_too_far() -> None:
     """SB3's remaining progress is below 0 there, and a negative rate would climb the loss."""
-    agent, rates = make(learning_rate=0.5), []
+    agent = make(learning_rate=0.5)
+    rates = []
     agent.learn(200, lambda step, metrics: rates.append((step, metrics["train/learning_rate"])))
     assert rates == [(128, pytest.approx(0.5 * (1 - 128 / 200))), (256, 0.0)]
 
@@ -625,7 +648,8 @@ def test_what_maskable_ppo_does_under_a_mask_is_what_is_graded(mask: dict[str, A
     fields = {f"mask_{name}": value for name, value in mask.items()}
     agent = moved(make("MaskablePPO", learning_rate=0.0, **fields))
     history = learn(agent, 4096)  # nothing is learned, so that all its batches are of one policy
-    lm, observation = agent.envs.engine.lm, agent.envs.reset(seed=0)[0]
+    lm = agent.envs.engine.lm
+    observation = agent.envs.reset(seed=0)[0]
     logits = agent.next_logits(*(torch.from_numpy(observation[k]) for k in ("input_ids", "attention_mask")))
     for row in range(8):
         observed_row = (observation["input_ids"][row], observation["attention_mask"][row])
@@ -652,7 +676,8 @@ def test_what_maskable_ppo_does_under_a_mask_is_what_is_graded(mask: dict[str, A
 
 @needs_contrib
 def test_a_mask_can_come_with_the_env() -> None:
-    envs, config = tiny_envs(), SB3Config(algorithm="MaskablePPO", n_envs=8, n_steps=16, batch_size=64)
+    envs = tiny_envs()
+    config = SB3Config(algorithm="MaskablePPO", n_envs=8, n_steps=16, batch_size=64)
     agent = SB3Agent(VectorActionMask(envs, top_k=2), config)  # type: ignore[arg-type]
     logits = agent.next_logits(*(torch.from_numpy(envs.reset(seed=0)[0][k]) for k in ("input_ids", "attention_mask")))
     assert set(logits.isfinite().sum(1).tolist()) <= {2, 3}
@@ -701,7 +726,8 @@ def test_a_run_is_its_seed_and_leaves_the_generators_of_the_process_alone() -> N
 
 
 def test_a_callback_stops_a_run_that_can_go_on() -> None:
-    agent, steps = make(), []
+    agent = make()
+    steps = []
     agent.learn(10_000, lambda step, metrics: steps.append(step) or len(steps) < 2)  # type: ignore[func-returns-value]
     assert steps == [128, 256]
     assert agent.num_timesteps == 256
