@@ -118,7 +118,8 @@ def test_a_gpu_collects_what_a_cpu_collects(batch: int) -> None:
         found[device] = collect(envs, policy, batch, None, torch.Generator().manual_seed(0))
     one = found["cpu"]
     other = found["cuda"]
-    alike = (one.response_ids == other.response_ids).all(1)  # a uniform may fall between the two roundings of a law
+    # A uniform may fall between the two roundings of a distribution.
+    alike = (one.response_ids == other.response_ids).all(1)
     assert alike.float().mean() > 0.9
     assert one.lengths.float().std() > 5
     for name in ("log_probs", "ref_log_probs", "values"):

@@ -156,7 +156,7 @@ def test_a_gradient_that_is_no_number_changes_no_weight(monkeypatch: pytest.Monk
     assert torch.equal(weights(agent), seen[1])  # the second was not
 
 
-# -- a policy that is no law -----------------------------------------------------------------------------------------
+# -- a policy that is no distribution ----------------------------------------------------------------------------------
 
 SAMPLERS = [Sampler(), Sampler(temperature=0.0), Sampler(top_k=2), Sampler(top_p=0.5), Sampler(greedy_tokens=9)]
 
@@ -164,7 +164,7 @@ SAMPLERS = [Sampler(), Sampler(temperature=0.0), Sampler(top_k=2), Sampler(top_p
 @pytest.mark.parametrize("vocabulary", [6, 5000])
 @pytest.mark.parametrize("row", [[NAN, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_logits_that_are_no_law_give_a_token_and_no_log_prob(
+def test_logits_that_are_no_distribution_give_a_token_and_no_log_prob(
     vocabulary: int, row: list[float], sampler: Sampler
 ) -> None:
     logits = torch.zeros(2, vocabulary)
@@ -200,7 +200,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(temperature=0.0)])
-def test_a_policy_that_is_no_law_is_an_error_and_no_grade(sampler: Sampler) -> None:
+def test_a_policy_that_is_no_distribution_is_an_error_and_no_grade(sampler: Sampler) -> None:
     envs = envs_of(4)
     policy = cast(Any, Broken())
     envs.reset(seed=0)

@@ -69,8 +69,8 @@ class ByHand:
     @torch.inference_mode()
     def log_probs(self, prompt: list[int], response: list[int]) -> list[float]:
         logits = self.model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, :, : len(self.tokenizer)]
-        law = logits.double().log_softmax(-1)
-        return [float(law[len(prompt) + t - 1, token]) for t, token in enumerate(response)]
+        log_pi = logits.double().log_softmax(-1)
+        return [float(log_pi[len(prompt) + t - 1, token]) for t, token in enumerate(response)]
 
     @torch.inference_mode()
     def score(self, prompt: list[int], response: list[int]) -> float:
@@ -545,16 +545,16 @@ def test_planning_from_a_cloned_state_is_exact(parts: Parts, changes: Parts) -> 
     assert_like(play(other, plans[0]), found[0])
 
 
-def test_the_references_law_is_what_the_next_step_is_paid_by(parts: Parts) -> None:
+def test_the_references_distribution_is_what_the_next_step_is_paid_by(parts: Parts) -> None:
     env = make(parts, kl_coef=0.5)
     with pytest.raises(ResetNeeded):
         env.unwrapped.reference_log_probs()
     env.reset(seed=6)
     for token in (5, 7, 3):
-        law = env.unwrapped.reference_log_probs()
-        assert law.shape == (env.action_space.n,)
-        assert np.exp(law).sum() == pytest.approx(1, abs=1e-5)
-        assert env.step(token)[4]["ref_log_prob"] == pytest.approx(law[token], abs=1e-5)
+        log_pi = env.unwrapped.reference_log_probs()
+        assert log_pi.shape == (env.action_space.n,)
+        assert np.exp(log_pi).sum() == pytest.approx(1, abs=1e-5)
+        assert env.step(token)[4]["ref_log_prob"] == pytest.approx(log_pi[token], abs=1e-5)
 
 
 def test_the_end_of_an_episode_is_a_state_too(parts: Parts) -> None:
@@ -853,10 +853,10 @@ def test_a_deep_model_of_many_tokens_and_a_reward_model_with_another_tokenizer(
         response = [*response[:3], EOS] if episode == 1 else response
         steps = play(env, response)
         with torch.inference_mode():
-            law = raw(input_ids=torch.tensor([[*prompt, *response]])).logits[0].log_softmax(-1)
+            log_pi = raw(input_ids=torch.tensor([[*prompt, *response]])).logits[0].log_softmax(-1)
             text = tokenizer.decode([*prompt, *response], skip_special_tokens=True)
             score = scorer(input_ids=torch.tensor([letters(text)["input_ids"]])).logits.item()
-        expected = [0.1 * float(law[len(prompt) + t - 1, token]) for t, token in enumerate(response)]
+        expected = [0.1 * float(log_pi[len(prompt) + t - 1, token]) for t, token in enumerate(response)]
         expected[-1] += score
         np.testing.assert_allclose([s[1] for s in steps], expected, rtol=0, atol=1e-5)
     assert lmgym.__version__

@@ -76,7 +76,7 @@ def gpt2_lm() -> CausalLM:
 
 
 def plain_logits(lm: CausalLM, history: list[int]) -> Tensor:
-    """(n, V): what the model says behind each token of a sequence on its own; no cache, no mask, no padding."""
+    """(n, V): what the model says after each token of a sequence on its own; no cache, no mask, no padding."""
     with torch.inference_mode():
         logits: Tensor = lm.model(input_ids=torch.tensor([history]), use_cache=False).logits[0, :, : lm.vocab_size]
     return logits

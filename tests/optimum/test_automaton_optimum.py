@@ -111,8 +111,8 @@ def by_hand(task: Task, prompt: list[int]) -> tuple[float, float]:
     probability: dict[tuple[int, ...], float] = {}
     score: dict[tuple[int, ...], float] = {}
     for y in responses_of(task, size):
-        laws = [table[context_of([*prompt, *y[:t]], order, size)] for t in range(len(y))]
-        probability[y] = math.prod(law[a] for law, a in zip(laws, y, strict=True))
+        distributions = [table[context_of([*prompt, *y[:t]], order, size)] for t in range(len(y))]
+        probability[y] = math.prod(distribution[a] for distribution, a in zip(distributions, y, strict=True))
         paid = reward([""], [""], completion_ids=[list(y)], prompt_ids=[prompt])[0]
         score[y] = paid - (0 if y[-1] == 0 else task.missing_eos_penalty)
     assert sum(probability.values()) == pytest.approx(1)
@@ -120,25 +120,25 @@ def by_hand(task: Task, prompt: list[int]) -> tuple[float, float]:
     if task.dense_kl or task.gamma == 1:
 
         def value(prefix: tuple[int, ...]) -> float:
-            law = table[context_of([*prompt, *prefix], order, size)]
+            distribution = table[context_of([*prompt, *prefix], order, size)]
             total = []
             for a in range(size):
                 y = (*prefix, a)
-                total.append(math.log(law[a]) + (score[y] if y in score else task.gamma * value(y)) / b)
+                total.append(math.log(distribution[a]) + (score[y] if y in score else task.gamma * value(y)) / b)
             return b * (max(total) + math.log(sum(math.exp(x - max(total)) for x in total)))
 
         return value(()), reference
     discount = {y: task.gamma ** (len(y) - 1) for y in score}
 
-    def law_at(lam: float) -> dict[tuple[int, ...], float]:
+    def distribution_at(lam: float) -> dict[tuple[int, ...], float]:
         return {y: probability[y] * math.exp(min(score[y] / b - 1 - lam / b / discount[y], 600.0)) for y in score}
 
     low = -1e4
     high = 1e4
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if sum(law_at(middle).values()) > 1 else (low, middle)
-    optimal = law_at(high)
+        low, high = (middle, high) if sum(distribution_at(middle).values()) > 1 else (low, middle)
+    optimal = distribution_at(high)
     objective = 0.0
     for y, q in optimal.items():
         if q > 0:
@@ -268,8 +268,8 @@ def test_the_policy_and_its_values_are_those_of_the_tree(seed: int) -> None:
     states = [p.begin(ids, mask, task.max_new_tokens) for p in (optimum.policy, enumerated.policy)]
     generator = torch.Generator().manual_seed(seed)
     alive = torch.ones(6, dtype=torch.bool)
-    place = torch.zeros(6, dtype=torch.int64)
-    for step in range(task.max_new_tokens + 3):  # behind the end nothing may break
+    position = torch.zeros(6, dtype=torch.int64)
+    for step in range(task.max_new_tokens + 3):  # after the end nothing may break
         mine, theirs = states
         assert mine.logits.isfinite().all()
         assert mine.values is not None
@@ -279,20 +279,20 @@ def test_the_policy_and_its_values_are_those_of_the_tree(seed: int) -> None:
         torch.testing.assert_close(ours.exp(), theirs.logits[alive].exp(), rtol=0, atol=1e-5)
         torch.testing.assert_close(mine.values[alive], theirs.values[alive], rtol=1e-5, atol=1e-5)
         tokens = torch.randint(lm.vocab_size, (len(alive),), generator=generator)
-        ends = ((tokens == 0) & (place >= task.min_new_tokens)) | (place == task.max_new_tokens - 1)
+        ends = ((tokens == 0) & (position >= task.min_new_tokens)) | (position == task.max_new_tokens - 1)
         for state in states:
             state.step(tokens)
         alive = alive & ~ends
-        place = place + 1
+        position = position + 1
         if step == 0:
             kept = torch.tensor([5, 0, 3, 1])
             for state in states:
                 state.keep(kept)
                 state.begin(torch.tensor([2, 0]), ids[[1, 2]], mask[[1, 2]])
             alive = alive[kept]
-            place = place[kept]
+            position = position[kept]
             alive[[2, 0]] = True
-            place[[2, 0]] = 0
+            position[[2, 0]] = 0
 
 
 @pytest.mark.parametrize("seed", [0, 2, 4, 6, 7, 9, 10, 13, 18, 22])
@@ -313,7 +313,7 @@ def test_what_the_optimum_earns_in_the_env(seed: int) -> None:
     if task.gamma == 1:  # not one episode is luckier than another
         exact = episodes.scores - task.kl_coef * episode_kl(episodes)
         torch.testing.assert_close(exact.double(), roots, rtol=0, atol=1e-4)
-        if task.dense_kl:  # what is left to earn behind each prefix, too
+        if task.dense_kl:  # what is left to earn after each prefix, too
             togo = rewards.flip(1).cumsum(1).flip(1)
             kept = episodes.response_mask
             torch.testing.assert_close(togo[kept], episodes.values[kept], rtol=0, atol=1e-4)
@@ -399,29 +399,29 @@ def test_penalty_without_an_eos_falls_on_the_length_limit_alone() -> None:
 def test_place_of_gamma() -> None:
     """It discounts the value of the next state: not the score of an action that ends, and not the KL of this step."""
     optimum = solve_automaton(coin_task(gamma=0.6))
-    behind_a = 0.5 * math.log(0.5 + 0.5 * math.exp(2))
-    assert optimum.value == pytest.approx(0.5 * math.log(0.5 + 0.5 * math.exp(0.6 * behind_a / 0.5)))
+    after_a = 0.5 * math.log(0.5 + 0.5 * math.exp(2))
+    assert optimum.value == pytest.approx(0.5 * math.log(0.5 + 0.5 * math.exp(0.6 * after_a / 0.5)))
     assert optimum.reference == pytest.approx(0.25 * 0.6)
     solution = optimum.policy.solutions[0]
     q = solution.q(0, torch.tensor([0]), torch.tensor([0]))
-    torch.testing.assert_close(q, torch.tensor([[0.0, 0.6 * behind_a]], dtype=torch.float64))
+    torch.testing.assert_close(q, torch.tensor([[0.0, 0.6 * after_a]], dtype=torch.float64))
     q = solution.q(1, torch.tensor([0]), torch.tensor([1]))
     torch.testing.assert_close(q, torch.tensor([[1.0, 0.0]], dtype=torch.float64))
 
 
 def test_place_of_gamma_where_the_kl_is_paid_last() -> None:
-    """Three responses: one of one token, two of two; pi* by a fine grid over laws on them."""
+    """Three responses: one of one token, two of two; pi* by a fine grid over distributions on them."""
     task = coin_task(gamma=0.6, dense_kl=False)
     grid = torch.linspace(1e-9, 1, 2001, dtype=torch.float64)
     p = grid[:, None]  # of "a <eos>"; the other two share the rest as q and 1 - q
     best = -math.inf
     for q in torch.linspace(1e-6, 1 - 1e-6, 501, dtype=torch.float64):
-        laws = torch.cat([(1 - p) * q, (1 - p) * (1 - q), p], dim=1)  # "<eos>", "a a", "a <eos>"
+        distributions = torch.cat([(1 - p) * q, (1 - p) * (1 - q), p], dim=1)  # "<eos>", "a a", "a <eos>"
         reference = torch.tensor([0.5, 0.25, 0.25])
         scores = torch.tensor([0.0, 0.0, 1.0])
-        ratio = torch.where(laws > 0, (laws.clamp(min=1e-300) / reference).log(), 0.0)
+        ratio = torch.where(distributions > 0, (distributions.clamp(min=1e-300) / reference).log(), 0.0)
         discounts = torch.tensor([1.0, 0.6, 0.6])
-        best = max(best, float((laws * discounts * (scores - 0.5 * ratio)).sum(1).max()))
+        best = max(best, float((distributions * discounts * (scores - 0.5 * ratio)).sum(1).max()))
     assert solve_automaton(task).value == pytest.approx(best, abs=1e-5)
 
 
@@ -497,7 +497,7 @@ def random_policy_of(horizon: int, contexts: int) -> Callable[[int, Tensor, Tens
 
 
 def test_factors_too_small_to_factor_are_multiplied_out() -> None:
-    """The model raises probabilities to a floor, which matters at a small kl_coef: the solver must see the same law."""
+    """The model raises probabilities to a floor, which matters at a small kl_coef: the solver must see it too."""
     rows = np.array([[0.5, 0.5, 0.0], [0.2, 0.8, 0.0]])
     mixture = dirichlet_rows(np.random.default_rng(0), 3, 2, 1.0)
     model = markov_lm(rows, ["a", "b"], mixture=mixture)
@@ -528,8 +528,8 @@ def test_a_small_kl_coef_against_log_space(order: int, scale: float) -> None:
     model = markov_lm(rows, [f"s{i}" for i in range(1, 5)], order=order)
     task = Task(**fields, model=model, kl_coef=0.01, max_new_tokens=6)
     optimum = solve_automaton(task)
-    law = MarkovLM.probs(model.model, torch.arange(5**order)).double().clamp(min=1e-12)
-    log_ref = (law / law.sum(1, keepdim=True)).log()
+    distribution = MarkovLM.probs(model.model, torch.arange(5**order)).double().clamp(min=1e-12)
+    log_ref = (distribution / distribution.sum(1, keepdim=True)).log()
     value = torch.zeros((5**order, 4), dtype=torch.float64)
     for t in reversed(range(6)):
         terms = torch.zeros((5**order, 4, 5), dtype=torch.float64)
@@ -581,12 +581,15 @@ def test_score_distribution_against_all_responses() -> None:
         optimum = solve_automaton(task)
         tree = Tree.of(task)
         (solution,) = optimum.policy.solutions if task.dense_kl or task.gamma == 1 else optimum.policy.solutions[:1]
-        for policy, law in ((None, tree.evaluate(make_episode_logits(task.reference()))), (solution.log_policy, None)):
+        for policy, distribution in (
+            (None, tree.evaluate(make_episode_logits(task.reference()))),
+            (solution.log_policy, None),
+        ):
             scores, probabilities = solution.score_distribution(policy)
             torch.testing.assert_close(probabilities.sum(1), torch.ones(len(probabilities), dtype=torch.float64))
             torch.testing.assert_close(probabilities @ scores, solution.evaluate(policy).score)
-            if law is not None and len(solution.prompts) == 3:
-                known, expected = law.score_distribution
+            if distribution is not None and len(solution.prompts) == 3:
+                known, expected = distribution.score_distribution
                 mine = dict(zip(scores.tolist(), probabilities.mean(0).tolist(), strict=True))
                 for x, p in zip(known.tolist(), expected.tolist(), strict=True):
                     assert mine[x] == pytest.approx(p, abs=1e-6), seed

@@ -81,14 +81,17 @@ def critic(problem: TinyProblem) -> CausalPolicy:
 
 
 def exact_samples(problem: TinyProblem, prompt: str, n: int, seed: int) -> list[tuple[int, ...]]:
-    """Draws from the law of all responses at the optimum, written down."""
-    law = problem.optimum(prompt)[1].exp()
+    """Draws from the distribution of all responses at the optimum, written down."""
+    distribution = problem.optimum(prompt)[1].exp()
     points = torch.rand(n, generator=seeded(seed), dtype=torch.float64)
-    return [problem.responses[i] for i in torch.searchsorted(law.cumsum(0), points).clamp(max=len(law) - 1).tolist()]
+    return [
+        problem.responses[i]
+        for i in torch.searchsorted(distribution.cumsum(0), points).clamp(max=len(distribution) - 1).tolist()
+    ]
 
 
 class ExactPolicy:
-    """A table of V* of every prefix, with the law of the reference, or that of the optimum."""
+    """A table of V* of every prefix, with the distribution of the reference, or that of the optimum."""
 
     def __init__(self, problem: TinyProblem, *, optimal: bool) -> None:
         self.device = torch.device("cpu")
@@ -97,19 +100,19 @@ class ExactPolicy:
             reference = problem.token_log_probs(problem.lm, prompt)
             weights = reference.sum(1) + problem.scores(prompt) / problem.kl_coef
             values = {}
-            laws = {}
+            distributions = {}
             prefixes = {r[:t] for r in problem.responses for t in range(len(r))}
             for prefix in prefixes:
                 t = len(prefix)
                 under = [i for i, r in enumerate(problem.responses) if r[:t] == prefix and len(r) > t]
                 values[prefix] = problem.kl_coef * float(weights[under].logsumexp(0) - reference[under[0], :t].sum())
-                law = torch.full((6,), -torch.inf, dtype=torch.float64)
+                distribution = torch.full((6,), -torch.inf, dtype=torch.float64)
                 for a in range(6):
-                    behind = [i for i in under if problem.responses[i][t] == a]
-                    masses = weights[behind] if optimal else reference[behind].sum(1)
-                    law[a] = masses.logsumexp(0)
-                laws[prefix] = law.log_softmax(0)
-            self.tables[tuple(problem.lm.encode(prompt))] = (values, laws)
+                    after = [i for i in under if problem.responses[i][t] == a]
+                    masses = weights[after] if optimal else reference[after].sum(1)
+                    distribution[a] = masses.logsumexp(0)
+                distributions[prefix] = distribution.log_softmax(0)
+            self.tables[tuple(problem.lm.encode(prompt))] = (values, distributions)
 
     def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> ExactState:
         prompts = [tuple(i[m].tolist()) for i, m in zip(prompt_ids, prompt_mask, strict=True)]
@@ -225,8 +228,8 @@ def test_an_eos_that_comes_too_early_is_a_token_like_the_rest(resample_at: float
     problem.responses = list(itertools.product(range(6), repeat=2))
     found = smc(problem.task, runs(problem, "y z", 800), critic(problem), 4, seeded(5), resample_at=resample_at)
     missing = torch.tensor([float(r[-1] != 1) for r in problem.responses])
-    law = problem.token_log_probs(problem.lm, "y z").sum(1)
-    log_z = (law + (problem.scores("y z") - 0.5 * missing) / problem.kl_coef).logsumexp(0)
+    log_pi = problem.token_log_probs(problem.lm, "y z").sum(1)
+    log_z = (log_pi + (problem.scores("y z") - 0.5 * missing) / problem.kl_coef).logsumexp(0)
     assert is_z_score_of((found.log_z - log_z).exp(), 1.0)
     assert (found.lengths == 2).all()
 
@@ -234,9 +237,9 @@ def test_an_eos_that_comes_too_early_is_a_token_like_the_rest(resample_at: float
 def test_one_particle_earns_j_on_average(problem: TinyProblem) -> None:
     """S = 1 is no tighter than the policy itself, resampled or not."""
     for prompt in problem.prompts:
-        law = problem.token_log_probs(near(problem), prompt).sum(1)
+        log_pi = problem.token_log_probs(near(problem), prompt).sum(1)
         found = smc(problem.task, runs(problem, prompt, 1000), critic(problem), 1, seeded(6), resample_at=1.0)
-        assert is_z_score_of(problem.kl_coef * found.log_z, problem.objective(prompt, law))
+        assert is_z_score_of(problem.kl_coef * found.log_z, problem.objective(prompt, log_pi))
 
 
 @pytest.mark.parametrize("resample_at", [0.0, 0.5, 1.0])
@@ -319,24 +322,24 @@ def test_stratified_offspring_are_as_many_as_the_weights_say() -> None:
 
 
 def test_conditional_resampling_of_a_particle_drawn_by_weight_is_resampling() -> None:
-    """Then ancestors have the law of `stratified`, and the place of the retained child is uniform and apart from them.
+    """Then ancestors are distributed as in `stratified`; where the retained child goes is uniform, and apart from them.
 
     That is what the identity of conditional SMC rests on; a retained child in a fixed place, or in any with the same
     chance, breaks it.
     """
     n = 40_000
     shares = torch.tensor([0.55, 0.15, 0.3], dtype=torch.float64)
-    place = torch.searchsorted(shares.cumsum(0), torch.rand(n, generator=seeded(12), dtype=torch.float64))
+    position = torch.searchsorted(shares.cumsum(0), torch.rand(n, generator=seeded(12), dtype=torch.float64))
     uniforms = torch.rand((n, 4), generator=seeded(13), dtype=torch.float64)
-    ancestors, child = conditional_stratified(shares.log().repeat(n, 1), uniforms[:, :3], place, uniforms[:, 3])
-    assert torch.equal(ancestors.gather(1, child[:, None]).squeeze(1), place)
+    ancestors, child = conditional_stratified(shares.log().repeat(n, 1), uniforms[:, :3], position, uniforms[:, 3])
+    assert torch.equal(ancestors.gather(1, child[:, None]).squeeze(1), position)
     edges = torch.cat([torch.zeros(1, dtype=torch.float64), shares.cumsum(0)])
     strata = torch.arange(4, dtype=torch.float64) / 3
     overlap = torch.minimum(edges[1:], strata[1:, None]) - torch.maximum(edges[:-1], strata[:-1, None])
-    law = 3 * overlap.clamp(min=0)  # (child, ancestor)
-    torch.testing.assert_close(law.sum(1), torch.ones(3, dtype=torch.float64))
+    distribution = 3 * overlap.clamp(min=0)  # (child, ancestor)
+    torch.testing.assert_close(distribution.sum(1), torch.ones(3, dtype=torch.float64))
     for i, a, b, c in itertools.product(range(3), repeat=4):
-        p = float(law[0, a] * law[1, b] * law[2, c]) / 3
+        p = float(distribution[0, a] * distribution[1, b] * distribution[2, c]) / 3
         count = int(((ancestors == torch.tensor([a, b, c])).all(1) & (child == i)).sum())
         assert abs(count - n * p) <= 4 * math.sqrt(n * p * (1 - p)), (i, a, b, c)
 
@@ -359,20 +362,24 @@ def test_one_over_z_hat_is_one_over_z_on_average_with_a_sample_of_the_optimum(
         policy = critic(problem)
         found = smc(problem.task, ids, policy, particles, seeded(14), retained=retained, resample_at=resample_at)
         inverses = (value / problem.kl_coef - found.log_z).exp().view(-1, repeats)
-        law = log_law.exp()
-        error = (law.square() * inverses.var(1) / repeats).sum().sqrt().item()
+        distribution = log_law.exp()
+        error = (distribution.square() * inverses.var(1) / repeats).sum().sqrt().item()
         assert error < 0.2
-        assert abs((law * inverses.mean(1)).sum().item() - 1) < 4 * error + 1e-4  # of one particle nothing is random
+        error_of_mean = abs((distribution * inverses.mean(1)).sum().item() - 1)
+        assert error_of_mean < 4 * error + 1e-4  # of one particle nothing is random
         kept = torch.tensor([any(found.response(x, s) == y for s in range(particles)) for x, y in enumerate(retained)])
         assert kept.all()  # never resampled away
 
 
-def test_a_retained_sample_of_another_law_breaks_the_identity(problem: TinyProblem) -> None:
+def test_a_retained_sample_of_another_distribution_breaks_the_identity(problem: TinyProblem) -> None:
     """So the test above would see it: here it is a sample of the reference."""
     value, _ = problem.optimum("x")
-    law = problem.token_log_probs(problem.lm, "x").sum(1).exp()
+    distribution = problem.token_log_probs(problem.lm, "x").sum(1).exp()
     points = torch.rand(2000, generator=seeded(15), dtype=torch.float64)
-    wrong = [problem.responses[i] for i in torch.searchsorted(law.cumsum(0), points).clamp(max=len(law) - 1).tolist()]
+    wrong = [
+        problem.responses[i]
+        for i in torch.searchsorted(distribution.cumsum(0), points).clamp(max=len(distribution) - 1).tolist()
+    ]
     found = smc(problem.task, runs(problem, "x", 2000), critic(problem), 2, seeded(16), retained=wrong)
     inverse = (value / problem.kl_coef - found.log_z).exp()
     assert abs(inverse.mean() - 1) > 6 * inverse.std() / math.sqrt(2000)
@@ -383,10 +390,10 @@ def test_the_retained_sample_begins_in_any_place(problem: TinyProblem) -> None:
     found = smc(
         problem.task, runs(problem, "x", n), critic(problem), 3, seeded(27), retained=[(3, 3, 3)] * n, resample_at=0
     )
-    places = [s for x in range(n) for s in range(3) if found.response(x, s) == (3, 3, 3)]
-    extra = (len(places) - n) / 3  # drawn afresh
+    positions = [s for x in range(n) for s in range(3) if found.response(x, s) == (3, 3, 3)]
+    extra = (len(positions) - n) / 3  # drawn afresh
     for s in range(3):
-        assert abs(places.count(s) - extra - n / 3) < 4 * math.sqrt(n * 2 / 9 + extra)
+        assert abs(positions.count(s) - extra - n / 3) < 4 * math.sqrt(n * 2 / 9 + extra)
 
 
 def test_the_plain_upper_bound_is_that_of_one_known_and_fresh_weights(problem: TinyProblem) -> None:
@@ -396,9 +403,9 @@ def test_the_plain_upper_bound_is_that_of_one_known_and_fresh_weights(problem: T
         value, optimal = problem.optimum(prompt)
         ratio = problem.token_log_probs(problem.lm, prompt) - problem.token_log_probs(policy.lm, prompt)
         weights = ratio.sum(1) + problem.scores(prompt) / problem.kl_coef
-        law = problem.token_log_probs(policy.lm, prompt).sum(1).exp()
+        distribution = problem.token_log_probs(policy.lm, prompt).sum(1).exp()
         both = torch.logaddexp(weights[:, None], weights[None, :]) - math.log(2)
-        expected = problem.kl_coef * float((optimal.exp()[:, None] * law[None, :] * both).sum())
+        expected = problem.kl_coef * float((optimal.exp()[:, None] * distribution[None, :] * both).sum())
         assert expected > value + 1e-3
         exact = exact_samples(problem, prompt, 1000, 1)
         ids = runs(problem, prompt, 1000)
@@ -438,8 +445,8 @@ def test_rejection_samples_follow_the_optimum(max_score: float) -> None:
     found = rejection_samples(problem.task, "train", max_score, n, 60_000, seeded(19))
     for prompt, samples in zip(problem.prompts, found, strict=True):
         assert len(samples) == n
-        law = problem.optimum(prompt)[1].exp()
-        for response, p in zip(problem.responses, law.tolist(), strict=True):
+        distribution = problem.optimum(prompt)[1].exp()
+        for response, p in zip(problem.responses, distribution.tolist(), strict=True):
             assert abs(samples.count(response) - n * p) <= 4 * math.sqrt(n * p * (1 - p)) + 1
 
 

@@ -84,9 +84,9 @@ def next_probs(lm: CausalLM, prompt: str, prefix: tuple[int, ...]) -> list[float
 
 
 def ends(task: Any, response: tuple[int, ...]) -> bool:
-    place = len(response) - 1
+    position = len(response) - 1
     eos = response[-1] in task.model.eos_token_ids
-    return (eos and place >= task.min_new_tokens) or place == task.max_new_tokens - 1
+    return (eos and position >= task.min_new_tokens) or position == task.max_new_tokens - 1
 
 
 def score_of(task: Any, prompt: str, response: tuple[int, ...]) -> float:
@@ -141,7 +141,7 @@ def rows_of(tree: Tree, prompt: int) -> dict[tuple[int, ...], int]:
 
 
 def with_logits(policy: Any, logits: Tensor) -> TreePolicy:
-    """The softmax policy of other logits behind every prefix."""
+    """The softmax policy of other logits after every prefix."""
     changed = copy.copy(policy)
     changed.log_probs = logits
     return changed
@@ -613,7 +613,7 @@ def test_pi_star_earns_the_optimum_in_the_env(case: dict[str, Any]) -> None:
 
 
 def test_pi_star_steps_through_any_env() -> None:
-    """Row by row, refilled and ended at different times, and with rows that go on behind their end."""
+    """Row by row, refilled and ended at different times, and with rows that go on after their end."""
     tree = tiny_tree(kl_coef=2.0)
     optimum = tree.solve()
     envs = RLHFVectorEnv(4, task=tree.task, split=SPLIT, device="cpu", autoreset_mode="SameStep")
@@ -649,7 +649,7 @@ def test_rows_restart_and_leave_on_their_own() -> None:
         torch.testing.assert_close(state.logits[row], logits)
     state.step(torch.tensor([3, EOS]))
     ended = state.logits
-    for _ in range(5):  # behind the end, whatever the token
+    for _ in range(5):  # after the end, whatever the token
         state.step(torch.tensor([2, 3]))
         torch.testing.assert_close(state.logits, ended)
 

@@ -87,7 +87,7 @@ def test_min_new_tokens_and_a_late_kl() -> None:
 
 
 def test_the_policy_and_its_values_are_those_of_the_tree() -> None:
-    """Step by step, with rows that leave and rows that start again, and behind the end."""
+    """Step by step, with rows that leave and rows that start again, and after the end."""
     tiny = problem(1, share=0.2)
     optimum = solve_verifiable(tiny.task, "train")
     enumerated = Tree.of(tiny.task, "train").solve()
@@ -99,14 +99,14 @@ def test_the_policy_and_its_values_are_those_of_the_tree() -> None:
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in lists])
     states = [p.begin(ids, mask, 3) for p in (optimum.policy, enumerated.policy)]
     generator = torch.Generator().manual_seed(0)
-    place = torch.zeros(3, dtype=torch.int64)
+    position = torch.zeros(3, dtype=torch.int64)
     compared = 0
     for step in range(8):
         mine, theirs = states
-        laws = mine.logits.exp()
-        assert laws.sum(-1).tolist() == pytest.approx([1.0] * 3)
-        alive = place < 3
-        torch.testing.assert_close(laws[alive], theirs.logits[alive].exp(), rtol=0, atol=1e-5)
+        distributions = mine.logits.exp()
+        assert distributions.sum(-1).tolist() == pytest.approx([1.0] * 3)
+        alive = position < 3
+        torch.testing.assert_close(distributions[alive], theirs.logits[alive].exp(), rtol=0, atol=1e-5)
         torch.testing.assert_close(mine.values[alive], theirs.values[alive], rtol=0, atol=1e-5)
         compared += int(alive.sum())
         likely = mine.logits.clone()
@@ -114,15 +114,15 @@ def test_the_policy_and_its_values_are_those_of_the_tree() -> None:
         tokens = torch.multinomial(likely.exp(), 1, generator=generator).squeeze(1)
         for state in states:
             state.step(tokens)
-        place += 1
+        position += 1
         if step in (1, 4):
             kept = torch.tensor([2, 0, 1])
             fresh = torch.tensor([1])
             for state in states:
                 state.keep(kept)
                 state.begin(fresh, ids[:1], mask[:1])
-            place = place[kept]
-            place[1] = 0
+            position = position[kept]
+            position[1] = 0
     assert compared == 14
 
 

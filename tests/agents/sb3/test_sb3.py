@@ -263,9 +263,9 @@ def observed(rows: list[list[int]], generator: torch.Generator, columns: int = 9
     ids = torch.zeros(len(rows), columns, dtype=torch.int64)
     mask = torch.zeros(len(rows), columns, dtype=torch.int64)
     for i, row in enumerate(rows):
-        places = torch.randperm(columns, generator=generator)[: len(row)].sort().values
-        ids[i, places] = torch.tensor(row, dtype=torch.int64)
-        mask[i, places] = 1
+        positions = torch.randperm(columns, generator=generator)[: len(row)].sort().values
+        ids[i, positions] = torch.tensor(row, dtype=torch.int64)
+        mask[i, positions] = 1
     return {"input_ids": ids, "attention_mask": mask}
 
 
