@@ -31,7 +31,7 @@ from lmgym.optimum.answer import expected_reward
 from lmgym.optimum.automaton import AutomatonMDP, AutomatonPolicy, AutomatonSolution, ReferenceTable
 from lmgym.optimum.verifiable import VerifiablePolicy
 from lmgym.tasks import Task, make_task
-from lmgym.tasks.base import registered_tasks
+from lmgym.tasks.registry import registered_tasks
 
 EPISODES = 4096  # of an evaluation by default
 SMALL = (8, 2)  # samples a prompt

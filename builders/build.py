@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from agents.runs.command_line import run_command
 from lmgym.errors import InvalidArgumentError, LmGymError, check_bool, check_choice, check_int, check_number
-from lmgym.tasks import arithmetic, base, reviews
+from lmgym.tasks import arithmetic, reviews, stored
 
 if TYPE_CHECKING:
     from lmgym.feedback.preferences import Rankings
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # torch and transformers are imported where they are used, so that a wrong setting is reported at once.
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-ARTEFACTS = Path(base.ARTEFACTS)
+ARTEFACTS = Path(stored.ARTEFACTS)
 CARDS = Path(__file__).parents[1] / "conf" / "build_task" / "card"
 
 LISTS = {"arithmetic": ("digits", "epochs", "batch_size"), "proxy": ("prompts",)}  # settings with a value a model

@@ -19,7 +19,7 @@ from agents.runs.surroundings import prepare_process
 from lmgym.errors import InvalidArgumentError, LmGymError, unknown_name
 from lmgym.files import write_atomically
 from lmgym.tasks import StoredOptimum, Task, make_task, registered_tasks
-from lmgym.tasks.base import ARTEFACTS
+from lmgym.tasks.stored import ARTEFACTS
 
 SPLITS = ("train", "test")
 TOLERANCE = 1e-4  # between machines, in units of the score

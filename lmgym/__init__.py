@@ -12,6 +12,7 @@ from gymnasium.envs.registration import register
 from lmgym.forking import let_forks_use_one_thread
 from lmgym.tasks import StoredOptimum, Task, make_task, register_task, suite
 from lmgym.tasks import base as _tasks
+from lmgym.tasks import registry as _registry
 
 if TYPE_CHECKING:
     from lmgym.episodes import Episodes
@@ -69,11 +70,11 @@ def _find_optimum(task: Task, split: str) -> StoredOptimum:
 
 let_forks_use_one_thread()
 _tasks.solve_with(_find_optimum)
-register(id="lmgym/RLHF-v0", **_tasks.TOKEN_ENTRY_POINTS)  # type: ignore[arg-type]
+register(id="lmgym/RLHF-v0", **_registry.TOKEN_ENTRY_POINTS)  # type: ignore[arg-type]
 register(
     id="lmgym/RLHFBandit-v0",
     entry_point="lmgym.wrappers.inside:make_bandit_env",
     vector_entry_point="lmgym.wrappers.inside:make_bandit_vector_env",
 )
 register(id="lmgym/RLHFText-v0", entry_point="lmgym.wrappers.inside:make_text_env")
-_tasks.registered_tasks()  # which registers an id for each
+_registry.registered_tasks()  # which registers an id for each

@@ -6,7 +6,7 @@ import math
 
 from lmgym.errors import InvalidArgumentError
 from lmgym.intervals import Interval
-from lmgym.tasks.base import StoredOptimum
+from lmgym.tasks.stored import StoredOptimum
 
 
 def normalised(value: Interval, reference: Interval | float, optimum: StoredOptimum | float) -> Interval:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lmgym.rewards.base import bind_tokenizer, score
-from lmgym.tasks.base import Task, check_split, make_task
+from lmgym.tasks.base import Task, check_split
+from lmgym.tasks.registry import make_task
 
 TRLReward = Callable[..., list[float]]
 

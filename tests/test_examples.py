@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lmgym.optimum import solve
-from lmgym.tasks import base, make_task
+from lmgym.tasks import make_task, registry
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -93,7 +93,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
 @pytest.fixture
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a program may do to its own process is undone: generators are seeded, tasks are registered."""
-    monkeypatch.setattr(base, "_registry", dict(base._registry))
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
     monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
     python_state = random.getstate()
     numpy_state = np.random.get_state()  # noqa: NPY002

@@ -222,7 +222,7 @@ SEEDERS = {
 IMPORTERS = {
     "importlib.import_module": {
         "lmgym/__init__.py",
-        "lmgym/tasks/base.py",
+        "lmgym/tasks/registry.py",
         "lmgym/rewards/base.py",
         "agents/sb3/algorithms.py",
     },

@@ -39,7 +39,7 @@ from lmgym.envs.options import RESET_OPTIONS
 from lmgym.envs.settings import Settings
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.feedback.preferences import Rankings
-from lmgym.tasks import base
+from lmgym.tasks import registry
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README = ROOT / "README.md"
@@ -76,7 +76,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch
         raise OSError(f"a snippet asked for the network: {address}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(base, "_registry", dict(base._registry))
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
     monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
     monkeypatch.chdir(tmp_path)
     return monkeypatch

@@ -28,11 +28,9 @@ LONG_FILES = {
     "builders/build.py",
     "lmgym/envs/engine.py",
     "lmgym/models/decoding.py",
-    "lmgym/optimum/tree.py",
-    "lmgym/tasks/base.py",
 }
 BIG_CLASSES = {"Engine", "OnPolicyAgent", "RLHFVectorEnv"}
-CIRCLES = {"lmgym.rewards.base", "lmgym.tasks"}
+CIRCLES = {"lmgym.rewards.base"}
 UNFINISHED = {"benchmarks/env_speed.py", "benchmarks/gpu.py", "benchmarks/learning.py", "benchmarks/gradients.py"}
 UNFINISHED |= {"benchmarks/coverage.py", "examples/custom_task.py"}
 

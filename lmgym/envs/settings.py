@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from lmgym.errors import InvalidArgumentError, check_bool, check_choice, unknown_keyword
-from lmgym.tasks.base import Task, check_split, make_task
+from lmgym.tasks.base import Task, check_split
+from lmgym.tasks.registry import make_task
 
 if TYPE_CHECKING:
     from lmgym.models.causal import CausalLM

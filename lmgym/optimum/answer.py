@@ -11,7 +11,8 @@ from torch import Tensor
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.policy import Policy
 from lmgym.rewards.base import STOCHASTIC, RewardFunction, remove_noise, scores_agree
-from lmgym.tasks.base import StoredOptimum, Task
+from lmgym.tasks.base import Task
+from lmgym.tasks.stored import StoredOptimum
 
 
 @dataclass(frozen=True, eq=False)

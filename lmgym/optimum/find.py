@@ -12,7 +12,8 @@ from lmgym.optimum.exact import MAX_RESPONSES
 from lmgym.optimum.smc import encode_prompts, smc
 from lmgym.optimum.solve import known
 from lmgym.optimum.tree import count_responses, solve_tree
-from lmgym.tasks.base import StoredOptimum, Task, check_split
+from lmgym.tasks.base import Task, check_split
+from lmgym.tasks.stored import StoredOptimum
 
 EPISODES, FEWEST_DRAWS, REPEATS, SEED = 1024, 2, 2, 0
 MOST_PROMPTS = 512  # of a larger split the first so many stand for all

@@ -12,7 +12,9 @@ from lmgym.optimum.automaton import AutomatonPolicy, solve_automaton
 from lmgym.optimum.tree import Tree, solve_tree
 from lmgym.optimum.verifiable import solve_verifiable
 from lmgym.rewards.automaton import AutomatonReward
-from lmgym.tasks.base import StoredOptimum, Task, check_split, make_task
+from lmgym.tasks.base import Task, check_split
+from lmgym.tasks.registry import make_task
+from lmgym.tasks.stored import StoredOptimum
 
 
 def solve(

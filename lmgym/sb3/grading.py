@@ -22,7 +22,7 @@ from lmgym.intervals import Interval
 from lmgym.models.sampling import inverse_cdf
 from lmgym.optimum import known
 from lmgym.scores import normalised, reference_return
-from lmgym.tasks.base import StoredOptimum
+from lmgym.tasks.stored import StoredOptimum
 
 Floats = npt.NDArray[np.float64]
 Act = Callable[[Any, Any], tuple[npt.NDArray[np.int64], Floats]]  # observations and infos to actions and log-probs

@@ -15,7 +15,7 @@ import numpy as np
 
 from lmgym.automata import Automaton
 from lmgym.rewards.automaton import AutomatonReward
-from lmgym.tasks.base import Task, register_task
+from lmgym.tasks import Task, register_task
 
 if TYPE_CHECKING:
     from lmgym.models.causal import CausalLM

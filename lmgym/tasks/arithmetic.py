@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 from lmgym.errors import InvalidArgumentError
-from lmgym.tasks.base import ARTEFACTS, Task, register_task
+from lmgym.tasks import Task, register_task
+from lmgym.tasks.stored import ARTEFACTS
 
 Split = Literal["train", "test"]
 

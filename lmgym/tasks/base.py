@@ -1,4 +1,4 @@
-"""A task: everything that defines one token MDP, and the registry of the tasks that have a name.
+"""A task: everything that defines one token MDP.
 
 Importing this module, or any task, loads neither torch nor a model: a task holds names until it is asked for its parts.
 """
@@ -6,21 +6,13 @@ Importing this module, or any task, loads neither torch nor a model: a task hold
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
-import json
-import math
 import os
-import pkgutil
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from gymnasium.envs.registration import register
-
-from lmgym.data.prompts import PromptIndex, PromptText, read_prompts
+from lmgym.data.prompts import PromptIndex, read_prompts
 from lmgym.data.rows import check_text
 from lmgym.ending import EndRule
 from lmgym.errors import (
@@ -30,11 +22,11 @@ from lmgym.errors import (
     check_int,
     check_number,
     shorten,
-    unknown_name,
 )
 from lmgym.models.names import check_model_name
 from lmgym.rewards.base import RewardFunction, check_reward_name, import_function, score
 from lmgym.rewards.combined import CombinedReward, check_weights
+from lmgym.tasks.stored import StoredOptimum
 
 if TYPE_CHECKING:
     import torch
@@ -43,57 +35,15 @@ if TYPE_CHECKING:
     from lmgym.models.causal import CausalLM
 
 MOST_TOKENS = 2**20  # of a prompt or a response: more than any model reads, and few enough for arrays of them
-TOKEN_ENTRY_POINTS = {  # what Gymnasium makes the token MDP of a task with
-    "entry_point": "lmgym.wrappers.inside:make_token_env",
-    "vector_entry_point": "lmgym.wrappers.inside:make_token_vector_env",
-}
-ARTEFACTS = os.path.join(os.path.dirname(__file__), "artefacts")
 
 
-@dataclass(frozen=True)
-class StoredOptimum:
-    """What is known of V* on a split, the mean over its prompts, in units of the score.
+_solver: Callable[[Task, str], StoredOptimum] | None = None
 
-    Attributes:
-        method: what computed it; see docs/optimum.md.
-        value: V*, or the middle of its bounds; the lower one where nothing is known above.
-        lower: what V* is at least. upper: at most; None where nothing is known. Both are `value` where it is exact;
-            where they come from samples they are the outer ends of 95 % intervals.
-        reference: J of the reference.
-        reference_half_width: half of the 95 % interval of `reference` where it comes from samples; 0 where it is exact.
-        assumption: what `upper` takes for granted and what that may cost, in words; empty where nothing.
-    """
 
-    method: str
-    value: float
-    lower: float
-    upper: float | None
-    reference: float
-    reference_half_width: float = 0.0
-    assumption: str = ""
-
-    def __repr__(self) -> str:
-        return f"StoredOptimum(V* {self.describe()}, J_ref {self.reference:.4f}, by {self.method})"
-
-    def describe(self) -> str:
-        """What is known of V*, in a few characters."""
-        if self.exact:
-            return f"= {self.value:.4f}"
-        return f">= {self.lower:.4f}" if self.upper is None else f"{self.lower:.4f} to {self.upper:.4f}"
-
-    @property
-    def exact(self) -> bool:
-        """Whether `value` is V* itself, up to rounding."""
-        return self.lower == self.upper
-
-    @property
-    def width(self) -> float:
-        """How far the bounds are apart, as a share of the gain V* - J_ref; inf where nothing is known above."""
-        if self.exact:
-            return 0.0
-        if self.upper is None:
-            return math.inf
-        return (self.upper - self.lower) / (self.value - self.reference)
+def solve_with(solver: Callable[[Task, str], StoredOptimum]) -> None:
+    """Says what finds an optimum that is not stored: solvers know tasks, and not the other way round."""
+    global _solver
+    _solver = solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +161,7 @@ class Task:
             for index, text in enumerate(texts):
                 check_text(argument, text, f"item {index}")
             return texts
-        return read_prompts(texts, argument, functools.cache(lambda: _load_tokenizer(self.model)))
+        return read_prompts(texts, argument, functools.cache(lambda: load_tokenizer_of(self.model)))
 
     def reference(self, device: str = "auto", dtype: str = "float32") -> CausalLM:
         """The frozen supervised model, loaded once however many ask for it."""
@@ -286,7 +236,7 @@ def _load_reward(reward: str | RewardFunction, device: str) -> RewardFunction:
     return load_reward_model(reward, device)
 
 
-def _load_tokenizer(model: object) -> Any:
+def load_tokenizer_of(model: object) -> Any:
     """The tokenizer of a reference that is named, loaded, or made by a function; no weights of a named one."""
     if not isinstance(model, (str, os.PathLike)):
         return model().tokenizer if callable(model) else getattr(model, "tokenizer", None)
@@ -295,156 +245,6 @@ def _load_tokenizer(model: object) -> Any:
     from lmgym.models.loading import load_tokenizer
 
     return load_tokenizer("model", tokenizer_source("model", os.fspath(model)))
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A task by name: its version, and the function that builds it."""
-
-    name: str
-    version: int
-    build: Callable[[], Task]
-
-    @cached_property
-    def env_id(self) -> str:
-        """The Gymnasium id: `lmgym/Name-v0`, or `lmgym/Name-setting-v0` for a task of several settings."""
-        return f"lmgym/{''.join(part.capitalize() for part in self.name.split('_'))}-v{self.version}"
-
-    def task(self) -> Task:
-        """Builds it, with what is stored of its optimum."""
-        task = self.build()
-        return task if task.optima else replace(task, optima=stored_optima(self.name, self.version))
-
-
-_solver: Callable[[Task, str], StoredOptimum] | None = None
-
-
-def solve_with(solver: Callable[[Task, str], StoredOptimum]) -> None:
-    """Says what finds an optimum that is not stored: solvers know tasks, and not the other way round."""
-    global _solver
-    _solver = solver
-
-
-_NEUTRAL = {"name", "gold", "truncate", "max_prompt_tokens", "optima"}  # fields that V* does not depend on
-_registry: dict[str, Registered] = {}
-
-
-def register_task(name: str, build: Callable[[], Task], *, version: int = 0) -> str:
-    """Makes a task known: to `task=name`, to `suite()`, and to `gym.make` by an id of its own.
-
-    Names and versions are for good: a change of the reference, the reward, the prompts or the ends of episodes,
-    anything that moves the optimum, is a new version. `lmgym.testing.check_task(name)` gives the task the tests that
-    the built-in tasks get.
-
-    Args:
-        name: lower-case words joined by "_"; the settings of one task are told apart by what follows a "-".
-        build: makes the task; it runs whenever the task is asked for, not now.
-        version: of the task.
-
-    Returns:
-        The Gymnasium id, such as "lmgym/Keyword-8-v0".
-
-    Raises:
-        InvalidArgumentError: for a name that cannot be.
-    """
-    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*(-[\w.-]+)?", name):
-        raise InvalidArgumentError(f"`name` must be like 'keyword' or 'keyword-8', got {name!r}.")
-    check_int("version", version, 0)
-    registered = Registered(name, version, build)
-    _registry[name] = registered
-    register(id=registered.env_id, kwargs={"task": name}, **TOKEN_ENTRY_POINTS)  # type: ignore[arg-type]
-    return registered.env_id
-
-
-def registered_tasks() -> dict[str, Registered]:
-    """The tasks known by name, the settings of one together: every module beside this one registers its own."""
-    import lmgym.tasks
-
-    for module in pkgutil.iter_modules(lmgym.tasks.__path__):
-        importlib.import_module(f"lmgym.tasks.{module.name}")
-    return dict(sorted(_registry.items(), key=lambda item: item[0].partition("-")[0]))
-
-
-@functools.cache
-def _stored(family: str) -> dict[str, Any]:
-    path = os.path.join(ARTEFACTS, family, "optima.json")
-    if not os.path.isfile(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        return dict(json.load(file))
-
-
-def stored_optima(name: str, version: int) -> dict[str, StoredOptimum]:
-    """What `python -m builders.optima` has stored of a built-in task, by split; empty where that is nothing."""
-    stored = _stored(name.partition("-")[0]).get(name, {})
-    if stored.get("version") != version:
-        return {}
-    return {split: StoredOptimum(**optimum) for split, optimum in stored["splits"].items()}
-
-
-class Suite(list[Task]):
-    """Tasks, which print as a table."""
-
-    def __repr__(self) -> str:
-        rows = [("task", "T", "prompts", "kl_coef", "gamma", "J_ref", "V* (test)"), *map(_cells, self)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def _cells(task: Task) -> tuple[str, ...]:
-    known = task.optima.get("test")
-    prompts = " + ".join(f"{len(texts):,}" for texts in dict.fromkeys(map(tuple, task.prompts.values())))
-    optimum = ("", "task.optimum()") if known is None else (f"{known.reference:.4f}", known.describe())
-    return (task.name, str(task.max_new_tokens), prompts, f"{task.kl_coef:g}", f"{task.gamma:g}", *optimum)
-
-
-def suite() -> Suite:
-    """Every task known by name, its stored optimum included; loads no model, and not even torch. Prints as a table."""
-    return Suite(registered.task() for registered in registered_tasks().values())
-
-
-def make_task(task: str | Task, **changes: Any) -> Task:
-    """A task by name (or as it is), with some of its fields replaced.
-
-    Args:
-        task: a registered name, or a Task.
-        changes: fields of Task; a None keeps the task's own. A new `reward` drops the task's `gold`, the truth that the
-            old one stood for. `prompts` may also be a list or a file (`read_prompts`), which then is every split. What
-            moves the optimum drops the stored one.
-
-    Raises:
-        UnknownNameError: if no task has that name.
-        InvalidArgumentError: if a field has a value it cannot have.
-    """
-    if isinstance(task, str):
-        known = registered_tasks()
-        if task not in known:
-            raise unknown_name("task", task, known)
-        task = known[task].task()
-    elif not isinstance(task, Task):
-        raise InvalidArgumentError(f"`task` must be a name or a lmgym.tasks.Task, got {task!r}.")
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if "prompts" in changes and not isinstance(changes["prompts"], Mapping):
-        model = changes.get("model", task.model)
-        texts = read_prompts(changes["prompts"], tokenizer=functools.cache(lambda: _load_tokenizer(model)))
-        changes["prompts"] = dict.fromkeys(task.prompts, texts)
-    elif "model" in changes and "prompts" not in changes:  # a conversation is another text in another template
-        changes["prompts"] = {split: _as_read(texts) for split, texts in task.prompts.items()}
-    if "reward" in changes:
-        changes.setdefault("gold", None)  # another reward stands for another truth
-        changes.setdefault("reward_weights", None)
-    if {"model", "prompts"} & set(changes):
-        changes.setdefault("max_prompt_tokens", None)  # the task's own limit was counted in its own tokens
-    changed = replace(task, **changes)
-    moved = any(getattr(changed, name) != getattr(task, name) for name in changes if name not in _NEUTRAL)
-    return replace(changed, optima={}) if moved and "optima" not in changes else changed
-
-
-def _as_read(prompts: Sequence[str]) -> Sequence[Any]:
-    """Prompts, those that were conversations as conversations again."""
-    if any(isinstance(prompt, PromptText) and prompt.messages is not None for prompt in prompts):
-        return [prompt.row() if isinstance(prompt, PromptText) else prompt for prompt in prompts]
-    return prompts
 
 
 def check_split(task: Task, split: str) -> None:

@@ -14,7 +14,7 @@ import math
 
 from lmgym.automata import length
 from lmgym.rewards.automaton import AutomatonReward
-from lmgym.tasks.base import Task, register_task
+from lmgym.tasks import Task, register_task
 from lmgym.tasks.stop import SYMBOLS, reference
 
 GAMMAS = (1.0, 0.99, 0.95, 0.9)

@@ -11,8 +11,8 @@ import functools
 from dataclasses import replace
 
 from lmgym.rewards.noise import NoisyReward
+from lmgym.tasks import Task, register_task
 from lmgym.tasks.anchor import anchor, scaled_sum
-from lmgym.tasks.base import Task, register_task
 
 SIGMAS = (0.3, 1.0, 3.0)
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 import os
 
-from lmgym.tasks import reviews
-from lmgym.tasks.base import ARTEFACTS, Task, register_task
+from lmgym.tasks import Task, register_task, reviews
+from lmgym.tasks.stored import ARTEFACTS
 
 SETTINGS = (25, 200, 2000)  # rankings: the task of n rankings is `proxy-n`
 

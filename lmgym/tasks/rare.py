@@ -10,8 +10,9 @@ import functools
 
 from lmgym.automata import phrases
 from lmgym.rewards.automaton import AutomatonReward
-from lmgym.tasks.base import Task, register_task
+from lmgym.tasks.base import Task
 from lmgym.tasks.keywords import SYMBOLS, VOCABULARY, reference
+from lmgym.tasks.registry import register_task
 
 KEYED = {2: 0.024279, 3: 0.0024187, 4: 0.00024177, 5: 2.4177e-05}  # -log10 of the success: pi_ref(b | a)
 

@@ -24,7 +24,7 @@ from lmgym.optimum import solve
 from lmgym.optimum.bounds import multi_sample_bound
 from lmgym.rollout import collect, collect_steps
 from lmgym.tasks import Task, make_task
-from lmgym.tasks.base import Suite
+from lmgym.tasks.registry import Suite
 
 ID = "lmgym/RLHF-v0"
 TINY = TinyProblem()

@@ -18,7 +18,7 @@ from lmgym.models.decoding import ring_is_exact
 from lmgym.models.sharing import load_causal_lm
 from lmgym.tasks import arithmetic, make_task
 from lmgym.tasks.arithmetic import SETTINGS, SumReward, token_ids
-from lmgym.tasks.base import ARTEFACTS
+from lmgym.tasks.stored import ARTEFACTS
 
 ROOT = Path(__file__).parents[2]
 TOKENS = range(13)

@@ -14,8 +14,8 @@ import torch
 from builders.build import gold_scores, sample_completions
 from lmgym.rewards.classifier import ClassifierReward, load_reward_model
 from lmgym.tasks import make_task, reviews
-from lmgym.tasks.base import ARTEFACTS
 from lmgym.tasks.proxy import SETTINGS
+from lmgym.tasks.stored import ARTEFACTS
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = Path(ARTEFACTS) / "proxy"

@@ -27,16 +27,17 @@ from lmgym.evaluation import evaluate
 from lmgym.kl import token_rewards
 from lmgym.optimum import known, solve
 from lmgym.rollout import collect
-from lmgym.tasks import StoredOptimum, Task, base, make_task, registered_tasks
+from lmgym.tasks import StoredOptimum, Task, make_task, registered_tasks, registry
 from lmgym.tasks.arithmetic import arithmetic
 from lmgym.tasks.keywords import SUCCESS
+from lmgym.tasks.stored import ARTEFACTS
 from lmgym.tasks.vocabulary import good
 from lmgym.testing import check_task
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(registered_tasks())
 EXACT = [task.name for task in lmgym.suite() if "test" in task.optima and task.optima["test"].exact]
-FAMILIES = sorted(file.parent.name for file in Path(base.ARTEFACTS).glob("*/optima.json"))
+FAMILIES = sorted(file.parent.name for file in Path(ARTEFACTS).glob("*/optima.json"))
 BUILT_IN = [name for name in NAMES if name.partition("-")[0] in FAMILIES]  # another task may have no stored optimum
 SAMPLED = sorted(set(BUILT_IN) - set(EXACT))
 ONE_EACH = sorted({name.partition("-")[0]: name for name in reversed(EXACT)}.values())  # the first of each family
@@ -324,7 +325,7 @@ def test_every_family_has_a_config() -> None:
 
 @pytest.fixture
 def _clean_registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "_registry", dict(base._registry))
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
     monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import gymnasium as gym
 import pytest
 from conftest import WORDS, gpt2, word_count, word_tokenizer
 
+import lmgym.tasks
+from builders import cards
 from lmgym.errors import InvalidArgumentError, LmGymError, RewardError, UnknownNameError
 from lmgym.models.causal import CausalLM, freeze
-from lmgym.tasks import Task, base, make_task, register_task, registered_tasks
+from lmgym.tasks import Task, make_task, register_task, registered_tasks, registry
 from lmgym.tasks.base import check_split, read_prompts
 
 TASKS = sorted(registered_tasks())
@@ -31,7 +34,7 @@ def tiny(**changes: Any) -> Task:
 
 @pytest.fixture
 def _clean_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "_registry", dict(base._registry))
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
     monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
 
 
@@ -64,7 +67,7 @@ def test_every_task_has_an_env_of_its_own(name: str) -> None:
 
 
 def test_env_ids_are_made_from_names() -> None:
-    assert base.Registered("short_reviews", 3, tiny).env_id == "lmgym/ShortReviews-v3"
+    assert registry.Registered("short_reviews", 3, tiny).env_id == "lmgym/ShortReviews-v3"
 
 
 def test_importing_registers_the_envs() -> None:
@@ -95,8 +98,52 @@ def test_a_task_of_ones_own_is_found_by_name(parts: dict[str, Any]) -> None:
         make_task("mne")
 
 
+TOY = '''"""Is one word said at once? A toy."""
+
+import numpy as np
+
+from lmgym.automata import phrases
+from lmgym.models.markov import markov_lm
+from lmgym.rewards.automaton import AutomatonReward
+from lmgym.tasks import Task, register_task
+
+
+def toy() -> Task:
+    """The task."""
+    return Task(
+        name="toy",
+        model=lambda: markov_lm(np.full((1, 3), 1 / 3), ["a", "b"], order=0),
+        reward=AutomatonReward(phrases([[1]], 3)),
+        prompts={"train": ["a"], "test": ["b"]},
+        kl_coef=0.1,
+        max_new_tokens=2,
+    )
+
+
+register_task("toy", toy)
+'''
+
+
+@pytest.mark.usefixtures("_clean_registry")
+def test_one_file_in_the_folder_of_tasks_is_all_a_task_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.setattr(lmgym.tasks, "__path__", [*lmgym.tasks.__path__, str(tmp_path)])
+    monkeypatch.setattr(registry, "_registry", {})  # the page is then quick to write
+    try:
+        assert list(registered_tasks()) == ["toy"]
+        assert [task.name for task in lmgym.suite()] == ["toy"]
+        assert gym.make("lmgym/Toy-v0").unwrapped.task.name == "toy"
+        assert make_task("toy").optimum("test").exact
+        lines = cards.page().splitlines()
+        assert lines[lines.index("## toy") + 2] == "Is one word said at once? A toy."
+        assert any(line.startswith("| `toy` | `lmgym/Toy-v0` | 2 | 3 |") for line in lines)
+    finally:
+        del sys.modules["lmgym.tasks.toy"]
+        del lmgym.tasks.toy  # type: ignore[attr-defined]
+
+
 def test_the_registry_is_as_it_was() -> None:
-    assert "mine" not in registered_tasks()
+    assert not {"mine", "toy"} & registered_tasks().keys()
 
 
 @pytest.mark.parametrize("got", [None, 3, ["reviews"]])

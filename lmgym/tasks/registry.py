@@ -1,0 +1,149 @@
+"""The tasks that have a name. Every module of `lmgym.tasks` registers its own; whoever has another adds it here."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any
+
+from gymnasium.envs.registration import register
+
+from lmgym.data.prompts import PromptText, read_prompts
+from lmgym.errors import InvalidArgumentError, check_int, unknown_name
+from lmgym.tasks.base import Task, load_tokenizer_of
+from lmgym.tasks.stored import stored_optima
+
+TOKEN_ENTRY_POINTS = {  # what Gymnasium makes the token MDP of a task with
+    "entry_point": "lmgym.wrappers.inside:make_token_env",
+    "vector_entry_point": "lmgym.wrappers.inside:make_token_vector_env",
+}
+_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*(-[\w.-]+)?")
+# Fields that V* does not depend on.
+_NEUTRAL = {"name", "gold", "truncate", "max_prompt_tokens", "optima"}
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A task by name: its version, and the function that builds it."""
+
+    name: str
+    version: int
+    build: Callable[[], Task]
+
+    @cached_property
+    def env_id(self) -> str:
+        """The Gymnasium id: `lmgym/Name-v0`, or `lmgym/Name-setting-v0` for a task of several settings."""
+        return f"lmgym/{''.join(part.capitalize() for part in self.name.split('_'))}-v{self.version}"
+
+    def task(self) -> Task:
+        """Builds it, with what is stored of its optimum."""
+        task = self.build()
+        return task if task.optima else replace(task, optima=stored_optima(self.name, self.version))
+
+
+_registry: dict[str, Registered] = {}
+
+
+def register_task(name: str, build: Callable[[], Task], *, version: int = 0) -> str:
+    """Makes a task known: to `task=name`, to `suite()`, and to `gym.make` by an id of its own.
+
+    Names and versions are for good: a change of the reference, the reward, the prompts or the ends of episodes,
+    anything that moves the optimum, is a new version. `lmgym.testing.check_task(name)` gives the task the tests that
+    the built-in tasks get.
+
+    Args:
+        name: lower-case words joined by "_"; the settings of one task are told apart by what follows a "-".
+        build: makes the task; it runs whenever the task is asked for, not now.
+        version: of the task.
+
+    Returns:
+        The Gymnasium id, such as "lmgym/Keyword-8-v0".
+
+    Raises:
+        InvalidArgumentError: for a name that cannot be.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidArgumentError(f"`name` must be like 'keyword' or 'keyword-8', got {name!r}.")
+    check_int("version", version, 0)
+    registered = Registered(name, version, build)
+    _registry[name] = registered
+    register(id=registered.env_id, kwargs={"task": name}, **TOKEN_ENTRY_POINTS)  # type: ignore[arg-type]
+    return registered.env_id
+
+
+def registered_tasks() -> dict[str, Registered]:
+    """The tasks known by name, the settings of one together: every module beside this one registers its own."""
+    package = sys.modules[__package__]
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{__package__}.{module.name}")
+    return dict(sorted(_registry.items(), key=lambda item: item[0].partition("-")[0]))
+
+
+class Suite(list[Task]):
+    """Tasks, which print as a table."""
+
+    def __repr__(self) -> str:
+        rows = [("task", "T", "prompts", "kl_coef", "gamma", "J_ref", "V* (test)"), *map(_cells, self)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _cells(task: Task) -> tuple[str, ...]:
+    known = task.optima.get("test")
+    prompts = " + ".join(f"{len(texts):,}" for texts in dict.fromkeys(map(tuple, task.prompts.values())))
+    optimum = ("", "task.optimum()") if known is None else (f"{known.reference:.4f}", known.describe())
+    return (task.name, str(task.max_new_tokens), prompts, f"{task.kl_coef:g}", f"{task.gamma:g}", *optimum)
+
+
+def suite() -> Suite:
+    """Every task known by name, its stored optimum included; loads no model, and not even torch. Prints as a table."""
+    return Suite(registered.task() for registered in registered_tasks().values())
+
+
+def make_task(task: str | Task, **changes: Any) -> Task:
+    """A task by name (or as it is), with some of its fields replaced.
+
+    Args:
+        task: a registered name, or a Task.
+        changes: fields of Task; a None keeps the task's own. A new `reward` drops the task's `gold`, the truth that the
+            old one stood for. `prompts` may also be a list or a file (`read_prompts`), which then is every split. What
+            moves the optimum drops the stored one.
+
+    Raises:
+        UnknownNameError: if no task has that name.
+        InvalidArgumentError: if a field has a value it cannot have.
+    """
+    if isinstance(task, str):
+        known = registered_tasks()
+        if task not in known:
+            raise unknown_name("task", task, known)
+        task = known[task].task()
+    elif not isinstance(task, Task):
+        raise InvalidArgumentError(f"`task` must be a name or a lmgym.tasks.Task, got {task!r}.")
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if "prompts" in changes and not isinstance(changes["prompts"], Mapping):
+        model = changes.get("model", task.model)
+        texts = read_prompts(changes["prompts"], tokenizer=cache(lambda: load_tokenizer_of(model)))
+        changes["prompts"] = dict.fromkeys(task.prompts, texts)
+    elif "model" in changes and "prompts" not in changes:  # a conversation is another text in another template
+        changes["prompts"] = {split: _as_read(texts) for split, texts in task.prompts.items()}
+    if "reward" in changes:
+        changes.setdefault("gold", None)  # another reward stands for another truth
+        changes.setdefault("reward_weights", None)
+    if {"model", "prompts"} & set(changes):
+        changes.setdefault("max_prompt_tokens", None)  # the task's own limit was counted in its own tokens
+    changed = replace(task, **changes)
+    moved = any(getattr(changed, name) != getattr(task, name) for name in changes if name not in _NEUTRAL)
+    return replace(changed, optima={}) if moved and "optima" not in changes else changed
+
+
+def _as_read(prompts: Sequence[str]) -> Sequence[Any]:
+    """Prompts, those that were conversations as conversations again."""
+    if any(isinstance(prompt, PromptText) and prompt.messages is not None for prompt in prompts):
+        return [prompt.row() if isinstance(prompt, PromptText) else prompt for prompt in prompts]
+    return prompts
