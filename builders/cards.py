@@ -14,25 +14,27 @@ from lmgym.tasks import StoredOptimum, Task, registered_tasks
 PAGE = Path(__file__).parent.parent / "docs" / "tasks.md"
 _HEAD = """# The tasks
 
-Every task is a knob on one difficulty, in several settings, and comes with its optimum: V*, the best return that any
-policy can have, and J_ref, the return of the reference. The normalised return (J - J_ref) / (V* - J_ref) is then 0 for
-the reference and 1 for the optimum on every one of them. How V* is found: [optimum.md](optimum.md).
+In `keyword-8` a response that contains "a b" pays 1. The reference earns J_ref = 0.0200, and no policy can
+earn more than V* = 0.6087. A policy that earns 0.58 has a normalised return of (0.58 - 0.02) / (0.6087 - 0.02) = 0.95.
+
+Every task is a knob on one difficulty, in several settings. Its optimum is stored with it: V*, the best return that any
+policy can have, and J_ref, the return of the reference. So the normalised return (J - J_ref) / (V* - J_ref) is 0 for
+the reference and 1 for the optimum on every task. [The optimum](optimum.md) says how V* is found.
 
 ```python
 import gymnasium as gym, lmgym
 
 print(lmgym.suite())                                      # a table of all tasks
-print(lmgym.suite()[0].optimum("test"))                   # stored, or solved now: of a task of your own as well
+print(lmgym.make_task("rare-2").optimum("test"))          # stored, or solved now: of a task of your own as well
 env = gym.make("lmgym/Keyword-8-v0")                      # or gym.make("lmgym/RLHF-v0", task="keyword-8")
 ```
 
-`python -m agents.train task=keyword-32` trains on a setting. Names and versions are stable: whatever
-would move an optimum (reference, reward, prompts, ends of episodes) is a new version. `lmgym.register_task(name,
-build)` adds a task of your own to `gym.make` and to the suite, and `lmgym.testing.check_task(name)` holds it to what
-these are held to.
+`python -m agents.train task=keyword-32` trains on a setting. Names and versions are stable: a change of the reference,
+the reward, the prompts or the ends of episodes makes a new version. `lmgym.register_task(name, build)` adds a task of
+your own to `gym.make` and to the suite, and `lmgym.testing.check_task(name)` runs the checks that these tasks pass.
 
-All numbers are of the test split, in units of the score; T in tokens. `python -m builders.optima` derives every V*
-again and compares it with what is stored; `python -m builders.cards` writes this page from the task files.
+All numbers are of the test split, in units of the score; T is in tokens. `python -m builders.optima` derives every V*
+again and compares it with the stored one. `python -m builders.cards` writes this page from the task files.
 """
 _COLUMNS = (
     "| task | id | T | V | prompts | `kl_coef` | `gamma` | J_ref | V* | by |\n|---|---|---|---|---|---|---|---|---|---|"
@@ -74,7 +76,7 @@ def _note(task: Task) -> list[str]:
     if known is None or not known.assumption:
         return []
     text = (
-        f"`{task.name}`: the bounds are {100 * known.width:.1f} % of the gain apart. The upper one takes for granted: "
+        f"`{task.name}`: the bounds are {100 * known.width:.1f} % of the gain apart. The upper one assumes this: "
         f"{known.assumption}."
     )
     return ["", *textwrap.wrap(text, 120, break_on_hyphens=False, break_long_words=False)]

@@ -1,9 +1,9 @@
 """Can the agent trade score against KL at the right rate? Every symbol has a value, and a response pays their sum / 8.
 
-The 8 is the longest response there may be: an early end forgoes what was still to come, of either sign. The score is
-smooth and dense: there is nothing to find, only a price to pay. The reference is a random table of order 1 over 16
-symbols. The knob is the price, `kl_coef`, from 0.01, where the best policy all but ignores the reference,
-to 1, where it all but equals it.
+8 is the length limit. A response that ends early loses what was still to come, positive or negative. The score is
+smooth and dense: the agent has nothing to find, only a price to pay. The reference is a random table of order 1 over 16
+symbols. The knob is the price, `kl_coef`. At 0.01 the best policy almost ignores the reference, at 1 it almost equals
+it.
 """
 
 from __future__ import annotations

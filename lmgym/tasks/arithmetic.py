@@ -1,7 +1,7 @@
-"""Sums of numbers: a prompt such as "12+7=", answered by the digits of the sum and an EOS, and a verifiable reward.
+"""Can the agent learn to add? The prompt is a sum such as "12+7=", and the right digits with an EOS pay 1.
 
-The reference is a small model that has begun to learn addition and stopped early: it finds the sum of most prompts now
-and then. What to add, which sums are held out, and whether a response is right are all decided here, by rule.
+The reference is a small model that has begun to learn addition and stopped early: it sometimes finds the right sum, for
+most prompts. A rule decides which sums there are, which are held out, and whether a response is right.
 
 One token is one character: id 0 is the EOS, ids 1 to 10 are the digits "0" to "9", 11 is "+" and 12 is "=".
 """

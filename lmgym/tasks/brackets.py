@@ -1,8 +1,8 @@
 """Can the agent respect long-range structure? A balanced word of two kinds of brackets pays 1.
 
-The response must close what it opens, in order, reach exactly the greatest depth asked for, and say that it is done
-with an EOS. The reference sees one token back, so it knows what may follow what and nothing of what is still open.
-The knob is the depth.
+The response must close what it opens, in order. It must reach exactly the depth that is asked for, and end with an EOS.
+The reference sees one token back. So it knows which bracket may follow which, and not what is still open. The knob is
+the depth.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""Does the agent get gamma right?
+"""Does the agent get gamma right? A response of n tokens pays 1 - exp(-n / 8).
 
-A response of n tokens pays 1 - exp(-n / 8), and the discount says when that is enough.
-
-At gamma = 1 the best is to write on to the limit of 32 tokens; the smaller gamma is, the sooner it is best to end. An
-agent that learns with another gamma than the task's stops at the wrong place. The reference ends with probability 0.1
-at every step. The knob is gamma.
+At gamma = 1 the best is to write up to the limit of 32 tokens. The smaller gamma is, the earlier it is best to end. An
+agent that learns with another gamma than the task's ends at the wrong time. The reference ends with probability 0.1 at
+every step. The knob is gamma.
 """
 
 from __future__ import annotations

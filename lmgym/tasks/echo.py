@@ -1,8 +1,7 @@
-"""Can the agent learn at all? The prompt is to be copied, and every token copied to its place pays 1.
+"""Can the agent learn at all? It should copy the prompt, and every token that is copied to its position pays 1.
 
-The reference is a random table of transitions over 8 symbols, which knows nothing of copying. Nothing is delayed in
-effect: each place is a small bandit of its own, given the prompt. The knob is the length of the prompt, and with it
-of the response.
+The reference is a random table of transitions over 8 symbols, and knows nothing of copying. Each position is a small
+bandit of its own, given the prompt. The knob is the length of the prompt, and so of the response.
 """
 
 from __future__ import annotations

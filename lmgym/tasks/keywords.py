@@ -1,8 +1,8 @@
-"""Can the agent assign credit from one payment at the end? A response that holds "a b" anywhere pays 1.
+"""Can the agent assign credit from one payment at the end? A response that contains "a b" pays 1.
 
-The knob is the horizon. The reference, a table of order 1 over 16 symbols, would find the phrase the more often the
-longer it writes; the one probability pi_ref(b | a) is set so that it finds it in 2 % of its episodes at every
-horizon, and all else is the same, so that only the distance between an action and its payment varies.
+The knob is the horizon. The reference is a table of order 1 over 16 symbols. It would find the phrase more often if it
+wrote longer. So pi_ref(b | a) is set such that it finds the phrase in 2 % of its episodes at every horizon. All else is
+the same: only the distance between an action and its payment varies.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Can the agent learn from a noisy scorer? The task is `anchor-0.1`, and its score comes with Gaussian noise.
+"""Can the agent learn from a noisy scorer? The task is `anchor-0.1`, and its score has Gaussian noise.
 
-The noise is independent at every call, so the optimum is that of the score without it, which is reported as the gold
-score. Policies are graded without it too. Under the reference the score itself has a standard deviation of about 0.2.
-The knob is the standard deviation of the noise.
+The noise is independent at every call, so the optimum is that of the score without it. This score is reported as the
+gold score, and policies are graded by it. Under the reference it has a standard deviation of about 0.2. The knob is the
+standard deviation of the noise.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Can the agent find a reward that the reference hits once in 10^2 to 10^5 episodes? "a b" pays 1, within 8 tokens.
+"""Can the agent find a reward that the reference hits once in 10^2 to 10^5 episodes? "a b" within 8 tokens pays 1.
 
-The horizon is held, and the knob is how rare the payment is: `rare-3` is one episode in 10^3. The reference is that
-of `keyword` with another pi_ref(b | a).
+The horizon is fixed, and the knob is how rare the payment is: in `rare-3` it is one episode in 10^3. The reference is
+that of `keyword` with another pi_ref(b | a).
 """
 
 from __future__ import annotations

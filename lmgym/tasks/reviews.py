@@ -1,9 +1,9 @@
-"""Short reviews of films, meals, hotels and books: a grammar that writes them and a gold score that reads them.
+"""Can the agent write what a reward model likes? Short reviews of films, meals, hotels and books, in minutes on a CPU.
 
-The grammar is a probabilistic context-free one, so fresh reviews are endless and their entropy is known: no text
-has two derivations, hence ``-log p(review)`` is the cost of the choices made while writing it. The gold score is a
-compositional sentiment that never looks at the grammar: any string has a score. Good and bad mirror each other in
-both, up to the choice of words: a neutral text scores 0, and the mean over the corpus is 0 within a few hundredths.
+A probabilistic context-free grammar writes the reviews, so there are always new ones, and their entropy is known: no
+text has two derivations, so ``-log p(review)`` is the cost of the choices made while writing it. The gold score is a
+sentiment that is composed by rule. It does not use the grammar, so any string has one. Good and bad mirror each other
+in both, up to the choice of words: a neutral text scores 0, and the mean over the corpus is 0 within a few hundredths.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Can the agent choose when to end? A response of n tokens, its EOS included, pays 1 - |n - best| / best.
 
-Which symbols it holds does not matter, and the limit is twice the best length. The first knob is the best length: the
-longer, the more steps at which ending has to be put off. The second is the probability with which the reference ends
-at every step, whatever came before: 0.1, or that of the name, so that `stop-8-0.02` hardly ever ends by itself and
-`stop-8-0.5` hardly ever gets as far.
+The symbols of a response do not matter, and the limit is twice the best length. The first knob is the best length: the
+longer it is, the more steps the agent has to wait before it ends. The second knob is the probability with which the
+reference ends at every step. It is 0.1, or that of the name: `stop-8-0.02` hardly ever ends by itself, and `stop-8-0.5`
+hardly ever writes that much.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""Can the agent cope with a large action space?
+"""Can the agent cope with a large action space? Each of the 4 tokens that is in a secret tenth of the symbols pays 1.
 
-Every one of the 4 tokens that is in a secret tenth of the symbols pays 1.
-
-Which symbols are good is drawn at random, so that one says nothing about another, and the reference gives the good
-ones a tenth of its mass at every step, whatever their number: only the number of actions varies. The reference is a
-table of order 1 whose rows are mixtures of 8 distributions.
+The good symbols are drawn at random, so one says nothing about another. The reference gives the good ones a tenth of
+its probability at every step, however many they are: only the number of actions varies. It is a table of order 1 whose
+rows are mixtures of 8 distributions.
 """
 
 from __future__ import annotations
