@@ -65,7 +65,11 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, weights: Tensor)
 
 
 def kl_estimate(
-    kind: KLEstimator, log_probs: Tensor, ref_log_probs: Tensor, log_law: Tensor, ref_log_law: Tensor | None
+    kind: KLEstimator,
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    log_distribution: Tensor,
+    ref_log_distribution: Tensor | None,
 ) -> Tensor:
     """KL(pi || pi_ref) token by token, as a loss: differentiable, nats.
 
@@ -73,14 +77,14 @@ def kl_estimate(
         kind: k1, k2, k3 of the chosen tokens, or exact over the vocabulary. What their gradients estimate differs:
             docs/optimum.md has their bias, measured.
         log_probs: (n,) under the policy being updated. ref_log_probs: (n,).
-        log_law: (n, V). ref_log_law: (n, V), needed for the exact one.
+        log_distribution: (n, V). ref_log_distribution: (n, V), needed for the exact one.
 
     Returns:
         (n,), 0 for a chosen token that left the support of a truncated law.
     """
     if kind == "exact":
-        assert ref_log_law is not None
-        return exact(log_law, ref_log_law)
+        assert ref_log_distribution is not None
+        return exact(log_distribution, ref_log_distribution)
     log_ratio = (log_probs - ref_log_probs).masked_fill(log_probs == -torch.inf, 0.0)
     return {"k1": k1, "k2": k2, "k3": k3}[kind](log_ratio)
 

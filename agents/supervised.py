@@ -6,26 +6,21 @@ An algorithm is a config dataclass, `sample()`, `select()`, `loss()` and `descri
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Generic, Literal, TypeVar, final
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from agents.agent import Callback, PolicyAgent, TokenCount
-from agents.finite import GRAD_NORM, check_saving, check_step, check_weights
-from agents.master_weights import MasterWeights
+from agents.agent import Callback
+from agents.finite import check_weights
+from agents.learning import LearningAgent, LearningConfig
 from agents.policies.actor_critic import TrainablePolicy
-from agents.policies.choice import PolicyConfig, make_policy
-from agents.seeds import WEIGHTS, row_seeds, stream_seed
+from agents.update import AdamConfig, Loss, Updater
 from lmgym.envs.engine import Engine
 from lmgym.envs.prompts import Prompt
 from lmgym.envs.vector import RLHFVectorEnv
@@ -38,7 +33,7 @@ Examples = TypeVar("Examples")
 
 
 @dataclass(frozen=True)
-class SupervisedConfig(PolicyConfig):
+class SupervisedConfig(LearningConfig):
     """What every agent has that fits examples."""
 
     batch_size: int = 64  # examples an optimiser step
@@ -56,8 +51,14 @@ class SupervisedConfig(PolicyConfig):
         for name in ("lr", "adam_eps", "max_grad_norm"):
             check_number(name, getattr(self, name), 0)
 
+    def new_updater(self, policy: TrainablePolicy) -> Updater:
+        """The optimiser of all weights that learn, in one group."""
+        weights = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        adam = AdamConfig(schedule=self.lr_schedule, eps=self.adam_eps, max_grad_norm=self.max_grad_norm)
+        return Updater(policy, [(weights, self.lr)], adam, self)
 
-class SupervisedAgent(PolicyAgent, Generic[Examples]):
+
+class SupervisedAgent(LearningAgent, Generic[Examples]):
     """Learns from examples, without returns and without a critic.
 
     Args:
@@ -78,13 +79,8 @@ class SupervisedAgent(PolicyAgent, Generic[Examples]):
         self, envs: RLHFVectorEnv, config: Any = None, *, seed: int = 0, sampler: Sampler | None = None
     ) -> None:
         super().__init__(envs, config, seed=seed, sampler=sampler)
-        self.policy = make_policy(envs, self.config, stream_seed(seed, WEIGHTS))
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(parameters, lr=self.config.lr, eps=self.config.adam_eps)
-        self.masters = MasterWeights(self.optimizer)
-        self._before_batch: dict[str, Any] | None = None  # the state there, while nothing has been learned since
-        envs.reset(seed=row_seeds(seed, envs.num_envs))
-        self._order, self._passes = torch.zeros(0, dtype=torch.int64), 0  # what is left of a pass; passes begun
+        self._order = torch.zeros(0, dtype=torch.int64)  # what is left of a pass over the file
+        self._passes = 0  # begun
 
     # -- what an algorithm writes --------------------------------------------------------------------------------
 
@@ -102,7 +98,7 @@ class SupervisedAgent(PolicyAgent, Generic[Examples]):
         """Examples of the file by their rows (n,), and how many response tokens they have."""
 
     @abstractmethod
-    def loss(self, examples: Examples) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, examples: Examples) -> Loss:
         """The loss of examples, a scalar, and metrics. The tokens read are counted here."""
 
     @abstractmethod
@@ -111,120 +107,78 @@ class SupervisedAgent(PolicyAgent, Generic[Examples]):
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
+    @final
     def learn(self, total_timesteps: int, callback: Callback | None = None) -> None:
         """Trains until `num_timesteps` is `total_timesteps` in all; at most `epochs` passes over a file.
 
         Args:
             total_timesteps: of the whole run, steps before a resume included.
-            callback: sees (num_timesteps, metrics) after every batch; training stops if it returns False.
+            callback: gets (num_timesteps, metrics) after every batch; training stops if it returns False.
         """
         while self.num_timesteps < total_timesteps:
             started = time.perf_counter()
-            self._before_batch = self._state()
+            self._before_batch = self.state()
             if self.file_size is None:
-                progress, updates = self.num_timesteps / total_timesteps, self.config.epochs
+                progress = self.num_timesteps / total_timesteps
+                updates = self.config.epochs
                 examples, tokens = self.sample()
             else:
-                progress, updates = (self._passes - len(self._order) / self.file_size) / self.config.epochs, 1
+                progress = (self._passes - len(self._order) / self.file_size) / self.config.epochs
+                updates = 1
                 rows = self._next_rows(self.file_size)
                 if rows is None:
                     self._before_batch = None
                     return
                 examples, tokens = self.select(rows)
+            self.updater.set_lr(progress)
             metrics = self.describe(examples)
-            metrics["train/lr"] = self.config.lr * (1 - progress if self.config.lr_schedule == "linear" else 1)
-            for group in self.optimizer.param_groups:
-                group["lr"] = metrics["train/lr"]
-            self._before_batch, self.at_rest = None, False
-            history = [self._step(examples) for _ in range(updates)]
-            check_weights(self.policy, self.config)
-            metrics |= {name: sum(row[name] for row in history) / updates for name in history[0]}
-            self.num_timesteps += tokens
-            self.at_rest = True
+            metrics["train/lr"] = self.updater.lr
+            with self.changing_weights():
+                metrics |= self.update(examples, updates)
+                self.num_timesteps += tokens
             metrics["time/tokens_per_second"] = tokens / (time.perf_counter() - started)
             metrics |= self.tokens.metrics()
             if callback is not None and callback(self.num_timesteps, metrics) is False:
                 return
+
+    def update(self, examples: Examples, updates: int) -> dict[str, float]:
+        """Takes `updates` optimiser steps on examples; returns the means of their metrics."""
+        history = [self.step(examples) for _ in range(updates)]
+        check_weights(self.policy, self.config)
+        return {name: sum(row[name] for row in history) / updates for name in history[0]}
+
+    def step(self, examples: Examples) -> dict[str, float]:
+        """Takes one optimiser step on examples."""
+        loss, metrics = self.loss(examples)
+        return self.updater.step([(loss, {"train/loss": loss.detach(), **metrics})])
 
     def _next_rows(self, total: int) -> Tensor | None:
         """The next `batch_size` of `total` rows, each once a pass, the last ones of a pass fewer; None at the end."""
         if not len(self._order):
             if self._passes == self.config.epochs:
                 return None
-            self._order, self._passes = torch.randperm(total, generator=self.generator), self._passes + 1
-        rows, self._order = self._order[: self.config.batch_size], self._order[self.config.batch_size :]
+            self._order = torch.randperm(total, generator=self.generator)
+            self._passes += 1
+        rows = self._order[: self.config.batch_size]
+        self._order = self._order[self.config.batch_size :]
         return rows
-
-    def _step(self, examples: Examples) -> dict[str, float]:
-        loss, metrics = self.loss(examples)
-        limit = self.config.max_grad_norm or math.inf
-        norm = gradient_of(loss, self.policy.parameters(), limit)
-        metrics = {"train/loss": loss.item(), **metrics, GRAD_NORM: norm}
-        check_step(metrics, self.policy, self.config, {})
-        self.optimizer.step()
-        return metrics
 
     def log_probs(self, episodes: Episodes) -> Tensor:
         """(n,) log pi(a_t|s_t) of every response token, nats, row by row of the mask; differentiable."""
         episodes = episodes.to(self.policy.device)
         return token_log_probs(self.policy.read(episodes).logits, episodes.response_ids[episodes.response_mask])
 
-    # -- acting, saving, loading ---------------------------------------------------------------------------------
+    # -- saving and loading --------------------------------------------------------------------------------------
 
-    def next_logits(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, V) logits of each row's next token, from one forward over (B, L) ids; mask (B, L) is True on tokens."""
-        left = ids.gather(1, (~mask).to(torch.uint8).argsort(dim=1, stable=True))
-        return self.policy.next_logits(left, mask.sum(-1))
+    def state(self) -> dict[str, Any]:
+        """What changes from batch to batch, but for the weights (`LearningAgent.state`)."""
+        return {**super().state(), "passes": self._passes, "order": self._order.clone()}
 
-    def write(self, directory: Path) -> None:
-        """Writes the files of a checkpoint into an empty directory."""
-        check_saving(self.policy, self.optimizer, self.config)
-        self.policy.save(directory)
-        state = dict(self._before_batch or self._state())
-        training = {name: state.pop(name) for name in ("generator", "order")}
-        torch.save({"optimizer": self.optimizer.state_dict(), **training}, directory / "training.pt")
-        (directory / "state.json").write_text(json.dumps(state, default=np.ndarray.tolist))
-
-    def _state(self) -> dict[str, Any]:
-        """What changes from batch to batch but for the weights and what the optimiser knows of them."""
-        return {
-            "num_timesteps": self.num_timesteps,
-            "tokens": asdict(self.tokens),
-            "passes": self._passes,
-            "config": asdict(self.config),
-            "env": self.envs.streams(),
-            "generator": self.generator.get_state(),
-            "order": self._order.clone(),
-        }
-
-    def load(self, directory: str | os.PathLike[str]) -> None:
-        """Goes on from what `save` wrote: the same curve as if there had been no break."""
-        directory = Path(directory)
-        self.policy.load(directory)
-        training = torch.load(directory / "training.pt", weights_only=True, map_location=self.policy.device)
-        self.optimizer.load_state_dict(training["optimizer"])
-        self.generator.set_state(training["generator"].cpu())
-        state = json.loads((directory / "state.json").read_text())
-        self.num_timesteps, self._passes, self._order = state["num_timesteps"], state["passes"], training["order"].cpu()
-        self.tokens = TokenCount(**state["tokens"])
-        self.envs.set_state(state["env"])
-        self._before_batch, self.at_rest = None, True
-
-
-def gradient_of(loss: Tensor, weights: Iterable[nn.Parameter], max_grad_norm: float) -> float:
-    """Gives weights the gradient of a loss, scaled down to `max_grad_norm` where its norm is larger.
-
-    Args:
-        loss: a scalar. weights: what it depends on. max_grad_norm: of all their gradients together.
-
-    Returns:
-        The norm before.
-    """
-    weights = list(weights)
-    for weight in weights:
-        weight.grad = None
-    loss.backward()
-    return nn.utils.clip_grad_norm_(weights, max_grad_norm).item()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` gave."""
+        super().restore(state)
+        self._passes = state["passes"]
+        self._order = state["order"]
 
 
 # -- responses that nobody has scored --------------------------------------------------------------------------------

@@ -334,6 +334,11 @@ def _ppo_row(shape: Shape, dtype: torch.dtype, small: bool) -> dict[str, Any]:
     return row
 
 
+def _update(agent: Any, episodes: Any) -> None:
+    """Learns from a batch."""
+    agent.learn_from(agent.shape(episodes))
+
+
 def measure_profile(small: bool) -> Iterator[dict[str, Any]]:
     """The ten kernels that take the most time in decoding and in an update of the 124M shape."""
     from torch.profiler import ProfilerActivity, profile
@@ -345,9 +350,9 @@ def measure_profile(small: bool) -> Iterator[dict[str, Any]]:
     for part in ("collect", "update"):
         agent.learn(agent.num_timesteps + 1)
         if part == "collect":
-            run: Callable[[], Any] = agent._collect
+            run: Callable[[], Any] = agent.collect
         else:
-            run = functools.partial(agent._update, agent._collect())
+            run = functools.partial(_update, agent, agent.collect())
         synchronise()
         started = time.perf_counter()
         with profile(activities=activities) as recorded:

@@ -25,7 +25,7 @@ def steps_through(agent: PPO, envs: Any) -> None:
     def gather() -> Any:
         return collect_steps(envs, agent.policy, agent.config.batch_size, agent.sampler, agent.generator)
 
-    agent._collect = gather  # type: ignore[method-assign]
+    agent.collect = gather  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from agents.algorithms.a2c import A2C
 from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
+from agents.batch import Batch
 from agents.on_policy import OnPolicyAgent
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
@@ -127,7 +128,7 @@ def direction(agent: OnPolicyAgent, tree: Tree, ways: Ways, *, scored: bool = Tr
     summed = torch.zeros((count, advantages.shape[1]), dtype=torch.float64)
     summed.index_add_(0, ways.rows, ways.weights.unsqueeze(1) * advantages.double())
     mean = (summed / weight.clamp(min=1e-300).unsqueeze(1) * scored).float()
-    read = agent._read(every, mean, torch.zeros_like(mean), torch.arange(count), torch.tensor(count), count)
+    read = agent.read(Batch(every, mean, torch.zeros_like(mean)), torch.tensor(count), count)
     a_token = weight.unsqueeze(1).expand_as(every.response_mask)[every.response_mask].float()
     tokens = weight @ every.lengths.double()  # of an episode, on average
     loss, _ = agent.loss(replace(read, weights=a_token / tokens, episode_weights=a_token))

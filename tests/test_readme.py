@@ -33,7 +33,7 @@ from agents.algorithms.best_of_n import BestOfN, BestOfNConfig
 from agents.algorithms.dpo import DPO, DPOConfig
 from agents.algorithms.ppo import PPOConfig
 from agents.algorithms.sft import SFT, SFTConfig
-from agents.on_policy import OnPolicyConfig
+from agents.on_policy_config import OnPolicyConfig
 from builders.pages import add_agent_rows, missing_agents
 from lmgym.envs.options import RESET_OPTIONS
 from lmgym.envs.settings import Settings

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from agents.batch import Minibatch
 from agents.losses import policy_gradient_loss, value_loss
-from agents.on_policy import Minibatch, OnPolicyAgent, OnPolicyConfig
+from agents.on_policy import OnPolicyAgent
+from agents.on_policy_config import OnPolicyConfig
+from agents.update import Loss
 from lmgym.episodes import Episodes
 from lmgym.errors import check_number
 from lmgym.kl import entropy
@@ -42,11 +45,11 @@ class A2C(OnPolicyAgent):
         """GAE over the tokens of each episode; one that was truncated is bootstrapped with V of its last state."""
         return self.gae(episodes, rewards, self.config.gae_lambda)
 
-    def loss(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Minibatch) -> Loss:
         """- A log pi + vf_coef * L_value - entropy_coef * entropy, means over tokens."""
         policy = policy_gradient_loss(batch.log_probs, batch.advantages, batch.weights)
         value = value_loss(batch.values, batch.returns, batch.weights)
         loss = policy + self.config.vf_coef * value
         if self.config.entropy_coef:
-            loss = loss - self.config.entropy_coef * (batch.weights * entropy(batch.log_law)).sum()
+            loss = loss - self.config.entropy_coef * (batch.weights * entropy(batch.log_distribution)).sum()
         return loss, {"train/policy_loss": policy.detach(), "train/value_loss": value.detach()}

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agents.on_policy import share_prompts
+from agents.diagnostics import share_prompts
 from agents.supervised import SupervisedAgent, SupervisedConfig, named_row, response_ids, unscored, with_reference
+from agents.update import Loss
 from lmgym.envs.engine import Engine
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
@@ -142,14 +143,14 @@ class DPO(SupervisedAgent[Pairs]):
         metrics["rollout/kl"] = episode_kl(episodes).mean().item()
         return metrics | {"rollout/length": episodes.lengths.float().mean().item()}
 
-    def loss(self, examples: Pairs) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, examples: Pairs) -> Loss:
         """The mean of `dpo_loss` over pairs."""
         both = examples.episodes[torch.cat([examples.chosen, examples.rejected])]
         chosen, rejected = self.log_ratios(both).chunk(2)
         self.tokens.read(both, backward=1)
         margins = self.beta * (chosen - rejected).detach()
-        accuracy = ((margins.sign() + 1) / 2).mean().item()
-        metrics = {"train/accuracy": accuracy, "train/margin": margins.mean().item()}
+        accuracy = ((margins.sign() + 1) / 2).mean()
+        metrics = {"train/accuracy": accuracy, "train/margin": margins.mean()}
         return dpo_loss(chosen, rejected, self.beta).mean(), metrics
 
     def log_ratios(self, episodes: Episodes) -> Tensor:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from agents.advantages import group_standardised
+from agents.batch import Batch, Minibatch
 from agents.losses import KLEstimator, clipped_policy_loss, kl_estimate
-from agents.on_policy import GroupConfig, Minibatch, OnPolicyAgent
+from agents.on_policy import OnPolicyAgent
+from agents.on_policy_config import GroupConfig
+from agents.policies.actor_critic import read_logits
+from agents.update import Loss
 from lmgym.episodes import Episodes
 from lmgym.errors import check_bool, check_choice, check_number
 from lmgym.kl import discounted_return, token_rewards
@@ -42,13 +46,8 @@ class GRPO(OnPolicyAgent):
 
     @property
     def uses_critic(self) -> bool:
-        """No."""
+        """False: the baseline is the mean score of the group."""
         return False
-
-    @property
-    def reads_reference(self) -> bool:
-        """For the exact KL only, where it has a price."""
-        return self.config.kl_estimator == "exact" and self.envs.kl_coef > 0
 
     def rewards(self, episodes: Episodes) -> Tensor:
         """The score alone, at the end."""
@@ -60,16 +59,32 @@ class GRPO(OnPolicyAgent):
         advantages = group_standardised(returns, self.config.group_size, scale=self.config.scale_by_std).unsqueeze(1)
         return torch.where(episodes.response_mask, advantages, 0.0), torch.zeros_like(rewards)
 
-    def loss(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def read(self, part: Batch, total: Tensor, count: int, *, backward: int = 0) -> Minibatch:
+        """For the exact KL, reads the reference too: one more forward, without a gradient."""
+        minibatch = super().read(part, total, count, backward=backward)
+        if self.config.kl_estimator != "exact" or self.envs.kl_coef == 0:
+            return minibatch
+        self.tokens.read(part.episodes)
+        with torch.no_grad():
+            ref_log_distribution = read_logits(self.envs.engine.lm, part.episodes).float().log_softmax(-1)
+        return replace(minibatch, ref_log_distribution=ref_log_distribution)
+
+    def loss(self, batch: Minibatch) -> Loss:
         """L_clip + kl_coef * KL(pi || pi_ref), means over episodes (Shao et al. 2024, eq. 3, negated)."""
         config = self.config
-        ratio = batch.log_probs, batch.old_log_probs, batch.advantages
+        ratio = (batch.log_probs, batch.old_log_probs, batch.advantages)
         weights = batch.episode_weights / (batch.lengths if config.length_mean else self.envs.engine.horizon)
         loss = clipped_policy_loss(*ratio, weights, config.clip_range).loss
         metrics = {"train/policy_loss": loss.detach()}
         if self.envs.kl_coef > 0:  # without a price the reference is never asked
-            laws = batch.log_probs, batch.ref_log_probs, batch.log_law, batch.ref_log_law
-            kl = (weights * kl_estimate(config.kl_estimator, *laws)).sum()
+            tokens_kl = kl_estimate(
+                config.kl_estimator,
+                batch.log_probs,
+                batch.ref_log_probs,
+                batch.log_distribution,
+                batch.ref_log_distribution,
+            )
+            kl = (weights * tokens_kl).sum()
             loss = loss + self.kl.value * kl
             metrics["train/kl_loss"] = kl.detach()
         with torch.no_grad():

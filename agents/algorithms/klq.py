@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from agents.batch import Minibatch
 from agents.losses import value_loss
-from agents.on_policy import Minibatch, OnPolicyAgent, OnPolicyConfig
+from agents.on_policy import OnPolicyAgent
+from agents.on_policy_config import OnPolicyConfig
+from agents.update import Loss
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_number
@@ -70,7 +73,7 @@ class KLQ(OnPolicyAgent):
         """Q(s_t, a_t), whose targets the lambda-returns are."""
         return super().estimates(episodes) + self.kl.value * (episodes.log_probs - episodes.ref_log_probs)
 
-    def loss(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Minibatch) -> Loss:
         """Half the mean squared error of Q over tokens, whose gradient reaches V and pi alike.
 
         V is held back to kl_coef times its own gradient, the share that log pi has by itself: else, on weights that

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents.algorithms.ppo import PPO, PPOConfig
+from agents.batch import Batch
 from agents.policies.actor_critic import MaskedState, Read, TrainablePolicy, read_logits
 from agents.policies.choice import make_policy
 from lmgym.episodes import Episodes
@@ -38,6 +38,7 @@ class NLPO(PPO):
     Config = NLPOConfig
     config: NLPOConfig
     policy: MaskedPolicy
+    carried = ("batches",)
     batches = 0  # since the start
 
     def new_policy(self, seed: int) -> MaskedPolicy:
@@ -50,34 +51,27 @@ class NLPO(PPO):
         """The policy among all tokens."""
         return self.policy.policy
 
-    def _update(self, episodes: Episodes) -> dict[str, float]:
-        metrics = super()._update(episodes)
+    def update(self, batch: Batch) -> dict[str, float]:
+        """PPO's; every few batches the mask policy then follows the policy."""
+        metrics = super().update(batch)
         self.batches += 1
         if self.batches % self.config.mask_update_every == 0:
             self.policy.refresh()
         return metrics
 
-    def _check_start(self, episodes: Episodes) -> None:
-        """The policy starts as the reference among the reference's own likeliest tokens."""
+    def start_log_probs(self, episodes: Episodes) -> Tensor:
+        """(B, T) log-probs of the reference among its own likeliest tokens, as which the policy starts."""
         device = self.policy.device
         start = torch.zeros_like(episodes.log_probs)
         for rows in torch.arange(len(episodes)).split(self.config.micro_batch_size):
             few = episodes[rows].to(device)
             logits = read_logits(self.envs.engine.lm, few)
             chosen = few.response_ids[few.response_mask].unsqueeze(1)
-            law = among(logits, logits, self.config.mask_top_p, chosen).float().log_softmax(-1)
+            log_distribution = among(logits, logits, self.config.mask_top_p, chosen).float().log_softmax(-1)
             part = torch.zeros_like(few.log_probs)
-            part[few.response_mask] = law.gather(1, chosen).squeeze(1)
+            part[few.response_mask] = log_distribution.gather(1, chosen).squeeze(1)
             start[rows] = part.to(start.device)
-        super()._check_start(replace(episodes, ref_log_probs=start))
-
-    def own_state(self) -> dict[str, Any]:
-        """The batches so far, for the next copy."""
-        return {"batches": self.batches}
-
-    def restore_own_state(self, state: dict[str, Any]) -> None:
-        """Takes the count up again."""
-        self.batches = state["batches"]
+        return start
 
 
 def among(logits: Tensor, mask_logits: Tensor, top_p: float, chosen: Tensor | None = None) -> Tensor:
@@ -107,7 +101,9 @@ class MaskedPolicy(TrainablePolicy):
 
     def __init__(self, policy: TrainablePolicy, mask: TrainablePolicy, top_p: float) -> None:
         super().__init__()
-        self.policy, self.mask, self.top_p = policy, mask.requires_grad_(False), top_p
+        self.policy = policy
+        self.mask = mask.requires_grad_(False)
+        self.top_p = top_p
 
     @property
     def device(self) -> torch.device:
@@ -118,7 +114,7 @@ class MaskedPolicy(TrainablePolicy):
         return self.policy.dtype
 
     def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> MaskedState:
-        prompts = prompt_ids, prompt_mask, max_new_tokens
+        prompts = (prompt_ids, prompt_mask, max_new_tokens)
         return MaskedState(self.policy.begin(*prompts), self.mask.begin(*prompts), partial(among, top_p=self.top_p))
 
     def read_at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Read:
@@ -134,10 +130,15 @@ class MaskedPolicy(TrainablePolicy):
     def _masked(self, own: Read, mask: Read, chosen: Tensor | None = None) -> Read:
         return Read(among(own.logits, mask.logits, self.top_p, chosen), own.values, own.hidden)
 
+    def critic_parameters(self) -> list[nn.Parameter]:
+        return self.policy.critic_parameters()
+
     def refresh(self) -> None:
         """Copies the policy into the mask policy, but for its critic."""
-        law = {k: x for k, x in self.policy.state_dict().items() if k.split(".")[0] not in ("critic", "value_head")}
-        self.mask.load_state_dict(law, strict=False)
+        critic = {id(parameter) for parameter in self.policy.critic_parameters()}
+        state = self.policy.state_dict(keep_vars=True)
+        weights = {name: tensor.detach() for name, tensor in state.items() if id(tensor) not in critic}
+        self.mask.load_state_dict(weights, strict=False)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the policy, and the mask policy into `mask/`."""

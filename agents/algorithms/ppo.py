@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from agents.advantages import whiten
+from agents.batch import Batch, Minibatch
 from agents.losses import clipped_policy_loss, clipped_value_loss
-from agents.on_policy import Minibatch, OnPolicyAgent, OnPolicyConfig
+from agents.on_policy import OnPolicyAgent
+from agents.on_policy_config import OnPolicyConfig
 from agents.policies.actor_critic import TrainablePolicy
+from agents.update import Loss
 from lmgym.data.rows import read_texts
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
@@ -94,11 +98,16 @@ class PPO(OnPolicyAgent):
         over_batch = self.config.whiten_advantages == "batch"
         return whiten(advantages, episodes.response_mask) if over_batch else advantages, returns
 
-    def minibatch_advantages(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        """Whitened over the minibatch alone, on demand."""
-        return whiten(advantages, mask) if self.config.whiten_advantages == "minibatch" else advantages
+    def losses(self, minibatch: Batch) -> Iterator[Loss]:
+        """Yields the losses of one step: of advantages whitened over the minibatch, and of texts, if config says so."""
+        if self.config.whiten_advantages == "minibatch":
+            whitened = whiten(minibatch.advantages, minibatch.episodes.response_mask)
+            minibatch = replace(minibatch, advantages=whitened)
+        yield from super().losses(minibatch)
+        if self._texts:
+            yield self.text_loss()
 
-    def loss(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Minibatch) -> Loss:
         """L_clip + vf_coef * L_value - entropy_coef * entropy (Schulman et al. 2017, eq. 9, negated)."""
         config = self.config
         weights = batch.weights if config.loss_mean == "token" else batch.episode_weights / batch.lengths
@@ -108,7 +117,7 @@ class PPO(OnPolicyAgent):
         value = clipped_value_loss(batch.values, batch.old_values, batch.returns, weights, config.clip_range_value)
         loss = policy.loss + config.vf_coef * value
         if config.entropy_coef:
-            loss = loss - config.entropy_coef * (weights * entropy(batch.log_law)).sum()
+            loss = loss - config.entropy_coef * (weights * entropy(batch.log_distribution)).sum()
         return loss, {
             "train/policy_loss": policy.loss.detach(),
             "train/value_loss": value.detach(),
@@ -116,10 +125,8 @@ class PPO(OnPolicyAgent):
             "train/approx_kl": policy.approx_kl,
         }
 
-    def auxiliary_loss(self) -> tuple[Tensor, dict[str, Tensor]] | None:
+    def text_loss(self) -> Loss:
         """ptx_coef times the mean of -log p over the tokens of some texts (Ouyang et al. 2022, eq. 2, negated)."""
-        if not self._texts:
-            return None
         drawn = torch.randint(len(self._texts), (self.config.ptx_batch_size,), generator=self.generator)
         ids, mask = (x.to(self.policy.device) for x in right_padded([self._texts[i] for i in drawn], 0))
         rows, columns = mask[:, 1:].nonzero(as_tuple=True)  # the place before each token but the first

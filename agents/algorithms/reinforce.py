@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from agents.advantages import leave_one_out, returns_to_go
+from agents.batch import Minibatch
 from agents.losses import policy_gradient_loss, value_loss
-from agents.on_policy import Minibatch, OnPolicyAgent, OnPolicyConfig
+from agents.on_policy import OnPolicyAgent
+from agents.on_policy_config import OnPolicyConfig
+from agents.update import Loss
 from lmgym.episodes import Episodes
 from lmgym.errors import check_choice, check_number
 
@@ -41,6 +44,7 @@ class REINFORCE(OnPolicyAgent):
 
     Config = REINFORCEConfig
     config: REINFORCEConfig
+    carried = ("average",)
     average = 0.0  # of the returns of earlier batches
 
     @property
@@ -63,20 +67,12 @@ class REINFORCE(OnPolicyAgent):
         self.average = decay * self.average + (1 - decay) * returns[:, 0].mean().item()
         return torch.where(mask, returns - baseline, 0.0), returns
 
-    def loss(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Minibatch) -> Loss:
         """- mean over episodes of sum_t gamma^t A_t log pi(a_t|s_t), and the squared error of a learned baseline."""
-        weights = batch.episode_weights * self.envs.gamma**batch.places
+        weights = batch.episode_weights * self.envs.gamma**batch.positions
         policy = policy_gradient_loss(batch.log_probs, batch.advantages, weights)
         metrics = {"train/policy_loss": policy.detach()}
         if not self.uses_critic:
             return policy, metrics
         value = value_loss(batch.values, batch.returns, batch.weights)
         return policy + self.config.vf_coef * value, metrics | {"train/value_loss": value.detach()}
-
-    def own_state(self) -> dict[str, Any]:
-        """The moving average."""
-        return {"average": self.average}
-
-    def restore_own_state(self, state: dict[str, Any]) -> None:
-        """Takes the moving average up again."""
-        self.average = state["average"]

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from agents.advantages import group_leave_one_out
+from agents.batch import Minibatch
 from agents.losses import policy_gradient_loss
-from agents.on_policy import GroupConfig, Minibatch, OnPolicyAgent
+from agents.on_policy import OnPolicyAgent
+from agents.on_policy_config import GroupConfig
+from agents.update import Loss
 from lmgym.episodes import Episodes
 from lmgym.kl import discounted_return
 
@@ -41,7 +44,7 @@ class RLOO(OnPolicyAgent):
         advantages = group_leave_one_out(returns, self.config.group_size).unsqueeze(1)
         return torch.where(episodes.response_mask, advantages, 0.0), torch.zeros_like(rewards)
 
-    def loss(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Minibatch) -> Loss:
         """- mean over episodes of A_i log pi(y_i|x)."""
         policy = policy_gradient_loss(batch.log_probs, batch.advantages, batch.episode_weights)
         return policy, {"train/policy_loss": policy.detach()}

@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from agents.algorithms.best_of_n import BestOfN, BestOfNConfig
 from agents.algorithms.optimal import Optimal
-from agents.supervised import SupervisedAgent, SupervisedConfig, gradient_of, named_row, response_ids, unscored
+from agents.finite import GRAD_NORM
+from agents.supervised import SupervisedAgent, SupervisedConfig, named_row, response_ids, unscored
+from agents.update import Loss, sum_gradients
 from lmgym.data.rows import read_rows
 from lmgym.envs.engine import Engine
 from lmgym.envs.vector import RLHFVectorEnv
@@ -102,7 +104,7 @@ class SFT(SupervisedAgent[Episodes]):
         assert self._file is not None
         return self._file[rows], self._file[rows].num_tokens
 
-    def loss(self, examples: Episodes) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, examples: Episodes) -> Loss:
         """The mean of -log pi over response tokens; the prompt is read and not learned."""
         self.tokens.read(examples, backward=1)
         return -self.log_probs(examples).mean(), {}
@@ -201,9 +203,9 @@ def train_sft(
                 loss = total / count
 
                 # 2. one step of AdamW
-                norm = gradient_of(loss, model.parameters(), max_grad_norm)
+                sums = sum_gradients([(loss, {})], model.parameters(), max_grad_norm)
                 check_finite("loss", loss.item())
-                check_finite("norm of the gradient", norm)
+                check_finite("norm of the gradient", sums[GRAD_NORM].item())
                 optimizer.step()
                 schedule.step()
 

@@ -6,16 +6,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from agents.batch import Batch, Minibatch
 from agents.finite import diverged
 from agents.losses import value_loss
-from agents.on_policy import Minibatch, OnPolicyAgent, OnPolicyConfig
+from agents.on_policy import OnPolicyAgent
+from agents.on_policy_config import OnPolicyConfig
+from agents.update import Loss
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number
 from lmgym.kl import exact
@@ -55,74 +57,89 @@ class TRPO(OnPolicyAgent):
 
     Config = TRPOConfig
     config: TRPOConfig
-    _progress = 0.0  # share of the run behind
 
     def advantages(self, episodes: Episodes, rewards: Tensor) -> tuple[Tensor, Tensor]:
         """GAE over the tokens of each episode; one that was truncated is bootstrapped with V of its last state."""
         return self.gae(episodes, rewards, self.config.gae_lambda)
 
-    def loss(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Minibatch) -> Loss:
         """The critic's: half the squared error."""
         loss = value_loss(batch.values, batch.returns, batch.weights)
         return loss, {"train/value_loss": loss.detach()}
 
-    @property
-    def law_parameters(self) -> list[nn.Parameter]:
-        """What the law depends on: the weights of the policy but for the critic's head and the critic's own trunk."""
-        return self._parameters()[0]
+    def update(self, batch: Batch) -> dict[str, float]:
+        """A natural step of the policy, then the critic's regression.
 
-    def _optimise(self, episodes: Episodes, advantages: Tensor, returns: Tensor) -> dict[str, float]:
-        metrics = self._natural_step(episodes, advantages, returns)
-        # The critic goes second: a head on the policy's trunk is to fit the trunk that the next batch is read with.
-        with _frozen(self.law_parameters):
-            return super()._optimise(episodes, advantages, returns) | metrics
+        The critic goes second: a head on the policy's trunk is to fit the trunk that the next batch is read with.
+        """
+        metrics = self.natural_step(batch)
+        with _frozen(self.policy.policy_parameters()):
+            return super().update(batch) | metrics
 
-    def _set_lr(self, progress: float, end: float) -> None:
-        super()._set_lr(progress, end)
-        self._progress = progress
+    def max_kl(self, progress: float) -> float:
+        """Nats a token between the old policy and the new, at a share of the run."""
+        if self.config.max_kl_schedule == "constant":
+            return self.config.max_kl
+        return self.config.max_kl * (1 - progress)
 
-    @property
-    def max_kl(self) -> float:
-        """Nats a token between the old policy and the new, at this place of the run."""
-        return self.config.max_kl * (1 - self._progress if self.config.max_kl_schedule == "linear" else 1)
-
-    def _natural_step(self, episodes: Episodes, advantages: Tensor, returns: Tensor) -> dict[str, float]:
+    def natural_step(self, batch: Batch) -> dict[str, float]:
         """x = F^-1 g, scaled to KL `max_kl` by the quadratic model of it, then cut back until it holds."""
-        parameters, max_kl = self.law_parameters, self.max_kl
-        batches = partial(self._batches, episodes, advantages, returns)
-        gradient, laws, before, ratio_error = torch.zeros_like(flat(parameters)), [], 0.0, 0.0
-        for batch in batches():
-            gain = surrogate(batch)
-            gradient += flat(torch.autograd.grad(gain, parameters, materialize_grads=True))
-            laws.append(batch.log_law.detach())
-            before += gain.item()
-            ratio_error += (batch.weights * (batch.log_probs - batch.old_log_probs).abs()).sum().item()
-        self.tokens.read(episodes, forward=0, backward=1)
-        direction, residual, curvature = self._direction(episodes, advantages, returns, gradient)
-        step, start = direction * (2 * max_kl / curvature).sqrt(), flat(self.masters.of(parameters))
-        self._check_natural({"surrogate": before, "gradient": gradient, "natural gradient": step})
+        parameters = self.policy.policy_parameters()
+        max_kl = self.max_kl(batch.progress)
+
+        # 1. the surrogate and its gradient
+        gradient = torch.zeros_like(flat(parameters))
+        distributions = []
+        gain = 0.0
+        ratio_error = 0.0
+        for part in self._parts(batch):
+            part_gain = surrogate(part)
+            gradient += flat(torch.autograd.grad(part_gain, parameters, materialize_grads=True))
+            distributions.append(part.log_distribution.detach())
+            gain += part_gain.item()
+            ratio_error += (part.weights * (part.log_probs - part.old_log_probs).abs()).sum().item()
+        self.tokens.read(batch.episodes, forward=0, backward=1)
+
+        # 2. the direction, as long as the KL allows
+        direction, residual, curvature = self._direction(batch, gradient, parameters)
+        step = direction * (2 * max_kl / curvature).sqrt()
+        self._check_natural({"surrogate": gain, "gradient": gradient, "natural gradient": step})
+
+        # 3. shorter and shorter steps, until one holds
+        smallest = torch.finfo(gradient.dtype).tiny
         metrics = {
             "train/ratio_error": ratio_error,
             "train/grad_norm": gradient.norm().item(),
-            "train/cg_residual": (residual.norm() / gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny)).item(),
+            "train/cg_residual": (residual.norm() / gradient.norm().clamp(min=smallest)).item(),
             "train/max_kl": max_kl,
-            "train/kl": 0.0,
-            "train/step_fraction": 0.0,
-            "train/surrogate_gain": 0.0,
         }
-        with torch.no_grad():
-            for i in range(self.config.line_search_steps):
-                fraction = self.config.backtrack**i
-                self._assign(start + fraction * step)
-                after, kl = 0.0, 0.0
-                for batch, old in zip(batches(), laws, strict=True):
-                    after += surrogate(batch).item()
-                    kl += (batch.weights * exact(old, batch.log_law)).sum().item()
-                if kl <= max_kl and after > before:
-                    found = {"kl": kl, "step_fraction": fraction, "surrogate_gain": after - before}
-                    return metrics | {f"train/{name}": x for name, x in found.items()}
-            self._assign(start)
-        return metrics
+        return metrics | self._search(batch, parameters, step, distributions, gain)
+
+    @torch.no_grad()
+    def _search(
+        self, batch: Batch, parameters: list[nn.Parameter], step: Tensor, distributions: list[Tensor], gain: float
+    ) -> dict[str, float]:
+        """Takes the first of ever shorter steps that holds the KL and improves the surrogate; none if there is none.
+
+        Args:
+            batch: the episodes. parameters: P numbers in all.
+            step: (P,) the longest. distributions: of the micro-batches before the step, (n, V) log-probs each.
+            gain: the surrogate before the step.
+        """
+        max_kl = self.max_kl(batch.progress)
+        start = flat(self.updater.masters.of(parameters))
+        for i in range(self.config.line_search_steps):
+            fraction = self.config.backtrack**i
+            self._assign(parameters, start + fraction * step)
+            new_gain = 0.0
+            kl = 0.0
+            for part, old in zip(self._parts(batch), distributions, strict=True):
+                new_gain += surrogate(part).item()
+                kl += (part.weights * exact(old, part.log_distribution)).sum().item()
+            if kl <= max_kl and new_gain > gain:
+                return {"train/kl": kl, "train/step_fraction": fraction, "train/surrogate_gain": new_gain - gain}
+        self._assign(parameters, start)
+        return {"train/kl": 0.0, "train/step_fraction": 0.0, "train/surrogate_gain": 0.0}
 
     def _check_natural(self, found: dict[str, float | Tensor]) -> None:
         """Raises `NotFiniteError` for a step that the line search would turn down, silently, in every batch to come."""
@@ -130,50 +147,48 @@ class TRPO(OnPolicyAgent):
             if not bool(torch.as_tensor(x).isfinite().all()):
                 diverged(f"the {name} of the batch is not finite", self.config)
 
-    def _assign(self, values: Tensor) -> None:
-        """Gives the weights of the law, and their copies in float32, new values (P,)."""
-        _assign(self.masters.of(self.law_parameters), values)
-        self.masters.copy_back()
+    def _assign(self, parameters: list[nn.Parameter], values: Tensor) -> None:
+        """Gives parameters, and their copies in float32, new values (P,)."""
+        assign(self.updater.masters.of(parameters), values)
+        self.updater.masters.copy_back()
 
     def _direction(
-        self, episodes: Episodes, advantages: Tensor, returns: Tensor, gradient: Tensor
+        self, batch: Batch, gradient: Tensor, parameters: list[nn.Parameter]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The natural gradient from F of a part of the episodes, whose graphs are kept for all iterations.
+        """The natural gradient from F of a part of the episodes, whose graphs stay for all iterations.
 
         Returns:
             x (P,), the residual (P,), and x . (F + damping) x (), where F is of all the episodes.
         """
-        config, parameters, count = self.config, self.law_parameters, len(episodes)
-        some = torch.randperm(count, generator=self.generator)[: math.ceil(config.fisher_fraction * count)]
-        some = some.to(self.policy.device)
-        few = episodes[some]
-
-        def fishers(episodes: Episodes, advantages: Tensor, returns: Tensor) -> Iterator[Fisher]:
-            for batch in self._batches(episodes, advantages, returns, twice=True):
-                yield Fisher(batch.log_law, batch.weights, parameters)
-            self.tokens.read(episodes, forward=0, backward=1)
-
-        kept = list(fishers(few, advantages[some], returns[some]))
+        config = self.config
+        count = len(batch)
+        rows = torch.randperm(count, generator=self.generator)[: math.ceil(config.fisher_fraction * count)]
+        few = batch[rows.to(self.policy.device)]
+        fishers = list(self._fishers(few, parameters))
 
         def product(vector: Tensor) -> Tensor:
-            self.tokens.read(few, forward=0, backward=2)
-            return sum((fisher.times(vector) for fisher in kept), config.cg_damping * vector)
+            self.tokens.read(few.episodes, forward=0, backward=2)
+            return sum((fisher.times(vector) for fisher in fishers), config.cg_damping * vector)
 
         x, residual = conjugate_gradient(product, gradient, config.cg_iterations)
-        whole = kept if len(few) == count else fishers(episodes, advantages, returns)
+        whole = fishers if len(few) == count else self._fishers(batch, parameters)
         curvature = sum((fisher.along(x) for fisher in whole), config.cg_damping * (x @ x))
-        self.tokens.read(episodes, forward=0, backward=1)
+        self.tokens.read(batch.episodes, forward=0, backward=1)
         return x, residual, curvature.clamp(min=torch.finfo(x.dtype).tiny)
 
-    def _batches(
-        self, episodes: Episodes, advantages: Tensor, returns: Tensor, *, twice: bool = False
-    ) -> Iterator[Minibatch]:
-        """Micro-batches of like length, whose weights sum to 1; `twice` are those to be differentiated twice."""
-        total, count = episodes.lengths.sum(), len(episodes)
-        for rows in episodes.lengths.argsort().split(self.config.micro_batch_size):
+    def _fishers(self, batch: Batch, parameters: list[nn.Parameter]) -> Iterator[Fisher]:
+        """Yields the Fisher matrices of micro-batches, whose sum is that of the batch."""
+        for part in self._parts(batch, twice=True):
+            yield Fisher(part.log_distribution, part.weights, parameters)
+        self.tokens.read(batch.episodes, forward=0, backward=1)
+
+    def _parts(self, batch: Batch, *, twice: bool = False) -> Iterator[Minibatch]:
+        """Yields micro-batches of like length, whose weights sum to 1; `twice` are those to be differentiated twice."""
+        total = batch.episodes.lengths.sum()
+        for part in batch.sort_by_length().split(self.config.micro_batch_size):
             with _twice_differentiable() if twice else nullcontext():
-                batch = self._read(episodes, advantages, returns, rows, total, count)
-            yield batch
+                minibatch = self.read(part, total, len(batch))
+            yield minibatch
 
 
 def surrogate(batch: Minibatch) -> Tensor:
@@ -189,24 +204,25 @@ class Fisher:
     no second derivative of the network is formed. The graph of u -> J^T u depends on no vector, and is made once.
 
     Args:
-        log_law: (n, V) log-probs with their graph, which can be differentiated twice; -inf off the support.
+        log_distribution: (n, V) log-probs with their graph, which can be differentiated twice; -inf off the support.
         weights: (n,). parameters: P numbers in all.
     """
 
-    def __init__(self, log_law: Tensor, weights: Tensor, parameters: Sequence[Tensor]) -> None:
-        self._log_law, self._parameters = log_law, parameters
-        self._mass = weights.unsqueeze(1) * log_law.detach().exp()
-        self._u = torch.zeros_like(log_law, requires_grad=True)
-        self._pulled = flat(
-            torch.autograd.grad(log_law, parameters, self._u, create_graph=True, materialize_grads=True)
-        )
+    def __init__(self, log_distribution: Tensor, weights: Tensor, parameters: Sequence[Tensor]) -> None:
+        self._log_distribution = log_distribution
+        self._parameters = parameters
+        self._mass = weights.unsqueeze(1) * log_distribution.detach().exp()
+        self._u = torch.zeros_like(log_distribution, requires_grad=True)
+        pulled = torch.autograd.grad(log_distribution, parameters, self._u, create_graph=True, materialize_grads=True)
+        self._pulled = flat(pulled)
 
     def times(self, vector: Tensor) -> Tensor:
         """F v (P,) of v (P,)."""
         mass = self._mass * self._push(vector)
-        return flat(
-            torch.autograd.grad(self._log_law, self._parameters, mass, retain_graph=True, materialize_grads=True)
+        pulled = torch.autograd.grad(
+            self._log_distribution, self._parameters, mass, retain_graph=True, materialize_grads=True
         )
+        return flat(pulled)
 
     def along(self, vector: Tensor) -> Tensor:
         """v . F v (), with no pull back."""
@@ -229,15 +245,20 @@ def conjugate_gradient(
     Returns:
         x (P,), and b - A x (P,) as the recursion has it.
     """
-    x, residual, along = torch.zeros_like(b), b.clone(), b.clone()
-    square = first = b @ b
+    x = torch.zeros_like(b)
+    residual = b.clone()
+    along = b.clone()
+    first = b @ b
+    square = first
     for _ in range(iterations):
         if square <= tolerance**2 * first:
             break
         image = product(along)
         length = square / (along @ image)
-        x, residual = x + length * along, residual - length * image
-        last, square = square, residual @ residual
+        x = x + length * along
+        residual = residual - length * image
+        last = square
+        square = residual @ residual
         along = residual + square / last * along
     return x, residual
 
@@ -247,7 +268,8 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([x.flatten().to(torch.promote_types(x.dtype, torch.float32)) for x in tensors])
 
 
-def _assign(parameters: Sequence[Tensor], values: Tensor) -> None:
+def assign(parameters: Sequence[Tensor], values: Tensor) -> None:
+    """Gives parameters the numbers of one tensor (P,), in their order: undoes `flat`."""
     with torch.no_grad():
         for parameter, part in zip(parameters, values.split([p.numel() for p in parameters]), strict=True):
             parameter.copy_(part.view_as(parameter))

@@ -67,6 +67,10 @@ class TrainablePolicy(nn.Module, ABC):
         """
 
     @abstractmethod
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """The weights that values alone depend on: the value head, and a trunk that only the critic has."""
+
+    @abstractmethod
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the weights into a directory that exists."""
 
@@ -77,6 +81,11 @@ class TrainablePolicy(nn.Module, ABC):
         Raises:
             InvalidArgumentError: for a checkpoint of another kind.
         """
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """The weights that learn and that the logits depend on, a trunk that is shared with the critic included."""
+        critic = {id(parameter) for parameter in self.critic_parameters()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in critic]
 
     def read(self, episodes: Episodes) -> Read:
         """What it says at every chosen token, from one forward; differentiable."""
@@ -90,8 +99,8 @@ class TrainablePolicy(nn.Module, ABC):
         return values
 
     @torch.no_grad()
-    def values_behind(self, episodes: Episodes) -> Tensor:
-        """(B,) V of the state behind each response's last token: what a truncated episode is bootstrapped with."""
+    def next_values(self, episodes: Episodes) -> Tensor:
+        """(B,) V of the state after each response's last token: what a truncated episode is bootstrapped with."""
         rows = torch.arange(len(episodes), device=self.device)
         columns = episodes.prompt_mask.sum(-1) + episodes.lengths - 1
         return self.read_at(_packed(episodes)[0], rows, columns).values
@@ -162,6 +171,10 @@ class ActorCritic(TrainablePolicy):
             hidden = self.critic(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0][rows, columns]
         hidden = hidden.float()
         return Read(logits, self.value_head(hidden).squeeze(-1), hidden)
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        trunk = [] if self.critic is None else list(self.critic.parameters())
+        return [*trunk, *self.value_head.parameters()]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the actor and its tokenizer as Hugging Face's, and the critic beside them as `critic.safetensors`.

@@ -289,6 +289,9 @@ class ResidualPolicy(TrainablePolicy):
         hidden, residual = self.network.hidden_at(ids, rows, columns)
         return Read(reference.float() + residual, self.value_head(hidden).squeeze(-1), hidden)
 
+    def critic_parameters(self) -> list[nn.Parameter]:
+        return list(self.value_head.parameters())
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes f and the value head as `residual.safetensors`, and their shape as `residual.json`."""
         weights = {name: x.contiguous() for name, x in self.state_dict().items()}

@@ -22,7 +22,6 @@ from omegaconf import OmegaConf
 from shipped import ON_POLICY, SUPERVISED, fields_of
 from torch import Tensor
 
-import agents.on_policy
 from agents.algorithms.a2c import A2C
 from agents.algorithms.grpo import GRPO
 from agents.algorithms.klq import KLQ
@@ -31,7 +30,10 @@ from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
 from agents.algorithms.trpo import TRPO
-from agents.on_policy import OnPolicyAgent, OnPolicyConfig
+from agents.batch import Batch
+from agents.diagnostics import check_groups
+from agents.on_policy import OnPolicyAgent
+from agents.on_policy_config import OnPolicyConfig
 from agents.policies.choice import PolicyConfig
 from agents.runs.config import validated
 from lmgym.envs.vector import RLHFVectorEnv
@@ -171,9 +173,9 @@ def test_tokens_that_leave_a_truncated_law_during_an_update_do_no_harm(
 def test_a_token_without_a_q_adds_nothing_to_klq() -> None:
     agent = agent_of(CASES["klq"])
     learn(agent, 1)
-    episodes = agent._collect()
+    episodes = agent.collect()
     advantages, returns = agent.advantages(episodes, agent.rewards(episodes))
-    batch = agent._read(episodes, advantages, returns, torch.arange(24), torch.tensor(episodes.num_tokens), 24)
+    batch = agent.read(Batch(episodes, advantages, returns), torch.tensor(episodes.num_tokens), 24)
     first = torch.arange(len(batch.weights)) == 0
     gone, _ = agent.loss(replace(batch, log_probs=batch.log_probs.masked_fill(first, -torch.inf)))
     unweighted, _ = agent.loss(replace(batch, weights=batch.weights.masked_fill(first, 0.0)))
@@ -218,7 +220,7 @@ def test_truncated_episodes_are_bootstrapped(name: str) -> None:
     agent = agent_of(case, task=tiny(horizon=3, truncate=True, gamma=0.9), **free, **decay)
     with torch.no_grad():
         agent.policy.value_head.bias.fill_(5.0)  # type: ignore[union-attr]
-    episodes = agent._collect()
+    episodes = agent.collect()
     rewards = agent.rewards(episodes)
     _, returns = agent.advantages(episodes, rewards)
     for i in range(len(episodes)):
@@ -245,7 +247,7 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(tmp_path: Path, case: Case
     learn(second, 1, total=120)  # a loaded agent forgets what it was
     second.load(tmp_path / "checkpoint")
     assert curve + learn(second, 2, total=120) == whole
-    assert first.own_state().keys() == ({"average"} if case.kind is REINFORCE else set())
+    assert first.state()["own"].keys() == ({"average"} if case.kind is REINFORCE else set())
 
 
 class Judge:
@@ -289,13 +291,13 @@ def test_what_is_saved_where_a_reward_raises_goes_on_to_the_same_curve(
 def test_an_agent_is_not_at_rest_within_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
     agent = agent_of(CASES["ppo"])
     learn(agent, 1)
-    step = agent.optimizer.step
+    step = agent.updater.optimizer.step
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         step(*args, **kwargs)
         raise MemoryError
 
-    monkeypatch.setattr(agent.optimizer, "step", failing)
+    monkeypatch.setattr(agent.updater.optimizer, "step", failing)
     with pytest.raises(MemoryError):
         learn(agent, 1)
     assert not agent.at_rest
@@ -317,7 +319,7 @@ def test_the_moving_average_is_of_the_returns_of_the_batches_before(monkeypatch:
         taken_off = seen.pop(0)
         torch.testing.assert_close(taken_off, torch.full_like(taken_off, expected), rtol=0, atol=1e-5)
         expected = 0.75 * expected + 0.25 * metrics["rollout/return"]
-    assert agent.own_state()["average"] == pytest.approx(expected, abs=1e-5)
+    assert agent.state()["own"]["average"] == pytest.approx(expected, abs=1e-5)
 
 
 @every_kind
@@ -363,7 +365,7 @@ def test_a_batch_holds_each_prompt_as_often_as_a_group_is_large(kind: type[OnPol
     prompts = []
     together = 0
     for _ in range(12):
-        episodes = agent._collect()
+        episodes = agent.collect()
         agent.num_timesteps += 1
         groups = episodes.prompt_ids.view(6, 4, -1)
         assert torch.equal(groups, groups[:, :1].expand_as(groups))
@@ -376,7 +378,7 @@ def test_a_batch_holds_each_prompt_as_often_as_a_group_is_large(kind: type[OnPol
 @grouped_kind
 def test_a_group_whose_rows_were_stepped_apart_is_refused(kind: type[OnPolicyAgent]) -> None:
     agent = agent_of(Case(kind, PAIRS))
-    agent._collect()
+    agent.collect()
     agent.envs.step(np.array([0, 1, 1, 1]))  # the first row ends, and draws its next prompt alone
     with pytest.raises(InvalidArgumentError, match="must give the 4 rows of a group the same prompts .* of 6 groups"):
         agent.learn(agent.num_timesteps + 1)
@@ -385,18 +387,18 @@ def test_a_group_whose_rows_were_stepped_apart_is_refused(kind: type[OnPolicyAge
 
 
 def test_responses_to_prompts_that_differ_by_their_length_alone_are_no_group() -> None:
-    episodes = agent_of(CASES["rloo"])._collect()
-    agents.on_policy.check_groups(episodes, 4)
+    episodes = agent_of(CASES["rloo"]).collect()
+    check_groups(episodes, 4)
     mask = episodes.prompt_mask.clone()
     mask[1, 0] ^= True
     with pytest.raises(InvalidArgumentError, match="in 1 of 6 groups"):
-        agents.on_policy.check_groups(replace(episodes, prompt_mask=mask), 4)
+        check_groups(replace(episodes, prompt_mask=mask), 4)
 
 
 @pytest.mark.parametrize("estimator", ["k3", "exact"])
 def test_without_a_price_grpo_never_asks_the_reference(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     agent = agent_of(Case(GRPO, PAIRS), task=tiny(kl_coef=0.0), kl_estimator=estimator)
-    monkeypatch.setattr(OnPolicyAgent, "_reference_law", None)
+    monkeypatch.setattr("agents.algorithms.grpo.read_logits", None)
     (metrics,) = learn(agent, 1)
     assert "train/kl_loss" not in metrics
     assert "rollout/kl" not in metrics
@@ -411,7 +413,7 @@ def test_groups_are_not_collected_step_by_step(kind: type[OnPolicyAgent]) -> Non
 def test_group_advantages_are_of_the_groups_of_a_batch() -> None:
     for kind in (RLOO, GRPO):
         agent = agent_of(Case(kind, PAIRS))
-        episodes = agent._collect()
+        episodes = agent.collect()
         scores = episodes.scores if kind is GRPO else token_rewards(episodes, 0.4).sum(1)
         found, _ = agent.advantages(episodes, agent.rewards(episodes))
         for i in range(24):
@@ -530,7 +532,7 @@ def test_an_agent_without_a_critic_takes_no_numbers_for_one(config: dict[str, An
 def test_the_error_of_klqs_q_is_the_advantage() -> None:
     agent = agent_of(CASES["klq"])
     learn(agent, 2)
-    episodes = agent._collect()
+    episodes = agent.collect()
     advantages, returns = agent.advantages(episodes, agent.rewards(episodes))
     mask = episodes.response_mask
     torch.testing.assert_close((returns - agent.estimates(episodes))[mask], advantages[mask], rtol=0, atol=1e-5)
@@ -566,7 +568,8 @@ from dataclasses import dataclass
 
 import torch
 
-from agents.on_policy import OnPolicyAgent, OnPolicyConfig
+from agents.on_policy import OnPolicyAgent
+from agents.on_policy_config import OnPolicyConfig
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def test_the_expected_update_is_along_the_gradient_of_j(
 ) -> None:
     agent = agent_of(kind, task, **config)
     if config.get("baseline") == "moving_average":
-        agent.restore_own_state({"average": 0.7})
+        agent.average = 0.7
     found = direction(agent, tree, ways_of(agent, tree))
     right = gradient(agent, tree)
     assert cosine(found, right) > 1 - 1e-5

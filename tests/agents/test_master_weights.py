@@ -176,6 +176,11 @@ def halves(agent: Any) -> list[nn.Parameter]:
     return [p for p in networks.parameters() if p.requires_grad and p.dtype == torch.bfloat16]
 
 
+def masters(agent: Any) -> MasterWeights:
+    """The float32 copies of those weights."""
+    return agent.masters if isinstance(agent, SB3Agent) else agent.updater.masters
+
+
 def train(agent: Any, batches: int) -> None:
     count = 0
 
@@ -192,11 +197,11 @@ def test_small_steps_of_an_agent_add_up(name: str) -> None:
     agent = agent_of(name)
     weights = halves(agent)
     assert weights
-    before = copies(agent.masters.of(weights))
+    before = copies(masters(agent).of(weights))
     start = copies(weights)
     assert all(x.dtype == torch.float32 for x in before)
     train(agent, STEPS)
-    now = agent.masters.of(weights)
+    now = masters(agent).of(weights)
     assert moved(now, before) > 0.9
     assert moved(weights, start) < 0.5
     for weight, master in zip(weights, now, strict=True):
@@ -210,11 +215,11 @@ def test_a_resumed_run_has_the_copies(name: str, tmp_path: Path) -> None:
     train(agent, 3)
     agent.save(tmp_path / "checkpoint")
     other.load(tmp_path / "checkpoint")
-    for a, b in zip(agent.masters.of(halves(agent)), other.masters.of(halves(other)), strict=True):
+    for a, b in zip(masters(agent).of(halves(agent)), masters(other).of(halves(other)), strict=True):
         assert torch.equal(a, b)
     if not name.startswith("sb3"):  # whose episodes in hand are no part of a checkpoint
         for each in (agent, other):
             train(each, 2)
-        for a, b in zip(agent.masters.of(halves(agent)), other.masters.of(halves(other)), strict=True):
+        for a, b in zip(masters(agent).of(halves(agent)), masters(other).of(halves(other)), strict=True):
             assert torch.equal(a, b)
     assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["num_timesteps"] > 0

@@ -59,7 +59,7 @@ def first_prompts(agent: Any) -> set[tuple[int, ...]]:
         examples = agent.sample()[0]
         prompt_ids = getattr(examples, "episodes", examples).prompt_ids
     else:
-        prompt_ids = agent._collect().prompt_ids
+        prompt_ids = agent.collect().prompt_ids
     return {tuple(row) for row in prompt_ids.tolist()}
 
 

@@ -19,11 +19,14 @@ from conftest import gpt2, word_tokenizer
 from torch import Tensor, nn
 
 import agents.advantages
+import agents.batch
 import agents.losses
 import agents.on_policy
 import agents.policies.actor_critic
 import lmgym.models.causal
 from agents.algorithms.ppo import PPO, PPOConfig
+from agents.batch import Batch
+from agents.diagnostics import exact_kl
 from lmgym import kl, rollout
 from lmgym.ending import EndRule
 from lmgym.envs.vector import RLHFVectorEnv
@@ -166,8 +169,8 @@ def the_update_reads_the_log_probs_that_were_sampled() -> None:
     for temperature in (1.0, 0.5):
         agent = ppo_at_work(sampler=Sampler(temperature=temperature))
         episodes = sampled(agent)
-        rows, zeros = torch.arange(len(episodes)), torch.zeros_like(episodes.log_probs)
-        batch = agent._read(episodes, zeros, zeros, rows, episodes.lengths.sum(), len(episodes))
+        zeros = torch.zeros_like(episodes.log_probs)
+        batch = agent.read(Batch(episodes, zeros, zeros), episodes.lengths.sum(), len(episodes))
         assert_near(batch.log_probs.detach(), batch.old_log_probs)
         assert_near(batch.values.detach(), batch.old_values)
 
@@ -178,7 +181,7 @@ def a_truncated_episode_has_a_future() -> None:
     episodes = sampled(agent)
     rewards = kl.token_rewards(episodes, KL_COEF)
     _, returns = agent.advantages(episodes, rewards)
-    behind = agent.policy.values_behind(episodes)
+    behind = agent.policy.next_values(episodes)
     assert 0 < episodes.terminated.sum() < len(episodes)
     for i, (_, response) in enumerate(responses_of(episodes)):
         n = len(response)
@@ -208,7 +211,7 @@ def whitened_advantages_have_mean_zero_over_the_mask() -> None:
 
 
 def gradient_of(agent: PPO, episodes: Episodes) -> Tensor:
-    agent._update(episodes)
+    agent.learn_from(agent.shape(episodes))
     return torch.cat([p.grad.flatten() for p in agent.policy.parameters() if p.grad is not None])
 
 
@@ -235,9 +238,9 @@ def the_reference_stays_what_it_was() -> None:
     envs = tiny_envs(lm=tiny_lm())
     agent, model = PPO(envs, PPOConfig(batch_size=16, lr=1e-2)), envs.engine.lm.model
     before = [p.clone() for p in model.parameters()]
-    agent._update(sampled(agent))
+    agent.learn_from(agent.shape(sampled(agent)))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert agent._exact_kl(sampled(agent)) > 1e-4
+    assert exact_kl(agent.policy, agent.sampler, envs.engine.lm, sampled(agent)) > 1e-4
 
 
 def two_reads_of_one_policy_agree() -> None:
@@ -388,13 +391,15 @@ MUTANTS = [
     Mutant(
         "pad counted in the mean of the loss",
         rewrite(
-            agents.on_policy.OnPolicyAgent._step, "episodes.lengths[rows].sum()", "episodes.response_mask[rows].numel()"
+            agents.on_policy.OnPolicyAgent.losses,
+            "minibatch.episodes.lengths.sum()",
+            "torch.tensor(minibatch.episodes.response_mask.numel())",
         ),
         padding_does_not_change_the_update,
     ),
     Mutant(
         "mean of the means of micro-batches",
-        rewrite(agents.on_policy.OnPolicyAgent._read, "/ total", "/ len(read.values)"),
+        rewrite(agents.batch.read_minibatch, "/ total", "/ len(read.values)"),
         accumulation_does_not_change_the_update,
     ),
     Mutant(

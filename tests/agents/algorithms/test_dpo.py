@@ -227,14 +227,14 @@ def test_no_rankings_are_too_few() -> None:
 def test_offline_every_pair_is_used_once_a_pass(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     agent = tiny_dpo(mode="offline", rankings=file, batch_size=4, epochs=3)
     seen: list[int] = []
-    step = agent._step
+    step = agent.step
 
     def spy(pairs: Pairs) -> dict[str, float]:
         keys = 10 * pairs.chosen + pairs.rejected
         seen.extend(keys.tolist())
         return step(pairs)
 
-    monkeypatch.setattr(agent, "_step", spy)
+    monkeypatch.setattr(agent, "step", spy)
     monkeypatch.setattr(agents.algorithms.dpo, "collect", None)  # no env step is taken
     history = learn(agent, 100)
     assert len(history) == 6  # 4 + 2 pairs a pass
@@ -289,7 +289,7 @@ def test_what_is_saved_where_a_batch_fails_goes_on_to_the_same_curve(
     second.load(tmp_path / "checkpoint")
     assert start + learn(second, 2) == history
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(second, "_step", lambda _: 1 / 0)
+        patch.setattr(second, "step", lambda _: 1 / 0)
         learn(second, 1)
     assert not second.at_rest
 

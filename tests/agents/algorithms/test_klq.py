@@ -13,6 +13,7 @@ from torch import Tensor
 
 from agents.algorithms.a2c import A2C
 from agents.algorithms.klq import KLQ
+from agents.batch import Batch
 from agents.on_policy import OnPolicyAgent
 from agents.policies.actor_critic import Read
 from lmgym.episodes import Episodes
@@ -86,9 +87,8 @@ def q_gradient(agent: OnPolicyAgent, tree: Tree) -> tuple[float, Tensor]:
     """The expected loss of KLQ, and its gradient (p,)."""
     episodes, probs = tabular_ways(agent, tree)
     advantages, returns = agent.advantages(episodes, agent.rewards(episodes))
-    every = torch.arange(len(episodes))
     mask = episodes.response_mask
-    read = agent._read(episodes, advantages, returns, every, torch.tensor(len(episodes)), len(episodes))
+    read = agent.read(Batch(episodes, advantages, returns), torch.tensor(len(episodes)), len(episodes))
     loss, _ = agent.loss(replace(read, weights=probs.unsqueeze(1).expand_as(mask)[mask]))
     return loss.item(), flat(torch.autograd.grad(loss, parameters_of(agent)), parameters_of(agent))
 
@@ -105,14 +105,14 @@ def slow_q_gradient(agent: OnPolicyAgent, tree: Tree) -> tuple[float, Tensor]:
     read = agent.policy.read(episodes)
     total = torch.zeros((), dtype=torch.float64)
     place = 0
-    log_law = read.logits.log_softmax(-1)
+    log_distribution = read.logits.log_softmax(-1)
     for i in range(len(episodes)):
         n = int(episodes.lengths[i])
         score = tree.scores.flatten()[i].item()
         tokens = episodes.response_ids[i, :n]
         at = torch.arange(place, place + n)
         values = read.values[at]
-        q = values + price * (log_law[at, tokens] - episodes.ref_log_probs[i, :n])
+        q = values + price * (log_distribution[at, tokens] - episodes.ref_log_probs[i, :n])
         for t in range(n):
             target = q[t].item()
             for k in range(t, n):
@@ -169,10 +169,9 @@ def policy_part(tree: Tree, td_lambda: float) -> Tensor:
     """(p,) what KLQ's policy goes along, with V held, in expectation over all responses."""
     agent = agent_of(KLQ, tree.task, td_lambda=td_lambda)
     episodes, probs = tabular_ways(agent, tree)
-    every = torch.arange(len(episodes))
     mask = episodes.response_mask
     targets = agent.advantages(episodes, agent.rewards(episodes))
-    batch = agent._read(episodes, *targets, every, torch.tensor(len(episodes)), len(episodes))
+    batch = agent.read(Batch(episodes, *targets), torch.tensor(len(episodes)), len(episodes))
     weights = probs.unsqueeze(1).expand_as(mask)[mask]
     loss, _ = agent.loss(replace(batch, values=batch.values.detach(), weights=weights))
     return flat(torch.autograd.grad(-loss, parameters_of(agent), allow_unused=True), parameters_of(agent))

@@ -104,7 +104,7 @@ def test_never_a_token_off_the_set(kind: Any, way: Any) -> None:
     moved(agent.policy.policy)
     moved(agent.policy.mask, seed=4)  # three laws that differ: the policy, its mask, the reference
     agent.num_timesteps = 1
-    episodes = agent._collect()
+    episodes = agent.collect()
     kept = sets(agent, episodes)
     assert 0.1 < kept.float().mean() < 0.9
     chosen = episodes.response_ids[episodes.response_mask]
@@ -141,7 +141,7 @@ def test_predict_and_evaluation_stay_in_the_set() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_first_the_ratio_is_one_and_the_kl_is_that_of_the_mask(kind: Any) -> None:
     agent = tiny_nlpo(policy=kind, epochs=1, minibatches=1)
-    episodes = agent._collect()
+    episodes = agent.collect()
     probs = read_logits(agent.envs.engine.lm, episodes).softmax(-1)
     mass = (probs * sets(agent, episodes)).sum(-1)
     rows = episodes.response_mask.nonzero()[:, 0]
@@ -167,7 +167,7 @@ def test_a_start_that_is_not_the_reference_is_loud(part: str) -> None:
 
 def test_a_token_on_the_edge_of_the_set_does_not_fall_out_of_it() -> None:
     agent = tiny_nlpo(mask_top_p=0.6, batch_size=200, mask_update_every=10**6)
-    episodes = agent._collect()
+    episodes = agent.collect()
     agent.policy.top_p = 0.3  # as if rounding had made every set smaller
     with torch.no_grad():
         law = agent.policy.read(episodes).logits.log_softmax(-1)
@@ -200,7 +200,7 @@ def test_the_mask_policy_follows_every_few_batches(kind: Any, critic: Any) -> No
     for n, mask in enumerate(masks):
         assert same(mask, policies[n - n % 3])
     assert not any(p.requires_grad for p in agent.policy.mask.parameters())
-    episodes = agent._collect()
+    episodes = agent.collect()
     with torch.no_grad():  # and what it says is its own
         assert not torch.equal(agent.policy.mask.read(episodes).logits, agent.policy.policy.read(episodes).logits)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor
 
 import agents.on_policy
 from agents.algorithms.ppo import PPO, PPOConfig
-from agents.on_policy import lr_factor
+from agents.batch import Batch, recompute
+from agents.diagnostics import exact_kl
 from agents.policies.actor_critic import Critic
+from agents.update import Loss, lr_factor
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import LmGymError, LogProbError
@@ -206,7 +209,7 @@ def test_a_forgotten_temperature_is_loud(sampled: Sampler, updated: Sampler, mon
         return collect(envs, policy, episodes, sampled, generator)
 
     monkeypatch.setattr(agents.on_policy, "collect", other)
-    with pytest.raises((RuntimeError, LogProbError), match=r"not of the law that sampled|must have KL 0"):
+    with pytest.raises((RuntimeError, LogProbError), match=r"not of the distribution that sampled|must have KL 0"):
         learn(moved(tiny_ppo(sampler=updated)), 1)
 
 
@@ -246,7 +249,7 @@ def longer() -> RLHFVectorEnv:
 def updated(episodes: Episodes, **config: Any) -> tuple[Tensor, Tensor]:
     """Gradients and parameters after an update on given episodes."""
     agent = moved(tiny_ppo(longer(), **one_update(**config)))
-    agent._update(episodes)
+    agent.learn_from(agent.shape(episodes))
     return gradients(agent), weights(agent)
 
 
@@ -295,13 +298,15 @@ def test_padding_does_not_matter(ragged_batch: Episodes) -> None:
 def test_every_episode_is_used_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     agent = tiny_ppo(epochs=3, minibatches=5, micro_batch_size=2)
     seen = []
-    step = agent._step
+    losses = agent.losses
 
-    def spy(episodes: Episodes, advantages: Tensor, returns: Tensor, rows: Tensor) -> dict[str, float]:
-        seen.append(rows.tolist())
-        return step(episodes, advantages, returns, rows)
+    def spy(minibatch: Batch) -> Iterator[Loss]:
+        seen.append(minibatch.advantages[:, 0].long().tolist())
+        return losses(minibatch)
 
-    monkeypatch.setattr(agent, "_step", spy)
+    numbered = torch.arange(24.0).unsqueeze(1).expand(24, agent.envs.engine.horizon)
+    monkeypatch.setattr(agent, "advantages", lambda episodes, rewards: (numbered, numbered))
+    monkeypatch.setattr(agent, "losses", spy)
     learn(agent, 1)
     assert len(seen) == 15
     epochs = [list(itertools.chain(*seen[i : i + 5])) for i in (0, 5, 10)]
@@ -314,7 +319,7 @@ def test_the_weights_of_a_minibatch_sum_to_one(ragged_batch: Episodes, monkeypat
     sums = []
     loss = agent.loss
     monkeypatch.setattr(agent, "loss", lambda batch: (sums.append(batch.weights.sum().item()), loss(batch))[1])
-    agent._update(ragged_batch)
+    agent.learn_from(agent.shape(ragged_batch))
     assert len(sums) == 9  # 3 minibatches of 8 episodes, 3 + 3 + 2 at a time
     assert [sum(sums[i : i + 3]) for i in (0, 3, 6)] == pytest.approx([1.0] * 3)
 
@@ -371,7 +376,7 @@ def test_both_ways_of_collecting_give_the_same_first_batch(parts: dict[str, obje
     batches = []
     for kind in ("episodes", "steps"):
         envs = RLHFVectorEnv(12, autoreset_mode="SameStep", prompt_order=order, gamma=gamma, **parts)
-        batches.append(tiny_ppo(envs, seed=2, batch_size=12, collect=kind)._collect())
+        batches.append(tiny_ppo(envs, seed=2, batch_size=12, collect=kind).collect())
     fast, slow = batches
     for name in ("prompt_ids", "prompt_mask", "response_mask", "terminated"):
         assert torch.equal(getattr(fast, name), getattr(slow, name)), name
@@ -407,8 +412,8 @@ def test_the_update_follows_the_exact_gradient_of_the_objective() -> None:
     right = exact(0.5)
     wrong = exact(-0.5)
     none = exact(0.0)
-    episodes = agent._collect()
-    agent._update(episodes)
+    episodes = agent.collect()
+    agent.learn_from(agent.shape(episodes))
     # The loss is a mean over tokens, J one over episodes.
     got = -gradients(agent)[: len(right)] * episodes.num_tokens / len(episodes)
     assert cosine(got, right) > 0.99
@@ -425,17 +430,16 @@ def test_whitening_keeps_the_direction_of_the_gradient() -> None:
     actor = agent.policy.actor
     found = torch.autograd.grad(Truth(envs).objective(actor), list(actor.parameters()))
     right = torch.cat([g.flatten() for g in found])
-    agent._update(agent._collect())
+    agent.learn_from(agent.shape(agent.collect()))
     assert cosine(-gradients(agent)[: len(right)], right) > 0.95
 
 
-def test_exact_kl_is_the_kl_by_enumeration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agents.on_policy, "_EXACT_KL_EPISODES", 6000)
+def test_exact_kl_is_the_kl_by_enumeration() -> None:
     envs = tiny_envs()
     agent = moved(tiny_ppo(envs, batch_size=6000), scale=0.3)
     truth = Truth(envs)
-    episodes = agent._collect()
-    exact = agent._exact_kl(episodes)
+    episodes = agent.collect()
+    exact = exact_kl(agent.policy, agent.sampler, envs.engine.lm, episodes)
     sampled = episode_kl(episodes)
     expected = truth.kl(agent.policy.actor)
     error = sampled.std().item() / 6000**0.5
@@ -448,8 +452,8 @@ def test_exact_kl_is_the_kl_by_enumeration(monkeypatch: pytest.MonkeyPatch) -> N
 def test_rollout_metrics_are_rebuilt_from_the_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
     agent = moved(tiny_ppo(tiny_envs(max_new_tokens=6, gamma=0.9), batch_size=32))
     kept: list[Episodes] = []
-    gather = agent._collect
-    monkeypatch.setattr(agent, "_collect", lambda: kept.append(gather()) or kept[-1])
+    gather = agent.collect
+    monkeypatch.setattr(agent, "collect", lambda: kept.append(gather()) or kept[-1])
     (metrics,) = learn(agent, 1)
     (e,) = kept
     returns = []
@@ -544,16 +548,16 @@ def test_a_checkpoint_does_not_bring_its_rates_along(tmp_path: Any) -> None:
     learn(old, 1)
     old.save(tmp_path / "checkpoint")
     new.load(tmp_path / "checkpoint")
-    new._set_lr(0.0, 0.1)
-    assert [(g["lr"], g["eps"]) for g in new.optimizer.param_groups] == [(1e-4, 1e-6), (3e-4, 1e-6)]
+    new.updater.set_lr(0.0, 0.1)
+    assert [(g["lr"], g["eps"]) for g in new.updater.optimizer.param_groups] == [(1e-4, 1e-6), (3e-4, 1e-6)]
 
 
 def test_the_critic_has_a_rate_of_its_own(ragged_batch: Episodes) -> None:
     for config in ({}, {"critic": "reference"}):
         agent = moved(tiny_ppo(longer(), lr=1e-3, critic_lr=0.0, lr_schedule="constant", **config))
         before = {name: p.clone() for name, p in agent.policy.named_parameters()}
-        agent._set_lr(0.0, 0.1)
-        agent._update(ragged_batch)
+        agent.updater.set_lr(0.0, 0.1)
+        agent.learn_from(agent.shape(ragged_batch))
         still = {name for name, p in agent.policy.named_parameters() if torch.equal(p, before[name])}
         assert still == {name for name in before if name.startswith(("value_head.", "critic."))}
 
@@ -571,7 +575,7 @@ def test_adam_is_that_of_the_library_it_is_named_after(style: str) -> None:
     m = 0.0
     v = 0.0
     for t in (1, 2, 3):
-        agent._update(batch_of(agent, seed=t))
+        agent.learn_from(agent.shape(batch_of(agent, seed=t)))
         g = gradients(agent).double()
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g**2
@@ -608,7 +612,7 @@ def test_advantages_are_whitened_over_what_is_said(ragged_batch: Episodes, monke
         parts: list[Tensor] = []
         loss = agent.loss
         monkeypatch.setattr(agent, "loss", lambda batch: (parts.append(batch.advantages), loss(batch))[1])
-        agent._update(ragged_batch)
+        agent.learn_from(agent.shape(ragged_batch))
         return [torch.cat(parts[i : i + 3]) for i in (0, 3)]
 
     for x in seen("minibatch"):
@@ -645,13 +649,13 @@ def test_log_probs_can_be_those_of_the_training_forward(ragged_batch: Episodes) 
 
 def test_a_token_on_the_edge_of_a_truncated_law_keeps_the_log_prob_it_was_drawn_with() -> None:
     agent = moved(tiny_ppo(longer(), sampler=Sampler(top_k=2), recompute_log_probs=True))
-    episodes = agent._collect()
+    episodes = agent.collect()
     last = episodes.lengths[0] - 1
     place = int(episodes.response_mask[0].sum()) - 1
     off = agent.policy.read(episodes).logits[place].argmin()  # never among the two likeliest
     ids = episodes.response_ids.clone()
     ids[0, last] = off
-    found = agent._recomputed(replace(episodes, response_ids=ids))
+    found = recompute(agent.policy, agent.sampler, replace(episodes, response_ids=ids), 24)
     assert found.log_probs[0, last] == episodes.log_probs[0, last]
     torch.testing.assert_close(found.log_probs, episodes.log_probs, rtol=0, atol=1e-5)
 
@@ -672,7 +676,7 @@ def test_texts_are_mixed_in(tmp_path: Any) -> None:
     ]
     spent = agent.tokens.backward
     state = agent.generator.get_state()
-    loss, metrics = agent.auxiliary_loss() or (torch.zeros(()), {})
+    loss, metrics = agent.text_loss()
     drawn = torch.randint(len(agent._texts), (64,), generator=torch.Generator().set_state(state))
     terms = []
     for i in drawn.tolist():
@@ -728,7 +732,7 @@ def test_tokens_are_counted(ragged_batch: Episodes) -> None:
     assert size == int(ragged_batch.prompt_mask.sum() + ragged_batch.lengths.sum())
     for config, forward in (({}, 2), ({"recompute_log_probs": True}, 3)):
         agent = moved(tiny_ppo(longer(), epochs=2, minibatches=3, micro_batch_size=3, **config))
-        agent._update(ragged_batch)
+        agent.learn_from(agent.shape(ragged_batch))
         assert (agent.tokens.forward, agent.tokens.backward) == (forward * size, 2 * size)
     metrics = learn(tiny_ppo(), 2)[-1]
     assert metrics["cost/forward_tokens"] > metrics["cost/backward_tokens"] > metrics["step"]
@@ -766,7 +770,7 @@ def test_the_critic_learns_what_is_paid() -> None:
     agent = tiny_ppo(envs, lr=2e-2, lr_schedule="constant", clip_range_value=None, vf_coef=1.0)
     history = learn(agent, 40)
     assert history[0]["train/value_loss"] > 1.0
-    episodes = agent._collect()
+    episodes = agent.collect()
     assert (agent.policy.values(episodes)[episodes.response_mask] - 3.0).abs().max() < 0.3
 
 
@@ -807,10 +811,10 @@ def test_truncated_episodes_are_bootstrapped_with_the_value_behind_them_and_term
     agent = moved(tiny_ppo(tiny_envs(max_new_tokens=4, gamma=0.9, truncate=True), **config))
     with torch.no_grad():
         agent.policy.value_head.bias.fill_(5.0)  # far from zero, so that it cannot be overlooked
-    episodes = agent._collect()
+    episodes = agent.collect()
     rewards = token_rewards(episodes, 0.3)
     _, returns = agent.advantages(episodes, rewards)
-    behind = agent.policy.values_behind(episodes)
+    behind = agent.policy.next_values(episodes)
     expected = discounted_return(rewards, 0.9) + torch.where(
         episodes.terminated, 0.0, 0.9 ** episodes.lengths.float() * behind
     )

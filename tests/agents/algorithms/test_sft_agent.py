@@ -21,8 +21,9 @@ from torch import Tensor
 import agents.algorithms.sft
 from agents.algorithms.best_of_n import BestOfN, BestOfNConfig, best_of_n_log_probs
 from agents.algorithms.sft import SFT, SFTConfig, read_demonstrations
+from agents.finite import GRAD_NORM
 from agents.seeds import row_seeds
-from agents.supervised import gradient_of
+from agents.update import sum_gradients
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, LmGymError
@@ -59,7 +60,7 @@ def source(request: pytest.FixtureRequest, file: str) -> dict[str, Any]:
 
 
 def gradient(agent: SFT, loss: Tensor) -> Tensor:
-    parts = torch.autograd.grad(loss, agent.optimizer.param_groups[0]["params"], allow_unused=True)
+    parts = torch.autograd.grad(loss, agent.updater.optimizer.param_groups[0]["params"], allow_unused=True)
     return torch.cat([part.flatten() for part in parts if part is not None])
 
 
@@ -117,13 +118,15 @@ def test_the_loss_is_of_the_response_alone_and_its_end(file: str) -> None:
     assert first["train/reference_loss"] == pytest.approx(nats / count, abs=1e-5)
     assert first["train/demonstration_length"] == pytest.approx(count / len(LINES))
     assert first["step"] == count
-    assert agent._step(agent._file)["train/loss"] < nats / count - 0.01  # type: ignore[arg-type]
+    assert agent.step(agent._file)["train/loss"] < nats / count - 0.01  # type: ignore[arg-type]
 
 
 def test_a_gradient_is_of_this_loss_and_clipped() -> None:
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    for limit, expected in ((1.0, [0.6, 0.8]), (math.inf, [3.0, 4.0])):
-        assert gradient_of(weight.square().sum() / 2, [weight], limit) == pytest.approx(5)
+    for limit, expected in ((1.0, [0.6, 0.8]), (0.0, [3.0, 4.0])):
+        losses = [(weight.square().sum() / 4, {"loss": torch.tensor(1.0)}) for _ in range(2)]
+        sums = sum_gradients(losses, [weight], limit)
+        assert {name: x.item() for name, x in sums.items()} == pytest.approx({"loss": 2, GRAD_NORM: 5})
         assert weight.grad is not None
         assert weight.grad.tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -224,14 +227,14 @@ def test_a_file_is_used_once_a_pass(file: str, monkeypatch: pytest.MonkeyPatch) 
     agent = tiny_sft(demonstrations="file", path=file, batch_size=3, epochs=3)
     size = agent.tokens.forward  # read by the reference
     seen: list[tuple[int, ...]] = []
-    step = agent._step
+    step = agent.step
 
     def spy(episodes: Episodes) -> dict[str, float]:
         ids = torch.cat([episodes.prompt_ids, episodes.response_ids], dim=1)
         seen.extend(tuple(row) for row in ids.tolist())
         return step(episodes)
 
-    monkeypatch.setattr(agent, "_step", spy)
+    monkeypatch.setattr(agent, "step", spy)
     monkeypatch.setattr(agents.algorithms.sft, "collect", None)  # no env step is taken
     history = learn(agent, 100)
     assert len(history) == 6  # 3 + 2 demonstrations a pass

@@ -18,6 +18,7 @@ from agents.advantages import returns_to_go
 from agents.agent import TokenCount
 from agents.algorithms.a2c import A2C
 from agents.algorithms.trpo import TRPO, Fisher, TRPOConfig, conjugate_gradient, flat, surrogate
+from agents.batch import Batch
 from agents.on_policy import OnPolicyAgent
 from agents.policies.actor_critic import TrainablePolicy
 from lmgym.envs.vector import RLHFVectorEnv
@@ -57,15 +58,15 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).item()
 
 
-def log_law(policy: TrainablePolicy, episodes: Episodes) -> Tensor:
+def log_distribution(policy: TrainablePolicy, episodes: Episodes) -> Tensor:
     return policy.read(episodes).logits.log_softmax(-1)
 
 
-def dense_fisher(log_laws: Tensor, weights: Tensor, parameters: list[Tensor]) -> Tensor:
+def dense_fisher(log_distributions: Tensor, weights: Tensor, parameters: list[Tensor]) -> Tensor:
     """(P, P): the sum over states and tokens of w pi grad log pi grad log pi^T, one gradient at a time."""
     size = sum(p.numel() for p in parameters)
     matrix = torch.zeros((size, size), dtype=torch.float64)
-    for weight, row in zip(weights, log_laws, strict=True):
+    for weight, row in zip(weights, log_distributions, strict=True):
         for log_prob in row:
             if log_prob > -torch.inf:
                 found = torch.autograd.grad(log_prob, parameters, retain_graph=True, materialize_grads=True)
@@ -141,12 +142,12 @@ def test_fisher_products_are_those_of_the_dense_matrix_of_a_table() -> None:
 
 def test_conjugate_gradients_with_the_products_of_one_graph_solve_the_dense_system() -> None:
     agent = moved(tiny_trpo(policy="gru", width=3))
-    episodes, parameters = agent._collect()[:8], agent.law_parameters
+    episodes, parameters = agent.collect()[:8], agent.policy.policy_parameters()
     agent.policy.double()
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(episodes.num_tokens, generator=generator, dtype=torch.float64)
     with agents.algorithms.trpo._twice_differentiable():
-        laws = log_law(agent.policy, episodes)
+        laws = log_distribution(agent.policy, episodes)
     matrix, fisher = dense_fisher(laws, weights, parameters), Fisher(laws, weights, parameters)
     b = torch.randn(len(matrix), generator=generator, dtype=torch.float64)
     x, residual = conjugate_gradient(lambda v: fisher.times(v) + 0.1 * v, b, 400, tolerance=1e-10)
@@ -159,7 +160,7 @@ def test_conjugate_gradients_with_the_products_of_one_graph_solve_the_dense_syst
 def test_fisher_products_are_those_of_the_hessian_of_the_kl(kind: Any) -> None:
     """Against central differences of the gradient of KL(pi_old || pi), in float64, for every kind of policy."""
     agent = moved(tiny_trpo(policy=kind))
-    episodes, parameters = agent._collect(), agent.law_parameters
+    episodes, parameters = agent.collect(), agent.policy.policy_parameters()
     agent.policy.double()
     if kind == "finetune":
         agent.policy.value_head.float()
@@ -168,15 +169,15 @@ def test_fisher_products_are_those_of_the_hessian_of_the_kl(kind: Any) -> None:
     vector = torch.randn(sum(p.numel() for p in parameters), generator=generator, dtype=torch.float64)
     vector /= vector.norm()
     with agents.algorithms.trpo._twice_differentiable():
-        old = log_law(agent.policy, episodes)
+        old = log_distribution(agent.policy, episodes)
     assert old.dtype == torch.float64
     fisher = Fisher(old, weights, parameters)
     got = fisher.times(vector)
     torch.testing.assert_close(fisher.along(vector), vector @ got)
     start, gradients = flat(parameters), []
     for sign in (1, -1):
-        agents.algorithms.trpo._assign(parameters, start + sign * 1e-4 * vector)
-        kl = (weights * exact(old.detach(), log_law(agent.policy, episodes))).sum()
+        agents.algorithms.trpo.assign(parameters, start + sign * 1e-4 * vector)
+        kl = (weights * exact(old.detach(), log_distribution(agent.policy, episodes))).sum()
         gradients.append(flat(torch.autograd.grad(kl, parameters, materialize_grads=True)))
     torch.testing.assert_close(got, (gradients[0] - gradients[1]) / 2e-4, rtol=1e-4, atol=1e-4 * got.abs().max().item())
     assert vector @ got > 0
@@ -187,11 +188,11 @@ def test_fisher_products_are_those_of_the_hessian_of_the_kl(kind: Any) -> None:
 
 def stepped(agent: TRPO) -> tuple[Episodes, Tensor, Tensor, Tensor, dict[str, float]]:
     """A batch, its advantages (B, T), the parameters of the law before and after its update, and the metrics."""
-    episodes = agent._collect()
+    episodes = agent.collect()
     advantages, _ = agent.advantages(episodes, agent.rewards(episodes))
-    before = flat(agent.law_parameters).detach()
-    metrics = agent._update(episodes)
-    return episodes, advantages, before, flat(agent.law_parameters).detach(), metrics
+    before = flat(agent.policy.policy_parameters()).detach()
+    metrics = agent.learn_from(agent.shape(episodes))
+    return episodes, advantages, before, flat(agent.policy.policy_parameters()).detach(), metrics
 
 
 @pytest.mark.slow
@@ -200,22 +201,22 @@ def test_the_step_is_the_natural_gradient(fraction: float) -> None:
     """(F + damping)^-1 g of dense matrices, F of the episodes drawn, at the length F of the whole batch allows."""
     numbers: dict[str, Any] = {"cg_iterations": 400, "cg_damping": 0.01, "max_kl": 1e-4, "fisher_fraction": fraction}
     agent = moved(tiny_trpo(seed=1, policy="gru", width=3, micro_batch_size=7, **numbers))
-    episodes, generator = agent._collect(), torch.Generator()
+    episodes, generator = agent.collect(), torch.Generator()
     generator.set_state(agent.generator.get_state())
     few = episodes[torch.randperm(48, generator=generator)[: 2 if fraction < 1 else 48]]
     advantages, _ = agent.advantages(episodes, agent.rewards(episodes))
-    before = flat(agent.law_parameters).detach()
-    metrics = agent._update(episodes)
-    after = flat(agent.law_parameters).detach()
-    agents.algorithms.trpo._assign(agent.law_parameters, before)
-    mask, parameters = episodes.response_mask, agent.law_parameters
+    before = flat(agent.policy.policy_parameters()).detach()
+    metrics = agent.learn_from(agent.shape(episodes))
+    after = flat(agent.policy.policy_parameters()).detach()
+    agents.algorithms.trpo.assign(agent.policy.policy_parameters(), before)
+    mask, parameters = episodes.response_mask, agent.policy.policy_parameters()
 
     def damped(some: Episodes) -> Tensor:
         weights = torch.full((some.num_tokens,), 1 / some.num_tokens)
-        matrix = dense_fisher(log_law(agent.policy, some), weights, parameters)
+        matrix = dense_fisher(log_distribution(agent.policy, some), weights, parameters)
         return matrix + 0.01 * torch.eye(len(before), dtype=torch.float64)
 
-    chosen = log_law(agent.policy, episodes).gather(1, episodes.response_ids[mask].unsqueeze(1)).squeeze(1)
+    chosen = log_distribution(agent.policy, episodes).gather(1, episodes.response_ids[mask].unsqueeze(1)).squeeze(1)
     gradient = flat(torch.autograd.grad((chosen * advantages[mask]).mean(), parameters)).double()
     direction = torch.linalg.solve(damped(few), gradient)
     full = direction * (2 * 1e-4 / (direction @ damped(episodes) @ direction)).sqrt()
@@ -236,13 +237,13 @@ def test_what_an_update_reads(fraction: float, monkeypatch: pytest.MonkeyPatch) 
     prices, solve, solves = iter([0.02, 0.02, 0.0]), torch.autograd.grad, []
     monkeypatch.setattr(agents.algorithms.trpo, "exact", lambda old, new: torch.full((len(old),), next(prices)))
     monkeypatch.setattr(torch.autograd, "grad", lambda *xs, **kinds: solves.append(0) or solve(*xs, **kinds))
-    episodes, generator = agent._collect(), torch.Generator()
+    episodes, generator = agent.collect(), torch.Generator()
     generator.set_state(agent.generator.get_state())
     few = episodes[torch.randperm(48, generator=generator)[: math.ceil(48 * fraction)]]
     whole, part = (x.num_prompt_tokens + x.num_tokens for x in (episodes, few))
     agent.tokens = TokenCount()
-    monkeypatch.setattr(agents.on_policy.OnPolicyAgent, "_optimise", lambda *xs: {})
-    agent._optimise(episodes, *agent.advantages(episodes, agent.rewards(episodes)))
+    monkeypatch.setattr(agents.on_policy.OnPolicyAgent, "update", lambda *xs: {})
+    agent.update(agent.shape(episodes))
     scale = fraction < 1  # otherwise the graphs are there
     assert agent.tokens.forward == (1 + scale + 3) * whole + part
     assert agent.tokens.backward == (1 + scale + 1) * whole + (1 + 3 * 2) * part
@@ -266,8 +267,8 @@ def test_a_step_improves_the_surrogate_within_the_kl_or_is_not_taken(kind: Any, 
     episodes, advantages, before, after, metrics = stepped(agent)
     laws = []
     for weights in (before, after):
-        agents.algorithms.trpo._assign(agent.law_parameters, weights)
-        laws.append(log_law(agent.policy, episodes).detach())
+        agents.algorithms.trpo.assign(agent.policy.policy_parameters(), weights)
+        laws.append(log_distribution(agent.policy, episodes).detach())
     old, new = laws
     kl = (old.exp() * (old - new)).sum(-1).mean().item()
     chosen = episodes.response_ids[episodes.response_mask].unsqueeze(1)
@@ -351,7 +352,7 @@ def test_the_gradient_is_that_of_the_objective() -> None:
     agent = moved(tiny_trpo(envs, policy="gru", gae_lambda=1.0, cg_damping=1e3, lr=0.0, **big), scale=0.4)
     torch.nn.init.zeros_(agent.policy.value_head.weight)
     torch.nn.init.zeros_(agent.policy.value_head.bias)
-    tree, parameters = Tree.of(envs.task, "train"), agent.law_parameters
+    tree, parameters = Tree.of(envs.task, "train"), agent.policy.policy_parameters()
 
     def law(episodes: Episodes) -> Tensor:
         return agent.policy.read(episodes).logits
@@ -395,9 +396,9 @@ def expected_gradient(
         returns, state = returns_to_go(rewards, mask, gamma)[mask], states(episodes)
         values = summed(weights * returns, state) / summed(weights, state)
         episodes = replace(episodes, values=torch.zeros(mask.shape).masked_scatter(mask, values.float()))
-    every, count = torch.arange(len(episodes)), len(episodes)
-    batch = agent._read(episodes, *agent.advantages(episodes, rewards), every, torch.tensor(count), count)
-    weights = weights * gamma**batch.places if discounted else weights
+    count = len(episodes)
+    batch = agent.read(Batch(episodes, *agent.advantages(episodes, rewards)), torch.tensor(count), count)
+    weights = weights * gamma**batch.positions if discounted else weights
     gain = surrogate(replace(batch, weights=weights.float()))
     return flat(torch.autograd.grad(gain, parameters_of(agent), materialize_grads=True)).double()
 
@@ -427,9 +428,9 @@ def test_the_step_is_along_the_natural_gradient_of_the_objective() -> None:
     envs = tiny_envs(horizon=2)
     big = {"batch_size": 6_000, "micro_batch_size": 6_000, "epochs": 1, "minibatches": 1, "cg_iterations": 30}
     agent = moved(tiny_trpo(envs, policy="gru", gae_lambda=1.0, cg_damping=0.02, max_kl=1e-4, **big), scale=0.4)
-    tree, parameters = Tree.of(envs.task, "train"), agent.law_parameters
+    tree, parameters = Tree.of(envs.task, "train"), agent.policy.policy_parameters()
     episodes = tree.episodes
-    laws, state = log_law(agent.policy, episodes), states(episodes)
+    laws, state = log_distribution(agent.policy, episodes), states(episodes)
     probs = alone(agent, tree).weights.unsqueeze(1).expand_as(episodes.response_mask)[episodes.response_mask]
     once = list({s: i for i, s in enumerate(state.tolist())}.values())  # a token of each state
     matrix = dense_fisher(laws[once], (summed(probs, state) / probs.sum())[once], parameters)
@@ -461,15 +462,15 @@ def test_the_critic_learns_and_the_law_does_not_notice(monkeypatch: pytest.Monke
     envs = tiny_envs(lambda prompts, completions, **_: [3.0] * len(prompts), kl_coef=0.0)
     for critic in ("shared", "reference"):
         agent = tiny_trpo(envs, critic=critic, lr=5e-2, lr_schedule="constant", batch_size=24)
-        monkeypatch.setattr(agent, "_natural_step", lambda *xs: {})
-        before = flat(agent.law_parameters)
-        rest = flat([p for p in agent.policy.parameters() if all(p is not q for q in agent.law_parameters)])
+        monkeypatch.setattr(agent, "natural_step", lambda *xs: {})
+        before = flat(agent.policy.policy_parameters())
+        rest = flat(agent.policy.critic_parameters())
         history = learn(agent, 10)
-        assert torch.equal(before, flat(agent.law_parameters))
-        after = flat([p for p in agent.policy.parameters() if all(p is not q for q in agent.law_parameters)])
+        assert torch.equal(before, flat(agent.policy.policy_parameters()))
+        after = flat(agent.policy.critic_parameters())
         assert (after != rest).float().mean() > 0.8
         assert history[-1]["train/value_loss"] < 0.05 * history[0]["train/value_loss"]
-        assert all(p.requires_grad for p in agent.law_parameters)
+        assert all(p.requires_grad for p in agent.policy.policy_parameters())
 
 
 @pytest.mark.parametrize("sampler", [Sampler(temperature=0.7), Sampler(top_k=3), Sampler(top_p=0.8)])
@@ -479,15 +480,15 @@ def test_the_step_is_of_the_law_that_sampled(sampler: Sampler) -> None:
         assert metrics["train/ratio_error"] < 1e-5
         assert all(math.isfinite(x) for x in metrics.values())
         assert metrics["train/kl"] <= 0.01
-    assert flat(agent.law_parameters).isfinite().all()
+    assert flat(agent.policy.policy_parameters()).isfinite().all()
 
 
 @pytest.mark.parametrize("variant", [{"truncate": True, "gamma": 0.9}, {"dense_kl": False}, {"kl_coef": 0.0}], ids=str)
 def test_every_variant_of_the_problem_trains(variant: dict[str, Any]) -> None:
     agent = tiny_trpo(tiny_envs(**variant), critic="reference")
-    before = flat(agent.law_parameters)
+    before = flat(agent.policy.policy_parameters())
     assert all(math.isfinite(x) for metrics in learn(agent, 2) for x in metrics.values())
-    assert not torch.equal(flat(agent.law_parameters), before)
+    assert not torch.equal(flat(agent.policy.policy_parameters()), before)
 
 
 @pytest.mark.slow

@@ -285,7 +285,7 @@ def test_no_agent_moves_the_reference(name: str) -> None:
     law = [name for name in start if "adapter" in name]
     assert sum(not torch.equal(start[name], networks.get_parameter(name)) for name in law) >= len(law) / 2
     if name == "trpo":
-        assert [id(p) for p in agent.law_parameters] == [id(p) for p in agent.policy.adapter]
+        assert [id(p) for p in agent.policy.policy_parameters()] == [id(p) for p in agent.policy.adapter]
     if name == "nlpo":  # the copy of the second batch, which the policy has left since
         assert not torch.equal(agent.policy.mask.adapter[1], torch.zeros_like(agent.policy.mask.adapter[1]))
         assert not torch.equal(agent.policy.mask.adapter[1], agent.policy.policy.adapter[1])

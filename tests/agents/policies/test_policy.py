@@ -72,7 +72,7 @@ def test_the_policy_starts_as_the_reference_with_value_zero(envs: RLHFVectorEnv,
     episodes = sampled(envs, policy)
     torch.testing.assert_close(policy.read(episodes).logits, read_logits(envs.engine.lm, episodes))
     assert torch.equal(policy.values(episodes), torch.zeros_like(episodes.log_probs))
-    assert torch.equal(policy.values_behind(episodes), torch.zeros(len(episodes)))
+    assert torch.equal(policy.next_values(episodes), torch.zeros(len(episodes)))
     reference = collect(
         envs, CausalPolicy(envs.engine.lm), [envs.engine.prompts[i] for i in episodes.prompt_index.tolist()],
         generator=torch.Generator().manual_seed(1),
@@ -126,7 +126,7 @@ def test_no_global_generator_is_touched(envs: RLHFVectorEnv, critic: Critic, tmp
     policy = policy_of(envs, critic)
     episodes = sampled(envs, policy)
     policy.read(episodes)
-    policy.values_behind(episodes)
+    policy.next_values(episodes)
     policy.save(tmp_path)
     policy.load(tmp_path)
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -178,7 +178,7 @@ def test_values_are_those_of_the_state_before_each_token_and_behind_the_last(
     policy = policy_of(envs, critic, moved=True)
     episodes = sampled(envs, policy)
     values = policy.values(episodes)
-    behind = policy.values_behind(episodes)
+    behind = policy.next_values(episodes)
     assert (values[~episodes.response_mask] == 0).all()
     with torch.no_grad():
         for i, p, ids, response in one_by_one(episodes):

@@ -103,7 +103,7 @@ def test_at_first_the_law_is_the_references_to_the_bit(lm: CausalLM, network: Ne
     episodes = sampled(envs, policy)
     assert torch.equal(policy.read(episodes).logits, read_logits(lm, episodes))
     assert torch.equal(policy.values(episodes), torch.zeros_like(episodes.log_probs))
-    assert torch.equal(policy.values_behind(episodes), torch.zeros(len(episodes)))
+    assert torch.equal(policy.next_values(episodes), torch.zeros(len(episodes)))
     reference = sampled(envs, CausalPolicy(lm))
     assert torch.equal(reference.response_ids, episodes.response_ids)
     assert torch.equal(reference.log_probs, episodes.log_probs)
@@ -268,7 +268,7 @@ def test_a_row_does_not_feel_its_batch_mates_or_its_padding(lm: CausalLM, networ
     )
     with torch.no_grad():
         together = policy.read(episodes)
-        behind = policy.values_behind(episodes)
+        behind = policy.next_values(episodes)
         for one, other in zip(policy.read(wide), together, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
         rows = episodes.response_mask.nonzero()[:, 0]
@@ -277,7 +277,7 @@ def test_a_row_does_not_feel_its_batch_mates_or_its_padding(lm: CausalLM, networ
             alone = policy.read(few)
             torch.testing.assert_close(alone.logits, together.logits[rows == i], rtol=0, atol=1e-5)
             torch.testing.assert_close(alone.values, together.values[rows == i], rtol=0, atol=1e-5)
-            torch.testing.assert_close(policy.values_behind(few)[0], behind[i], rtol=0, atol=1e-5)
+            torch.testing.assert_close(policy.next_values(few)[0], behind[i], rtol=0, atol=1e-5)
 
 
 def test_a_prompt_that_is_too_long_is_refused(network: Network) -> None:

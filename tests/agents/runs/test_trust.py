@@ -217,7 +217,7 @@ def test_the_command_to_go_on_names_what_must_be_trusted() -> None:
 
 
 def test_a_class_that_is_no_agent_is_refused(tmp_path: Path) -> None:
-    values = read_config(run_directory(tmp_path / "run", "agent._target_=agents.on_policy.Minibatch") / "config.yaml")
+    values = read_config(run_directory(tmp_path / "run", "agent._target_=agents.batch.Minibatch") / "config.yaml")
     with pytest.raises(InvalidArgumentError, match=r"`agent._target_` must be an agent"):
         agents.train.check(values)
 

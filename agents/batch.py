@@ -1,0 +1,150 @@
+"""What a loss gets: a batch of whole episodes, and the flat minibatch that the policy reads from a part of it.
+
+Shapes: B episodes, T response columns, n chosen tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from agents.policies.actor_critic import TrainablePolicy
+from lmgym.episodes import Episodes
+from lmgym.models.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Episodes to learn from.
+
+    Attributes:
+        episodes: B, on the policy's device; their `values` are given.
+        advantages: (B, T).
+        returns: (B, T) the critic's targets.
+        progress: share of the run before the batch.
+    """
+
+    episodes: Episodes
+    advantages: Tensor
+    returns: Tensor
+    progress: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __getitem__(self, rows: Tensor) -> Batch:
+        """The batch of some rows (b,) int64."""
+        return replace(self, episodes=self.episodes[rows], advantages=self.advantages[rows], returns=self.returns[rows])
+
+    def sort_by_length(self) -> Batch:
+        """The same episodes, short ones first: parts of them have little padding."""
+        return self[self.episodes.lengths.argsort()]
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Yields parts of at most `size` episodes, in their order."""
+        for rows in _chunks(self.episodes, size):
+            yield self[rows]
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Chosen tokens of some episodes, flat. All are (n,), but `log_distribution` and `ref_log_distribution` (n, V).
+
+    Attributes:
+        log_distribution: log-probs of every token, of the policy being updated; has a gradient.
+        log_probs: those of the chosen tokens; has a gradient.
+        old_log_probs: those that the tokens were sampled with.
+        values: of the policy being updated; has a gradient.
+        old_values: before the update.
+        advantages: of the tokens.
+        returns: the critic's targets.
+        weights: sum to 1 over the micro-batches of a minibatch: a sum with them is the mean over tokens.
+        episode_weights: 1 / (episodes of the minibatch): a sum with them is the mean over episodes of a sum over
+            tokens, and with them divided by `lengths` the mean over episodes of a mean over tokens.
+        lengths: tokens of the response that a token is of.
+        positions: of the tokens in their responses, from 0.
+        ref_log_probs: of the chosen tokens under the reference.
+        ref_log_distribution: log-probs of every token under the reference; None where no loss asks for them.
+    """
+
+    log_distribution: Tensor
+    log_probs: Tensor
+    old_log_probs: Tensor
+    values: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor
+    episode_weights: Tensor
+    lengths: Tensor
+    positions: Tensor
+    ref_log_probs: Tensor
+    ref_log_distribution: Tensor | None = None
+
+
+def read_minibatch(policy: TrainablePolicy, sampler: Sampler, part: Batch, total: Tensor, count: int) -> Minibatch:
+    """Has the policy read a part of a minibatch, in one forward.
+
+    Args:
+        policy: what is updated.
+        sampler: how the tokens were drawn, given the policy's logits.
+        part: the episodes of a micro-batch.
+        total: () tokens of the whole minibatch. count: episodes of the whole minibatch.
+    """
+    episodes = part.episodes
+    assert episodes.values is not None
+    chosen = episodes.response_mask.nonzero(as_tuple=True)
+    row, positions = chosen
+    read = policy.read(episodes)
+    log_distribution = sampler.log_distribution(read.logits, positions)
+    return Minibatch(
+        log_distribution=log_distribution,
+        log_probs=log_distribution.gather(1, episodes.response_ids[chosen].unsqueeze(1)).squeeze(1),
+        old_log_probs=episodes.log_probs[chosen],
+        values=read.values,
+        old_values=episodes.values[chosen],
+        advantages=part.advantages[chosen],
+        returns=part.returns[chosen],
+        weights=torch.full_like(read.values, 1.0) / total,
+        episode_weights=torch.full_like(read.values, 1.0 / count),
+        lengths=episodes.lengths[row],
+        positions=positions,
+        ref_log_probs=episodes.ref_log_probs[chosen],
+    )
+
+
+def with_values(policy: TrainablePolicy, episodes: Episodes, size: int) -> Episodes:
+    """Episodes with the values of the policy's critic, read `size` episodes at a time."""
+    parts = [policy.values(episodes[rows]) for rows in _chunks(episodes, size)]
+    return replace(episodes, values=torch.cat(parts))
+
+
+@torch.no_grad()
+def recompute(policy: TrainablePolicy, sampler: Sampler, episodes: Episodes, size: int) -> Episodes:
+    """Episodes with the log-probs and values of a new forward, `size` episodes at a time, not those of the sampling.
+
+    A token that rounding puts off the support of a truncated distribution keeps the log-prob that it was drawn with.
+    """
+    values = torch.zeros_like(episodes.log_probs)
+    log_probs = episodes.log_probs.clone()
+    for rows in _chunks(episodes, size):
+        few = episodes[rows]
+        mask = few.response_mask
+        read = policy.read(few)
+        log_distribution = sampler.log_distribution(read.logits, mask.nonzero()[:, 1])
+        found = log_distribution.gather(1, few.response_ids[mask].unsqueeze(1)).squeeze(1)
+        new_log_probs = few.log_probs.clone()
+        new_log_probs[mask] = torch.where(found == -torch.inf, new_log_probs[mask], found)
+        log_probs[rows] = new_log_probs
+        new_values = torch.zeros_like(new_log_probs)
+        new_values[mask] = read.values
+        values[rows] = new_values
+    return replace(episodes, values=values, log_probs=log_probs)
+
+
+def _chunks(episodes: Episodes, size: int) -> tuple[Tensor, ...]:
+    """Rows of episodes, `size` at a time, in their order."""
+    return torch.arange(len(episodes), device=episodes.log_probs.device).split(size)
