@@ -1,1 +1,1 @@
-"""Language models: loading, decoding with a cache, and the laws tokens are sampled from."""
+"""Language models: loading, decoding with a cache, and sampling."""

@@ -1,6 +1,6 @@
-"""Adapters (peft): directories that hold a small change of another model's weights, and where that model is.
+"""Adapters (peft): directories with a small change to another model's weights, and the name of that model.
 
-What is handed out is one whole model: the base with the adapter merged into its weights.
+Loading one gives a whole model: the base with the adapter merged into its weights.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ LoadBase = Callable[..., Any]
 
 
 def load_pretrained(argument: str, name: str, auto_class: Any, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A model and its tokenizer, of a directory or hub name that holds a whole model or an adapter on one.
+    """A model and its tokenizer, from a directory or hub name that holds a whole model or an adapter on one.
 
-    An adapter without a tokenizer of its own has its base's.
+    An adapter without a tokenizer of its own has that of its base.
 
     Args:
         argument: what the name is called in messages. name: a directory or a hub name.
         auto_class: the transformers class that loads the model. dtype: of its weights.
 
     Raises:
-        LmGymError: naming what is missing, damaged or does not belong together.
+        LmGymError: with what is missing, is damaged or does not belong together.
     """
     name = locate(argument, name)
     source = _tokenizer_source(argument, name)
@@ -52,7 +52,7 @@ def tokenizer_source(argument: str, name: str) -> str:
 
 
 def _tokenizer_source(argument: str, name: str) -> str:
-    """The same for what has been located: the hub is not asked for it again."""
+    """The same for a model that has been located: the hub is not asked again."""
     while is_adapter(name) and not has_file(name, "tokenizer_config.json"):
         name = base_of(argument, name)
     return name
@@ -95,7 +95,7 @@ def base_of(argument: str, name: str) -> str:
     A relative directory is looked for from where the program runs, then from the adapter's own.
 
     Raises:
-        LmGymError: where none is named, or none is there.
+        LmGymError: where no base is named, or it is not there.
     """
     check_files(argument, name)
     check_peft(argument, name)
@@ -124,7 +124,7 @@ def load_merged(argument: str, name: str, auto_class: Any, load_base: LoadBase) 
     Args:
         argument: what the name is called in messages. name: of the adapter.
         auto_class: the transformers class of the model.
-        load_base: loads the base, given names of weights that the adapter has in place of the base's, and options for
+        load_base: loads the base; it is given the names of weights that the adapter replaces, and options for
             transformers.
 
     Raises:
@@ -171,13 +171,13 @@ def check_peft(argument: str, name: str) -> None:
 
 
 def _head_options(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many labels the head in an adapter's file has, as transformers wants it said."""
+    """How many labels the head in an adapter's file has, as an option for transformers."""
     heads = [x for weight, x in weights.items() if weight.endswith(_HEADS)]
     return {"num_labels": heads[0].shape[0]} if heads else {}
 
 
 def _resize(base: Any, weights: Mapping[str, Tensor]) -> None:
-    """Gives the base as many embeddings as the adapter brings, where tokens were added before it was trained."""
+    """Gives the base as many embeddings as the adapter has, where tokens were added before its training."""
     embeddings = base.get_input_embeddings()
     for path, module in base.named_modules():
         own = weights.get(f"{_PREFIX}{path}.weight")
@@ -187,8 +187,9 @@ def _resize(base: Any, weights: Mapping[str, Tensor]) -> None:
 
 
 def _untie(base: Any, weights: Mapping[str, Tensor]) -> None:
-    """Gives the LM head weights of its own where the adapter changes it, or the embeddings, and not the other."""
-    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    """Gives the LM head weights of its own where the adapter changes only one of the head and the embeddings."""
+    embeddings = base.get_input_embeddings()
+    head = base.get_output_embeddings()
     if head is None or head.weight is not embeddings.weight:
         return
     paths = [path for path, module in base.named_modules() if module in (embeddings, head)]

@@ -1,4 +1,4 @@
-"""What transformers calls a model's cache: `past_key_values`, and `cache` since 5.24, which warns of the old name."""
+"""The names that transformers has for a model's cache: `past_key_values`, and `cache` since 5.24."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-# In what a model returns.
+# The field of a model's output.
 CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 

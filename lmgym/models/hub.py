@@ -1,4 +1,4 @@
-"""Where a model of Hugging Face's hub comes from: one short question, before many that are each asked six times."""
+"""Finds a model on Hugging Face's hub with one short request, before transformers makes many that it repeats."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 
 from lmgym.errors import InvalidArgumentError
 
-TIMEOUT = 5.0  # seconds that the hub has to answer
+TIMEOUT = 5.0  # seconds that the hub has for its answer
 
 
 def locate(argument: str, name: str) -> str:
-    """What a model can be loaded by: a directory, or the name of a model that the hub has.
+    """The directory, or the name on the hub, that a model can be loaded from.
 
-    Where the hub cannot be reached, it is the directory in the cache that an earlier load has left.
+    Where the hub cannot be reached, it is the directory in the cache that an earlier load left.
 
     Args:
         argument: what the name is called in messages. name: a local directory or a hub name.
@@ -33,7 +33,7 @@ def locate(argument: str, name: str) -> str:
             f"hub is called {name!r}. Of a private model, log in first: `hf auth login`."
         ) from error
     except HfHubHTTPError:
-        return name  # it answers: what is wrong is told by the load itself
+        return name  # it answers: the load itself says what is wrong
     except Exception as error:  # whatever its network library raises, which changes with its versions
         return _cached(argument, name, error)
     return name

@@ -1,7 +1,8 @@
-"""Loads what a directory or a hub name holds, and trusts none of it: every weight, file and token is accounted for.
+"""Loads a model from a directory or a hub name, and checks every file, weight and token of it.
 
-`from_pretrained` draws at random what a file lacks, leaves out what it has no place for, and makes a tokenizer without
-words where there is none. Here each of these is one error that names the argument, the file and the remedy.
+`from_pretrained` draws missing weights at random, leaves out weights that the model does not have, and makes a
+tokenizer without words where there is none. Here each of these is one error that names the argument, the file and the
+remedy.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from lmgym.data.files import LFS_POINTER
 from lmgym.errors import InvalidArgumentError, LmGymError
 
 SETTINGS = ("config", "generation_config", "tokenizer_config", "special_tokens_map", "added_tokens", "adapter_config")
-_NAMED_WEIGHTS = 4  # weights that a message names
-_LONGEST_REASON = 300  # characters of another library's message
+_MAX_NAMED_WEIGHTS = 4  # in a message
+_MAX_REASON_LENGTH = 300  # characters of another library's message
 
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No progress bar and no table of weights while a model loads: `gym.make` is not where one is looked for."""
+    """Hides the progress bar and the table of weights while a model loads: nobody expects them of `gym.make`."""
     shown = hf_logging.is_progress_bar_enabled()
     verbosity = hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
@@ -46,7 +47,7 @@ def quiet_loading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading(argument: str, name: str, kind: str) -> Iterator[None]:
-    """Turns whatever another library raises while it loads a model into one `LmGymError`, with its cause.
+    """Turns every exception of another library, while it loads a model, into one `LmGymError` with its cause.
 
     Args:
         argument: what the name is called in messages. name: a directory or a hub name. kind: of what is to be loaded.
@@ -64,7 +65,7 @@ def loading(argument: str, name: str, kind: str) -> Iterator[None]:
 def load_model(
     argument: str, name: str, auto_class: Any, dtype: torch.dtype, elsewhere: Iterable[str] = (), **options: Any
 ) -> Any:
-    """A model of Hugging Face's from a directory or hub name that holds the whole of it.
+    """Loads a Hugging Face model from a directory or hub name that holds the whole of it.
 
     Args:
         argument: what the name is called in messages. name: a directory or a hub name.
@@ -72,7 +73,7 @@ def load_model(
         elsewhere: weights that come from another file, and may be missing. options: for transformers.
 
     Raises:
-        LmGymError: naming what is missing, damaged or does not belong together.
+        LmGymError: with what is missing, is damaged or does not belong together.
     """
     check_files(argument, name)
     options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -86,7 +87,7 @@ def load_tokenizer(argument: str, name: str) -> Any:
     """The tokenizer of a directory or hub name.
 
     Raises:
-        LmGymError: naming the file that is damaged.
+        LmGymError: with the file that is damaged.
     """
     check_files(argument, name)
     with loading(argument, name, "AutoTokenizer"):
@@ -94,7 +95,7 @@ def load_tokenizer(argument: str, name: str) -> Any:
 
 
 def check_files(argument: str, name: str) -> None:
-    """Raises `LmGymError` for a directory with a git-lfs pointer in a file's place, or a settings file that is none."""
+    """Raises `LmGymError` for a directory with a git-lfs pointer, or a settings file that is not JSON."""
     if not os.path.isdir(name):
         return
     for path in sorted(Path(name).iterdir()):
@@ -114,7 +115,7 @@ def check_report(argument: str, name: str, model: Any, report: dict[str, Any], e
 
     Args:
         argument: what the name is called in messages. name: a directory or a hub name.
-        model: what was loaded. report: what transformers says of that.
+        model: what was loaded. report: of transformers, on its loading.
         elsewhere: weights that come from another file.
     """
     kind = type(model).__name__
@@ -141,14 +142,14 @@ def check_report(argument: str, name: str, model: Any, report: dict[str, Any], e
         )
     if unexpected:
         warnings.warn(
-            f"`{argument}` {name!r} has weights that {kind} has no place for, and they are left out: "
+            f"`{argument}` {name!r} has weights that {kind} does not have, and they are left out: "
             f"{_first(unexpected)}.",
             stacklevel=2,
         )
 
 
 def check_tokenizer(argument: str, name: str, model: Any, tokenizer: Any) -> None:
-    """Raises unless a tokenizer has words, and the model embeds every one of them.
+    """Raises unless a tokenizer has words, and the model embeds all of them.
 
     Raises:
         LmGymError: for a tokenizer without words. InvalidArgumentError: for one with more than the model embeds.
@@ -166,7 +167,7 @@ def check_tokenizer(argument: str, name: str, model: Any, tokenizer: Any) -> Non
 
 
 def check_embedded(subject: str, embedded: int, vocab_size: int) -> None:
-    """Raises `InvalidArgumentError`, about a subject, unless a model embeds as many tokens as its tokenizer has."""
+    """Raises `InvalidArgumentError` about a subject unless a model embeds as many tokens as its tokenizer has."""
     if vocab_size > embedded:
         raise InvalidArgumentError(
             f"{subject} embeds {embedded} tokens but its tokenizer has ids up to {vocab_size - 1}: they do not "
@@ -233,7 +234,7 @@ def _find_fault_of_weights(path: Path) -> str | None:
 
 
 def _shorten(error: Exception) -> str:
-    """What another library says, on one line of a length that can be read."""
+    """The message of another library, on one line of readable length."""
     text = " ".join(str(error).split())
     if not isinstance(error, (OSError, ValueError, RuntimeError)):  # whose text says little, such as a missing key
         text = f"{type(error).__name__}: {text}"
@@ -244,7 +245,7 @@ def _shorten(error: Exception) -> str:
         return (
             "it brings code of its own, and none is run from a model's directory: name a model that transformers has."
         )
-    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
+    return text if len(text) <= _MAX_REASON_LENGTH else f"{text[:_MAX_REASON_LENGTH]}..."
 
 
 def _without_numbers(weight: str) -> str:
@@ -252,5 +253,5 @@ def _without_numbers(weight: str) -> str:
 
 
 def _first(weights: list[str]) -> str:
-    more = f" and {len(weights) - _NAMED_WEIGHTS} more" if len(weights) > _NAMED_WEIGHTS else ""
-    return f"{', '.join(weights[:_NAMED_WEIGHTS])}{more}"
+    more = f" and {len(weights) - _MAX_NAMED_WEIGHTS} more" if len(weights) > _MAX_NAMED_WEIGHTS else ""
+    return f"{', '.join(weights[:_MAX_NAMED_WEIGHTS])}{more}"

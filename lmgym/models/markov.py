@@ -1,7 +1,7 @@
 """A causal language model that is a transition table: the next token depends on the last one or two alone.
 
-Its law is known in closed form, so that sums over all responses can be carried out; in everything else it is a Hugging
-Face model like any other.
+Its probabilities are known in closed form, so that sums over all responses can be carried out. In everything else it is
+a Hugging Face model like any other.
 
 Shapes: B rows, L columns, V vocabulary, C contexts (V to the power of the order), R rank, D width of the hidden state
 (V for a full table, R for one of low rank).
@@ -10,7 +10,7 @@ Shapes: B rows, L columns, V vocabulary, C contexts (V to the power of the order
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,14 +30,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from lmgym.errors import InvalidArgumentError, check_int, check_number
 from lmgym.models.caches import CACHE_FIELD
-
-if TYPE_CHECKING:
-    from lmgym.models.causal import CausalLM
+from lmgym.models.causal import CausalLM, freeze
 
 Table = Tensor | npt.NDArray[np.floating[Any]]
 
-SMALLEST = 1e-12  # probabilities below it are taken for it, so that no log-prob is -inf
-_FLOOR = 1e-6  # of drawn rows
+MIN_PROB = 1e-12  # smaller probabilities count as this one, so that no log-prob is -inf
+_MIN_DRAWN_PROB = 1e-6  # of random rows
 _SUM_TOLERANCE = 1e-4  # float32 rows of a large vocabulary are off by less
 
 
@@ -60,8 +58,11 @@ class MarkovConfig(PretrainedConfig):
         eos_token_id: int | None = 0,
         **kwargs: Any,
     ) -> None:
-        self.vocab_size, self.order, self.rank = vocab_size, order, rank
-        self.hidden_size, self.num_hidden_layers = rank or vocab_size, 1
+        self.vocab_size = vocab_size
+        self.order = order
+        self.rank = rank
+        self.hidden_size = rank or vocab_size
+        self.num_hidden_layers = 1
         special = {"eos_token_id": eos_token_id, "pad_token_id": eos_token_id, "tie_word_embeddings": False}
         super().__init__(**{**special, **kwargs})
 
@@ -72,11 +73,13 @@ class MarkovTrunk(nn.Module):
     def __init__(self, config: MarkovConfig) -> None:
         super().__init__()
         self.config = config
-        self.vocab_size, self.order, self.before = config.vocab_size, config.order, config.eos_token_id or 0
+        self.vocab_size = config.vocab_size
+        self.order = config.order
+        self.before = config.eos_token_id or 0  # what tokens before the start of a sequence count as
         self.table = nn.Parameter(torch.full((self.vocab_size**self.order, config.hidden_size), 1 / config.hidden_size))
 
     def contexts(self, ids: Tensor) -> Tensor:
-        """(B, L) context behind each column of token ids (B, L), columns before the first counting as EOS."""
+        """(B, L) context after each column of token ids (B, L); columns before the first count as EOS."""
         before = nn.functional.pad(ids[:, :-1], (1, 0), value=self.before) if self.order == 2 else ids
         return self.following(before, ids)
 
@@ -105,7 +108,7 @@ class MarkovTrunk(nn.Module):
         if use_cache and cache is None:
             cache = DynamicCache()
         seen = input_ids
-        if cache is not None:  # ids take the place of keys and values: (B, 1 head, columns, width 1)
+        if cache is not None:  # it holds ids instead of keys and values: (B, 1 head, columns, width 1)
             column = input_ids[:, None, :, None]
             seen = cache.update(column, column, 0)[0][:, 0, :, 0]
         recent = seen[:, -(length + 1) :]  # a context reaches back by two tokens at most
@@ -122,7 +125,8 @@ class MarkovHead(nn.Module):
 
     def __init__(self, config: MarkovConfig) -> None:
         super().__init__()
-        self.in_features, self.out_features = config.hidden_size, config.vocab_size
+        self.in_features = config.hidden_size
+        self.out_features = config.vocab_size
         shape = (config.hidden_size, config.vocab_size)
         self.rows = None if config.rank is None else nn.Parameter(torch.full(shape, 1 / config.vocab_size))
 
@@ -132,24 +136,25 @@ class MarkovHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., V) float32 nats of hidden states (..., D)."""
-        return self.probs(hidden).float().clamp(min=SMALLEST).log()
+        return self.probs(hidden).float().clamp(min=MIN_PROB).log()
 
     def log_probs(self, hidden: Tensor, tokens: Tensor, legal: Tensor) -> Tensor:
-        """Log-probs of single tokens, at the cost of a look-up and not of a whole law.
+        """Log-probs of single tokens, at the cost of a look-up and not of a whole distribution.
 
         Args:
             hidden: (n, D). tokens: (n,) int64.
-            legal: (V',) float, 1 on the first V' tokens where they may come; the law is normalised over these.
+            legal: (V',) float, 1 on those of the first V' tokens that the tokenizer has; they alone sum to 1.
 
         Returns:
             (n,) float32 nats.
         """
         if self.rows is None:
-            chosen, mass = hidden.gather(1, tokens[:, None])[:, 0], hidden[:, : len(legal)] @ legal.to(hidden)
+            chosen = hidden.gather(1, tokens[:, None])[:, 0]
+            mass = hidden[:, : len(legal)] @ legal.to(hidden)
         else:
             chosen = (hidden * self.rows.index_select(1, tokens).T).sum(1)
             mass = hidden @ (self.rows[:, : len(legal)] @ legal.to(hidden))
-        return (chosen.float().clamp(min=SMALLEST) / mass.float()).log()
+        return (chosen.float().clamp(min=MIN_PROB) / mass.float()).log()
 
 
 class MarkovLM(PreTrainedModel, GenerationMixin):
@@ -181,7 +186,7 @@ class MarkovLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_probs(cls, rows: Table, mixture: Table | None = None, *, order: int, eos_token_id: int = 0) -> MarkovLM:
-        """A model with this law: pi(. | c) = rows[c], or mixture[c] @ rows.
+        """The model with pi(. | c) = rows[c], or mixture[c] @ rows.
 
         Args:
             rows: (C, V) of a full table, or (R, V). mixture: (C, R), or None. Each row of both is a distribution.
@@ -191,26 +196,24 @@ class MarkovLM(PreTrainedModel, GenerationMixin):
             InvalidArgumentError: for a shape that does not fit, or a row that is no distribution.
         """
         check_int("order", order, 0, 2)
-        law = _distributions("rows", rows)
-        vocab_size = law.shape[1]
+        probs = _distributions("rows", rows)
+        vocab_size = probs.shape[1]
         weights = None if mixture is None else _distributions("mixture", mixture)
-        expected = (vocab_size**order, vocab_size if weights is None else len(law))
-        name, got = ("rows", law) if weights is None else ("mixture", weights)
-        if tuple(got.shape) != expected:
-            raise InvalidArgumentError(
-                f"`{name}` must have shape {expected} at order {order} and {vocab_size} tokens, got {tuple(got.shape)}."
-            )
+        if weights is None:
+            _check_shape("rows", probs, (vocab_size**order, vocab_size), order, vocab_size)
+        else:
+            _check_shape("mixture", weights, (vocab_size**order, len(probs)), order, vocab_size)
         check_int("eos_token_id", eos_token_id, 0, vocab_size - 1)
-        rank = None if weights is None else len(law)
+        rank = None if weights is None else len(probs)
         model = cls(MarkovConfig(vocab_size=vocab_size, order=order, rank=rank, eos_token_id=eos_token_id))
         with torch.no_grad():
-            model.rows.copy_(law)
+            model.rows.copy_(probs)
             if weights is not None:
                 model.trunk.table.copy_(weights)
         return model.eval()
 
     def probs(self, context: Tensor) -> Tensor:
-        """(n, V) float32 law of the next token behind contexts (n,) int64."""
+        """(n, V) float32 probabilities of the next token after contexts (n,) int64."""
         return self.lm_head.probs(self.trunk.hidden(context)).float()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -222,7 +225,7 @@ class MarkovLM(PreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: every module makes itself uniform."""
+        """Does nothing, because every module starts uniform."""
 
     def forward(
         self,
@@ -236,14 +239,14 @@ class MarkovLM(PreTrainedModel, GenerationMixin):
         cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Log-probs of the token behind each column.
+        """Log-probs of the token after each column.
 
         Args:
-            input_ids: (B, L). attention_mask: (B, L), or (B, past + L) behind a cache; 0 counts as the EOS.
-            position_ids: taken and ignored: a table knows no positions.
-            past_key_values: a cache that grows (`DynamicCache`), which is given the ids; `cache` is its other name.
+            input_ids: (B, L). attention_mask: (B, L), or (B, past + L) with a cache; 0 counts as the EOS.
+            position_ids: ignored, because a table has no positions.
+            past_key_values: a cache that grows (`DynamicCache`), in which the ids are put; `cache` is its other name.
             use_cache: whether to make a cache where none is given.
-            logits_to_keep: how many of the last columns are wanted (0: all of them), or which.
+            logits_to_keep: how many of the last columns to return (0: all of them), or which.
             output_hidden_states: whether to return the input of the head too.
 
         Returns:
@@ -251,9 +254,9 @@ class MarkovLM(PreTrainedModel, GenerationMixin):
         """
         out = self.trunk(input_ids, attention_mask, past_key_values if cache is None else cache, use_cache)
         hidden = out.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(
-            logits=self.lm_head(hidden[:, kept]),
+            logits=self.lm_head(hidden[:, columns]),
             hidden_states=(hidden,) if output_hidden_states else None,
             **{CACHE_FIELD: out.get(CACHE_FIELD)},
         )
@@ -261,6 +264,14 @@ class MarkovLM(PreTrainedModel, GenerationMixin):
 
 AutoConfig.register(MarkovConfig.model_type, MarkovConfig)
 AutoModelForCausalLM.register(MarkovConfig, MarkovLM)
+
+
+def _check_shape(argument: str, table: Tensor, expected: tuple[int, int], order: int, vocab_size: int) -> None:
+    if tuple(table.shape) != expected:
+        raise InvalidArgumentError(
+            f"`{argument}` must have shape {expected} at order {order} and {vocab_size} tokens, got "
+            f"{tuple(table.shape)}."
+        )
 
 
 def _distributions(argument: str, table: Table) -> Tensor:
@@ -279,7 +290,7 @@ def _distributions(argument: str, table: Table) -> Tensor:
 
 
 def symbol_tokenizer(symbols: Sequence[str], eos: str = "<eos>", chars: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token a symbol: id 0 is the EOS, id i the i-th symbol.
+    """A tokenizer with one token for each symbol: id 0 is the EOS, id i the i-th symbol.
 
     There is no pad and no unknown token: every id of the vocabulary is an action.
 
@@ -288,7 +299,7 @@ def symbol_tokenizer(symbols: Sequence[str], eos: str = "<eos>", chars: bool = F
         chars: symbols are single characters, and texts are not split at blanks.
 
     Raises:
-        InvalidArgumentError: for symbols that cannot be told apart.
+        InvalidArgumentError: for symbols that the tokenizer could not tell apart.
     """
     for symbol in symbols:
         if not symbol or (len(symbol) != 1 if chars else symbol.split() != [symbol]):
@@ -305,28 +316,26 @@ def symbol_tokenizer(symbols: Sequence[str], eos: str = "<eos>", chars: bool = F
 
 
 def markov_lm(rows: Table, symbols: Sequence[str], *, mixture: Table | None = None, order: int = 1) -> CausalLM:
-    """A frozen table over the EOS (id 0) and `symbols`, with their tokenizer: what a task takes as its model.
+    """A frozen table over the EOS (id 0) and `symbols`, with their tokenizer, as a task takes it for its model.
 
     Args:
         rows, mixture, order: those of `MarkovLM.from_probs`. symbols: V - 1 texts.
     """
-    from lmgym.models.causal import CausalLM, freeze
-
     return CausalLM(freeze(MarkovLM.from_probs(rows, mixture, order=order)), symbol_tokenizer(symbols))
 
 
 def dirichlet_rows(rng: np.random.Generator, contexts: int, size: int, concentration: float) -> npt.NDArray[np.float64]:
-    """(contexts, size) float64: symmetric Dirichlet rows, mixed with the uniform law so that none is below 1e-6.
+    """(contexts, size) float64: symmetric Dirichlet rows, mixed with a uniform one so that no entry is below 1e-6.
 
     Args:
         rng: draws them. contexts: how many rows. size: of each.
         concentration: of every component; below 1 the rows are peaked, above it they are flat.
     """
     check_int("contexts", contexts, 1)
-    check_int("size", size, 1, int(1 / _FLOOR))
+    check_int("size", size, 1, int(1 / _MIN_DRAWN_PROB))
     check_number("concentration", concentration, 0, open_low=True)
     rows = rng.dirichlet(np.full(size, concentration), size=contexts)
-    return (1 - size * _FLOOR) * rows + _FLOOR
+    return (1 - size * _MIN_DRAWN_PROB) * rows + _MIN_DRAWN_PROB
 
 
 def fit_markov(
@@ -337,10 +346,10 @@ def fit_markov(
     smoothing: float = 0.1,
     eos_token_id: int = 0,
 ) -> npt.NDArray[np.float64]:
-    """The table of a corpus: counts of each token behind each context, `smoothing` added to all of them.
+    """The table of a corpus: counts of each token after each context, with `smoothing` added to all of them.
 
     Args:
-        sequences: token ids, each read from its start; what ends one with an EOS is for the caller to add.
+        sequences: token ids, each from its start; an EOS at the end is for the caller to add.
         vocab_size: V. order: 0, 1 or 2.
         smoothing: added to every count (additive smoothing), > 0.
         eos_token_id: what tokens before the start count as.

@@ -1,4 +1,7 @@
-"""What decodes: the protocol that the whole-episode path and the step loop both drive."""
+"""The protocol of what decodes: the whole-episode path and the step loop both drive it.
+
+Shapes: B responses, P prompt columns, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ class PolicyState(Protocol):
 
 
 class Policy(Protocol):
-    """A law over the next token, given what came before."""
+    """A distribution over the next token, given the tokens before it."""
 
     @property
     def device(self) -> torch.device:
@@ -78,10 +81,11 @@ class CausalState:
 
 
 class CausalPolicy:
-    """A causal LM as a policy; of the task's own model, the reference as a policy."""
+    """A causal LM as a policy; made of the task's own model it is the reference policy."""
 
     def __init__(self, lm: CausalLM, value_head: torch.nn.Module | None = None) -> None:
-        self.lm, self.value_head = lm, value_head
+        self.lm = lm
+        self.value_head = value_head
 
     @property
     def device(self) -> torch.device:

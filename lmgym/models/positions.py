@@ -16,7 +16,7 @@ def max_positions(model: Any) -> int | None:
 def first_position(model: Any) -> int:
     """Position of a sequence's first token: 0, but in RoBERTa and its kin one more than the pad token's.
 
-    They keep the position `padding_idx` for padding and use none below it, so that they have fewer positions for tokens
+    These use the position `padding_idx` for padding and none below it, so that they have fewer positions for tokens
     than their config says.
     """
     for name, module in model.named_modules():

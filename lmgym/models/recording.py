@@ -1,8 +1,8 @@
-"""The forward of a module as a recorded graph, which spares the Python of it.
+"""The forward of a module as a recorded graph, which runs without the module's Python.
 
 torch never frees what `torch.jit.trace` has recorded: a graph of a small GPT-2 holds 4 MB for the life of the process,
-after its model is gone. So the weights are inputs of a graph here, and one graph serves every module that is built
-alike: a process that trains a hundred policies records once.
+also after its model is gone. Therefore the weights are inputs of a graph here, and one graph serves all modules that
+differ in their weights alone: a process that trains a hundred policies records once.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from transformers.utils import logging as hf_logging
 Forward = Callable[..., tuple[Tensor, ...]]
 Example = Callable[[int, int], tuple[Tensor, ...]]
 
-_RECORDED = (2, 5)  # the example that is recorded
-_CHECKED = ((1, 7), (3, 4))  # the examples at which a graph has to give what the module gives
-_UNRECORDABLE = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
+_RECORDED_SIZES = (2, 5)  # of the example that is recorded
+_CHECKED_SIZES = ((1, 7), (3, 4))  # of the examples at which a graph must give what the module gives
+_RECORDING_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
 
-_graphs: dict[bytes, Forward] = {}  # by what `_fingerprint` says of the module
+_graphs: dict[bytes, Forward] = {}  # by `_fingerprint` of the module; torch holds every graph for ever anyway
 
 
 @torch.no_grad()
 def record(module: nn.Module, example: Example) -> Forward | None:
-    """The module's forward as a graph that reads the module's weights anew at each call, so it follows their training.
+    """The module's forward as a graph that takes the module's weights at each call, and so follows their training.
 
     Args:
         module: its forward takes tensors and returns a tuple of tensors.
         example: makes inputs of two sizes, which may be written in place.
 
     Returns:
-        the graph, or None where the module cannot be recorded, or gives something else at other sizes.
+        The graph, or None where the module cannot be recorded, or gives something else at other sizes.
     """
     weights = _Weights(module)
     level = hf_logging.get_verbosity()
@@ -47,42 +47,46 @@ def record(module: nn.Module, example: Example) -> Forward | None:
             warnings.simplefilter("ignore")
             fingerprint = _fingerprint(module, weights)
             graph = _graphs.get(fingerprint)
-            if graph is None or not _agrees(module, weights.bound(graph), example):
-                graph = _trace(module, weights, example(*_RECORDED))
-                if not _agrees(module, weights.bound(graph), example):
+            if graph is None or not _agrees(module, weights.bind(graph), example):
+                graph = _trace(module, weights, example(*_RECORDED_SIZES))
+                if not _agrees(module, weights.bind(graph), example):
                     return None
                 if fingerprint:
                     _graphs[fingerprint] = graph
-    except _UNRECORDABLE:
+    except _RECORDING_ERRORS:
         return None
     finally:
         hf_logging.set_verbosity(level)
-    return weights.bound(graph)
+    return weights.bind(graph)
 
 
 class _Weights:
-    """The parameters and buffers of a module, by where they are kept: a tied one has several places, and one value."""
+    """The parameters and buffers of a module; a tied one is held under several names, and is listed once.
+
+    Attributes:
+        holders: for each weight, the dicts of modules that hold it, with its name there.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        holders: dict[int, list[tuple[dict[str, Any], str]]] = {}
         for part in module.modules():
-            for kept in (part._parameters, part._buffers):
-                for name, tensor in kept.items():
+            for tensors in (part._parameters, part._buffers):
+                for name, tensor in tensors.items():
                     if tensor is not None:
-                        places.setdefault(id(tensor), []).append((kept, name))
-        self.places = list(places.values())
+                        holders.setdefault(id(tensor), []).append((tensors, name))
+        self.holders = list(holders.values())
 
     def values(self) -> list[Tensor]:
-        """The tensors of now."""
-        return [kept[name] for ((kept, name), *_) in self.places]
+        """The present tensors."""
+        return [tensors[name] for ((tensors, name), *_) in self.holders]
 
     def replace(self, values: Sequence[Tensor]) -> None:
-        """Puts other tensors in their places."""
-        for value, places in zip(values, self.places, strict=True):
-            for kept, name in places:
-                kept[name] = value
+        """Puts other tensors in place of the weights."""
+        for value, holders in zip(values, self.holders, strict=True):
+            for tensors, name in holders:
+                tensors[name] = value
 
-    def bound(self, graph: Forward) -> Forward:
+    def bind(self, graph: Forward) -> Forward:
         """A graph whose first inputs are these weights, as a function of the rest."""
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -93,7 +97,8 @@ class _Weights:
 
 
 def _trace(module: nn.Module, weights: _Weights, inputs: tuple[Tensor, ...]) -> Forward:
-    own, recorded = weights.values(), [module]
+    own = weights.values()
+    recorded = [module]
     count = len(own)
 
     def forward(*both: Tensor) -> tuple[Tensor, ...]:
@@ -104,13 +109,13 @@ def _trace(module: nn.Module, weights: _Weights, inputs: tuple[Tensor, ...]) -> 
         graph: Forward = torch.jit.trace(forward, (*own, *inputs), check_trace=False)
     finally:
         weights.replace(own)
-        recorded.clear()  # a graph keeps the function that it was recorded from, and must not keep the module
+        recorded.clear()  # a graph holds the function that it was recorded from, and must not hold the module
     return graph
 
 
 def _agrees(module: nn.Module, recorded: Forward, example: Example) -> bool:
-    """Whether a graph gives what the module itself gives at sizes that it was not recorded at."""
-    for sizes in _CHECKED:
+    """Whether a graph gives what the module itself gives, at sizes other than those of the recording."""
+    for sizes in _CHECKED_SIZES:
         for found, expected in zip(recorded(*example(*sizes)), module(*example(*sizes)), strict=True):
             if found.shape != expected.shape or not torch.allclose(found, expected, atol=1e-5):
                 return False
@@ -118,7 +123,7 @@ def _agrees(module: nn.Module, recorded: Forward, example: Example) -> bool:
 
 
 class _Description(Pickler):
-    """Writes what a module is made of, but of its weights only their order, shapes, dtypes and devices."""
+    """Writes everything that a module holds, but of its weights only their order, shapes, dtypes and devices."""
 
     def __init__(self, file: io.BytesIO, weights: _Weights) -> None:
         super().__init__(file)
@@ -131,9 +136,9 @@ class _Description(Pickler):
 
 
 def _fingerprint(module: nn.Module, weights: _Weights) -> bytes:
-    """Equal for modules that differ in their weights alone: a graph holds every other number as a constant.
+    """A digest that is equal for modules that differ in their weights alone; a graph has other numbers as constants.
 
-    Empty for a module that cannot be written, which then shares its graph with no other.
+    It is empty for a module that cannot be pickled, which then shares its graph with no other.
     """
     file = io.BytesIO()
     try:

@@ -1,4 +1,4 @@
-"""What two tokenizers have in common: a model of one may read token ids of the other only if both cut texts alike."""
+"""Compares two tokenizers: a model of one may read token ids of the other only if both cut texts in the same way."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-# Capitals, accents, a ligature, blanks of several kinds: what tokenizers normalise and cut unlike.
-_UNLIKE = "  The Film wasn't\tgood,\n\nbut CAFÉ ﬁne — 12345 naïve!  "
+# Capitals, accents, a ligature, blanks of several kinds: tokenizers normalise and cut these differently.
+_TELLING_TEXT = "  The Film wasn't\tgood,\n\nbut CAFÉ ﬁne — 12345 naïve!  "
 
 
 class SpecialTokens(NamedTuple):
-    """Ids that a tokenizer puts before and after a text, such as a BOS or [CLS] and [SEP]."""
+    """The ids that a tokenizer adds before and after a text, such as a BOS, or [CLS] and [SEP]."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
 
     def once(self, ids: Sequence[int]) -> list[int]:
-        """Ids of a text with the tokens before it only once, where the text itself began with them."""
+        """Ids of a text in which the added tokens stand only once, where the text itself began with them."""
         n = len(self.before)
         doubled = n > 0 and tuple(ids[: 2 * n]) == self.before * 2
         return list(ids[n:] if doubled else ids)
@@ -41,10 +41,11 @@ _pairs: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Pair]] = w
 
 
 def compare(tokenizer: Any, other: Any) -> Pair:
-    """What a model of `tokenizer` must know of texts that `other` cuts; compared once a pair, for it takes a while."""
+    """What a model of `tokenizer` must know of texts that `other` cuts; found once a pair, because it takes a while."""
     found = _pairs.setdefault(tokenizer, weakref.WeakKeyDictionary())
     if other not in found:
-        own, others = added_special_tokens(tokenizer), added_special_tokens(other)
+        own = added_special_tokens(tokenizer)
+        others = added_special_tokens(other)
         reads_ids = own is not None and others is not None and reads_ids_of(tokenizer, other)
         unknown = SpecialTokens((), ())
         found[other] = Pair(reads_ids, own or unknown, others or unknown)
@@ -68,13 +69,14 @@ def added_special_tokens(tokenizer: Any) -> SpecialTokens | None:
 
 
 def reads_ids_of(tokenizer: Any, other: Any) -> bool:
-    """Whether `tokenizer` would cut every text into the ids that `other` cuts it into, special tokens aside.
+    """Whether `tokenizer` cuts every text into the ids that `other` gives it, special tokens aside.
 
-    It may know more added tokens than `other`, such as a pad token of its own.
+    It may have more added tokens than `other`, such as a pad token of its own.
     """
     if any(getattr(each, "backend_tokenizer", None) is None for each in (tokenizer, other)):
-        return _cut_alike(tokenizer, other)
-    own, others = (json.loads(each.backend_tokenizer.to_str()) for each in (tokenizer, other))
+        return _cuts_alike(tokenizer, other)
+    own = json.loads(tokenizer.backend_tokenizer.to_str())
+    others = json.loads(other.backend_tokenizer.to_str())
     if any(own[step] != others[step] for step in ("normalizer", "pre_tokenizer", "model")):
         return False
     return _added_tokens(others) <= _added_tokens(own)
@@ -85,9 +87,9 @@ def _added_tokens(backend: dict[str, Any]) -> set[tuple[Any, ...]]:
     return {tuple(token[name] for name in names) for token in backend["added_tokens"]}
 
 
-def _cut_alike(tokenizer: Any, other: Any) -> bool:
-    """For tokenizers written in Python, whose rules cannot be compared: equal class, vocabulary and ids of a text."""
+def _cuts_alike(tokenizer: Any, other: Any) -> bool:
+    """Whether tokenizers in Python, whose rules cannot be compared, agree in class, vocabulary and ids of a text."""
     if type(tokenizer) is not type(other) or tokenizer.get_vocab() != other.get_vocab():
         return False
-    own, others = (each(_UNLIKE, add_special_tokens=False)["input_ids"] for each in (tokenizer, other))
-    return own == others
+    own = tokenizer(_TELLING_TEXT, add_special_tokens=False)["input_ids"]
+    return bool(own == other(_TELLING_TEXT, add_special_tokens=False)["input_ids"])

@@ -56,11 +56,13 @@ class SharedModels(Generic[Held]):
     Args:
         argument: what the name is called in messages.
         auto_class: the transformers class that loads the model.
-        wrap: makes of a model and its tokenizer what is handed out.
+        wrap: makes the object that is shared, from a model and its tokenizer.
     """
 
     def __init__(self, argument: str, auto_class: Any, wrap: Callable[[Any, Any], Held]) -> None:
-        self._argument, self._auto_class, self._wrap = argument, auto_class, wrap
+        self._argument = argument
+        self._auto_class = auto_class
+        self._wrap = wrap
         self._held: weakref.WeakValueDictionary[tuple[Any, ...], Held] = weakref.WeakValueDictionary()
         self._loading = threading.Lock()
 

@@ -1,8 +1,8 @@
-"""Texts to token ids and back, so that what a prompt says, and what was generated behind it, is kept to the letter.
+"""Texts to token ids and back, without a change to a letter of a prompt or of its completion.
 
-A tokenizer adds tokens of its own, may change a text (unknown words, lower case), and writes a token in another way at
-the start of a text than behind another one. Whoever needs a text here gets the user's own, or the one of all tokens
-together.
+A tokenizer adds tokens of its own, may change a text (unknown words, lower case), and writes a token at the start of a
+text differently than after another token. Therefore a text here is the one that the user wrote, or is decoded from all
+tokens together.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from lmgym.errors import InvalidArgumentError
 
 _REPLACEMENT = "\ufffd"  # what tokenizers write for bytes that are no whole character
-_DECODE_ALONE = 4096  # ids that are decoded sooner than the threads of the tokenizer wake up
+_MAX_IDS_FOR_ONE_THREAD = 4096  # fewer ids are decoded before the threads of the tokenizer wake up
 _ANCHORS = ("", "\n")  # texts before a completion that is encoded apart; some tokenizers put a blank before the first
-_KEPT_TEXTS = 100_000  # decoded prompts that are remembered
+_MAX_DECODED_PROMPTS = 100_000  # that are remembered
 
 
 class Texts:
-    """What a tokenizer makes of texts and of ids.
+    """A tokenizer's work on texts and on ids.
 
     Attributes:
         tokenizer: a Hugging Face tokenizer.
@@ -35,12 +35,12 @@ class Texts:
     # -- to ids ------------------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the tokenizer's own start token, once, and without what it appends.
+        """Token ids of a prompt: the tokenizer's start token once, and nothing that the tokenizer appends.
 
         A start or end token that the user wrote belongs to the text.
 
         Raises:
-            InvalidArgumentError: for a text that the tokenizer cannot read, or of which it leaves nothing.
+            InvalidArgumentError: for a text that the tokenizer cannot read, or makes no token of.
         """
         try:
             whole = self.tokenizer(text)["input_ids"]
@@ -54,10 +54,10 @@ class Texts:
         return _started_once(whole, bare)
 
     def encode_all(self, texts: tuple[str, ...]) -> list[list[int]]:
-        """Token ids of many prompts, kept: every env on one model shares them.
+        """Token ids of many prompts; they are remembered, and every env on one model shares them.
 
         Raises:
-            InvalidArgumentError: naming the first text that the tokenizer cannot read, or of which it leaves nothing.
+            InvalidArgumentError: with the first text that the tokenizer cannot read, or makes no token of.
         """
         if texts not in self._encoded:
             try:
@@ -65,8 +65,8 @@ class Texts:
                 bare = whole
                 if self._adds_tokens():
                     bare = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-            except Exception:
-                whole, bare = [], [[]]
+            except Exception:  # as in `encode`, which then finds the text
+                bare = [[]]
             if all(bare):
                 encoded = [_started_once(*ids) for ids in zip(whole, bare, strict=True)]
             else:
@@ -75,31 +75,32 @@ class Texts:
         return self._encoded[texts]
 
     def encode_response(self, prompt: str, prompt_ids: Sequence[int], completion: str) -> list[int]:
-        """Token ids of a completion behind those of its prompt, as a policy would have to choose them.
+        """Token ids of a completion, as a policy would have to choose them after those of its prompt.
 
-        Where the tokenizer would cut the text of both otherwise than at the end of the prompt ("film" + "s"), they are
-        those of the completion alone.
+        Where the tokenizer cuts the text of both elsewhere than at the end of the prompt ("film" + "s"), they are the
+        ids of the completion alone.
 
         Raises:
-            InvalidArgumentError: where no tokens behind the prompt's have that text.
+            InvalidArgumentError: where no tokens after the prompt's have that text.
         """
         whole = self.encode(prompt + completion)
         if whole[: len(prompt_ids)] == list(prompt_ids):
             return whole[len(prompt_ids) :]
         written = self._written(prompt_ids) + completion
         for anchor in _ANCHORS:
-            start, both = self._bare(anchor), self._bare(anchor + completion)
+            start = self._bare(anchor)
+            both = self._bare(anchor + completion)
             ids = both[len(start) :]
             if both[: len(start)] == start and self._written([*prompt_ids, *ids]) == written:
                 return ids
         raise InvalidArgumentError(
-            f"`completions` must be texts that tokens behind those of their prompt can have, and {completion!r} behind "
+            f"`completions` must be texts that tokens after those of their prompt can have, and {completion!r} after "
             f"{prompt!r} is none: the tokenizer merges the two at their border. Begin the completion, not end the "
             "prompt, with the blank between them."
         )
 
     def changes(self, texts: tuple[str, ...]) -> list[tuple[str, str]]:
-        """Texts that the tokenizer changes in more than their blanks, each with what it makes of it."""
+        """Texts that the tokenizer changes in more than their blanks, each with its changed form."""
         if texts not in self._changes:
             changes = []
             for text, ids in zip(texts, self.encode_all(texts), strict=True):
@@ -126,10 +127,10 @@ class Texts:
         return self._decode_batch([list(ids)])[0]
 
     def decode_prompt(self, prompt_ids: Sequence[int]) -> str:
-        """Text of a prompt that is given as ids; half a character at its end is left to the response."""
+        """Text of a prompt that is given as ids; half a character at its end belongs to the response."""
         key = tuple(prompt_ids)
         if key not in self._decoded:
-            if len(self._decoded) >= _KEPT_TEXTS:
+            if len(self._decoded) >= _MAX_DECODED_PROMPTS:
                 self._decoded.clear()
             text = self.decode(key)
             if text.endswith(_REPLACEMENT) and self.encode(text) != list(key):  # the character itself is one too
@@ -138,9 +139,9 @@ class Texts:
         return self._decoded[key]
 
     def completions(self, prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]]) -> list[str]:
-        """Texts of responses as they read behind their prompts, spaces included.
+        """Texts of responses as they stand after their prompts, spaces included.
 
-        `decode_prompt` and completion together are the text of all tokens, without special ones.
+        `decode_prompt` and the completion together are the text of all tokens, without special ones.
         """
         both = [[*p, *r] for p, r in zip(prompt_ids, response_ids, strict=True)]
         texts = []
@@ -157,10 +158,11 @@ class Texts:
         grown = [response_ids[: t + 1] for t in range(len(response_ids))]
         texts = self.completions([prompt_ids] * len(grown), grown)
         special = set(self.tokenizer.all_special_ids)
-        pieces, end = [], 0
+        pieces = []
+        end = 0
         for t, token in enumerate(response_ids):
             start = end
-            last = t == len(texts) - 1  # half a character that nothing completes belongs to it
+            last = t == len(texts) - 1  # which half a character belongs to that nothing completes
             end = len(texts[-1]) if last else max(start, common_length(texts[t], texts[-1]))
             name = f" {self.tokenizer.convert_ids_to_tokens(token)}" if token in special else ""
             pieces.append(texts[-1][start:end] + name)
@@ -176,25 +178,26 @@ class Texts:
         if backend is None:
             options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
             return [str(self.tokenizer.decode(row, **options)) for row in rows]
-        # The backend's own, without the checks of the tokenizer on every id of every row.
-        if sum(map(len, rows)) < _DECODE_ALONE:
+        # The backend does not check every id of every row, as the tokenizer does.
+        if sum(map(len, rows)) < _MAX_IDS_FOR_ONE_THREAD:
             return [backend.decode(row, skip_special_tokens=True) for row in rows]
         return list(backend.decode_batch(rows, skip_special_tokens=True))
 
 
 def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many items, such as characters, two sequences have in common from their start on."""
+    """How many items, such as characters, two sequences have in common at their start."""
     together = zip(first, second, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], together))
 
 
 def _started_once(whole: Sequence[int], bare: Sequence[int]) -> list[int]:
-    """Ids of a text without what the tokenizer appends, and with what it puts before a text only once.
+    """Ids of a text without the tokens that the tokenizer appends, and with those that it puts before a text once.
 
     Args:
         whole: with the tokens that it adds. bare: without.
     """
-    whole, bare = list(whole), list(bare)
+    whole = list(whole)
+    bare = list(bare)
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
             before = whole[:start]

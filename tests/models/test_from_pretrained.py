@@ -180,7 +180,7 @@ def test_weights_that_have_no_place_are_named(causal_dir: Path, tmp_path: Path) 
     change_weights(lambda weights: weights.update({"v_head.summary.weight": torch.zeros(1, 16)}))(
         own, "model.safetensors"
     )
-    with pytest.warns(UserWarning, match="no place for, and they are left out: v_head.summary.weight"):
+    with pytest.warns(UserWarning, match="does not have, and they are left out: v_head.summary.weight"):
         load_causal_lm(str(own), "cpu")
 
 

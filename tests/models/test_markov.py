@@ -462,7 +462,7 @@ def test_many_short_texts_decode_as_in_one_batch(monkeypatch: pytest.MonkeyPatch
     lm = CausalLM(MarkovLM.from_probs(np.full((1, len(WORDS) + 3), 1 / (len(WORDS) + 3)), order=0), word_tokenizer())
     rows = [rng.integers(0, lm.vocab_size, rng.integers(0, 9)).tolist() for _ in range(30)]
     few = lm.completions([[4]] * 30, rows)
-    monkeypatch.setattr(texts, "_DECODE_ALONE", 0)
+    monkeypatch.setattr(texts, "_MAX_IDS_FOR_ONE_THREAD", 0)
     assert few == lm.completions([[4]] * 30, rows)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.causal import CausalLM
-from lmgym.models.markov import SMALLEST, MarkovLM
+from lmgym.models.markov import MIN_PROB, MarkovLM
 
 MAX_ENTRIES_AT_ONCE = 1 << 22  # of (rows, V) tables, and of factors that may be multiplied out
 
@@ -43,13 +43,13 @@ class ReferenceTable:
         self.order = model.trunk.order
         self.legal = lm.legal_table
         tables = [x.detach().cpu().double() for x in (model.mixture, model.rows) if x is not None]
-        if len(tables) == 2 and tables[1].min() < SMALLEST:  # the model raises small products, which do not factor
+        if len(tables) == 2 and tables[1].min() < MIN_PROB:  # the model raises small products, which do not factor
             if len(tables[0]) * self.size > MAX_ENTRIES_AT_ONCE:
                 raise InvalidArgumentError(
-                    f"`rows` of a low-rank model of this size must not be below {SMALLEST:g}, got {tables[1].min():g}."
+                    f"`rows` of a low-rank model of this size must not be below {MIN_PROB:g}, got {tables[1].min():g}."
                 )
             tables = [tables[0] @ tables[1]]
-        rows = tables[-1].clamp(min=SMALLEST)[:, : self.vocab_size] * self.legal
+        rows = tables[-1].clamp(min=MIN_PROB)[:, : self.vocab_size] * self.legal
         sums = rows.sum(1)
         factors = [rows / sums[:, None]]
         if len(tables) == 2:
