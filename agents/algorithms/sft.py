@@ -144,7 +144,7 @@ def read_demonstrations(path: str | os.PathLike[str], engine: Engine) -> Episode
     prompts, responses = [], []
     for row in read_rows("path", path, "prompt"):
         text, completion = read_demonstration("path", row, engine.lm.tokenizer)
-        with named_row(row.place[:1].upper() + row.place[1:]):
+        with named_row(row.location[:1].upper() + row.location[1:]):
             prompts.append(engine.prompts.of_text(text))
             responses.append(response_ids(engine, text, prompts[-1], completion))
     return unscored(engine, prompts, responses)

@@ -19,30 +19,30 @@ class PromptText(str):
     Attributes:
         columns: the other columns of the row; those of one split have the same names, and None where a row has none.
         messages: the conversation that the text was made from by the tokenizer's chat template, or None.
-        place: where the row stands, for messages.
+        location: where the row stands, for messages.
     """
 
     columns: Mapping[str, Any]
     messages: list[dict[str, str]] | None
-    place: str
+    location: str
 
     def __new__(
         cls,
         text: str,
         columns: Mapping[str, Any] | None = None,
         messages: list[dict[str, str]] | None = None,
-        place: str = "",
+        location: str = "",
     ) -> PromptText:
         """The text, with what is known of it."""
         prompt = super().__new__(cls, text)
         prompt.columns = columns or {}
         prompt.messages = messages
-        prompt.place = place
+        prompt.location = location
         return prompt
 
     def with_text(self, text: str) -> PromptText:
         """The same row with another text."""
-        return PromptText(text, self.columns, self.messages, self.place)
+        return PromptText(text, self.columns, self.messages, self.location)
 
     def row(self) -> dict[str, Any]:
         """The row as it was read."""
@@ -81,9 +81,9 @@ def _prompt(argument: str, row: Row, names: Sequence[str], tokenizer: Any) -> Pr
     prompt = column(argument, row, KEY)
     columns = {name: row.columns.get(name) for name in names}
     if not is_conversation(prompt):
-        return PromptText(check_text(argument, prompt, row.place), columns, None, row.place)
-    text = render(argument, prompt, tokenizer, row.place)
-    return PromptText(check_text(argument, text, row.place), columns, [dict(m) for m in prompt], row.place)
+        return PromptText(check_text(argument, prompt, row.location), columns, None, row.location)
+    text = render(argument, prompt, tokenizer, row.location)
+    return PromptText(check_text(argument, text, row.location), columns, [dict(m) for m in prompt], row.location)
 
 
 def columns_of(prompts: Iterable[str]) -> dict[str, list[Any]]:

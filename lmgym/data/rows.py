@@ -18,11 +18,11 @@ class Row:
     """One row of data.
 
     Attributes:
-        columns: its values by name. place: where it stands, for messages: "line 3 of 'prompts.jsonl'", or "item 3".
+        columns: its values by name. location: where it stands, for messages: "line 3 of 'prompts.jsonl'", or "item 3".
     """
 
     columns: Mapping[str, Any]
-    place: str
+    location: str
 
 
 def read_rows(argument: str, source: object, key: str) -> list[Row]:
@@ -39,12 +39,12 @@ def read_rows(argument: str, source: object, key: str) -> list[Row]:
         path = os.fspath(source)
         if not isinstance(path, str):
             raise InvalidArgumentError(f"`{argument}` must be a path as a text, got {path!r}.")
-        items = [(f"{place} of {path!r}", item) for place, item in read_file(argument, path)]
+        items = [(f"{location} of {path!r}", item) for location, item in read_file(argument, path)]
     else:
         items = [(f"item {index}", item) for index, item in enumerate(_iterate(argument, source))]
     if not items:
         raise InvalidArgumentError(f"`{argument}` must be a non-empty list of texts or rows, got {source!r}.")
-    return [Row(_columns(argument, key, item, place), place) for place, item in items]
+    return [Row(_columns(argument, key, item, location), location) for location, item in items]
 
 
 def _iterate(argument: str, source: object) -> Iterator[Any]:
@@ -59,12 +59,12 @@ def _iterate(argument: str, source: object) -> Iterator[Any]:
     return iter(source)  # type: ignore[call-overload]
 
 
-def _columns(argument: str, key: str, item: object, place: str) -> dict[str, Any]:
+def _columns(argument: str, key: str, item: object, location: str) -> dict[str, Any]:
     if isinstance(item, str):
         return {key: item}
     if not isinstance(item, Mapping) or not all(isinstance(name, str) for name in item):
         raise InvalidArgumentError(
-            f'`{argument}` must hold texts or rows with a "{key}", and {place} is {shorten(item)}.'
+            f'`{argument}` must hold texts or rows with a "{key}", and {location} is {shorten(item)}.'
         )
     return dict(item)
 
@@ -77,24 +77,24 @@ def column(argument: str, row: Row, key: str) -> Any:
     """
     if key not in row.columns:
         raise InvalidArgumentError(
-            f'`{argument}` must hold rows with a "{key}", and {row.place} has the columns {list(row.columns)}.'
+            f'`{argument}` must hold rows with a "{key}", and {row.location} has the columns {list(row.columns)}.'
         )
     return row.columns[key]
 
 
-def check_text(argument: str, text: object, place: str, *, may_be_empty: bool = False) -> str:
+def check_text(argument: str, text: object, location: str, *, may_be_empty: bool = False) -> str:
     """A text that a tokenizer can read.
 
     Raises:
         InvalidArgumentError: for what is no text, an empty one, and one with half of a surrogate pair in it.
     """
     if not isinstance(text, str) or not (text.strip() or may_be_empty):
-        raise InvalidArgumentError(f"`{argument}` must hold non-empty texts, and {place} is {shorten(text)}.")
+        raise InvalidArgumentError(f"`{argument}` must hold non-empty texts, and {location} is {shorten(text)}.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InvalidArgumentError(
-            f"`{argument}` must hold Unicode texts, and {place} has half of a surrogate pair, "
+            f"`{argument}` must hold Unicode texts, and {location} has half of a surrogate pair, "
             f"{text[error.start]!r}: {shorten(text)}."
         ) from error
     return str(text)
@@ -107,4 +107,4 @@ def read_texts(argument: str, source: object, key: str) -> tuple[str, ...]:
         InvalidArgumentError: naming the first row that has no text there, or an empty one.
     """
     rows = read_rows(argument, source, key)
-    return tuple(check_text(argument, column(argument, row, key), row.place) for row in rows)
+    return tuple(check_text(argument, column(argument, row, key), row.location) for row in rows)

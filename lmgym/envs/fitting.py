@@ -75,8 +75,8 @@ def _limit(task: Task, lm: CausalLM) -> int | None:
 def _named(split: str, texts: Sequence[str], lengths: Sequence[int], long: Sequence[int], limit: int) -> str:
     few = []
     for i in long[:_NAMED]:
-        place = texts[i].place if isinstance(texts[i], PromptText) else ""  # type: ignore[attr-defined]
-        few.append(f"{place or f'item {i}'} has {lengths[i]} ({shorten(texts[i], 60)})")
+        location = texts[i].location if isinstance(texts[i], PromptText) else ""  # type: ignore[attr-defined]
+        few.append(f"{location or f'item {i}'} has {lengths[i]} ({shorten(texts[i], 60)})")
     more = f", and {len(long) - len(few)} more" if len(long) > len(few) else ""
     return f"`prompts[{split!r}]` must have at most {limit} tokens each, and {'; '.join(few)}{more}."
 

@@ -27,12 +27,12 @@ def read_pair(argument: str, row: Row, tokenizer: Any) -> tuple[str, str, str]:
     chosen, rejected = (row.columns[side] for side in PAIR)
     if is_conversation(chosen) and is_conversation(rejected):
         return _read_conversations(argument, row, prompt, chosen, rejected, tokenizer)
-    texts = [check_text(argument, text, row.place) for text in (chosen, rejected)]
+    texts = [check_text(argument, text, row.location) for text in (chosen, rejected)]
     if prompt is None:
         start = _common_start(*texts)
         prompt = texts[0][:start]
         texts = [text[start:] for text in texts]
-    check_text(argument, prompt, row.place)
+    check_text(argument, prompt, row.location)
     end = getattr(tokenizer, "eos_token", None) or ""
     chosen, rejected = (text if text.endswith(end) else text + end for text in texts)
     return prompt, chosen, rejected
@@ -48,9 +48,9 @@ def _read_conversations(
     argument: str, row: Row, prompt: object, chosen: Sequence[Any], rejected: Sequence[Any], tokenizer: Any
 ) -> tuple[str, str, str]:
     """The same of conversations, which may have the prompt in front, as messages that both begin with."""
-    sides = [check_messages(argument, messages, row.place) for messages in (chosen, rejected)]
+    sides = [check_messages(argument, messages, row.location) for messages in (chosen, rejected)]
     if is_conversation(prompt):
-        asked = check_messages(argument, prompt, row.place)
+        asked = check_messages(argument, prompt, row.location)
         sides = [side[len(asked) :] if side[: len(asked)] == asked else side for side in sides]
     else:
         shared = common_length(*sides)
@@ -58,10 +58,10 @@ def _read_conversations(
         sides = [side[shared:] for side in sides]
     if not asked or not all(sides):
         raise InvalidArgumentError(
-            f"`{argument}` must hold conversations that share a question and have an answer each, and {row.place} has "
+            f"`{argument}` must hold conversations that share a question and have an answer each, and {row.location} has "
             f"{shorten(chosen)} and {shorten(rejected)}."
         )
-    (text, better), (_, worse) = (render_answer(argument, asked, side, tokenizer, row.place) for side in sides)
+    (text, better), (_, worse) = (render_answer(argument, asked, side, tokenizer, row.location) for side in sides)
     return text, better, worse
 
 
@@ -74,15 +74,15 @@ def read_demonstration(argument: str, row: Row, tokenizer: Any) -> tuple[str, st
         InvalidArgumentError: naming the row.
     """
     if "messages" in row.columns and "prompt" not in row.columns:
-        messages = check_messages(argument, row.columns["messages"], row.place)
+        messages = check_messages(argument, row.columns["messages"], row.location)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise InvalidArgumentError(
-                f"`{argument}` must hold messages that end with the assistant's, and {row.place} has "
+                f"`{argument}` must hold messages that end with the assistant's, and {row.location} has "
                 f"{shorten(messages)}."
             )
-        return render_answer(argument, messages[:-1], messages[-1:], tokenizer, row.place)
+        return render_answer(argument, messages[:-1], messages[-1:], tokenizer, row.location)
     prompt, completion = (column(argument, row, key) for key in ("prompt", "completion"))
     if is_conversation(prompt) and is_conversation(completion):
-        return render_answer(argument, prompt, completion, tokenizer, row.place)
-    check_text(argument, prompt, row.place)
-    return prompt, check_text(argument, completion, row.place, may_be_empty=True)
+        return render_answer(argument, prompt, completion, tokenizer, row.location)
+    check_text(argument, prompt, row.location)
+    return prompt, check_text(argument, completion, row.location, may_be_empty=True)

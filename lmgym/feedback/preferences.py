@@ -123,16 +123,18 @@ def _read(row: Row, tokenizer: Any) -> tuple[Any, ...]:
         return prompt, (chosen, rejected), (0, 1)
     if not set(_KEYS) <= row.columns.keys():
         raise InvalidArgumentError(
-            f"`rankings` must hold rows with {list(_KEYS)} or with {list(PAIR)}, and {row.place} has the columns "
+            f"`rankings` must hold rows with {list(_KEYS)} or with {list(PAIR)}, and {row.location} has the columns "
             f"{list(row.columns)}."
         )
     prompt, completions, ranking = (row.columns[key] for key in _KEYS)
     if not isinstance(completions, list) or not isinstance(ranking, list):
-        raise InvalidArgumentError(f"`rankings` must hold lists under 'completions' and 'ranking', unlike {row.place}.")
+        raise InvalidArgumentError(
+            f"`rankings` must hold lists under 'completions' and 'ranking', unlike {row.location}."
+        )
     if not all(isinstance(index, int) and not isinstance(index, bool) for index in ranking):
-        raise InvalidArgumentError(f"`rankings` must hold integers under 'ranking', and {row.place} has {ranking}.")
+        raise InvalidArgumentError(f"`rankings` must hold integers under 'ranking', and {row.location} has {ranking}.")
     for text in (prompt, *completions):
-        check_text("rankings", text, row.place, may_be_empty=True)
+        check_text("rankings", text, row.location, may_be_empty=True)
     return prompt, completions, ranking
 
 

@@ -145,7 +145,7 @@ def test_rows_of_lists_data_sets_and_tables(source: Any) -> None:
     prompts = read_prompts(source)
     assert prompts == TEXTS
     assert columns_of(prompts) == {"answer": [0, 1, 2]}
-    assert [row.place for row in read_rows("prompts", source, "prompt")] == ["item 0", "item 1", "item 2"]
+    assert [row.location for row in read_rows("prompts", source, "prompt")] == ["item 0", "item 1", "item 2"]
 
 
 def test_a_column_that_a_row_lacks_is_none() -> None:
