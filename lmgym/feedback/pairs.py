@@ -58,8 +58,8 @@ def _read_conversations(
         sides = [side[shared:] for side in sides]
     if not asked or not all(sides):
         raise InvalidArgumentError(
-            f"`{argument}` must hold conversations that share a question and have an answer each, and {row.location} has "
-            f"{shorten(chosen)} and {shorten(rejected)}."
+            f"`{argument}` must hold conversations that share a question and have an answer each, and "
+            f"{row.location} has {shorten(chosen)} and {shorten(rejected)}."
         )
     (text, better), (_, worse) = (render_answer(argument, asked, side, tokenizer, row.location) for side in sides)
     return text, better, worse
