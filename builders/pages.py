@@ -11,11 +11,10 @@ Four kinds of pages are made here, so that nobody has to keep a list of them:
 from __future__ import annotations
 
 import ast
-import fnmatch
 import posixpath
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -178,7 +177,7 @@ def _expanded(items: list[Any], pages: list[str]) -> list[Any]:
     expanded: list[Any] = []
     for item in items:
         if isinstance(item, str) and "*" in item:
-            expanded += fnmatch.filter(pages, item)
+            expanded += [page for page in pages if PurePosixPath(page).match(item)]
         elif isinstance(item, dict):
             expanded.append({name: _expanded(v, pages) if isinstance(v, list) else v for name, v in item.items()})
         else:

@@ -101,7 +101,7 @@ def test_snippets_run(chain: list[Block], alone: pytest.MonkeyPatch) -> None:
 
 
 def chain_with_files(chain: list[Block]) -> list[Block]:
-    """A chain behind the files that its document defined before it, so that it can import them."""
+    """The files that a document defines before a chain, then the chain, which can import them."""
     files = [b for b in blocks(chain[0].document) if b.language == "python" and b.path and b.line < chain[0].line]
     return [*files, *chain]
 
@@ -133,7 +133,7 @@ def test_a_snippet_has_no_network(alone: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_worked_examples_train(alone: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The task, the agent and the configs of CONTRIBUTING, as files in their places, behind the command line."""
+    """The task, the agent and the configs of CONTRIBUTING train from the command line."""
     install_files(CONTRIBUTING, alone, tmp_path)
     overrides = ["total_timesteps=40", "agent.batch_size=32", "evaluation.samples=32", "device=cpu"]
     cfg = composed("train", ["task=brief", "agent=vpg", *overrides], searchpath=tmp_path / "conf")
@@ -215,7 +215,8 @@ def test_the_fields_that_agents_have_in_common() -> None:
 def test_the_fields_of_an_agent_are_those_of_its_config_and_its_yaml(agent: str) -> None:
     """On the template its own, and those with another default than is common (for a variant: than in its base)."""
     kind, values = shipped(agent)
-    fields, elsewhere = defaults(kind.Config), COMMON_FIELDS if agent in ON_POLICY else {}
+    fields = defaults(kind.Config)
+    elsewhere = COMMON_FIELDS if agent in ON_POLICY else {}
     if agent in VARIANTS:
         elsewhere = defaults(shipped(VARIANTS[agent])[0].Config)
     written = {name: set(cells[:-1]) for name, cells in table(AGENTS / f"{agent}.md", "field").items()}
@@ -251,7 +252,8 @@ def test_the_metrics_of_an_agent_are_those_it_logs(agent: str, tmp_path: Path) -
     (tmp_path / "texts.txt").write_text("the film was good\n")
     ptx = {"ptx_coef": 1.0, "ptx_texts": str(tmp_path / "texts.txt")} if issubclass(kind.Config, PPOConfig) else {}
     config = kind.Config(batch_size=2 * kind.Config().responses * kind.Config().minibatches, **ptx)
-    own, common = metrics_on(VARIANTS.get(agent, agent)), metrics_on("README")
+    own = metrics_on(VARIANTS.get(agent, agent))
+    common = metrics_on("README")
     assert logged(kind, config) == own | common
     assert not own & common
 
