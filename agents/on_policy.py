@@ -36,7 +36,7 @@ from lmgym.kl import (
     AdaptiveKL,
     FixedKL,
     KLCoefficient,
-    check_sampled_law,
+    check_kl_is_plausible,
     discounted_return,
     entropy,
     episode_kl,
@@ -221,7 +221,7 @@ class OnPolicyAgent(LearningAgent):
         check_groups(episodes, self.config.responses)
         self.tokens.read(episodes)
         if self.envs.kl_coef > 0:
-            check_sampled_law(episode_kl(episodes))
+            check_kl_is_plausible(episode_kl(episodes))
             if self.num_timesteps == 0 and self.sampler == Sampler():
                 check_start(episodes, self.start_log_probs(episodes), self.policy.dtype)
         return episodes.to(self.policy.device)

@@ -42,7 +42,7 @@ class Episodes:
         prompt_mask: (B, P) bool, True on prompt tokens.
         response_ids: (B, T) int64, right-padded.
         response_mask: (B, T) bool, True on chosen tokens, the EOS included.
-        log_probs: (B, T) float, nats: log-probs of the chosen tokens under the law that sampled them; 0 off the mask.
+        log_probs: (B, T) float, nats: log-probs with which the chosen tokens were drawn; 0 off the mask.
         ref_log_probs: (B, T) float, nats: the same under the reference; 0 off the mask, and everywhere at `kl_coef=0`.
         scores: (B,) float, what the reward model paid at the end, a missing-EOS penalty already taken off.
         values: (B, T) float, the critic's estimate before each token, or None.

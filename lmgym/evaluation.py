@@ -16,7 +16,7 @@ from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import check_int
 from lmgym.intervals import Interval, of_episodes
-from lmgym.kl import check_sampled_law, discounted_return, episode_kl, token_rewards
+from lmgym.kl import check_kl_is_plausible, discounted_return, episode_kl, token_rewards
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler
 from lmgym.optimum.bounds import log_weights, multi_sample_bound
@@ -79,9 +79,9 @@ def evaluate(
         envs: the MDP and its split.
         samples: episodes a prompt.
         prompts: how many prompts; None is all.
-        sampler: the law tokens are drawn from; the policy's own if None.
-        generator: a CPU generator; one of its own if None. A reward's noise is drawn from it too, and goes on
-            afterwards from where it stood.
+        sampler: how tokens are drawn; None draws from the policy as it is.
+        generator: a CPU generator; one of its own if None. A reward's noise is drawn from it too; after the grading the
+            noise goes on from where it was before.
         exact: give return, score and KL without sampling where that is possible (`lmgym.optimum.exact`): of the
             reference and of pi* on tables and automata, and of any policy where all responses can be written down.
         progress: called with the number of episodes of every batch that has been sampled, such as a bar's `update`.
@@ -104,16 +104,9 @@ def evaluate(
     episodes = without_noise(envs.engine, wanted, sampled)
     task = envs.task
     if task.kl_coef > 0:
-        check_sampled_law(episode_kl(episodes))
-    rewards = token_rewards(episodes, task.kl_coef, dense=task.dense_kl)
-    numbers: dict[str, Tensor] = {"return": discounted_return(rewards, task.gamma), "score": episodes.scores}
-    if remove_noise(envs.engine.reward) is not envs.engine.reward:
-        numbers["sampled_score"] = sampled.scores
-    if episodes.gold_scores is not None:
-        numbers["gold_score"] = episodes.gold_scores
-    if task.kl_coef > 0:  # without a price the reference is never asked
-        numbers["kl"] = episode_kl(episodes)
-    numbers["length"] = episodes.lengths.float()
+        check_kl_is_plausible(episode_kl(episodes))
+    has_noise = remove_noise(envs.engine.reward) is not envs.engine.reward
+    numbers = _measure(episodes, task, sampled.scores if has_noise else None)
     metrics = intervals({name: x.view(count, samples) for name, x in numbers.items()}, envs)
     steady = _gives_one_score(envs.engine, wanted, episodes)
     if exact and steady:
@@ -125,11 +118,25 @@ def evaluate(
     return Evaluation(metrics, Interval.of(multi_sample_bound(weights, task.kl_coef)), episodes)
 
 
+def _measure(episodes: Episodes, task: Task, sampled_scores: Tensor | None) -> dict[str, Tensor]:
+    """(B,) numbers by the name of their metric, of episodes without noise and of their scores with it."""
+    rewards = token_rewards(episodes, task.kl_coef, dense=task.dense_kl)
+    numbers = {"return": discounted_return(rewards, task.gamma), "score": episodes.scores}
+    if sampled_scores is not None:
+        numbers["sampled_score"] = sampled_scores
+    if episodes.gold_scores is not None:
+        numbers["gold_score"] = episodes.gold_scores
+    if task.kl_coef > 0:  # without a price the reference is never asked
+        numbers["kl"] = episode_kl(episodes)
+    numbers["length"] = episodes.lengths.float()
+    return numbers
+
+
 @contextmanager
 def noise_from(generator: torch.Generator, reward: Any) -> Iterator[None]:
-    """Draws a reward's noise from a generator, and in the end puts it back where it stood.
+    """Draws a reward's noise from a generator, and in the end puts the noise back to where it was.
 
-    So the noise of a training that shares the reward does not feel an evaluation in its midst.
+    So an evaluation does not change the noise of a training run that shares the reward.
     """
     if not all(hasattr(reward, name) for name in ("reseed", "get_state", "set_state")):
         yield
@@ -190,9 +197,10 @@ def _no_bound(task: Task, samples: int) -> str | None:
 def intervals(numbers: Mapping[str, Tensor], envs: RLHFVectorEnv) -> dict[str, Interval]:
     """Intervals of what S episodes of each of the first X prompts of an env's split measured, (X, S) each.
 
-    They count what the reward says of how far a score can go (`lmgym.rewards.base.score_range`).
+    They use the range of scores that the reward declares, if it does (`lmgym.rewards.base.score_range`).
     """
-    engine, task = envs.engine, envs.task
+    engine = envs.engine
+    task = envs.task
     count = len(numbers["score"])
     prompts = [engine.prompts[i].ids for i in range(count)]
     bounds = score_range(remove_noise(engine.reward), prompts, task.max_new_tokens)

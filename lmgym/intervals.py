@@ -192,7 +192,8 @@ def _limits(
     low, high = limits["score"]
     paid = numbers["score"]
     if gamma < 1:  # a late score counts for next to nothing
-        low, high = min(low, 0.0), max(high, 0.0)
+        low = min(low, 0.0)
+        high = max(high, 0.0)
         paid = gamma ** (numbers["length"].double() - 1) * paid
     price = paid - numbers["return"]
     cheapest = min(price.min().item(), -kl_coef * nats)
@@ -213,7 +214,8 @@ def _weighted_quantile(values: NDArray[np.float64], counts: NDArray[np.float64])
     """
     from scipy.optimize import brentq
 
-    top, scale = float(values.max()), float(np.ptp(values))
+    top = float(values.max())
+    scale = float(np.ptp(values))
     if scale <= 1e-12 * abs(top):
         return top
     below = (values - top) / scale  # in [-1, 0]

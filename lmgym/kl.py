@@ -16,7 +16,7 @@ from torch import Tensor
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, LogProbError, check_number
 
-_IMPOSSIBLE = math.log(1e-9)  # nats
+_MIN_LOG_PROBABILITY = math.log(1e-9)  # of a sum of log-ratios, in nats
 
 
 def k1(log_ratio: Tensor) -> Tensor:
@@ -72,7 +72,8 @@ def token_rewards(episodes: Episodes, kl_coef: float, *, dense: bool = True) -> 
     rewards = kl_coef * (episodes.ref_log_probs - episodes.log_probs) * episodes.response_mask
     end = episodes.scores.to(rewards.dtype)
     if not dense:
-        end, rewards = end + rewards.sum(-1), torch.zeros_like(rewards)
+        end = end + rewards.sum(-1)
+        rewards = torch.zeros_like(rewards)
     last = (episodes.lengths - 1).clamp(min=0).unsqueeze(1)
     return rewards.scatter_add(1, last, end.unsqueeze(1))
 
@@ -88,14 +89,14 @@ def discounted_return(rewards: Tensor, gamma: float) -> Tensor:
     return (rewards * discounts).sum(-1)
 
 
-def check_sampled_law(kl: Tensor) -> None:
-    """Raises where a batch's mean KL is impossible for log-probs of the law that sampled.
+def check_kl_is_plausible(kl: Tensor) -> None:
+    """Raises where a batch's mean KL cannot be that of log-probs with which the tokens were drawn.
 
-    A KL is never negative, so a k1 mean that lies far below 0 means that the log-probs are not those the tokens were
-    drawn with (a forgotten temperature, a stale policy). Far is more than three standard errors (and more than
-    round-off), and a sum of log-ratios that has a probability below 1e-9: where log-probs are right, E prod_i
-    pi_ref(y_i|x_i) / pi(y_i|x_i) <= 1, so that sum_i log pi/pi_ref < -c has probability e^-c at most (Markov). Three
-    standard errors alone are no rare event where few responses hold most of the KL, and none of them was drawn.
+    A KL is never negative. A k1 mean far below 0 therefore means that the tokens were drawn with other log-probs (a
+    forgotten temperature, a stale policy). Far means two things: more than three standard errors (and more than
+    round-off), and a sum of log-ratios that has a probability below 1e-9. If the log-probs are right, then
+    E prod_i pi_ref(y_i|x_i) / pi(y_i|x_i) <= 1, so that sum_i log pi/pi_ref < -c has probability e^-c at most (Markov).
+    Three standard errors alone happen often where few responses hold most of the KL and none of them was drawn.
 
     Args:
         kl: (B,) nats, the k1 estimate of each episode, independent given their prompts.
@@ -103,13 +104,14 @@ def check_sampled_law(kl: Tensor) -> None:
     Raises:
         LogProbError: saying the mean and its standard error.
     """
-    if kl.numel() < 2 or kl.sum().item() >= _IMPOSSIBLE:
+    if kl.numel() < 2 or kl.sum().item() >= _MIN_LOG_PROBABILITY:
         return
-    mean, error = kl.mean().item(), kl.std().item() / kl.numel() ** 0.5
+    mean = kl.mean().item()
+    error = kl.std().item() / kl.numel() ** 0.5
     if mean < -3 * error - 1e-3:
         raise LogProbError(
             f"The mean KL(pi || pi_ref) is {mean:.3f} nats with standard error {error:.3f}, and a KL is never "
-            "negative: `log_probs` are not those of the law that sampled (temperature, top-k and top-p included)."
+            "negative: the tokens were not drawn with these `log_probs` (temperature, top-k and top-p included)."
         )
 
 

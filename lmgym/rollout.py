@@ -5,13 +5,14 @@ Shapes: B episodes, P prompt columns, T response columns, N envs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
+from lmgym.envs.engine import Engine
 from lmgym.envs.prompts import Prompt
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
@@ -19,9 +20,9 @@ from lmgym.errors import InvalidArgumentError, check_int
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler, check_finite_log_probs
 
-_DROP_AT = 0.25  # share of finished rows at which the batch is worth compacting
-_LOOK_EVERY = 8  # tokens between two looks at which rows have ended, on a GPU, which a look has wait
-_FEWEST_ROWS = 8  # of a batch on a GPU, which a smaller one would not make faster
+_COMPACT_AT = 0.25  # share of finished rows at which the batch is worth compacting
+_GPU_LOOK_EVERY = 8  # tokens between two looks at which rows have ended, on a GPU, which a look has wait
+_MIN_GPU_ROWS = 8  # of a batch on a GPU, which a smaller one would not make faster
 
 
 @torch.no_grad()
@@ -41,18 +42,53 @@ def collect(
         envs: the MDP; its rows are not touched, its stream of prompts is.
         policy: what decodes.
         episodes: how many (prompts are the next of the env's stream), or the prompts themselves.
-        sampler: the law tokens are drawn from, given the policy's logits; the policy's own if None.
+        sampler: how tokens are drawn, given the policy's logits; None draws from the policy as it is.
         generator: a CPU generator; B x T uniforms are drawn from it. One of its own if None.
 
     Returns:
         Episodes on the CPU.
     """
-    sampler, generator = sampler or Sampler(), generator or fresh_generator()
     prompts = envs.next_prompts(episodes) if isinstance(episodes, int) else episodes
     engine = envs.engine
     prompt_ids, prompt_mask = engine.pad_prompts(prompts)
+    decoded = _decode(engine, policy, prompt_ids, prompt_mask, sampler or Sampler(), generator or fresh_generator())
+    replay = envs.replay(prompts, decoded.response_ids.numpy())
+    gold = replay.outcomes.gold_scores
+    return Episodes(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=decoded.response_ids,
+        response_mask=torch.from_numpy(replay.response_mask),
+        log_probs=decoded.log_probs,
+        ref_log_probs=torch.from_numpy(replay.ref_log_probs).float(),
+        scores=torch.tensor(replay.outcomes.scores),
+        values=decoded.values,
+        terminated=torch.from_numpy(replay.terminated),
+        prompt_index=torch.tensor([p.index for p in prompts]),
+        gold_scores=None if gold is None else torch.tensor(gold),
+    ).with_tokenizer(engine.lm.tokenizer)
+
+
+class _Decoded(NamedTuple):
+    """What decoding gave, on the CPU: (B, T) each, `values` None of a policy without."""
+
+    response_ids: Tensor
+    log_probs: Tensor
+    values: Tensor | None
+
+
+def _decode(
+    engine: Engine,
+    policy: Policy,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    sampler: Sampler,
+    generator: torch.Generator,
+) -> _Decoded:
+    """Draws a response to each prompt (B, P), to its end."""
     device = policy.device
-    b, horizon = len(prompts), engine.horizon
+    b = len(prompt_ids)
+    horizon = engine.horizon
     uniforms = torch.rand((b, horizon), generator=generator, dtype=torch.float64).to(device)
     response = torch.full((b, horizon), engine.lm.pad_token_id, device=device)
     log_probs = torch.zeros((b, horizon), device=device)
@@ -73,45 +109,32 @@ def collect(
         running &= ~end_rule.is_end_by_eos(tokens, t)
         if t == horizon - 1:
             break
-        if device.type == "cpu" or (t + 1) % _LOOK_EVERY == 0:
+        if device.type == "cpu" or (t + 1) % _GPU_LOOK_EVERY == 0:
             if not running.any():
                 break
-            kept = _worth_keeping(running)
-            if kept is not None:
-                state.keep(kept)
-                rows, tokens, running = rows[kept], tokens[kept], running[kept]
+            slots = _find_slots_to_keep(running)
+            if slots is not None:
+                state.keep(slots)
+                rows = rows[slots]
+                tokens = tokens[slots]
+                running = running[slots]
         state.step(tokens)
-    response, log_probs = response.cpu(), log_probs.cpu()
+    log_probs = log_probs.cpu()
     check_finite_log_probs(log_probs)
-    values = None if values is None else values.cpu()
-    replay = envs.replay(prompts, response.numpy())
-    mask = torch.from_numpy(replay.response_mask)
-    gold = replay.outcomes.gold_scores
-    return Episodes(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        response_ids=response,
-        response_mask=mask,
-        log_probs=log_probs,
-        ref_log_probs=torch.from_numpy(replay.ref_log_probs).float(),
-        scores=torch.tensor(replay.outcomes.scores),
-        values=values,
-        terminated=torch.from_numpy(replay.terminated),
-        prompt_index=torch.tensor([p.index for p in prompts]),
-        gold_scores=None if gold is None else torch.tensor(gold),
-    ).with_tokenizer(engine.lm.tokenizer)
+    return _Decoded(response.cpu(), log_probs, None if values is None else values.cpu())
 
 
-def _worth_keeping(running: Tensor) -> Tensor | None:
-    """The slots (n,) that a batch goes on with, given which of them (B,) still run; None where it is left as it is.
+def _find_slots_to_keep(running: Tensor) -> Tensor | None:
+    """The slots (n,) that a batch goes on with, given which of them (B,) still run; None where it stays as it is.
 
     On a CPU they are those that run, once a quarter have ended. On a GPU the batch is halved, so that few sizes come up
     and each is captured once; slots that have ended fill it up.
     """
-    alive, size = int(running.sum()), len(running)
+    alive = int(running.sum())
+    size = len(running)
     if running.device.type == "cpu":
-        return running.nonzero().squeeze(1) if alive <= (1 - _DROP_AT) * size else None
-    while size >= 2 * _FEWEST_ROWS and alive <= size // 2:
+        return running.nonzero().squeeze(1) if alive <= (1 - _COMPACT_AT) * size else None
+    while size >= 2 * _MIN_GPU_ROWS and alive <= size // 2:
         size //= 2
     return running.to(torch.uint8).argsort(descending=True, stable=True)[:size] if size < len(running) else None
 
@@ -140,13 +163,14 @@ def collect_steps(
         InvalidArgumentError: for another autoreset mode, or a number of episodes that is no such multiple.
     """
     check_same_step(envs)
-    sampler, generator = sampler or Sampler(), generator or fresh_generator()
+    sampler = sampler or Sampler()
+    generator = generator or fresh_generator()
     n = envs.num_envs
     check_int("episodes", episodes, 1)
     if episodes % n:
         raise InvalidArgumentError(f"`episodes` must be a multiple of the number of envs, {n}, got {episodes}.")
     task = envs.get_attr("task")[0]
-    rounds = [_round(envs, policy, task.max_new_tokens, sampler, generator) for _ in range(episodes // n)]
+    rounds = [_play_round(envs, policy, task.max_new_tokens, sampler, generator) for _ in range(episodes // n)]
     return Episodes.concatenate(rounds)
 
 
@@ -166,16 +190,20 @@ def fresh_generator() -> torch.Generator:
     return generator
 
 
-def _round(envs: Any, policy: Policy, horizon: int, sampler: Sampler, generator: torch.Generator) -> Episodes:
+def _play_round(envs: Any, policy: Policy, horizon: int, sampler: Sampler, generator: torch.Generator) -> Episodes:
     n = envs.num_envs
     observation, _ = envs.reset()
     width = observation["input_ids"].shape[1] - horizon
     prompt_ids = torch.from_numpy(observation["input_ids"][:, :width].copy())
     prompt_mask = torch.from_numpy(observation["attention_mask"][:, :width].astype(bool))
     uniforms = torch.rand((n, horizon), generator=generator, dtype=torch.float64)
-    response, mask = torch.zeros((n, horizon), dtype=torch.int64), torch.zeros((n, horizon), dtype=torch.bool)
-    log_probs, ref_log_probs = torch.zeros((n, horizon)), torch.zeros((n, horizon))
-    scores, gold, terminated = torch.zeros(n), torch.zeros(n), torch.zeros(n, dtype=torch.bool)
+    response = torch.zeros((n, horizon), dtype=torch.int64)
+    mask = torch.zeros((n, horizon), dtype=torch.bool)
+    log_probs = torch.zeros((n, horizon))
+    ref_log_probs = torch.zeros((n, horizon))
+    scores = torch.zeros(n)
+    gold = torch.zeros(n)
+    terminated = torch.zeros(n, dtype=torch.bool)
     values: Tensor | None = None
     has_gold = False
     state = policy.begin(prompt_ids.to(policy.device), prompt_mask.to(policy.device), horizon)
@@ -183,7 +211,8 @@ def _round(envs: Any, policy: Policy, horizon: int, sampler: Sampler, generator:
     for t in range(horizon):
         drawn, drawn_log_probs = sampler.sample(state.logits, t, uniforms[:, t])
         alive = torch.from_numpy(running.copy())
-        response[alive, t], mask[alive, t] = drawn.cpu()[alive], True
+        response[alive, t] = drawn.cpu()[alive]
+        mask[alive, t] = True
         log_probs[alive, t] = drawn_log_probs.cpu()[alive]
         estimate = state.values
         if estimate is not None:

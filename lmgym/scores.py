@@ -39,7 +39,8 @@ def normalised(value: Interval, reference: Interval | float, optimum: StoredOpti
 
 def reference_return(optimum: StoredOptimum) -> Interval:
     """J_ref as it is stored: a point where it is exact, else with the interval of the samples it comes from."""
-    mean, half = optimum.reference, optimum.reference_half_width
+    mean = optimum.reference
+    half = optimum.reference_half_width
     return Interval(mean, mean - half, mean + half)
 
 

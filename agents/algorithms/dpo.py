@@ -23,7 +23,7 @@ from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_choice, check_number
 from lmgym.feedback.annotators import preference_probability
 from lmgym.feedback.preferences import Rankings
-from lmgym.kl import check_sampled_law, discounted_return, episode_kl, token_rewards
+from lmgym.kl import check_kl_is_plausible, discounted_return, episode_kl, token_rewards
 from lmgym.models.sampling import Sampler
 from lmgym.rollout import collect
 
@@ -112,7 +112,7 @@ class DPO(SupervisedAgent[Pairs]):
         episodes = collect(self.envs, self.policy, prompts, self.sampler, self.generator)
         self.tokens.read(episodes)
         if self.envs.kl_coef > 0:
-            check_sampled_law(episode_kl(episodes))
+            check_kl_is_plausible(episode_kl(episodes))
         else:
             self.tokens.read(episodes)
             episodes = with_reference(self.envs.engine, episodes)

@@ -105,7 +105,7 @@ class TokenMDP:
         for t, i in enumerate(response_ids):
             if not self.lm.is_legal(int(i)):
                 raise InvalidArgumentError(f"`response_ids` must hold token ids of the tokenizer, and {i} is none.")
-            if self.is_eos[int(i)] and t >= self.task.min_new_tokens:
+            if self.end_rule.is_end(int(i), t):
                 raise InvalidArgumentError(f"`response_ids` must not end the episode, and token {t} is an EOS.")
 
     def check_actions(self, actions: Ints, live: Bools) -> None:
