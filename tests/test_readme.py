@@ -8,6 +8,7 @@ composed.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import inspect
 import re
@@ -356,6 +357,33 @@ def test_files_named_exist(document: Path) -> None:
     named = re.findall(r"`((?:lmgym|agents|conf|tests|docs)/[\w./-]*)`", prose(document))
     missing = {name for name in named if not re.search(r"-v\d$", name) and not (ROOT / name).exists()}
     assert not missing - {block.path for block in blocks(document)}
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    module, _, rest = name.partition(".")
+    found: Any = importlib.import_module(module)
+    for part in rest.split("."):
+        module = f"{module}.{part}"
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError:
+                return False
+        found = getattr(found, part)
+    return True
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_names_in_the_prose_exist(document: Path) -> None:
+    named = re.findall(r"`((?:lmgym|agents)(?:\.\w+)+)[(`]", prose(document))
+    assert not [name for name in dict.fromkeys(named) if not exists(name)]
+
+
+def test_a_name_that_does_not_exist_is_seen() -> None:
+    assert exists("lmgym.kl.token_rewards")
+    assert not exists("lmgym.kl.no_such")
+    assert not exists("lmgym.no_such.token_rewards")
 
 
 def commands(document: Path, pattern: str) -> list[str]:
