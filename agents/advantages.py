@@ -17,7 +17,7 @@ def gae(
     Args:
         rewards: (B, T). values: (B, T), V(s_t) before token t. mask: (B, T) bool, a prefix of each row.
         gamma: discount a token. gae_lambda: 0 is one-step TD, 1 is Monte Carlo.
-        bootstrap: (B,) V of the state behind the last token, where an episode was truncated there; 0 elsewhere. None
+        bootstrap: (B,) V of the state after the last token, where an episode was truncated there; 0 elsewhere. None
             is 0: the end of a finite-horizon episode has no future.
 
     Returns:
@@ -41,7 +41,8 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     The variance is the biased one (divided by n), as in lm-human-preferences.
     """
     kept = x[mask]
-    mean, variance = kept.mean(), kept.var(unbiased=False)
+    mean = kept.mean()
+    variance = kept.var(unbiased=False)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
 

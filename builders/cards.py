@@ -56,7 +56,8 @@ def page() -> str:
 
 
 def _row(env_id: str, task: Task) -> str:
-    train, test = len(task.prompts["train"]), len(task.prompts["test"])
+    train = len(task.prompts["train"])
+    test = len(task.prompts["test"])
     cells = [
         f"`{task.name}`",
         f"`{env_id}`",

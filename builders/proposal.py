@@ -77,7 +77,8 @@ def fit_proposal(
 
 def resample(log_weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """(X, count) columns drawn by the weights (X, S) to the largest power <= 1 that leaves `count` effective draws."""
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
     if effective_size(log_weights).mean() >= count:
         low = 1.0
     else:

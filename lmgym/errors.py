@@ -41,7 +41,7 @@ class NotFiniteError(LmGymError, ArithmeticError):
 
 
 class LogProbError(LmGymError, RuntimeError):
-    """The log-probs handed over are not those of the law that sampled the tokens."""
+    """The log-probs handed over are not those of the distribution that sampled the tokens."""
 
 
 def check_finite(name: str, got: float) -> None:

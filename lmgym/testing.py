@@ -38,7 +38,8 @@ def check_task(task: str | Task, *, samples: int = 8, seed: int = 0) -> None:
     task.validate()
     if not {"train", "test"} <= set(task.prompts):
         raise LmGymError(f"`prompts` must have the splits 'train' and 'test', got {sorted(task.prompts)}.")
-    train, test = set(task.prompts["train"]), set(task.prompts["test"])
+    train = set(task.prompts["train"])
+    test = set(task.prompts["test"])
     if train & test and train != test:
         raise LmGymError(f"The splits must be equal or disjoint, and share {len(train & test)} prompts.")
     with warnings.catch_warnings():

@@ -42,7 +42,8 @@ def as_trl(task: str | Task, *, split: str = "train", device: str = "auto") -> t
         prompts: Sequence[str], completions: Sequence[str], completion_ids: Any = None, **columns: Any
     ) -> list[float]:
         """B scores."""
-        prompts, completions = list(prompts), list(completions)
+        prompts = list(prompts)
+        completions = list(completions)
         prompt_ids = lm.encode_all(tuple(prompts))
         if completion_ids is None:
             texts = zip(prompts, prompt_ids, completions, strict=True)

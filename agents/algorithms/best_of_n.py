@@ -47,8 +47,8 @@ class BestOfNConfig(FixedConfig):
 class BestOfN(FixedAgent):
     """Draws n responses of the reference and answers with the one of the highest score, the first of equal ones.
 
-    It sees every score, as no policy does. The law of its next token is not known, so it has no `policy` and grades
-    itself. `num_timesteps` and `tokens` count all candidates.
+    It sees every score, as no policy does. The distribution of its next token is not known, so it has no `policy` and
+    grades itself. `num_timesteps` and `tokens` count all candidates.
     """
 
     Config = BestOfNConfig
@@ -76,7 +76,8 @@ class BestOfN(FixedAgent):
         Raises:
             InvalidArgumentError: for a row in mid-episode that was not played by this agent.
         """
-        ids, mask = np.atleast_2d(observation["input_ids"]), np.atleast_2d(observation["attention_mask"]).astype(bool)
+        ids = np.atleast_2d(observation["input_ids"])
+        mask = np.atleast_2d(observation["attention_mask"]).astype(bool)
         width = ids.shape[1] - self.envs.engine.horizon
         prompts = [row[seen].tolist() for row, seen in zip(ids[:, :width], mask[:, :width], strict=True)]
         responses = [row[seen].tolist() for row, seen in zip(ids[:, width:], mask[:, width:], strict=True)]
@@ -92,10 +93,10 @@ class BestOfN(FixedAgent):
             of, answer = self._answers.get(row, ([], []))
             if of != prompt or answer[: len(response)] != response:
                 raise InvalidArgumentError(
-                    f"`observation` must be at the start of an episode, or behind tokens of this agent, and row {row} "
+                    f"`observation` must be at the start of an episode, or after tokens of this agent, and row {row} "
                     f"has the response {response}."
                 )
-            actions.append(answer[min(len(response), len(answer) - 1)])  # behind the end any token will do
+            actions.append(answer[min(len(response), len(answer) - 1)])  # after the end any token will do
         return np.array(actions) if np.ndim(observation["input_ids"]) == 2 else np.int64(actions[0]), None
 
     @torch.no_grad()
@@ -120,7 +121,7 @@ class BestOfN(FixedAgent):
             envs: the MDP and its split.
             samples: answers a prompt, of n candidates each.
             prompts: how many prompts; None is all.
-            sampler: the law that candidates are drawn from; the agent's own if None.
+            sampler: the distribution that candidates are drawn from; the agent's own if None.
             generator: a CPU generator; the agent's own if None.
             progress: called with the number of answers of every batch that has been sampled.
 
@@ -129,7 +130,8 @@ class BestOfN(FixedAgent):
             reference itself. The log-ratio of the choice is in the log-prob of each answer's last token.
         """
         check_int("samples", samples, 1)
-        available, task = envs.engine.prompts, envs.task
+        available = envs.engine.prompts
+        task = envs.task
         count = len(available) if prompts is None else min(prompts, len(available))
         wanted = [available[i] for i in range(count) for _ in range(samples)]
         generator = generator or self.generator
@@ -173,9 +175,11 @@ class BestOfN(FixedAgent):
         progress: Callable[[int], object] | None = None,
     ) -> tuple[Episodes, Tensor]:
         """The best candidate for each of B prompts, and the scores (B, n) of all."""
-        n, reference = self.config.n, CausalPolicy(envs.engine.lm)
+        n = self.config.n
+        reference = CausalPolicy(envs.engine.lm)
         size = max(1, _BATCH // n)
-        parts, scores = [], []
+        parts = []
+        scores = []
         for start in range(0, len(prompts), size):
             repeated = [prompt for prompt in prompts[start : start + size] for _ in range(n)]
             candidates = collect(envs, reference, repeated, sampler, generator)
@@ -198,7 +202,7 @@ def kl_bound(n: int) -> float:
 
 
 def best_of_n_log_probs(log_probs: Tensor, scores: Tensor, n: int) -> Tensor:
-    """The law of the best of n, exactly: pi_n(y) = pi(y) [F(s)^n - F(s-)^n] / P(score = s), s the score of y.
+    """The distribution of the best of n, exactly: pi_n(y) = pi(y) [F(s)^n - F(s-)^n] / P(score = s), s the score of y.
 
     F(s) is the probability of a score of at most s, F(s-) of one below. Of equal scores the first drawn is kept, so
     that a response keeps its share of those that score alike.
@@ -209,10 +213,10 @@ def best_of_n_log_probs(log_probs: Tensor, scores: Tensor, n: int) -> Tensor:
     Returns:
         (R,) float64 nats.
     """
-    levels, place = scores.unique(return_inverse=True)
-    tied = torch.zeros(len(levels), dtype=torch.float64).index_add(0, place, log_probs.double().exp())
+    levels, level = scores.unique(return_inverse=True)
+    tied = torch.zeros(len(levels), dtype=torch.float64).index_add(0, level, log_probs.double().exp())
     up_to = tied.cumsum(0) / tied.sum()
-    return log_probs.double() + _log_ratio(up_to, tied / tied.sum(), n)[place]
+    return log_probs.double() + _log_ratio(up_to, tied / tied.sum(), n)[level]
 
 
 def log_ratio_of_best(best: Tensor, scores: Tensor, n: int) -> Tensor:
@@ -231,7 +235,8 @@ def log_ratio_of_best(best: Tensor, scores: Tensor, n: int) -> Tensor:
     Returns:
         (S,) float64 nats.
     """
-    ordered, total = scores.sort().values, scores.numel()
+    ordered = scores.sort().values
+    total = scores.numel()
     up_to = torch.searchsorted(ordered, best, right=True).double()
     tied = up_to - torch.searchsorted(ordered, best)
     alone = math.log(n) + (n - 1) * (up_to.digamma() - torch.tensor(total + 1.0, dtype=torch.float64).digamma())

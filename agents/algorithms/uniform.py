@@ -34,7 +34,7 @@ class UniformState:
 
 
 class UniformPolicy:
-    """The uniform law over the tokens that the tokenizer has (`lmgym.models.policy.Policy`)."""
+    """The uniform distribution over the tokens that the tokenizer has (`lmgym.models.policy.Policy`)."""
 
     def __init__(self, lm: CausalLM) -> None:
         self.logits = lm.legal_logits(torch.zeros(lm.vocab_size, device=lm.device))
@@ -57,5 +57,5 @@ class Uniform(FixedPolicyAgent):
     """Samples tokens uniformly, the EOS among them: how far random exploration gets, and what it costs in KL."""
 
     def make_policy(self) -> Policy:
-        """The uniform law."""
+        """The uniform distribution."""
         return UniformPolicy(self.envs.engine.lm)

@@ -52,7 +52,8 @@ def make_policy(
         InvalidArgumentError: for a table to fine-tune or to adapt, layers that cannot be adapted, or a critic that a
             residual does not have.
     """
-    lm, kind = envs.engine.lm, config.policy
+    lm = envs.engine.lm
+    kind = config.policy
     is_table = lm.model.config.model_type == "lmgym_markov"
     if kind in ("finetune", "lora") and is_table:
         learner = "a copy of it" if kind == "finetune" else "an adapter in it"
@@ -84,7 +85,7 @@ def make_policy(
 
 
 def _reward_model(envs: RLHFVectorEnv) -> torch.nn.Module | None:
-    """The model behind the reward, where it reads the policy's own tokens; None where there is none to copy."""
+    """The model of the reward, where it reads the policy's own tokens; None where there is none to copy."""
     reward = envs.engine.reward
     if isinstance(reward, ClassifierReward) and reward.reads_ids:
         return reward.model

@@ -85,7 +85,8 @@ class LoRAPolicy(ActorCritic):
         check_int("lora_rank", rank, 1)
         check_number("lora_alpha", alpha, 0, open_low=True)
         self._shape = {"r": rank, "lora_alpha": alpha}
-        self._targets, self._seed = module_names(modules), seed
+        self._targets = module_names(modules)
+        self._seed = seed
         super().__init__(reference, critic, reward_model)
 
     def _start(self, model: Any) -> None:
@@ -149,7 +150,8 @@ class LoRAPolicy(ActorCritic):
         saved = {name: config.get(name) for name in self._shape} if config else None
         if saved != self._shape:
             raise InvalidArgumentError(f"`directory` must hold an adapter with {self._shape}, got {saved}.")
-        own, weights = self._adapter_state(), load_file(directory / "adapter_model.safetensors", str(self.device))
+        own = self._adapter_state()
+        weights = load_file(directory / "adapter_model.safetensors", str(self.device))
         if {name: x.shape for name, x in own.items()} != {name: x.shape for name, x in weights.items()}:
             raise InvalidArgumentError(
                 f"`directory` must hold an adapter of the same layers, got {config['target_modules']}."

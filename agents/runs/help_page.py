@@ -36,7 +36,7 @@ def help_page(conf: Path, arguments: Sequence[str]) -> str:
         f"The run:\n{_indented(f'seed:{run_keys}')}",
         f"task=NAME, or NAME-SETTING:\n{_listed(_tasks())}",
         f"agent=NAME:\n{_listed(agents)}",
-        f"sampler=NAME, the law that tokens are drawn from:\n{_listed(samplers)}",
+        f"sampler=NAME, the distribution that tokens are drawn from:\n{_listed(samplers)}",
         f"experiment=NAME, numbers of well-known code:\n{_listed(presets)}",
         f"Keys task.KEY (null keeps the task's own):\n{_listed(_task_keys())}",
         f"Keys agent.KEY of agent={agent} (of another: agent=NAME --help):\n{_indented(_agent_keys(conf, agent))}",

@@ -17,8 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#8B5FBF"  # told apart by colour-blind readers too
-_INK, _MUTED, _GRID = "#222222", "#6B6B6B", "#E4E4E4"
+# Told apart by colour-blind readers too.
+_BLUE = "#0072B2"
+_ORANGE = "#D55E00"
+_GREEN = "#009E73"
+_PURPLE = "#8B5FBF"
+_INK = "#222222"
+_MUTED = "#6B6B6B"
+_GRID = "#E4E4E4"
 
 Rows = list[dict[str, Any]]
 Draw = Callable[["Axes", Rows, Mapping[str, Any]], None]
@@ -96,7 +102,8 @@ def _draw_return(axes: Axes, rows: Rows, summary: Mapping[str, Any]) -> None:
         axes.axhspan(bound["low"], bound["high"], color=_INK, alpha=0.08, linewidth=0)
         axes.axhline(bound["mean"], color=_INK, linewidth=1.2, linestyle="--")
     if len(bounds) == 2:  # one note, for the two may lie on each other
-        lower, upper = bounds[0][1], bounds[1][1]
+        lower = bounds[0][1]
+        upper = bounds[1][1]
         axes.axhspan(lower["mean"], upper["mean"], color=_INK, alpha=0.08, linewidth=0)
         _note(axes, upper["high"], f"optimum V* {lower['mean']:.2f} to {upper['mean']:.2f}", above=True)
     elif bounds:

@@ -1,4 +1,4 @@
-"""What a training run leaves behind: TensorBoard scalars, `metrics.jsonl`, and a progress bar while it runs."""
+"""What a training run writes: TensorBoard scalars, `metrics.jsonl`, and a progress bar while it runs."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     lines = read_text(Path(path)).split("\n")
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # behind the last line break is what was not finished
+    for number, line in enumerate(lines[:-1], start=1):  # after the last line break is what was not finished
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

@@ -157,7 +157,8 @@ def is_known(interval: Interval | None) -> TypeGuard[Interval]:
 def optimum_bounds(summary: Mapping[str, Any]) -> list[tuple[str, Interval]]:
     """The known bounds of V*, each with its sign; one "=" where the two coincide, as on tasks solved exactly."""
     optimum = summary.get("optimum") or {}
-    lower, upper = optimum.get("lower"), optimum.get("upper")
+    lower = optimum.get("lower")
+    upper = optimum.get("upper")
     if is_known(lower) and is_known(upper) and lower["mean"] == upper["mean"]:
         return [("=", lower)]
     return [(sign, bound) for sign, bound in ((">=", lower), ("<=", upper)) if is_known(bound)]
@@ -168,7 +169,8 @@ def _grade(summary: Mapping[str, Any]) -> str:
 
     Where the 1 of the share lies within the bounds it says so: `V* ~ 1.27`.
     """
-    after, optimum = summary["after"].get("return"), optimum_bounds(summary)
+    after = summary["after"].get("return")
+    optimum = optimum_bounds(summary)
     if not is_known(after) or not optimum:
         return ""
     sign, bound = optimum[0]
@@ -226,7 +228,8 @@ def reference_of(summary: Mapping[str, Any]) -> Interval | None:
 def _gain(summary: Mapping[str, Any]) -> float | None:
     """V* - J_ref, V* being the 1 of the share, or its lower bound; None where one is not known, or nothing to gain."""
     optimum = summary.get("optimum") or {}
-    reference, lower = reference_of(summary), optimum.get("lower")
+    reference = reference_of(summary)
+    lower = optimum.get("lower")
     if not (is_known(reference) and is_known(lower)):
         return None
     value = optimum.get("value")

@@ -38,7 +38,7 @@ def register() -> None:
 
 
 def run_name(_root_: DictConfig) -> str:
-    """What the directory of a run is called: `ppo-keyword-8-seed0`, and behind it what a multirun varies.
+    """What the directory of a run is called: `ppo-keyword-8-seed0`, and after it what a multirun varies.
 
     Letters, digits, ".", "_", "+" and "-" alone: no shell, no file system and no other command reads them otherwise.
 

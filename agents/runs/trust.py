@@ -159,7 +159,7 @@ def import_installed(values: Mapping[str, Any], run: Path, trusted: Sequence[str
         if any(code.module == name or code.module.startswith(f"{name}.") for name in trusted):
             continue
         specs = installed(code.module)
-        if specs is None or any(_is_below(place, run) for spec in specs for place in _places(spec)):
+        if specs is None or any(_is_below(folder, run) for spec in specs for folder in _folders(spec)):
             raise InvalidArgumentError(_refusal(code))
         found.append((code, specs))
     for code, specs in found:
@@ -174,8 +174,8 @@ def import_installed(values: Mapping[str, Any], run: Path, trusted: Sequence[str
 def _refusal(code: Named) -> str:
     if not all(part.isidentifier() for part in code.module.split(".")):
         return f"`{code.key}` must be an import path, got {code.path!r}."
-    place = _find(code.module.partition(".")[0], sys.path)
-    where = "is not installed" if place is None else f"would come from {next(iter(_places(place)), 'elsewhere')}"
+    folder = _find(code.module.partition(".")[0], sys.path)
+    where = "is not installed" if folder is None else f"would come from {next(iter(_folders(folder)), 'elsewhere')}"
     return (
         f"`{code.key}` of a run directory must be code of lmgym, of agents or of an installed package, and "
         f"{code.path!r} {where}. Where you trust that code, say so: trust={code.module}"
@@ -183,7 +183,7 @@ def _refusal(code: Named) -> str:
 
 
 def installed(module: str) -> list[ModuleSpec] | None:
-    """Where a module of an installed package, of `lmgym` or of `agents` lies, behind the packages around it.
+    """Where a module of an installed package, of `lmgym` or of `agents` lies, after the packages around it.
 
     Nothing is executed, where `importlib.util.find_spec` would execute the packages around it.
 
@@ -205,11 +205,11 @@ def installed(module: str) -> list[ModuleSpec] | None:
 
 def _site_directories() -> list[str]:
     """Where installers put packages; not what .pth files add, which may be the working directory."""
-    places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     if site.ENABLE_USER_SITE:
-        places.append(site.getusersitepackages())
+        folders.append(site.getusersitepackages())
     on_path = {os.path.realpath(entry) for entry in sys.path}
-    return [place for place in dict.fromkeys(places) if os.path.realpath(place) in on_path]
+    return [folder for folder in dict.fromkeys(folders) if os.path.realpath(folder) in on_path]
 
 
 def _find(name: str, directories: Sequence[str]) -> ModuleSpec | None:
@@ -242,7 +242,7 @@ def _is_free(spec: ModuleSpec) -> bool:
     return os.path.realpath(known.origin) == os.path.realpath(spec.origin)
 
 
-def _places(spec: ModuleSpec) -> list[str]:
+def _folders(spec: ModuleSpec) -> list[str]:
     return [spec.origin] if spec.origin is not None else list(spec.submodule_search_locations or ())
 
 
@@ -251,7 +251,7 @@ def _is_below(path: str, directory: Path) -> bool:
 
 
 def _load(specs: Sequence[ModuleSpec]) -> Any:
-    """Executes modules from just these places, outermost first, and gives the last."""
+    """Executes modules from just these folders, outermost first, and gives the last."""
     for spec in specs:
         if spec.name in sys.modules:
             continue

@@ -25,7 +25,7 @@ def read_file(argument: str, path: str) -> list[Item]:
     """The items of a file: lines of text, of JSON or of CSV, or the rows of a Parquet file.
 
     Args:
-        argument: what the file was given as, for messages. path: of the file; `.gz` behind another ending is unpacked.
+        argument: what the file was given as, for messages. path: of the file; `.gz` after another ending is unpacked.
 
     Raises:
         InvalidArgumentError: naming the argument and the file, for one that cannot be read, and for an unknown ending.

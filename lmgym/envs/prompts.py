@@ -110,34 +110,38 @@ class PromptOrder:
     def __init__(
         self, prompts: PromptSet, order: str, rng: Callable[[], np.random.Generator], *, start: int = 0, stride: int = 1
     ) -> None:
-        self._prompts, self._shuffle, self._rng = prompts, order == "shuffle", rng
-        self._start, self._stride = start, stride
+        self._prompts = prompts
+        self._shuffle = order == "shuffle"
+        self._rng = rng
+        self._start = start
+        self._stride = stride
         self.restart()
 
     def restart(self) -> None:
         """Begins a new stream: what the generator gives from here on."""
         self._epoch: npt.NDArray[np.int64] | None = None
-        self._place = 0 if self._shuffle else self._start
+        self._next = 0 if self._shuffle else self._start
 
     @property
     def position(self) -> tuple[npt.NDArray[np.int64] | None, int]:
         """Where the stream stands, for a copy to go on from."""
-        return self._epoch, self._place
+        return self._epoch, self._next
 
     @position.setter
     def position(self, position: tuple[npt.NDArray[np.int64] | None, int]) -> None:
-        self._epoch, self._place = position
+        self._epoch, self._next = position
 
     def peek(self) -> Prompt:
         """The next prompt, without taking it."""
         if not self._shuffle:
-            return self._prompts[self._place % len(self._prompts)]
-        if self._epoch is None or self._place == len(self._epoch):
-            self._epoch, self._place = self._rng().permutation(len(self._prompts)), 0
-        return self._prompts[int(self._epoch[self._place])]
+            return self._prompts[self._next % len(self._prompts)]
+        if self._epoch is None or self._next == len(self._epoch):
+            self._epoch = self._rng().permutation(len(self._prompts))
+            self._next = 0
+        return self._prompts[int(self._epoch[self._next])]
 
     def take(self) -> Prompt:
         """The next prompt."""
         prompt = self.peek()
-        self._place += 1 if self._shuffle else self._stride
+        self._next += 1 if self._shuffle else self._stride
         return prompt

@@ -32,8 +32,17 @@ Span = tuple[str, float | None]  # a stretch of text, and how red it is, in [0, 
 
 NATS_A_STEP = 7  # surprise that is drawn in full red, or a multiple of it
 SIZE = (960, 544)  # multiples of 16: no video codec pads or rescales them
-LEFT, RIGHT, TEXT_SIZE, LINE_HEIGHT, PROMPT_LINES, RESPONSE_LINES = 40, 920, 24, 38, 2, 6
-PAPER, INK, MUTED, TRACK, ACCENT = "#ffffff", "#111418", "#656d76", "#e4e7eb", "#2f6fde"
+LEFT = 40
+RIGHT = 920
+TEXT_SIZE = 24
+LINE_HEIGHT = 38
+PROMPT_LINES = 2
+RESPONSE_LINES = 6
+PAPER = "#ffffff"
+INK = "#111418"
+MUTED = "#656d76"
+TRACK = "#e4e7eb"
+ACCENT = "#2f6fde"
 # Red, green and blue of ColorBrewer's "Reds", from a grey: even steps of lightness, and dark text is readable on all.
 CHANNELS = ((242, 254, 252, 252, 251, 239), (243, 224, 187, 146, 106, 59), (245, 210, 161, 114, 74, 44))
 REDS = [tuple(int(np.interp(at, range(0, 256, 51), channel)) for channel in CHANNELS) for at in range(256)]
@@ -150,7 +159,8 @@ def show(frame: Frame, stream: TextIO, previous: int = 0) -> int:
     `previous` is the number of lines to draw over: what the call before returned, or 0 to start below them.
     """
     ended = frame.finish_reason is not None
-    text, height = to_text(frame) if ended else "", 0
+    text = to_text(frame) if ended else ""
+    height = 0
     if stream.isatty() and os.environ.get("TERM") != "dumb":
         columns, rows = shutil.get_terminal_size()
         # One column and one row stay free: a full last column wraps on some terminals, and the cursor needs a line.
@@ -275,7 +285,8 @@ def _draw_text(draw: ImageDraw.ImageDraw, top: int, label: str, spans: Sequence[
     _put(draw, LEFT, top, label)
     letters: list[tuple[float, float, str]] = []
     for row, line in enumerate(_tail(_wrap(spans, RIGHT - LEFT - 24, _pixels), limit)):  # 24 are for the ellipsis
-        x, y = float(LEFT), float(top + 34 + row * LINE_HEIGHT)
+        x = float(LEFT)
+        y = float(top + 34 + row * LINE_HEIGHT)
         for text, red in line:
             letters.append((x, y, text))
             if red is not None and not text.isspace():

@@ -29,9 +29,9 @@ def plackett_luce_ranking(scores: ArrayLike, temperature: float, rng: np.random.
     """Ranks responses as an annotator of the Plackett-Luce model does.
 
     The annotator picks the best response with probability softmax(scores / temperature), then the best of the rest, and
-    so on. Sorting the scores after adding standard Gumbel noise to scores / temperature draws from this law at once.
-    Every pair of responses then follows Bradley-Terry: P(i before j) = sigmoid((scores_i - scores_j) / temperature), as
-    `preference_probability` says, whatever the other K - 2 responses are.
+    so on. Sorting the scores after adding standard Gumbel noise to scores / temperature draws from this distribution at
+    once. Every pair of responses then follows Bradley-Terry: P(i before j) = sigmoid((scores_i - scores_j) /
+    temperature), as `preference_probability` says, whatever the other K - 2 responses are.
 
     Args:
         scores: (B, K) hidden scores; higher is better.

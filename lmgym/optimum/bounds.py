@@ -69,8 +69,8 @@ def multi_sample_upper_bound(weights: Tensor, exact: Tensor, kl_coef: float) -> 
 class Mixture:
     """Policies mixed over whole responses, q(y|x) = sum_k weights_k q_k(y|x), written as a policy itself.
 
-    By the chain rule its law of the next token is that of its components, weighted by how probable each finds the
-    response so far: q(a|s_t) = sum_k w_k q_k(y_<t) q_k(a|s_t) / sum_k w_k q_k(y_<t). So every component steps along
+    By the chain rule its distribution of the next token is that of its components, weighted by how probable each finds
+    the response so far: q(a|s_t) = sum_k w_k q_k(y_<t) q_k(a|s_t) / sum_k w_k q_k(y_<t). So every component steps along
     every response, and a weight pi_ref / q is never larger than pi_ref / q_k over weights_k, for any k: a component
     that covers the reference, or the reference itself, keeps every weight finite (Hesterberg 1995; Veach & Guibas 1995,
     the balance heuristic). `values` are those of the first component that has any.
@@ -84,7 +84,8 @@ class Mixture:
             raise InvalidArgumentError(
                 f"`weights` must be {len(policies)} numbers > 0 that sum to 1, one a policy, got {weights!r}."
             )
-        self.policies, self.weights = tuple(policies), tuple(weights)
+        self.policies = tuple(policies)
+        self.weights = tuple(weights)
 
     @property
     def device(self) -> torch.device:
@@ -103,14 +104,16 @@ class MixtureState:
     """B running responses of a mixture of K policies; `shares` (B, K) float64 are log w_k q_k(y_<t) / q(y_<t)."""
 
     def __init__(self, states: list[PolicyState], devices: list[torch.device], prior: Tensor, rows: int) -> None:
-        self._states, self._devices, self._prior = states, devices, prior
+        self._states = states
+        self._devices = devices
+        self._prior = prior
         self.shares = prior.repeat(rows, 1)
 
     @property
     def logits(self) -> Tensor:
-        """(B, V) float64 log-law of each response's next token."""
-        laws = [state.logits.to(self._prior.device).double().log_softmax(-1) for state in self._states]
-        joint = torch.stack(laws, 1) + self.shares.unsqueeze(2)
+        """(B, V) float64 log-distribution of each response's next token."""
+        log_probs = [state.logits.to(self._prior.device).double().log_softmax(-1) for state in self._states]
+        joint = torch.stack(log_probs, 1) + self.shares.unsqueeze(2)
         return joint.logsumexp(1)
 
     @property

@@ -1,4 +1,4 @@
-"""The optimum of any task, as closely as it can be known here: behind `Task.optimum`."""
+"""The optimum of any task, as closely as it can be known here: after `Task.optimum`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from lmgym.optimum.tree import count_responses, solve_tree
 from lmgym.tasks.base import Task, check_split
 from lmgym.tasks.stored import StoredOptimum
 
-EPISODES, FEWEST_DRAWS, REPEATS, SEED = 1024, 2, 2, 0
+EPISODES = 1024
+FEWEST_DRAWS = 2
+REPEATS = 2
+SEED = 0
 MOST_PROMPTS = 512  # of a larger split the first so many stand for all
 
 
@@ -59,7 +62,8 @@ def bound_below(task: Task, split: str) -> StoredOptimum:
     draws = max(FEWEST_DRAWS, EPISODES // (REPEATS * len(encoded)))
     repeated = [ids for ids in encoded for _ in range(REPEATS)]
     drawn = smc(task, repeated, CausalPolicy(lm), draws, torch.Generator().manual_seed(SEED), resample_at=0)
-    below, scores = task.kl_coef * drawn.log_z.view(-1, REPEATS), drawn.scores.view(len(encoded), -1)
+    below = task.kl_coef * drawn.log_z.view(-1, REPEATS)
+    scores = drawn.scores.view(len(encoded), -1)
     whole = len(encoded) == len(task.prompts[split])
     lower, reference = (Interval.over_repeats(x) if whole else Interval.of(x.mean(1)) for x in (below, scores))
     value = max(lower.low, reference.mean)

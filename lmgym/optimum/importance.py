@@ -6,7 +6,7 @@ With b = kl_coef, a proposal q and weights w(y) = pi_ref(y|x) exp(score / b) / q
 2. Draws of pi*: a draw of q is kept with probability min(1, w / (c Z')), where Z' is an estimate of Z and c the largest
    ratio of a weight to it that counts in full.
 3. Above: b E log mean_S w >= V*(x), where one of the S draws is of pi*.
-4. What is cut off. Where larger ratios exist, what is kept has the law q min(w, c Z'), whose own normaliser is
+4. What is cut off. Where larger ratios exist, what is kept has the distribution q min(w, c Z'), whose own normaliser is
    (1 - eps) Z: eps is the share of pi* that the cut takes away, and V*(x) is b log(1 / (1 - eps)) above 3. The eps of
    the draws of step 1 is added to the bound; what none of them has shown is the assumption, and has that price.
 

@@ -6,9 +6,9 @@ With b = kl_coef, Z(x) = E_{y ~ pi_ref} exp(score(x, y) / b) and V*(x) = b log Z
    (Burda et al. 2016), sequential Monte Carlo (SMC) is another, with any proposal and any twist (Del Moral 2004, prop.
    7.4.1; for language models Zhao et al. 2024), resampled whenever the weights ask for it (Whiteley et al. 2016).
 2. Above. Conditional SMC (Andrieu et al. 2010) runs the same particles with one of them bound to y* ~ pi*. The joint
-   law of all it draws is Z_hat / Z times that of SMC, so E [1 / Z_hat] = 1 / Z, and b E log Z_hat >= V* (Jensen again:
-   bidirectional Monte Carlo, Grosse et al. 2015). Without resampling it is b E log [(w(y*) + the sum of S - 1 fresh
-   w) / S], the multi-sample upper bound (Sobolev & Vetrov 2019).
+   distribution of all it draws is Z_hat / Z times that of SMC, so E [1 / Z_hat] = 1 / Z, and b E log Z_hat >= V*
+   (Jensen again: bidirectional Monte Carlo, Grosse et al. 2015). Without resampling it is b E log [(w(y*) + the sum of
+   S - 1 fresh w) / S], the multi-sample upper bound (Sobolev & Vetrov 2019).
 
 Both tighten as the particles grow in number. Where the proposal is pi* and the twist its V, both are V* itself.
 

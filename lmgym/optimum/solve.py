@@ -82,7 +82,8 @@ def known(task: Task, split: str) -> StoredOptimum | None:
 
 def _shortcut(task: Task, split: str) -> Callable[[Task, str], Optimum] | None:
     """The solver that need not write down every response, where there is one."""
-    reward, lm = expected_reward(task), task.reference("cpu")
+    reward = expected_reward(task)
+    lm = task.reference("cpu")
     if isinstance(lm.model, MarkovLM) and isinstance(reward, AutomatonReward):
         payments = [reward.for_prompt(ids).token_payments for ids in lm.encode_all(tuple(task.prompts[split]))]
         # Below gamma = 1 what has been collected on the way would have to be part of the state.

@@ -58,7 +58,7 @@ def prefix_table(responses: Sequence[Sequence[int]], log_probs: Tensor) -> Prefi
     """The prefixes of Y responses as a tree; its root is the empty one.
 
     Args:
-        responses: distinct, none a prefix of another. log_probs: (Y, T) float64 nats of their tokens, 0 behind the end.
+        responses: distinct, none a prefix of another. log_probs: (Y, T) float64 nats of their tokens, 0 after the end.
     """
     root = Prefix()
     for ids, row in zip(responses, log_probs, strict=True):
@@ -74,7 +74,7 @@ def prefix_table(responses: Sequence[Sequence[int]], log_probs: Tensor) -> Prefi
 class VerifiablePolicy:
     """pi*(a|s), which is proportional to pi_ref(a|s) (1 + p(s, a) (exp(1 / b) - 1)).
 
-    p(s, a) is the reference's probability to finish in an accepted response behind a. Where no accepted response leads
+    p(s, a) is the reference's probability to finish in an accepted response after a. Where no accepted response leads
     on, pi* is the reference.
 
     Args:
@@ -98,7 +98,8 @@ class VerifiablePolicy:
             raise InvalidArgumentError(
                 f"`missing_eos_penalty` must be 0 for the closed form, got {task.missing_eos_penalty!r}."
             )
-        self.task, self.lm = task, task.reference("cpu")
+        self.task = task
+        self.lm = task.reference("cpu")
         self._accepted: AcceptedResponses = accepted
         self._tables: dict[tuple[int, ...], Prefix] = {}
 
@@ -143,7 +144,8 @@ class VerifiableState:
     def __init__(
         self, policy: VerifiablePolicy, reference: PolicyState, prompt_ids: Tensor, prompt_mask: Tensor
     ) -> None:
-        self._policy, self._reference = policy, reference
+        self._policy = policy
+        self._reference = reference
         self._nodes = [_ELSEWHERE] * len(prompt_ids)
         self._look_up(range(len(prompt_ids)), prompt_ids, prompt_mask)
 
@@ -161,8 +163,8 @@ class VerifiableState:
         if entries:
             rows, tokens, log_probs = zip(*entries, strict=True)
             gains = log_exp_reward(torch.tensor(log_probs, dtype=torch.float64), self._policy.task.kl_coef)
-            places = (torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device))
-            logits[places] += gains.to(logits.device)
+            where = (torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device))
+            logits[where] += gains.to(logits.device)
         return logits.log_softmax(-1)
 
     @property

@@ -99,7 +99,8 @@ def reward_model_from(causal_lm: Any, generator: torch.Generator) -> Any:
         InvalidArgumentError: If the config has no pad token, or EOS is it.
     """
     config = copy.deepcopy(causal_lm.config)
-    pad, eos = config.pad_token_id, config.eos_token_id
+    pad = config.pad_token_id
+    eos = config.eos_token_id
     if pad is None or pad == eos:  # lmgym would read it all the same, and transformers' own forward would not
         raise InvalidArgumentError(
             "`pad_token_id` must be set and differ from EOS, or the end of a response is invisible to transformers; "
@@ -201,7 +202,8 @@ def normalise(model: Any, mean: float, std: float) -> None:
     """
     check_number("mean", mean, -math.inf)
     check_number("std", std, 0, open_low=True)
-    head, norm = _score_head(model), _final_norm(model)
+    head = _score_head(model)
+    norm = _final_norm(model)
     if head.bias is None and getattr(norm, "bias", None) is None:
         raise InvalidArgumentError(
             "`model` must have a bias in its score head or its final norm to be centred, "

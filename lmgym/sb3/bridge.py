@@ -62,7 +62,8 @@ class VecEnvBridge(VecEnv):
         rows = _by_row(infos, self.num_envs)
         for i, row in enumerate(rows):
             if "final_obs" in row:
-                end, info = row.pop("final_obs"), row.pop("final_info")
+                end = row.pop("final_obs")
+                info = row.pop("final_info")
                 self.reset_infos[i] = dict(row)
                 row |= {**info, "terminal_observation": end}
             row["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])

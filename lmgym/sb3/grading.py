@@ -55,9 +55,9 @@ def evaluate(
 ) -> Grade:
     """Samples every prompt of the env's split (or the first `prompts` of them) a number of times, and grades.
 
-    A model with a law over actions (PPO, A2C, TRPO, MaskablePPO) is sampled from it and pays `kl_coef * log pi` for
-    what it does. Any other (DQN, QRDQN, RecurrentPPO), and any with `deterministic`, is asked what it would do for
-    certain: log pi is 0, and the env's own return is all of J.
+    A model with a distribution over actions (PPO, A2C, TRPO, MaskablePPO) is sampled from it and pays `kl_coef * log
+    pi` for what it does. Any other (DQN, QRDQN, RecurrentPPO), and any with `deterministic`, is asked what it would do
+    for certain: log pi is 0, and the env's own return is all of J.
 
     Args:
         model: of Stable-Baselines3 or sb3-contrib, or any object with their `predict`; or, of whatever library, a
@@ -95,7 +95,8 @@ def evaluate(
 
 def _episodes(envs: VectorEnv[Any, Any, Any], base: RLHFVectorEnv, index: int, act: Act) -> dict[str, Floats]:
     """Numbers (N,) of one episode of every row, from one prompt."""
-    task, rows = base.task, envs.num_envs
+    task = base.task
+    rows = envs.num_envs
     observation, infos = envs.reset(options={"prompt_index": index})
     found = {name: np.zeros(rows) for name in ("return", "score", "kl", "length")}
     owed = np.zeros(rows)
@@ -133,7 +134,7 @@ def _has_law(model: Any) -> bool:
 
 
 def _law(model: Any, seed: int) -> Act:
-    """Samples from the law of a policy, and says how likely that was."""
+    """Samples from the distribution of a policy, and says how likely that was."""
     generator = torch.Generator().manual_seed(seed)
     if hasattr(model, "predict"):
         model.policy.set_training_mode(False)

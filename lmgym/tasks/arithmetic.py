@@ -51,7 +51,8 @@ def all_prompts(digits: int) -> tuple[str, ...]:
 @functools.cache
 def prompts(digits: int, split: Split) -> tuple[str, ...]:
     """The prompts of a split: different sums, none in both splits."""
-    every, sizes = all_prompts(digits), PROMPTS_PER_SPLIT[digits]
+    every = all_prompts(digits)
+    sizes = PROMPTS_PER_SPLIT[digits]
     order = np.random.default_rng([PROMPT_SEED, digits]).permutation(len(every))
     first = 0 if split == "train" else sizes["train"]
     return tuple(every[i] for i in order[first : first + sizes[split]])

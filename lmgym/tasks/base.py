@@ -64,7 +64,7 @@ class Task:
         max_new_tokens: T, the horizon, in tokens.
         gold: the truth that `reward` stands for, reported on the side and never paid; or None.
         gamma: discount a token.
-        temperature: what the reference's logits are divided by: pi_ref is its law at that temperature.
+        temperature: what the reference's logits are divided by: pi_ref is its distribution at that temperature.
         min_new_tokens: an EOS among the first `min_new_tokens` tokens is a token like the rest: it does not end.
         missing_eos_penalty: taken off the score of a response without an EOS.
         dense_kl: pay the reference's log-prob at every step; else the sum over the episode with the last reward.

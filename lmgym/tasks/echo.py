@@ -43,7 +43,8 @@ def prompts(length: int) -> dict[str, list[str]]:
     distinct: dict[str, None] = {}
     while len(distinct) < total:
         distinct[" ".join(rng.choice(SYMBOLS, length))] = None
-    texts, test = list(distinct), total // 5 if total == 320 else total // 4
+    texts = list(distinct)
+    test = total // 5 if total == 320 else total // 4
     return {"train": texts[test:], "test": texts[:test]}
 
 

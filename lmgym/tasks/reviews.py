@@ -59,7 +59,9 @@ _NEGATORS = "not never hardly no"
 _MARKS = {",": "break", "and": "break", ".": "stop", "but": "but", "although": "although"}  # what ends a clause
 _REACH = 3  # words over which a negator or an intensifier looks for its opinion: "not a very good"
 _NEGATION = -0.6  # "not good" is milder than "bad"
-_AFTER_BUT, _CONCEDED = 2.0, 0.5  # weight of a clause; 1 for the others
+# Weights of a clause; 1 for the others.
+_AFTER_BUT = 2.0
+_CONCEDED = 0.5
 _PRIOR = 1.0  # weight of the neutral clause that every text is averaged with: more evidence, bolder score
 _BOUND = 3.0
 _SCALE = 0.725  # corpus standard deviation of the averaged sentiment: what makes the gold score unit-free
@@ -200,7 +202,8 @@ def derive(rng: np.random.Generator) -> tuple[list[str], float]:
     tables = _tables()
     table = tables[rng.integers(len(tables))]
     nats = math.log(len(tables))
-    stack, words = ["REVIEW"], list[str]()
+    stack = ["REVIEW"]
+    words = list[str]()
     while stack:
         symbol = stack.pop()
         rule = table.get(symbol)
@@ -301,19 +304,25 @@ def _clauses(text: str) -> Iterator[tuple[float | None, str]]:
     """Yields the mean opinion of each clause, None if it has none, and the kind of mark that ends it."""
     meanings = _meanings()
     seen: set[tuple[str, bool]] = set()
-    valence, opinions = 0.0, 0
-    gain, negated, expires = 1.0, False, -1
+    valence = 0.0
+    opinions = 0
+    gain = 1.0
+    negated = False
+    expires = -1
     for t, word in enumerate(text.split()):
         meaning = meanings.get(word)
         if meaning is None:
             continue
         kind, value = meaning
         if t > expires:
-            gain, negated = 1.0, False
+            gain = 1.0
+            negated = False
         if kind == "intensifier":
-            gain, expires = value, t + _REACH
+            gain = value
+            expires = t + _REACH
         elif kind == "negator":
-            negated, expires = not negated, t + _REACH
+            negated = not negated
+            expires = t + _REACH
         elif kind == "opinion":
             if (word, negated) not in seen:
                 seen.add((word, negated))
@@ -322,7 +331,9 @@ def _clauses(text: str) -> Iterator[tuple[float | None, str]]:
             expires = -1
         else:
             yield (valence / opinions if opinions else None), kind
-            valence, opinions, expires = 0.0, 0, -1
+            valence = 0.0
+            opinions = 0
+            expires = -1
     yield (valence / opinions if opinions else None), "stop"
 
 
@@ -337,13 +348,18 @@ def sentiment(text: str) -> float:
     Returns:
         A number in (-3, 3), unit-free: mean 0 and standard deviation 1 over the reviews of the corpus.
     """
-    total, weights = 0.0, _PRIOR
-    weight, answers = 1.0, False
+    total = 0.0
+    weights = _PRIOR
+    weight = 1.0
+    answers = False
     for opinion, mark in _clauses(text):
         if opinion is not None:
-            total, weights, answers = total + weight * opinion, weights + weight, True
+            total = total + weight * opinion
+            weights = weights + weight
+            answers = True
         if mark == "stop":
-            weight, answers = 1.0, False
+            weight = 1.0
+            answers = False
         elif mark == "but":
             weight = _AFTER_BUT if answers else 1.0
         elif mark == "although":

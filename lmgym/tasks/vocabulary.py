@@ -39,7 +39,8 @@ def reference(size: int) -> CausalLM:
     from lmgym.models.markov import dirichlet_rows, markov_lm
 
     rng = np.random.default_rng(3)
-    rows, pays = dirichlet_rows(rng, RANK, size, 1.0), good(size)
+    rows = dirichlet_rows(rng, RANK, size, 1.0)
+    pays = good(size)
     rest = ~pays
     rest[0] = False
     rows[:, pays] *= GOOD_MASS / rows[:, pays].sum(1, keepdims=True)

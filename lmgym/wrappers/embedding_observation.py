@@ -53,7 +53,7 @@ class EmbeddingObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArg
         return self._read(), info
 
     def step(self, action: Any) -> tuple[Floats, Any, bool, bool, dict[str, Any]]:
-        """Steps, and observes the state behind it."""
+        """Steps, and observes the state after it."""
         _, reward, terminated, truncated, info = self.env.step(action)
         observation = np.zeros(self.observation_space.shape or (), np.float32) if terminated else self._read()
         return observation, reward, terminated, truncated, info
@@ -78,7 +78,7 @@ class VectorEmbeddingObservation(TokenVectorWrapper):
         return self._observations.copy(), infos
 
     def step(self, actions: Any) -> tuple[Floats, Any, Any, Any, dict[str, Any]]:
-        """Steps, and observes the states behind it."""
+        """Steps, and observes the states after it."""
         engine = stepping_engine_of(self.env)
         engine.keep_hidden()
         _, rewards, terminated, truncated, infos = self.env.step(actions)

@@ -60,7 +60,7 @@ class OneHotObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         return self._encode(_tokens(observation)[None])[0], info
 
     def step(self, action: Any) -> tuple[Floats, Any, bool, bool, dict[str, Any]]:
-        """Steps, and observes the state behind it."""
+        """Steps, and observes the state after it."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         return self._encode(_tokens(observation)[None])[0], reward, terminated, truncated, info
 
@@ -81,7 +81,7 @@ class VectorOneHotObservation(TokenVectorWrapper):
         return self._encode(_tokens(observations)), infos
 
     def step(self, actions: Any) -> tuple[Floats, Any, Any, Any, dict[str, Any]]:
-        """Steps, and observes the states behind it."""
+        """Steps, and observes the states after it."""
         observations, rewards, terminated, truncated, infos = self.env.step(actions)
         if "final_obs" in infos:
             final = np.full(self.num_envs, None, dtype=object)
@@ -147,7 +147,8 @@ class _Encoding:
 
     def __call__(self, tokens: Ints) -> Floats:
         """(n, size) of token ids (n, L), -1 where there is none."""
-        rows, lengths = np.arange(len(tokens)), (tokens[:, self.width :] >= 0).sum(1)
+        rows = np.arange(len(tokens))
+        lengths = (tokens[:, self.width :] >= 0).sum(1)
         vectors = np.zeros((len(tokens), self.size), dtype=np.float32)
         vectors[rows, lengths] = 1
         start = self.horizon + 1

@@ -22,9 +22,9 @@ _LOG_PROB = spaces.Box(-np.inf, 0.0, (), np.float64)
 class PolicyKL(gym.Wrapper[Any, Any, Any, int], RecordConstructorArgs):
     """Takes `Dict(token, log_prob)` and subtracts `kl_coef * log_prob`: the reward is then the whole r_t of the design.
 
-    `log_prob` is log pi(token | s) in nats of the law that sampled the token. With `dense_kl=False` that of the whole
-    episode is subtracted from its last reward, with which the env pays the other half. The env's `info` is passed
-    through; `discounted_return` in it is without this half.
+    `log_prob` is log pi(token | s) in nats of the distribution that sampled the token. With `dense_kl=False` that of
+    the whole episode is subtracted from its last reward, with which the env pays the other half. The env's `info` is
+    passed through; `discounted_return` in it is without this half.
     """
 
     def __init__(self, env: gym.Env[Any, int]) -> None:
@@ -63,7 +63,8 @@ class VectorPolicyKL(TokenVectorWrapper):
         """Resets the rows, or those of `options["reset_mask"]`."""
         result = self.env.reset(**kwargs)
         rows = self._rows(kwargs.get("options"))
-        self._resetting[rows], self._owed[rows] = False, 0.0
+        self._resetting[rows] = False
+        self._owed[rows] = 0.0
         return result
 
     def step(self, actions: dict[str, Any]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:

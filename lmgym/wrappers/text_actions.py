@@ -22,7 +22,7 @@ from lmgym.wrappers.text_observation import text_space
 class TextActions(gym.Wrapper[Any, str, Any, Any], RecordConstructorArgs):
     """`Text`: the action is the response, as text that follows the prompt, for the bandit of whole responses.
 
-    It becomes tokens as the reference's tokenizer makes them behind the prompt, and an EOS where there is room for one.
+    It becomes tokens as the reference's tokenizer makes them after the prompt, and an EOS where there is room for one.
     Tokens beyond T are cut off, as they are of a response that is generated; `info["finish_reason"]` is then "length".
     The reward is that of the tokens: the score, and `kl_coef * log pi_ref` of the response.
 
@@ -45,7 +45,7 @@ class TextActions(gym.Wrapper[Any, str, Any, Any], RecordConstructorArgs):
         """Takes a response.
 
         Raises:
-            InvalidActionError: for what is no string, or no text that tokens behind the prompt's can have.
+            InvalidActionError: for what is no string, or no text that tokens after the prompt's can have.
         """
         engine = engine_of(self.env)
         check_running(engine.running[0])

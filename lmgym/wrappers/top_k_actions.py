@@ -35,8 +35,8 @@ class TopKActions(gym.Wrapper[Any, Any, Any, int], RecordConstructorArgs):
     An EOS is always among them: where none is of the k likeliest, the likeliest EOS takes the last place, which keeps
     the order of probability and names no token twice. Rewards and ends are the env's own.
 
-    `info` has `top_k_ids` (k,) int64, the tokens behind the actions, and `cut_off_mass`, the reference's probability of
-    all other tokens. Both are 0 behind an end, where there is no next token.
+    `info` has `top_k_ids` (k,) int64, the tokens that the actions stand for, and `cut_off_mass`, the reference's
+    probability of all other tokens. Both are 0 after an end, where there is no next token.
 
     Args:
         env: an env of tokens whose reference runs at every step (`kl_coef > 0`, `dense_kl=True`).
@@ -54,12 +54,12 @@ class TopKActions(gym.Wrapper[Any, Any, Any, int], RecordConstructorArgs):
         self.action_space = spaces.Discrete(k)
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Resets, and adds the tokens behind the actions."""
+        """Resets, and adds the tokens that the actions stand for."""
         observation, info = self.env.reset(**kwargs)
         return observation, info | self._info()
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Steps with the token behind an action.
+        """Steps with the token that an action stands for.
 
         Raises:
             InvalidActionError: for anything that is not an int from 0 to k - 1.
@@ -96,7 +96,7 @@ class VectorTopKActions(TokenVectorWrapper):
         return observations, self._add_ids(infos, self._rows(options))
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Steps with the tokens behind actions (N,); those of rows that are being reset do not matter."""
+        """Steps with the tokens of actions (N,); those of rows that are being reset do not matter."""
         engine = stepping_engine_of(self.env)
         indices = _as_indices(actions, (self.num_envs,), self._k, engine.running)
         if self._ids is None:
@@ -106,8 +106,9 @@ class VectorTopKActions(TokenVectorWrapper):
         return observations, rewards, terminated, truncated, self._add_ids(infos, self._rows(None))
 
     def _add_ids(self, infos: dict[str, Any], rows: Bools) -> dict[str, Any]:
-        """Infos with the tokens behind the next actions, told of rows (N,)."""
-        engine, nothing = stepping_engine_of(self.env), _no_columns(self.num_envs, self._k)
+        """Infos with the tokens of the next actions, told of rows (N,)."""
+        engine = stepping_engine_of(self.env)
+        nothing = _no_columns(self.num_envs, self._k)
         columns = nothing
         if engine.running.any():
             self._ids, mass = top_k_ids(engine, self._k)
@@ -123,9 +124,10 @@ def _no_columns(rows: int, k: int) -> Columns:
 
 
 def top_k_ids(engine: Engine, k: int) -> tuple[Ints, npt.NDArray[np.float64]]:
-    """(N, k) tokens behind the actions, and (N,) the reference's probability of all others."""
+    """(N, k) tokens of the actions, and (N,) the reference's probability of all others."""
     logits = engine.reference_logits().float()
-    ids, eos = logits.topk(k).indices, torch.from_numpy(_eos_ids(engine)).to(logits.device)
+    ids = logits.topk(k).indices
+    eos = torch.from_numpy(_eos_ids(engine)).to(logits.device)
     if len(eos):
         without = ~torch.isin(ids, eos).any(-1)
         ids[:, -1] = torch.where(without, eos[logits[:, eos].argmax(-1)], ids[:, -1])
