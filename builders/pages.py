@@ -108,11 +108,10 @@ def add_agent_rows(markdown: str, root: Path) -> str:
 
 
 def agent_page(name: str, root: Path) -> str:
-    """A page for an agent that has none: what its file says, its command, its config and its class."""
-    module = _module(name, root)
+    """A page for an agent that has none: its command, then what its file says, its config and its class."""
     command = f"```bash\npython -m agents.train agent={name}\n```"
     shared = "What all agents have in common is on [one page](README.md)."
-    return f"# {name}\n\n{_docstring(name, root)}\n\n{command}\n\n{shared}\n\n::: {module}\n"
+    return f"# {name}\n\n{command}\n\n{shared}\n\n::: {_module(name, root)}\n"
 
 
 def _module(name: str, root: Path) -> str:

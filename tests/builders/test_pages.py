@@ -40,7 +40,7 @@ def checkout(tmp_path: Path) -> Path:
 def test_a_new_agent_has_a_page_and_a_row(checkout: Path) -> None:
     assert missing_agents(checkout) == ["mine"]
     page = generate_pages(checkout)["agents/mine.md"]
-    assert "It does nothing." in page
+    assert "agent=mine" in page
     assert "::: agents.algorithms.mine" in page
     lines = add_agent_rows((checkout / "docs/agents/README.md").read_text(), checkout).splitlines()
     assert lines[2:4] == [
