@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
-from lmgym.intervals import Interval as Interval  # where it was, for those who import it from here
 from lmgym.kl import episode_kl
 from lmgym.models.causal import token_log_probs
 from lmgym.models.policy import Policy, PolicyState
@@ -55,7 +54,7 @@ def multi_sample_upper_bound(weights: Tensor, exact: Tensor, kl_coef: float) -> 
     falls below V*(x), provided that the policy can write all that the reference can.
 
     Args:
-        weights: (..., S) `log_weights` of S samples of the policy; the first gives its place up.
+        weights: (..., S) `log_weights` of S samples of the policy; `exact` replaces the first.
         exact: (...) log-weight of a sample of pi*, drawn apart from them.
         kl_coef: the price of a nat.
 
@@ -69,11 +68,11 @@ def multi_sample_upper_bound(weights: Tensor, exact: Tensor, kl_coef: float) -> 
 class Mixture:
     """Policies mixed over whole responses, q(y|x) = sum_k weights_k q_k(y|x), written as a policy itself.
 
-    By the chain rule its distribution of the next token is that of its components, weighted by how probable each finds
-    the response so far: q(a|s_t) = sum_k w_k q_k(y_<t) q_k(a|s_t) / sum_k w_k q_k(y_<t). So every component steps along
-    every response, and a weight pi_ref / q is never larger than pi_ref / q_k over weights_k, for any k: a component
-    that covers the reference, or the reference itself, keeps every weight finite (Hesterberg 1995; Veach & Guibas 1995,
-    the balance heuristic). `values` are those of the first component that has any.
+    By the chain rule its next token has the probabilities of its components, weighted by how probable each component
+    finds the response so far: q(a|s_t) = sum_k w_k q_k(y_<t) q_k(a|s_t) / sum_k w_k q_k(y_<t). So every component steps
+    along every response. A weight pi_ref / q is at most pi_ref / q_k over weights_k, for any k. With the reference as a
+    component, or another that covers it, every weight is finite (Hesterberg 1995; Veach & Guibas 1995, the balance
+    heuristic). `values` are those of the first component that has any.
 
     Args:
         policies: K components over one vocabulary. weights: K shares > 0 that sum to 1.
@@ -111,7 +110,7 @@ class MixtureState:
 
     @property
     def logits(self) -> Tensor:
-        """(B, V) float64 log-distribution of each response's next token."""
+        """(B, V) float64 log-probs of each response's next token."""
         log_probs = [state.logits.to(self._prior.device).double().log_softmax(-1) for state in self._states]
         joint = torch.stack(log_probs, 1) + self.shares.unsqueeze(2)
         return joint.logsumexp(1)

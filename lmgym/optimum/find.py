@@ -1,4 +1,4 @@
-"""The optimum of any task, as closely as it can be known here: after `Task.optimum`."""
+"""The optimum of any task, as closely as it can be known here: what `Task.optimum` calls."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lmgym.optimum.tree import count_responses, solve_tree
 from lmgym.tasks.base import Task, check_split
 from lmgym.tasks.stored import StoredOptimum
 
-EPISODES = 1024
-FEWEST_DRAWS = 2
+EPISODES = 1024  # of the reference, for a bound from below, of all prompts together
+MIN_DRAWS = 2  # of a prompt and repeat
 REPEATS = 2
 SEED = 0
-MOST_PROMPTS = 512  # of a larger split the first so many stand for all
+MAX_PROMPTS = 512  # of a larger split the first so many stand for all
 
 
 def find_optimum(task: Task, split: str = "test") -> StoredOptimum:
@@ -54,17 +54,17 @@ def find_optimum(task: Task, split: str = "test") -> StoredOptimum:
 def bound_below(task: Task, split: str) -> StoredOptimum:
     """What V* is at least, by kl_coef E log mean exp(score / kl_coef) over samples of the reference.
 
-    Rare responses that pay are missed, so that V* may be far above: `lmgym.optimum.importance` draws from a policy near
+    It misses rare responses that pay, so that V* may be far above. `lmgym.optimum.importance` draws from a policy near
     pi* instead.
     """
     lm = task.reference("cpu")
-    encoded = encode_prompts(task, split, MOST_PROMPTS, lm)
-    draws = max(FEWEST_DRAWS, EPISODES // (REPEATS * len(encoded)))
+    encoded = encode_prompts(task, split, MAX_PROMPTS, lm)
+    draws = max(MIN_DRAWS, EPISODES // (REPEATS * len(encoded)))
     repeated = [ids for ids in encoded for _ in range(REPEATS)]
     drawn = smc(task, repeated, CausalPolicy(lm), draws, torch.Generator().manual_seed(SEED), resample_at=0)
     below = task.kl_coef * drawn.log_z.view(-1, REPEATS)
     scores = drawn.scores.view(len(encoded), -1)
-    whole = len(encoded) == len(task.prompts[split])
-    lower, reference = (Interval.over_repeats(x) if whole else Interval.of(x.mean(1)) for x in (below, scores))
+    is_whole = len(encoded) == len(task.prompts[split])
+    lower, reference = (Interval.over_repeats(x) if is_whole else Interval.of(x.mean(1)) for x in (below, scores))
     value = max(lower.low, reference.mean)
     return StoredOptimum("samples", value, value, None, reference.mean, reference.high - reference.mean)

@@ -3,12 +3,12 @@
 With b = kl_coef, a proposal q and weights w(y) = pi_ref(y|x) exp(score / b) / q(y|x): E_q w = Z(x), V*(x) = b log Z(x).
 
 1. Below: b E log mean_S w <= V*(x), for S draws of q.
-2. Draws of pi*: a draw of q is kept with probability min(1, w / (c Z')), where Z' is an estimate of Z and c the largest
-   ratio of a weight to it that counts in full.
+2. Draws of pi*: a draw of q is accepted with probability min(1, w / (c Z')), where Z' is an estimate of Z and c the
+   largest ratio of a weight to it that counts in full.
 3. Above: b E log mean_S w >= V*(x), where one of the S draws is of pi*.
-4. What is cut off. Where larger ratios exist, what is kept has the distribution q min(w, c Z'), whose own normaliser is
-   (1 - eps) Z: eps is the share of pi* that the cut takes away, and V*(x) is b log(1 / (1 - eps)) above 3. The eps of
-   the draws of step 1 is added to the bound; what none of them has shown is the assumption, and has that price.
+4. What is cut off. Where larger ratios exist, accepted draws have the distribution q min(w, c Z'), whose normaliser is
+   (1 - eps) Z. The cut takes the share eps of pi* away, and V*(x) is b log(1 / (1 - eps)) above 3. The eps of the draws
+   of step 1 is added to the bound. What none of them has shown is the assumption, and has that price.
 
 The same draws of q serve both sides.
 
@@ -56,7 +56,7 @@ def importance_bounds(
         proposal: q; must be able to write all that the reference can (`Mixture` with the reference is).
         draws: S. repeats: independent runs a prompt, at least 2.
         pilot_draws: a prompt, for the estimate of Z that `max_ratio` is relative to.
-        max_ratio: where w / Z is cut off. One draw in about so many is kept as one of pi*.
+        max_ratio: where w / Z is cut off. About one draw in so many is accepted as one of pi*.
         reference_draws: a prompt, for J of the reference.
         budget: draws a prompt that rejection may take.
         prompts: the first so many of the split; None is all.
@@ -77,14 +77,14 @@ def importance_bounds(
     plain = smc(task, encoded, CausalPolicy(lm), reference_draws, generator, resample_at=0)
     pilot = smc(task, encoded, proposal, pilot_draws, generator, resample_at=0)
     log_caps = pilot.log_z + math.log(max_ratio)
-    kept = accept(task, encoded, proposal, log_caps, repeats, budget, generator)
-    check_enough(kept, repeats, budget, "the weights that `max_ratio` allows are too rare under the proposal.")
+    found = accept(task, encoded, proposal, log_caps, repeats, budget, generator)
+    check_enough(found, repeats, budget, "the weights that `max_ratio` allows are too rare under the proposal.")
 
     runs = [ids for ids in encoded for _ in range(repeats)]
     fresh = smc(task, runs, proposal, draws, generator, resample_at=0)
     weights = fresh.log_weights.view(len(encoded), repeats, draws)
     below = task.kl_coef * fresh.log_z.view(len(encoded), repeats)
-    above = multi_sample_upper_bound(weights, torch.tensor(kept.log_weights, dtype=torch.float64), task.kl_coef)
+    above = multi_sample_upper_bound(weights, torch.tensor(found.log_weights, dtype=torch.float64), task.kl_coef)
     cut_off = share_above(weights, log_caps)
     of_reference = Interval.over_repeats(plain.scores)
     return Optimum(

@@ -117,7 +117,7 @@ def accept(
 
 def check_enough(found: Accepted, count: int, budget: int, cause: str) -> None:
     """Raises `LmGymError` unless every prompt has its `count` responses."""
-    wanting = [x for x, kept in enumerate(found.responses) if len(kept) < count]
+    wanting = [x for x, responses in enumerate(found.responses) if len(responses) < count]
     if wanting:
         none = [x for x in wanting if not found.responses[x]]
         raise LmGymError(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.causal import CausalLM
+from lmgym.models.padding import pad_right
 from lmgym.models.policy import CausalPolicy, PolicyState
 from lmgym.optimum.answer import Optimum, check_solvable, expected_reward
 from lmgym.tasks.base import Task, check_split
@@ -74,7 +75,7 @@ def prefix_table(responses: Sequence[Sequence[int]], log_probs: Tensor) -> Prefi
 class VerifiablePolicy:
     """pi*(a|s), which is proportional to pi_ref(a|s) (1 + p(s, a) (exp(1 / b) - 1)).
 
-    p(s, a) is the reference's probability to finish in an accepted response after a. Where no accepted response leads
+    p(s, a) is the reference's probability to finish in an accepted response after a. Where no accepted response goes
     on, pi* is the reference.
 
     Args:
@@ -128,8 +129,7 @@ class VerifiablePolicy:
         if not responses:
             return torch.zeros((0, horizon), dtype=torch.float64)
         prompt = torch.tensor([prompt_ids]).expand(len(responses), -1)
-        ids = torch.tensor([[*y, *[self.lm.pad_token_id] * (horizon - len(y))] for y in responses])
-        mask = torch.arange(horizon) < torch.tensor([[len(y)] for y in responses])
+        ids, mask = pad_right(responses, self.lm.pad_token_id, horizon)
         return self.lm.response_log_probs(prompt, torch.ones_like(prompt, dtype=torch.bool), ids, mask).double()
 
     def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> VerifiableState:
@@ -163,8 +163,8 @@ class VerifiableState:
         if entries:
             rows, tokens, log_probs = zip(*entries, strict=True)
             gains = log_exp_reward(torch.tensor(log_probs, dtype=torch.float64), self._policy.task.kl_coef)
-            where = (torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device))
-            logits[where] += gains.to(logits.device)
+            entry = (torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device))
+            logits[entry] += gains.to(logits.device)
         return logits.log_softmax(-1)
 
     @property

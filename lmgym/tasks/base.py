@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from lmgym.models.causal import CausalLM
 
-MOST_TOKENS = 2**20  # of a prompt or a response: more than any model reads, and few enough for arrays of them
+MAX_TOKENS = 2**20  # of a prompt or a response: more than any model reads, and few enough for arrays of them
 
 
 _solver: Callable[[Task, str], StoredOptimum] | None = None
@@ -102,9 +102,9 @@ class Task:
         if self.max_prompt_tokens is not None:
             check_int("max_prompt_tokens", self.max_prompt_tokens, 1)
         for limit in ("max_new_tokens", "max_prompt_tokens"):
-            if (getattr(self, limit) or 0) > MOST_TOKENS:
+            if (getattr(self, limit) or 0) > MAX_TOKENS:
                 raise InvalidArgumentError(
-                    f"`{limit}` must be at most {MOST_TOKENS}, got {shorten(getattr(self, limit))}."
+                    f"`{limit}` must be at most {MAX_TOKENS}, got {shorten(getattr(self, limit))}."
                 )
         self._check_rewards()
         if not callable(self.model) and not hasattr(self.model, "tokenizer"):

@@ -49,7 +49,7 @@ def prompts(length: int) -> dict[str, list[str]]:
 
 
 def copying(prompt_ids: Sequence[int]) -> Automaton:
-    """Pays 1 for every place that holds the prompt's token."""
+    """Pays 1 for every position that holds the prompt's token."""
     return positions(prompt_ids, VOCABULARY)
 
 

@@ -1,9 +1,8 @@
 """Does the agent over-optimise its reward? The task is `reviews` with a reward model that learned from few rankings.
 
 All but the reward is the same as in `reviews`, the gold score included. The reward models differ in how many rankings
-they learned from: the first so many of the same ones (Gao et al. 2023, "Scaling Laws for Reward Model
-Overoptimization"). A policy that is trained on one raises the score. The gold score stops rising long before that; the
-fewer the rankings, the earlier.
+they learned from: the first so many of the same ones (Gao et al. 2023, arXiv 2210.10760). A policy that is trained on
+one raises the score. The gold score stops rising long before that; the fewer the rankings, the earlier.
 """
 
 from __future__ import annotations

@@ -59,9 +59,8 @@ _NEGATORS = "not never hardly no"
 _MARKS = {",": "break", "and": "break", ".": "stop", "but": "but", "although": "although"}  # what ends a clause
 _REACH = 3  # words over which a negator or an intensifier looks for its opinion: "not a very good"
 _NEGATION = -0.6  # "not good" is milder than "bad"
-# Weights of a clause; 1 for the others.
-_AFTER_BUT = 2.0
-_CONCEDED = 0.5
+_AFTER_BUT = 2.0  # weight of a clause after "but"; 1 for most others
+_CONCEDED = 0.5  # weight of a clause after "although"
 _PRIOR = 1.0  # weight of the neutral clause that every text is averaged with: more evidence, bolder score
 _BOUND = 3.0
 _SCALE = 0.725  # corpus standard deviation of the averaged sentiment: what makes the gold score unit-free
@@ -203,7 +202,7 @@ def derive(rng: np.random.Generator) -> tuple[list[str], float]:
     table = tables[rng.integers(len(tables))]
     nats = math.log(len(tables))
     stack = ["REVIEW"]
-    words = list[str]()
+    words: list[str] = []
     while stack:
         symbol = stack.pop()
         rule = table.get(symbol)
@@ -354,8 +353,8 @@ def sentiment(text: str) -> float:
     answers = False
     for opinion, mark in _clauses(text):
         if opinion is not None:
-            total = total + weight * opinion
-            weights = weights + weight
+            total += weight * opinion
+            weights += weight
             answers = True
         if mark == "stop":
             weight = 1.0

@@ -372,7 +372,7 @@ def test_sign_of_the_kl() -> None:
     assert found.returns.item() == pytest.approx(accepted - 0.5 * kl)
 
 
-def test_place_from_which_an_eos_ends() -> None:
+def test_the_token_from_which_an_eos_ends() -> None:
     """A response of one token exists at `min_new_tokens=0` and not at 1."""
     one_token = Automaton.dense([[1, 1], [2, 2], [2, 2]], [0.0, 1.0, 0.0])
     ends, goes_on = (coin_task(reward=AutomatonReward(one_token), min_new_tokens=n) for n in (0, 1))
@@ -396,7 +396,7 @@ def test_penalty_without_an_eos_falls_on_the_length_limit_alone() -> None:
     assert optimum.value == pytest.approx(0.5 * math.log(0.5 + 0.25 * math.exp(2) + 0.25 * math.exp(-1.2)))
 
 
-def test_place_of_gamma() -> None:
+def test_what_gamma_discounts() -> None:
     """It discounts the value of the next state: not the score of an action that ends, and not the KL of this step."""
     optimum = solve_automaton(coin_task(gamma=0.6))
     after_a = 0.5 * math.log(0.5 + 0.5 * math.exp(2))
@@ -409,7 +409,7 @@ def test_place_of_gamma() -> None:
     torch.testing.assert_close(q, torch.tensor([[1.0, 0.0]], dtype=torch.float64))
 
 
-def test_place_of_gamma_where_the_kl_is_paid_last() -> None:
+def test_what_gamma_discounts_where_the_kl_is_paid_last() -> None:
     """Three responses: one of one token, two of two; pi* by a fine grid over distributions on them."""
     task = coin_task(gamma=0.6, dense_kl=False)
     grid = torch.linspace(1e-9, 1, 2001, dtype=torch.float64)

@@ -73,7 +73,7 @@ def test_the_upper_bound_is_above_and_falls_with_the_samples(problem: TinyProble
             wrong.append(float(((log_q[tuples[:, 0]] + rest).exp() * bound).sum()))
             lower.append(float((log_q[tuples].sum(1).exp() * multi_sample_bound(weights, problem.kl_coef)).sum()))
         assert upper[0] > upper[1] > upper[2] > value + 1e-3
-        assert wrong == pytest.approx(lower)  # a draw of the proposal in the place of one of pi*
+        assert wrong == pytest.approx(lower)  # a draw of the proposal instead of one of pi*
         assert max(wrong) < value - 1e-3
 
 
@@ -149,7 +149,7 @@ def test_both_bounds_hold_as_often_as_they_say() -> None:
     assert sum(optimum.upper - optimum.lower for optimum in found) / COUNT < 0.3
 
 
-def test_draws_of_the_proposal_in_the_place_of_those_of_the_optimum_are_found_out(
+def test_draws_of_the_proposal_instead_of_those_of_the_optimum_are_found_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The upper side then is a lower one, and fails nearly always: the test above would see it."""

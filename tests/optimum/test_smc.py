@@ -324,7 +324,7 @@ def test_stratified_offspring_are_as_many_as_the_weights_say() -> None:
 def test_conditional_resampling_of_a_particle_drawn_by_weight_is_resampling() -> None:
     """Then ancestors are distributed as in `stratified`; where the retained child goes is uniform, and apart from them.
 
-    That is what the identity of conditional SMC rests on; a retained child in a fixed place, or in any with the same
+    That is what the identity of conditional SMC rests on; a retained child at a fixed index, or at any with the same
     chance, breaks it.
     """
     n = 40_000
@@ -357,12 +357,12 @@ def test_one_over_z_hat_is_one_over_z_on_average_with_a_sample_of_the_optimum(
     repeats = 8
     retained = [response for response in problem.responses for _ in range(repeats)]
     for prompt in problem.prompts:
-        value, log_law = problem.optimum(prompt)
+        value, log_distribution = problem.optimum(prompt)
         ids = runs(problem, prompt, len(retained))
         policy = critic(problem)
         found = smc(problem.task, ids, policy, particles, seeded(14), retained=retained, resample_at=resample_at)
         inverses = (value / problem.kl_coef - found.log_z).exp().view(-1, repeats)
-        distribution = log_law.exp()
+        distribution = log_distribution.exp()
         error = (distribution.square() * inverses.var(1) / repeats).sum().sqrt().item()
         assert error < 0.2
         error_of_mean = abs((distribution * inverses.mean(1)).sum().item() - 1)
@@ -385,7 +385,7 @@ def test_a_retained_sample_of_another_distribution_breaks_the_identity(problem: 
     assert abs(inverse.mean() - 1) > 6 * inverse.std() / math.sqrt(2000)
 
 
-def test_the_retained_sample_begins_in_any_place(problem: TinyProblem) -> None:
+def test_the_retained_sample_begins_at_any_index(problem: TinyProblem) -> None:
     n = 900
     found = smc(
         problem.task, runs(problem, "x", n), critic(problem), 3, seeded(27), retained=[(3, 3, 3)] * n, resample_at=0

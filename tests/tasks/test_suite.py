@@ -156,7 +156,8 @@ def test_brackets_pay_for_balanced_words_of_the_depth_alone() -> None:
 
 
 def test_noise_is_on_the_score_and_not_on_the_optimum() -> None:
-    noisy, plain = make_task("noise-3"), make_task("anchor-0.1")
+    noisy = make_task("noise-3")
+    plain = make_task("anchor-0.1")
     assert noisy.optima["test"].value == plain.optima["test"].value
     envs: Any = gym.make_vec("lmgym/RLHF-v0", task=noisy, split="test", device="cpu")
     paid = collect(envs, Optimal(envs).policy, 1024, generator=torch.Generator().manual_seed(3))
@@ -261,7 +262,8 @@ def test_the_optimal_agent_acts_as_its_policy_does() -> None:
 
 def test_the_optimal_agent_samples_on_from_where_it_was_saved(tmp_path: Path) -> None:
     envs: Any = gym.make_vec("lmgym/Anchor-0.1-v0", num_envs=8)
-    first, second = Optimal(envs, seed=1), Optimal(envs, seed=2)
+    first = Optimal(envs, seed=1)
+    second = Optimal(envs, seed=2)
     observation, _ = envs.reset(seed=0)
     first.predict(observation)
     first.save(tmp_path / "optimal")

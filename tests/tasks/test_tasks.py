@@ -198,7 +198,7 @@ def test_new_prompts_are_those_of_every_split() -> None:
     assert dict(make_task(tiny(), prompts={"dev": ["a"]}).prompts) == {"dev": ["a"]}
 
 
-def test_another_reward_has_no_truth_behind_it() -> None:
+def test_another_reward_has_no_gold_reward() -> None:
     task = tiny(gold=word_count)
     assert make_task(task, kl_coef=0.1).gold is word_count
     assert make_task(task, reward="org/reward").gold is None
