@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 from lmgym.errors import InvalidArgumentError, RewardError, shorten
 from lmgym.models.names import check_model_name
 from lmgym.rewards.calling import call
-from lmgym.rewards.probe import check_methods
+from lmgym.rewards.methods import check_methods
 
 LARGEST_SCORE = 3.4e38
 BEYOND_FLOAT32 = " Agents compute in float32, which ends at 3.4e38: scale the scores down."

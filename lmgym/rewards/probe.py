@@ -7,29 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from lmgym.errors import InvalidArgumentError, RewardError
+from lmgym.rewards.base import scores_or_none
 from lmgym.rewards.calling import handed_over
-
-# What an environment calls where a reward has it, with an example of the arguments, and when.
-_METHODS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "reseed": ((0,), "with a seed when it is reset with one"),
-    "get_state": ((), "without arguments when a run is saved"),
-    "set_state": ((None,), "with what `get_state` gave when a run goes on"),
-    "for_tokenizer": ((None,), "with the policy's tokenizer when it is made"),
-    "score_range": (((), 1), "with the token ids of a prompt and `max_new_tokens` when it is graded"),
-}
-
-
-def check_methods(reward: Any) -> None:
-    """Raises `InvalidArgumentError` where a reward has an attribute of a name that an environment calls otherwise."""
-    for name, (arguments, when) in _METHODS.items():
-        method = getattr(reward, name, None)
-        if method is None:
-            continue
-        if not callable(method) or not _takes(method, arguments):
-            raise InvalidArgumentError(
-                f"`reward.{name}` must be a method that the environment can call {when}, got {method!r}. "
-                "An attribute that means something else needs another name."
-            )
 
 
 def leaves(reward: Any) -> Iterator[Any]:
@@ -52,8 +31,6 @@ def try_out(reward: Any, prompts: list[str], completions: list[str], columns: di
         InvalidArgumentError: for a function that cannot be called with the arguments that there are.
         RewardError: for one that raises, or does not return a score an episode.
     """
-    from lmgym.rewards.base import scores_or_none
-
     for function in leaves(reward):
         if getattr(function, "reads_plain_text", False):
             continue
@@ -94,16 +71,6 @@ def check_signature(function: Any, arguments: dict[str, Any]) -> None:
         ) from error
     except ValueError:  # a builtin without a signature: calling it will tell
         return
-
-
-def _takes(method: Any, arguments: tuple[Any, ...]) -> bool:
-    try:
-        inspect.signature(method).bind(*arguments)
-    except TypeError:
-        return False
-    except ValueError:  # a builtin without a signature
-        return True
-    return True
 
 
 def _name(function: Any) -> str:
