@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
@@ -191,61 +190,89 @@ def fresh_generator() -> torch.Generator:
 
 
 def _play_round(envs: Any, policy: Policy, horizon: int, sampler: Sampler, generator: torch.Generator) -> Episodes:
-    n = envs.num_envs
+    """One episode in every row of an env."""
     observation, _ = envs.reset()
-    width = observation["input_ids"].shape[1] - horizon
-    prompt_ids = torch.from_numpy(observation["input_ids"][:, :width].copy())
-    prompt_mask = torch.from_numpy(observation["attention_mask"][:, :width].astype(bool))
-    uniforms = torch.rand((n, horizon), generator=generator, dtype=torch.float64)
-    response = torch.zeros((n, horizon), dtype=torch.int64)
-    mask = torch.zeros((n, horizon), dtype=torch.bool)
-    log_probs = torch.zeros((n, horizon))
-    ref_log_probs = torch.zeros((n, horizon))
-    scores = torch.zeros(n)
-    gold = torch.zeros(n)
-    terminated = torch.zeros(n, dtype=torch.bool)
-    values: Tensor | None = None
-    has_gold = False
-    state = policy.begin(prompt_ids.to(policy.device), prompt_mask.to(policy.device), horizon)
-    running = np.ones(n, dtype=np.bool_)
+    played = _Round(observation, horizon)
+    uniforms = torch.rand((envs.num_envs, horizon), generator=generator, dtype=torch.float64)
+    state = policy.begin(played.prompt_ids.to(policy.device), played.prompt_mask.to(policy.device), horizon)
     for t in range(horizon):
-        drawn, drawn_log_probs = sampler.sample(state.logits, t, uniforms[:, t])
-        alive = torch.from_numpy(running.copy())
-        response[alive, t] = drawn.cpu()[alive]
-        mask[alive, t] = True
-        log_probs[alive, t] = drawn_log_probs.cpu()[alive]
-        estimate = state.values
-        if estimate is not None:
-            values = torch.zeros((n, horizon)) if values is None else values
-            values[alive, t] = estimate.float().cpu()[alive]
-        _, _, term, trunc, infos = envs.step(drawn.cpu().numpy())
+        tokens, log_probs = sampler.sample(state.logits, t, uniforms[:, t])
+        played.add_tokens(t, tokens.cpu(), log_probs.cpu(), state.values)
+        _, _, terminated, truncated, infos = envs.step(tokens.cpu().numpy())
+        played.add_outcomes(t, torch.from_numpy(terminated), torch.from_numpy(truncated), infos)
+        if t == horizon - 1 or not played.running.any():
+            break
+        state.step(tokens)
+    check_finite_log_probs(played.log_probs)
+    return played.episodes().with_tokenizer(getattr(envs.unwrapped, "tokenizer", None))
+
+
+class _Round:
+    """One episode in each of N rows, while they are played.
+
+    Args:
+        observation: of the reset. horizon: T.
+
+    Attributes:
+        prompt_ids: (N, P) int64. prompt_mask: (N, P) bool. log_probs: (N, T) nats. running: (N,) bool.
+    """
+
+    def __init__(self, observation: dict[str, Any], horizon: int) -> None:
+        ids = observation["input_ids"]
+        n = len(ids)
+        width = ids.shape[1] - horizon
+        self.prompt_ids = torch.from_numpy(ids[:, :width].copy())
+        self.prompt_mask = torch.from_numpy(observation["attention_mask"][:, :width].astype(bool))
+        self.log_probs = torch.zeros((n, horizon))
+        self.running = torch.ones(n, dtype=torch.bool)
+        self._response_ids = torch.zeros((n, horizon), dtype=torch.int64)
+        self._response_mask = torch.zeros((n, horizon), dtype=torch.bool)
+        self._ref_log_probs = torch.zeros((n, horizon))
+        self._scores = torch.zeros(n)
+        self._gold_scores = torch.zeros(n)
+        self._has_gold = False
+        self._terminated = torch.zeros(n, dtype=torch.bool)
+        self._values: Tensor | None = None
+
+    def add_tokens(self, t: int, tokens: Tensor, log_probs: Tensor, values: Tensor | None) -> None:
+        """Notes the tokens (N,) that are chosen at step t, with their log-probs and the critic's estimates before."""
+        rows = self.running
+        self._response_ids[rows, t] = tokens[rows]
+        self._response_mask[rows, t] = True
+        self.log_probs[rows, t] = log_probs[rows]
+        if values is not None:
+            if self._values is None:
+                self._values = torch.zeros_like(self.log_probs)
+            self._values[rows, t] = values.float().cpu()[rows]
+
+    def add_outcomes(self, t: int, terminated: Tensor, truncated: Tensor, infos: dict[str, Any]) -> None:
+        """Notes what the env answered at step t."""
         final = infos.get("final_info", {})
         for source in (infos, final):
             if "ref_log_prob" in source:
-                paid = torch.from_numpy(source["_ref_log_prob"]) & alive
-                ref_log_probs[paid, t] = torch.from_numpy(source["ref_log_prob"]).float()[paid]
-        ended = torch.from_numpy(term | trunc) & alive
+                paid = torch.from_numpy(source["_ref_log_prob"]) & self.running
+                self._ref_log_probs[paid, t] = torch.from_numpy(source["ref_log_prob"]).float()[paid]
+        ended = (terminated | truncated) & self.running
         if ended.any():
-            scores[ended] = torch.from_numpy(final["score"]).float()[ended]
-            terminated[ended] = torch.from_numpy(term)[ended]
+            self._scores[ended] = torch.from_numpy(final["score"]).float()[ended]
+            self._terminated[ended] = terminated[ended]
             if "gold_score" in final:
-                has_gold = True
-                gold[ended] = torch.from_numpy(final["gold_score"]).float()[ended]
-        running &= ~(term | trunc)
-        if t == horizon - 1 or not running.any():
-            break
-        state.step(drawn)
-    check_finite_log_probs(log_probs)
-    return Episodes(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        response_ids=response,
-        response_mask=mask,
-        log_probs=log_probs,
-        ref_log_probs=ref_log_probs,
-        scores=scores,
-        values=values,
-        terminated=terminated,
-        prompt_index=torch.full((n,), -1),
-        gold_scores=gold if has_gold else None,
-    ).with_tokenizer(getattr(envs.unwrapped, "tokenizer", None))
+                self._has_gold = True
+                self._gold_scores[ended] = torch.from_numpy(final["gold_score"]).float()[ended]
+        self.running = self.running & ~ended
+
+    def episodes(self) -> Episodes:
+        """The N episodes."""
+        return Episodes(
+            prompt_ids=self.prompt_ids,
+            prompt_mask=self.prompt_mask,
+            response_ids=self._response_ids,
+            response_mask=self._response_mask,
+            log_probs=self.log_probs,
+            ref_log_probs=self._ref_log_probs,
+            scores=self._scores,
+            values=self._values,
+            terminated=self._terminated,
+            prompt_index=torch.full((len(self.prompt_ids),), -1),
+            gold_scores=self._gold_scores if self._has_gold else None,
+        )
