@@ -188,7 +188,8 @@ def measure_limits(small: bool) -> Iterator[dict[str, Any]]:
 
 def measure_train(small: bool) -> Iterator[dict[str, Any]]:
     """The default training run on the GPU, and beside it on the CPU."""
-    steps, out = 4_096 if small else 150_000, Path(os.environ.get("GPU_RUNS", "runs/gpu"))
+    steps = 4_096 if small else 150_000
+    out = Path(os.environ.get("GPU_RUNS", "runs/gpu"))
     running = []
     for where in dict.fromkeys((device(), "cpu")):
         directory = out / f"train-{where}-{time.time_ns()}"
@@ -233,7 +234,8 @@ def _decode_row(envs: Any, batch: int, horizon: int, small: bool) -> dict[str, A
     from lmgym.rollout import collect
 
     lm = envs.engine.lm
-    policy, generator = CausalPolicy(lm), torch.Generator().manual_seed(0)
+    policy = CausalPolicy(lm)
+    generator = torch.Generator().manual_seed(0)
     prompts = [envs.engine.prompts[i % len(envs.engine.prompts)] for i in range(batch)]
     ids, mask = (x.to(lm.device) for x in envs.engine.pad_prompts(prompts))
 
@@ -415,7 +417,8 @@ def markdown(results: dict[str, Any]) -> str:
         "",
     ]
     limits = results.get("limits", [{}])[0]
-    bandwidth, rate = limits.get("bytes_per_second", math.nan), limits.get("flops_per_second", math.nan)
+    bandwidth = limits.get("bytes_per_second", math.nan)
+    rate = limits.get("flops_per_second", math.nan)
     lines += [
         f"A device copy moves {bandwidth / 1e12:.2f} TB/s, a bf16 matrix product makes {rate / 1e12:.0f} TFLOP/s.",
         "",
@@ -442,7 +445,9 @@ def _decode_table(rows: list[dict[str, Any]], bandwidth: float, rate: float) -> 
     ]
     for row in rows:
         floor = max(row["bytes_a_step"] / bandwidth, row["flops_a_step"] / rate)
-        limit, ours, theirs = row["batch"] / floor, row.get("collect", math.nan), row.get("generate", math.nan)
+        limit = row["batch"] / floor
+        ours = row.get("collect", math.nan)
+        theirs = row.get("generate", math.nan)
         cells = [row["model"], f"{row['batch']}", f"{limit:,.0f}", f"{ours:,.0f}", f"{ours / limit:.2f}"]
         cells += [f"{theirs:,.0f}", f"{ours / theirs:.2f}"] if theirs == theirs else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
@@ -489,7 +494,8 @@ def _profile_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for part in dict.fromkeys(row["part"] for row in rows):
         of_part = [row for row in rows if row["part"] == part]
-        seconds, busy = of_part[0]["seconds"], of_part[0]["kernel_seconds"]
+        seconds = of_part[0]["seconds"]
+        busy = of_part[0]["kernel_seconds"]
         lines += [f"Kernels of one `{part}` ({seconds:.3f} s, kernels busy {busy:.3f} s):", ""]
         lines += ["| kernel | share of kernel time | calls |", "|---|---|---|"]
         lines += [f"| `{row['kernel'].replace('|', '/')}` | {row['share']:.3f} | {row['calls']} |" for row in of_part]

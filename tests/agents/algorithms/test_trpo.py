@@ -123,7 +123,8 @@ def test_fisher_products_are_those_of_the_dense_matrix_of_a_table() -> None:
     generator = torch.Generator().manual_seed(0)
     table = torch.randn((3, 5), generator=generator, dtype=torch.float64).requires_grad_()
     idle = torch.zeros(2, dtype=torch.float64, requires_grad=True)  # the law does not depend on it
-    states, weights = torch.tensor([0, 2, 2, 0, 0]), torch.tensor([0.1, 0.3, 0.2, 0.3, 0.1]).double()
+    states = torch.tensor([0, 2, 2, 0, 0])
+    weights = torch.tensor([0.1, 0.3, 0.2, 0.3, 0.1]).double()
     logits = table[states].masked_fill(torch.tensor([False, True, False, False, False]), -torch.inf)
     laws = logits.log_softmax(-1)
     expected = torch.zeros((15, 15), dtype=torch.float64)
@@ -142,13 +143,15 @@ def test_fisher_products_are_those_of_the_dense_matrix_of_a_table() -> None:
 
 def test_conjugate_gradients_with_the_products_of_one_graph_solve_the_dense_system() -> None:
     agent = moved(tiny_trpo(policy="gru", width=3))
-    episodes, parameters = agent.collect()[:8], agent.policy.policy_parameters()
+    episodes = agent.collect()[:8]
+    parameters = agent.policy.policy_parameters()
     agent.policy.double()
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(episodes.num_tokens, generator=generator, dtype=torch.float64)
     with agents.algorithms.trpo._twice_differentiable():
         laws = log_distribution(agent.policy, episodes)
-    matrix, fisher = dense_fisher(laws, weights, parameters), Fisher(laws, weights, parameters)
+    matrix = dense_fisher(laws, weights, parameters)
+    fisher = Fisher(laws, weights, parameters)
     b = torch.randn(len(matrix), generator=generator, dtype=torch.float64)
     x, residual = conjugate_gradient(lambda v: fisher.times(v) + 0.1 * v, b, 400, tolerance=1e-10)
     damped = matrix + 0.1 * torch.eye(len(matrix), dtype=torch.float64)
@@ -160,7 +163,8 @@ def test_conjugate_gradients_with_the_products_of_one_graph_solve_the_dense_syst
 def test_fisher_products_are_those_of_the_hessian_of_the_kl(kind: Any) -> None:
     """Against central differences of the gradient of KL(pi_old || pi), in float64, for every kind of policy."""
     agent = moved(tiny_trpo(policy=kind))
-    episodes, parameters = agent.collect(), agent.policy.policy_parameters()
+    episodes = agent.collect()
+    parameters = agent.policy.policy_parameters()
     agent.policy.double()
     if kind == "finetune":
         agent.policy.value_head.float()
@@ -174,7 +178,8 @@ def test_fisher_products_are_those_of_the_hessian_of_the_kl(kind: Any) -> None:
     fisher = Fisher(old, weights, parameters)
     got = fisher.times(vector)
     torch.testing.assert_close(fisher.along(vector), vector @ got)
-    start, gradients = flat(parameters), []
+    start = flat(parameters)
+    gradients = []
     for sign in (1, -1):
         agents.algorithms.trpo.assign(parameters, start + sign * 1e-4 * vector)
         kl = (weights * exact(old.detach(), log_distribution(agent.policy, episodes))).sum()
@@ -201,7 +206,8 @@ def test_the_step_is_the_natural_gradient(fraction: float) -> None:
     """(F + damping)^-1 g of dense matrices, F of the episodes drawn, at the length F of the whole batch allows."""
     numbers: dict[str, Any] = {"cg_iterations": 400, "cg_damping": 0.01, "max_kl": 1e-4, "fisher_fraction": fraction}
     agent = moved(tiny_trpo(seed=1, policy="gru", width=3, micro_batch_size=7, **numbers))
-    episodes, generator = agent.collect(), torch.Generator()
+    episodes = agent.collect()
+    generator = torch.Generator()
     generator.set_state(agent.generator.get_state())
     few = episodes[torch.randperm(48, generator=generator)[: 2 if fraction < 1 else 48]]
     advantages, _ = agent.advantages(episodes, agent.rewards(episodes))
@@ -209,7 +215,8 @@ def test_the_step_is_the_natural_gradient(fraction: float) -> None:
     metrics = agent.learn_from(agent.shape(episodes))
     after = flat(agent.policy.policy_parameters()).detach()
     agents.algorithms.trpo.assign(agent.policy.policy_parameters(), before)
-    mask, parameters = episodes.response_mask, agent.policy.policy_parameters()
+    mask = episodes.response_mask
+    parameters = agent.policy.policy_parameters()
 
     def damped(some: Episodes) -> Tensor:
         weights = torch.full((some.num_tokens,), 1 / some.num_tokens)
@@ -234,10 +241,13 @@ def test_the_step_is_the_natural_gradient(fraction: float) -> None:
 def test_what_an_update_reads(fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs that conjugate gradients need are made once, of the fraction; a trial is a forward of the batch."""
     agent = moved(tiny_trpo(max_kl=0.01, backtrack=0.5, cg_iterations=3, cg_damping=0.01, fisher_fraction=fraction))
-    prices, solve, solves = iter([0.02, 0.02, 0.0]), torch.autograd.grad, []
+    prices = iter([0.02, 0.02, 0.0])
+    solve = torch.autograd.grad
+    solves = []
     monkeypatch.setattr(agents.algorithms.trpo, "exact", lambda old, new: torch.full((len(old),), next(prices)))
     monkeypatch.setattr(torch.autograd, "grad", lambda *xs, **kinds: solves.append(0) or solve(*xs, **kinds))
-    episodes, generator = agent.collect(), torch.Generator()
+    episodes = agent.collect()
+    generator = torch.Generator()
     generator.set_state(agent.generator.get_state())
     few = episodes[torch.randperm(48, generator=generator)[: math.ceil(48 * fraction)]]
     whole, part = (x.num_prompt_tokens + x.num_tokens for x in (episodes, few))
@@ -352,7 +362,8 @@ def test_the_gradient_is_that_of_the_objective() -> None:
     agent = moved(tiny_trpo(envs, policy="gru", gae_lambda=1.0, cg_damping=1e3, lr=0.0, **big), scale=0.4)
     torch.nn.init.zeros_(agent.policy.value_head.weight)
     torch.nn.init.zeros_(agent.policy.value_head.bias)
-    tree, parameters = Tree.of(envs.task, "train"), agent.policy.policy_parameters()
+    tree = Tree.of(envs.task, "train")
+    parameters = agent.policy.policy_parameters()
 
     def law(episodes: Episodes) -> Tensor:
         return agent.policy.read(episodes).logits
@@ -369,7 +380,8 @@ def test_the_gradient_is_that_of_the_objective() -> None:
 
 def states(episodes: Episodes) -> Tensor:
     """(n,) number of the state of each chosen token."""
-    mask, t = episodes.response_mask, torch.arange(episodes.response_mask.shape[1])
+    mask = episodes.response_mask
+    t = torch.arange(episodes.response_mask.shape[1])
     before = torch.where(t < t.unsqueeze(1), episodes.response_ids.unsqueeze(1), -1)  # (B, T, T)
     index = episodes.prompt_index.view(-1, 1, 1).expand(*mask.shape, 1)
     return torch.cat([index, before], 2)[mask].unique(dim=0, return_inverse=True)[1]
@@ -390,10 +402,14 @@ def expected_gradient(
         own_values: takes V of the policy itself, E [G_t | s_t], for what the critic says.
         discounted: weighs the place t with gamma^t.
     """
-    episodes, mask, gamma = as_collected(agent, tree.episodes), tree.episodes.response_mask, tree.task.gamma
-    weights, rewards = alone(agent, tree).weights.unsqueeze(1).expand_as(mask)[mask], agent.rewards(episodes)
+    episodes = as_collected(agent, tree.episodes)
+    mask = tree.episodes.response_mask
+    gamma = tree.task.gamma
+    weights = alone(agent, tree).weights.unsqueeze(1).expand_as(mask)[mask]
+    rewards = agent.rewards(episodes)
     if own_values:
-        returns, state = returns_to_go(rewards, mask, gamma)[mask], states(episodes)
+        returns = returns_to_go(rewards, mask, gamma)[mask]
+        state = states(episodes)
         values = summed(weights * returns, state) / summed(weights, state)
         episodes = replace(episodes, values=torch.zeros(mask.shape).masked_scatter(mask, values.float()))
     count = len(episodes)
@@ -410,7 +426,8 @@ def test_the_expected_gradient_is_a2cs_and_so_are_its_biases(gae_lambda: float, 
     tree = Tree.of(TinyProblem(gamma=gamma, dense_kl=dense_kl).task, "train")
     agent = agent_of(TRPO, tree.task, gae_lambda=gae_lambda)
     other = agent_of(A2C, tree.task, gae_lambda=gae_lambda, vf_coef=0.0)
-    found, right = expected_gradient(agent, tree), gradient(agent, tree)
+    found = expected_gradient(agent, tree)
+    right = gradient(agent, tree)
     near = {"rtol": 0.0, "atol": 1e-5 * right.norm().item()}
     ways = alone(other, tree)
     tokens = ways.weights @ tree.episodes.lengths.double()
@@ -428,9 +445,11 @@ def test_the_step_is_along_the_natural_gradient_of_the_objective() -> None:
     envs = tiny_envs(horizon=2)
     big = {"batch_size": 6_000, "micro_batch_size": 6_000, "epochs": 1, "minibatches": 1, "cg_iterations": 30}
     agent = moved(tiny_trpo(envs, policy="gru", gae_lambda=1.0, cg_damping=0.02, max_kl=1e-4, **big), scale=0.4)
-    tree, parameters = Tree.of(envs.task, "train"), agent.policy.policy_parameters()
+    tree = Tree.of(envs.task, "train")
+    parameters = agent.policy.policy_parameters()
     episodes = tree.episodes
-    laws, state = log_distribution(agent.policy, episodes), states(episodes)
+    laws = log_distribution(agent.policy, episodes)
+    state = states(episodes)
     probs = alone(agent, tree).weights.unsqueeze(1).expand_as(episodes.response_mask)[episodes.response_mask]
     once = list({s: i for i, s in enumerate(state.tolist())}.values())  # a token of each state
     matrix = dense_fisher(laws[once], (summed(probs, state) / probs.sum())[once], parameters)
@@ -495,8 +514,11 @@ def test_every_variant_of_the_problem_trains(variant: dict[str, Any]) -> None:
 def test_trpo_learns_and_never_passes_the_optimum() -> None:
     envs = tiny_envs()
     agent = tiny_trpo(envs, batch_size=96, max_kl=0.05, cg_iterations=5, fisher_fraction=0.5, max_kl_schedule="linear")
-    tree, law, curve = Tree.of(envs.task, "train"), make_episode_logits(agent.policy.lm), []
-    reference, best = tree.evaluate(law).value, tree.solve().value
+    tree = Tree.of(envs.task, "train")
+    law = make_episode_logits(agent.policy.lm)
+    curve = []
+    reference = tree.evaluate(law).value
+    best = tree.solve().value
     agent.learn(5000, lambda step, metrics: curve.append(tree.evaluate(law).value))
     assert best > reference + 0.1
     assert max(curve) <= best + 1e-5
@@ -509,7 +531,8 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(tmp_path: Any) -> None:
         return tiny_trpo(policy="gru", kl_controller="adaptive", kl_horizon=100.0)
 
     whole = learn(agent(), 4, total=600)
-    first, second = agent(), agent()
+    first = agent()
+    second = agent()
     curve = learn(first, 2, total=600)
     first.save(tmp_path / "checkpoint")
     learn(second, 1, total=600)  # a loaded agent forgets what it was
@@ -517,7 +540,8 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(tmp_path: Any) -> None:
     assert curve + learn(second, 2, total=600) == whole
     observation, _ = second.envs.reset(seed=1)
     ids, mask = (torch.as_tensor(observation[name]) for name in ("input_ids", "attention_mask"))
-    row, place = ids[:, mask[0].bool()], torch.tensor([int(mask.sum()) - 1])
+    row = ids[:, mask[0].bool()]
+    place = torch.tensor([int(mask.sum()) - 1])
     expected = second.policy.read_at(row, torch.zeros(1, dtype=torch.int64), place).logits.argmax(-1)
     assert second.predict(observation, deterministic=True)[0] == expected.numpy()
 
