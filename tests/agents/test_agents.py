@@ -147,7 +147,7 @@ def test_only_a_critic_that_is_used_learns(case: Case) -> None:
 
 @every_case
 @pytest.mark.parametrize("sampler", [Sampler(temperature=0.7), Sampler(top_k=3)], ids=["temperature", "top_k"])
-def test_the_update_is_of_the_law_that_sampled(case: Case, sampler: Sampler) -> None:
+def test_the_update_is_of_the_distribution_that_sampled(case: Case, sampler: Sampler) -> None:
     agent = agent_of(case)
     agent.sampler = sampler
     for metrics in learn(agent, 2):
@@ -156,7 +156,7 @@ def test_the_update_is_of_the_law_that_sampled(case: Case, sampler: Sampler) -> 
 
 
 @every_case
-def test_tokens_that_leave_a_truncated_law_during_an_update_do_no_harm(
+def test_tokens_that_leave_a_truncated_distribution_during_an_update_do_no_harm(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agent = agent_of(case, epochs=6, minibatches=2, lr=0.03)
@@ -606,9 +606,9 @@ def test_an_algorithm_is_one_file_and_one_yaml_anywhere(tmp_path: Path) -> None:
     (tmp_path / "agent" / "toy.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     run = tmp_path / "run"
     overrides = ["agent=toy", "task=echo", "task.task=echo-2", "total_timesteps=300", "evaluation.samples=4"]
-    places = ["--config-dir", str(tmp_path), "device=cpu", f"hydra.run.dir={run}"]
+    where = ["--config-dir", str(tmp_path), "device=cpu", f"hydra.run.dir={run}"]
     done = subprocess.run(
-        [sys.executable, "-m", "agents.train", *places, *overrides],
+        [sys.executable, "-m", "agents.train", *where, *overrides],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,

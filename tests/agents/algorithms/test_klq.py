@@ -29,10 +29,10 @@ class Table(torch.nn.Module):
         super().__init__()
         self.logits, self.values = (torch.nn.Parameter(x.double().clone()) for x in (logits, values))
         self.tree = tree
-        self.places: dict[tuple[int, ...], int] = {}
+        self.numbers: dict[tuple[int, ...], int] = {}
         for episode, response in zip(tree.episodes.prompt_index.tolist(), self._responses(), strict=True):
             for t in range(len(response)):
-                self.places.setdefault((episode, *response[:t]), len(self.places))
+                self.numbers.setdefault((episode, *response[:t]), len(self.numbers))
 
     def _responses(self) -> list[list[int]]:
         lengths = self.tree.episodes.lengths.tolist()
@@ -42,7 +42,9 @@ class Table(torch.nn.Module):
         """(n,) number of the state of each chosen token of the tree's episodes."""
         index = self.tree.episodes.prompt_index.tolist()
         found = [
-            self.places[(i, *ids[:t])] for i, ids in zip(index, self._responses(), strict=True) for t in range(len(ids))
+            self.numbers[(i, *ids[:t])]
+            for i, ids in zip(index, self._responses(), strict=True)
+            for t in range(len(ids))
         ]
         return torch.tensor(found)
 
@@ -56,21 +58,21 @@ def tabular(tree: Tree, *, moved: float = 0.0, **config: Any) -> OnPolicyAgent:
     """KLQ at pi* and V*, or so far from them."""
     agent = agent_of(KLQ, tree.task, **config)
     stepped = tree.solve().policy
-    law_at = []
+    logits_at = []
     values_at = []
     mask = tree.episodes.response_mask
     assert stepped is not None
     state = stepped.begin(tree.episodes.prompt_ids, tree.episodes.prompt_mask, mask.shape[1])
     for t in range(mask.shape[1]):
-        law_at.append(state.logits.clone())
+        logits_at.append(state.logits.clone())
         values_at.append(state.values.clone())  # type: ignore[union-attr]
         state.step(tree.episodes.response_ids[:, t])
     table = Table(tree, torch.zeros(1), torch.zeros(1))
     states = table.states()
     generator = torch.Generator().manual_seed(0)
-    logits = torch.zeros((len(table.places), tree.responses.vocab_size), dtype=torch.float64)
-    values = torch.zeros(len(table.places), dtype=torch.float64)
-    logits[states] = torch.stack(law_at, 1)[mask]
+    logits = torch.zeros((len(table.numbers), tree.responses.vocab_size), dtype=torch.float64)
+    values = torch.zeros(len(table.numbers), dtype=torch.float64)
+    logits[states] = torch.stack(logits_at, 1)[mask]
     values[states] = torch.stack(values_at, 1)[mask]
     logits, values = (x + moved * torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (logits, values))
     agent.policy = Table(tree, logits, values)  # type: ignore[assignment]
@@ -104,22 +106,22 @@ def slow_q_gradient(agent: OnPolicyAgent, tree: Tree) -> tuple[float, Tensor]:
     decay = agent.config.td_lambda  # type: ignore[attr-defined]
     read = agent.policy.read(episodes)
     total = torch.zeros((), dtype=torch.float64)
-    place = 0
+    position = 0
     log_distribution = read.logits.log_softmax(-1)
     for i in range(len(episodes)):
         n = int(episodes.lengths[i])
         score = tree.scores.flatten()[i].item()
         tokens = episodes.response_ids[i, :n]
-        at = torch.arange(place, place + n)
+        at = torch.arange(position, position + n)
         values = read.values[at]
         q = values + price * (log_distribution[at, tokens] - episodes.ref_log_probs[i, :n])
         for t in range(n):
             target = q[t].item()
             for k in range(t, n):
-                behind = score if k == n - 1 else gamma * values[k + 1].item()
-                target += (gamma * decay) ** (k - t) * (behind - q[k].item())
+                after = score if k == n - 1 else gamma * values[k + 1].item()
+                target += (gamma * decay) ** (k - t) * (after - q[k].item())
             total = total + probs[i] * 0.5 * (q[t] - target).square()
-        place += n
+        position += n
     by_logit, by_value = torch.autograd.grad(total, parameters_of(agent))
     return total.item(), flat([by_logit, price * by_value], parameters_of(agent))
 

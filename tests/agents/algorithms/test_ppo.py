@@ -91,26 +91,26 @@ def gradients(agent: PPO) -> Tensor:
 def enumerate_responses(
     model: Any, prompt: tuple[int, ...], horizon: int, eos: int
 ) -> tuple[list[tuple[int, ...]], Tensor, Tensor]:
-    """Every response, its log-prob (R,) and the logits' law along it (R, T, V), from plain forwards; differentiable."""
+    """Every response, its log-prob (R,) and all log-probs along it (R, T, V), from plain forwards; differentiable."""
     done: list[tuple[int, ...]] = []
     log_probs: list[Tensor] = []
-    laws: list[Tensor] = []
+    distributions: list[Tensor] = []
     open_: list[tuple[tuple[int, ...], Tensor, list[Tensor]]] = [((), torch.zeros(()), [])]
     for t in range(horizon):
         ids = torch.tensor([prompt + prefix for prefix, _, _ in open_])
-        law = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1].log_softmax(-1)
+        log_pi = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1].log_softmax(-1)
         grown = []
         for i, (prefix, log_prob, path) in enumerate(open_):
-            for token in range(law.shape[1]):
-                entry = ((*prefix, token), log_prob + law[i, token], [*path, law[i]])
+            for token in range(log_pi.shape[1]):
+                entry = ((*prefix, token), log_prob + log_pi[i, token], [*path, log_pi[i]])
                 if token == eos or t == horizon - 1:
                     done.append(entry[0])
                     log_probs.append(entry[1])
-                    laws.append(torch.stack(entry[2] + [torch.zeros_like(law[i])] * (horizon - t - 1)))
+                    distributions.append(torch.stack(entry[2] + [torch.zeros_like(log_pi[i])] * (horizon - t - 1)))
                 else:
                     grown.append(entry)
         open_ = grown
-    return done, torch.stack(log_probs), torch.stack(laws)
+    return done, torch.stack(log_probs), torch.stack(distributions)
 
 
 class Truth:
@@ -187,7 +187,7 @@ def test_at_first_the_kl_is_zero_and_the_ratio_one(parts: dict[str, object], cri
 @pytest.mark.parametrize(
     "sampler", [Sampler(temperature=0.7), Sampler(top_k=3), Sampler(top_p=0.8), Sampler(greedy_tokens=1)]
 )
-def test_the_update_is_of_the_law_that_sampled(sampler: Sampler) -> None:
+def test_the_update_is_of_the_distribution_that_sampled(sampler: Sampler) -> None:
     agent = tiny_ppo(sampler=sampler, entropy_coef=0.01, **one_update())
     for metrics in learn(agent, 2):
         assert metrics["train/ratio_error"] < 1e-5
@@ -635,7 +635,7 @@ def test_a_mean_over_episodes_weighs_them_alike(ragged_batch: Episodes) -> None:
 
 
 def test_log_probs_can_be_those_of_the_training_forward(ragged_batch: Episodes) -> None:
-    """Rounding of the sampling is taken off; a law that is another one is loud all the same."""
+    """Rounding of the sampling is taken off; a distribution that is another one is loud all the same."""
     mask = ragged_batch.response_mask
     rounded = replace(ragged_batch, log_probs=ragged_batch.log_probs + 5e-4 * mask)
     for a, b in zip(updated(rounded, recompute_log_probs=True), updated(ragged_batch), strict=True):
@@ -647,12 +647,12 @@ def test_log_probs_can_be_those_of_the_training_forward(ragged_batch: Episodes) 
         updated(replace(ragged_batch, log_probs=ragged_batch.log_probs - 0.5 * mask), recompute_log_probs=True)
 
 
-def test_a_token_on_the_edge_of_a_truncated_law_keeps_the_log_prob_it_was_drawn_with() -> None:
+def test_a_token_on_the_edge_of_a_truncated_distribution_keeps_the_log_prob_it_was_drawn_with() -> None:
     agent = moved(tiny_ppo(longer(), sampler=Sampler(top_k=2), recompute_log_probs=True))
     episodes = agent.collect()
     last = episodes.lengths[0] - 1
-    place = int(episodes.response_mask[0].sum()) - 1
-    off = agent.policy.read(episodes).logits[place].argmin()  # never among the two likeliest
+    position = int(episodes.response_mask[0].sum()) - 1
+    off = agent.policy.read(episodes).logits[position].argmin()  # never among the two likeliest
     ids = episodes.response_ids.clone()
     ids[0, last] = off
     found = recompute(agent.policy, agent.sampler, replace(episodes, response_ids=ids), 24)
@@ -681,8 +681,8 @@ def test_texts_are_mixed_in(tmp_path: Any) -> None:
     terms = []
     for i in drawn.tolist():
         ids = torch.tensor([agent._texts[i]])
-        law = agent.policy.actor(input_ids=ids).logits.log_softmax(-1)
-        terms += [-law[0, t, ids[0, t + 1]].item() for t in range(ids.shape[1] - 1)]
+        log_pi = agent.policy.actor(input_ids=ids).logits.log_softmax(-1)
+        terms += [-log_pi[0, t, ids[0, t + 1]].item() for t in range(ids.shape[1] - 1)]
     assert metrics["train/ptx_loss"].item() == pytest.approx(float(np.mean(terms)), abs=1e-5)
     assert loss.item() == pytest.approx(0.5 * float(np.mean(terms)), abs=1e-5)
     assert agent.tokens.backward - spent == sum(len(agent._texts[i]) for i in drawn)
@@ -814,9 +814,9 @@ def test_truncated_episodes_are_bootstrapped_with_the_value_behind_them_and_term
     episodes = agent.collect()
     rewards = token_rewards(episodes, 0.3)
     _, returns = agent.advantages(episodes, rewards)
-    behind = agent.policy.next_values(episodes)
+    after = agent.policy.next_values(episodes)
     expected = discounted_return(rewards, 0.9) + torch.where(
-        episodes.terminated, 0.0, 0.9 ** episodes.lengths.float() * behind
+        episodes.terminated, 0.0, 0.9 ** episodes.lengths.float() * after
     )
     torch.testing.assert_close(returns[:, 0], expected, rtol=0, atol=1e-4)
     assert 0 < episodes.terminated.sum() < 64
@@ -868,8 +868,8 @@ def test_predict_chooses_from_the_policy_at_the_state_shown() -> None:
         shown.append({"input_ids": ids, "attention_mask": mask})
     together = {name: np.stack([s[name] for s in shown]) for name in shown[0]}
     with torch.no_grad():
-        laws = [agent.policy.actor(torch.tensor([[*prompt, *response[:n]]])).logits[0, -1] for n in range(4)]
-    best = [int(law.argmax()) for law in laws]
+        logits = [agent.policy.actor(torch.tensor([[*prompt, *response[:n]]])).logits[0, -1] for n in range(4)]
+    best = [int(row.argmax()) for row in logits]
     actions, state = agent.predict(together, deterministic=True)
     assert actions.tolist() == best
     assert state is None
@@ -877,9 +877,9 @@ def test_predict_chooses_from_the_policy_at_the_state_shown() -> None:
     draws = np.stack([agent.predict(together)[0] for _ in range(300)])
     assert (draws[:, :2] == best[:2]).all()  # greedy for two tokens, each row by its own count
     for n in (2, 3):
-        law = laws[n].softmax(-1)
+        distribution = logits[n].softmax(-1)
         counts = np.bincount(draws[:, n], minlength=7) / 300
-        assert np.abs(counts - law.numpy()).max() < 4 * 0.5 / 300**0.5
+        assert np.abs(counts - distribution.numpy()).max() < 4 * 0.5 / 300**0.5
 
 
 # -- a GPU -----------------------------------------------------------------------------------------------------------

@@ -62,11 +62,11 @@ def log_distribution(policy: TrainablePolicy, episodes: Episodes) -> Tensor:
     return policy.read(episodes).logits.log_softmax(-1)
 
 
-def dense_fisher(log_distributions: Tensor, weights: Tensor, parameters: list[Tensor]) -> Tensor:
+def dense_fisher(log_rows: Tensor, weights: Tensor, parameters: list[Tensor]) -> Tensor:
     """(P, P): the sum over states and tokens of w pi grad log pi grad log pi^T, one gradient at a time."""
     size = sum(p.numel() for p in parameters)
     matrix = torch.zeros((size, size), dtype=torch.float64)
-    for weight, row in zip(weights, log_distributions, strict=True):
+    for weight, row in zip(weights, log_rows, strict=True):
         for log_prob in row:
             if log_prob > -torch.inf:
                 found = torch.autograd.grad(log_prob, parameters, retain_graph=True, materialize_grads=True)
@@ -122,17 +122,17 @@ def test_fisher_products_are_those_of_the_dense_matrix_of_a_table() -> None:
     """Softmax of a row for each state: blocks sum_i w_i (diag p - p p^T) for the states i of that row."""
     generator = torch.Generator().manual_seed(0)
     table = torch.randn((3, 5), generator=generator, dtype=torch.float64).requires_grad_()
-    idle = torch.zeros(2, dtype=torch.float64, requires_grad=True)  # the law does not depend on it
+    idle = torch.zeros(2, dtype=torch.float64, requires_grad=True)  # the distribution does not depend on it
     states = torch.tensor([0, 2, 2, 0, 0])
     weights = torch.tensor([0.1, 0.3, 0.2, 0.3, 0.1]).double()
     logits = table[states].masked_fill(torch.tensor([False, True, False, False, False]), -torch.inf)
-    laws = logits.log_softmax(-1)
+    log_rows = logits.log_softmax(-1)
     expected = torch.zeros((15, 15), dtype=torch.float64)
-    for state, weight, law in zip(states.tolist(), weights, laws.detach().exp(), strict=True):
+    for state, weight, distribution in zip(states.tolist(), weights, log_rows.detach().exp(), strict=True):
         block = slice(5 * state, 5 * state + 5)
-        expected[block, block] += weight * (law.diag() - torch.outer(law, law))
-    torch.testing.assert_close(dense_fisher(laws, weights, [table]), expected)
-    fisher = Fisher(laws, weights, [table, idle])
+        expected[block, block] += weight * (distribution.diag() - torch.outer(distribution, distribution))
+    torch.testing.assert_close(dense_fisher(log_rows, weights, [table]), expected)
+    fisher = Fisher(log_rows, weights, [table, idle])
     for _ in range(3):
         vector = torch.randn(17, generator=generator, dtype=torch.float64)
         got = fisher.times(vector)
@@ -149,9 +149,9 @@ def test_conjugate_gradients_with_the_products_of_one_graph_solve_the_dense_syst
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(episodes.num_tokens, generator=generator, dtype=torch.float64)
     with agents.algorithms.trpo._twice_differentiable():
-        laws = log_distribution(agent.policy, episodes)
-    matrix = dense_fisher(laws, weights, parameters)
-    fisher = Fisher(laws, weights, parameters)
+        log_rows = log_distribution(agent.policy, episodes)
+    matrix = dense_fisher(log_rows, weights, parameters)
+    fisher = Fisher(log_rows, weights, parameters)
     b = torch.randn(len(matrix), generator=generator, dtype=torch.float64)
     x, residual = conjugate_gradient(lambda v: fisher.times(v) + 0.1 * v, b, 400, tolerance=1e-10)
     damped = matrix + 0.1 * torch.eye(len(matrix), dtype=torch.float64)
@@ -192,7 +192,7 @@ def test_fisher_products_are_those_of_the_hessian_of_the_kl(kind: Any) -> None:
 
 
 def stepped(agent: TRPO) -> tuple[Episodes, Tensor, Tensor, Tensor, dict[str, float]]:
-    """A batch, its advantages (B, T), the parameters of the law before and after its update, and the metrics."""
+    """A batch, its advantages (B, T), the parameters before and after its update, and the metrics."""
     episodes = agent.collect()
     advantages, _ = agent.advantages(episodes, agent.rewards(episodes))
     before = flat(agent.policy.policy_parameters()).detach()
@@ -275,11 +275,11 @@ def test_the_trust_region_shrinks_to_nothing() -> None:
 def test_a_step_improves_the_surrogate_within_the_kl_or_is_not_taken(kind: Any, max_kl: float) -> None:
     agent = moved(tiny_trpo(policy=kind, max_kl=max_kl, cg_damping=0.01, micro_batch_size=20))
     episodes, advantages, before, after, metrics = stepped(agent)
-    laws = []
+    log_rows = []
     for weights in (before, after):
         agents.algorithms.trpo.assign(agent.policy.policy_parameters(), weights)
-        laws.append(log_distribution(agent.policy, episodes).detach())
-    old, new = laws
+        log_rows.append(log_distribution(agent.policy, episodes).detach())
+    old, new = log_rows
     kl = (old.exp() * (old - new)).sum(-1).mean().item()
     chosen = episodes.response_ids[episodes.response_mask].unsqueeze(1)
     ratio = (new - old).gather(1, chosen).squeeze(1).exp()
@@ -365,14 +365,14 @@ def test_the_gradient_is_that_of_the_objective() -> None:
     tree = Tree.of(envs.task, "train")
     parameters = agent.policy.policy_parameters()
 
-    def law(episodes: Episodes) -> Tensor:
+    def logits_of(episodes: Episodes) -> Tensor:
         return agent.policy.read(episodes).logits
 
-    value, right = tree.gradient(law, parameters)
-    assert tree.evaluate(law).kl.mean() > 0.02
+    value, right = tree.gradient(logits_of, parameters)
+    assert tree.evaluate(logits_of).kl.mean() > 0.02
     *_, before, after, _ = stepped(agent)
     assert cosine(after - before, flat(right)) > 0.99
-    assert tree.evaluate(law).value > value
+    assert tree.evaluate(logits_of).value > value
 
 
 # -- the expected direction ------------------------------------------------------------------------------------------
@@ -448,11 +448,11 @@ def test_the_step_is_along_the_natural_gradient_of_the_objective() -> None:
     tree = Tree.of(envs.task, "train")
     parameters = agent.policy.policy_parameters()
     episodes = tree.episodes
-    laws = log_distribution(agent.policy, episodes)
+    log_rows = log_distribution(agent.policy, episodes)
     state = states(episodes)
     probs = alone(agent, tree).weights.unsqueeze(1).expand_as(episodes.response_mask)[episodes.response_mask]
     once = list({s: i for i, s in enumerate(state.tolist())}.values())  # a token of each state
-    matrix = dense_fisher(laws[once], (summed(probs, state) / probs.sum())[once], parameters)
+    matrix = dense_fisher(log_rows[once], (summed(probs, state) / probs.sum())[once], parameters)
     plain = flat(tree.gradient(lambda few: agent.policy.read(few).logits, parameters)[1]).double()
     natural = torch.linalg.solve(matrix + 0.02 * torch.eye(len(plain)), plain)
     *_, before, after, _ = stepped(agent)
@@ -477,7 +477,7 @@ def test_at_first_the_kl_is_zero_and_the_ratio_one(kind: Any) -> None:
     assert second["rollout/exact_kl"] > 0
 
 
-def test_the_critic_learns_and_the_law_does_not_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_critic_learns_and_the_distribution_does_not_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     envs = tiny_envs(lambda prompts, completions, **_: [3.0] * len(prompts), kl_coef=0.0)
     for critic in ("shared", "reference"):
         agent = tiny_trpo(envs, critic=critic, lr=5e-2, lr_schedule="constant", batch_size=24)
@@ -493,7 +493,7 @@ def test_the_critic_learns_and_the_law_does_not_notice(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("sampler", [Sampler(temperature=0.7), Sampler(top_k=3), Sampler(top_p=0.8)])
-def test_the_step_is_of_the_law_that_sampled(sampler: Sampler) -> None:
+def test_the_step_is_of_the_distribution_that_sampled(sampler: Sampler) -> None:
     agent = tiny_trpo(sampler=sampler, cg_damping=0.01)
     for metrics in learn(agent, 3):
         assert metrics["train/ratio_error"] < 1e-5
@@ -515,11 +515,11 @@ def test_trpo_learns_and_never_passes_the_optimum() -> None:
     envs = tiny_envs()
     agent = tiny_trpo(envs, batch_size=96, max_kl=0.05, cg_iterations=5, fisher_fraction=0.5, max_kl_schedule="linear")
     tree = Tree.of(envs.task, "train")
-    law = make_episode_logits(agent.policy.lm)
+    logits_of = make_episode_logits(agent.policy.lm)
     curve = []
-    reference = tree.evaluate(law).value
+    reference = tree.evaluate(logits_of).value
     best = tree.solve().value
-    agent.learn(5000, lambda step, metrics: curve.append(tree.evaluate(law).value))
+    agent.learn(5000, lambda step, metrics: curve.append(tree.evaluate(logits_of).value))
     assert best > reference + 0.1
     assert max(curve) <= best + 1e-5
     share = (curve[-1] - reference) / (best - reference)
@@ -541,8 +541,8 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(tmp_path: Any) -> None:
     observation, _ = second.envs.reset(seed=1)
     ids, mask = (torch.as_tensor(observation[name]) for name in ("input_ids", "attention_mask"))
     row = ids[:, mask[0].bool()]
-    place = torch.tensor([int(mask.sum()) - 1])
-    expected = second.policy.read_at(row, torch.zeros(1, dtype=torch.int64), place).logits.argmax(-1)
+    position = torch.tensor([int(mask.sum()) - 1])
+    expected = second.policy.read_at(row, torch.zeros(1, dtype=torch.int64), position).logits.argmax(-1)
     assert second.predict(observation, deterministic=True)[0] == expected.numpy()
 
 

@@ -243,9 +243,9 @@ def test_the_policy_decodes_on_the_ring_and_follows_its_weights(lm: CausalLM) ->
     assert isinstance(make_decoder(policy.lm, 2, 9), RingDecoder)
     for seed in (3, 4):  # the step has been recorded by then
         episodes = sampled(envs, moved(policy, seed))
-        law = policy.read(episodes)
+        read = policy.read(episodes)
         chosen = episodes.response_ids[episodes.response_mask]
-        log_probs = law.logits.log_softmax(-1).gather(1, chosen.unsqueeze(1)).squeeze(1)
+        log_probs = read.logits.log_softmax(-1).gather(1, chosen.unsqueeze(1)).squeeze(1)
         torch.testing.assert_close(episodes.log_probs[episodes.response_mask], log_probs, rtol=0, atol=1e-5)
         assert episodes.values is not None
         torch.testing.assert_close(episodes.values, policy.values(episodes), rtol=0, atol=1e-5)
@@ -282,8 +282,8 @@ def test_no_agent_moves_the_reference(name: str) -> None:
     assert untouched(lm, before)
     held = {p.data_ptr() for p in networks.parameters()} & {p.data_ptr() for p in lm.model.parameters()}
     assert not held
-    law = [name for name in start if "adapter" in name]
-    assert sum(not torch.equal(start[name], networks.get_parameter(name)) for name in law) >= len(law) / 2
+    adapters = [name for name in start if "adapter" in name]
+    assert sum(not torch.equal(start[name], networks.get_parameter(name)) for name in adapters) >= len(adapters) / 2
     if name == "trpo":
         assert [id(p) for p in agent.policy.policy_parameters()] == [id(p) for p in agent.policy.adapter]
     if name == "nlpo":  # the copy of the second batch, which the policy has left since

@@ -141,14 +141,14 @@ def test_read_gives_the_logits_of_a_plain_forward_of_each_episode_alone(envs: RL
     policy = policy_of(envs, moved=True)
     episodes = sampled(envs, policy)
     read = policy.read(episodes)
-    law = read.logits.detach().log_softmax(-1)
+    log_pi = read.logits.detach().log_softmax(-1)
     chosen = episodes.response_ids[episodes.response_mask]
     log_probs = torch.zeros(episodes.log_probs.shape)
-    log_probs[episodes.response_mask] = law.gather(1, chosen.unsqueeze(1)).squeeze(1)
+    log_probs[episodes.response_mask] = log_pi.gather(1, chosen.unsqueeze(1)).squeeze(1)
     assert len({len(r) for *_, r in one_by_one(episodes)}) > 2  # ragged, or this would test little
     with torch.no_grad():
         for i, p, ids, response in one_by_one(episodes):
-            # Embeddings that the tokenizer has no word for are no part of the law.
+            # Embeddings that the tokenizer has no word for are no part of the distribution.
             plain = policy.actor(input_ids=ids).logits[0, p - 1 : -1, : len(word_tokenizer())]
             chosen = plain.log_softmax(-1).gather(1, response.unsqueeze(1)).squeeze(1)
             torch.testing.assert_close(log_probs[i, : len(response)], chosen, rtol=0, atol=1e-5)
@@ -178,13 +178,13 @@ def test_values_are_those_of_the_state_before_each_token_and_behind_the_last(
     policy = policy_of(envs, critic, moved=True)
     episodes = sampled(envs, policy)
     values = policy.values(episodes)
-    behind = policy.next_values(episodes)
+    after = policy.next_values(episodes)
     assert (values[~episodes.response_mask] == 0).all()
     with torch.no_grad():
         for i, p, ids, response in one_by_one(episodes):
             expected = [value_by_hand(policy, ids[:, : p + t], p + t - 1) for t in range(len(response))]
             torch.testing.assert_close(values[i, : len(response)], torch.stack(expected), rtol=0, atol=1e-5)
-            torch.testing.assert_close(behind[i], value_by_hand(policy, ids, ids.shape[1] - 1), rtol=0, atol=1e-5)
+            torch.testing.assert_close(after[i], value_by_hand(policy, ids, ids.shape[1] - 1), rtol=0, atol=1e-5)
     assert values[episodes.response_mask].std() > 1e-3
 
 

@@ -97,7 +97,7 @@ def lm(request: pytest.FixtureRequest) -> CausalLM:
 # -- the start -------------------------------------------------------------------------------------------------------
 
 
-def test_at_first_the_law_is_the_references_to_the_bit(lm: CausalLM, network: Network) -> None:
+def test_at_first_the_distribution_is_the_references_to_the_bit(lm: CausalLM, network: Network) -> None:
     policy = policy_of(lm, network, moved=False)
     envs = envs_of(lm)
     episodes = sampled(envs, policy)
@@ -193,7 +193,7 @@ def test_the_network_sees_the_order_of_tokens_and_their_place(network: Network) 
         plain, swapped, shifted, same = policy.next_logits(ids, lengths)
     assert (plain - swapped).abs().max() > 1e-3  # beyond what the table can see
     assert (plain - shifted).abs().max() > 1e-3
-    torch.testing.assert_close(plain, same, rtol=0, atol=1e-5)  # not what comes behind
+    torch.testing.assert_close(plain, same, rtol=0, atol=1e-5)  # not what comes after
 
 
 # -- decoding --------------------------------------------------------------------------------------------------------
@@ -214,8 +214,8 @@ def check_decoded(policy: ResidualPolicy, state: Any, rows: list[list[int]]) -> 
     with torch.no_grad():
         for i, row in enumerate(rows):
             ids = torch.tensor([row])
-            place = torch.tensor([len(row) - 1])
-            logits, values, _ = policy.read_at(ids, torch.zeros(1, dtype=torch.int64), place)
+            position = torch.tensor([len(row) - 1])
+            logits, values, _ = policy.read_at(ids, torch.zeros(1, dtype=torch.int64), position)
             torch.testing.assert_close(state.logits[i], logits[0], rtol=0, atol=1e-5)
             torch.testing.assert_close(state.values[i], values[0], rtol=0, atol=1e-5)
 
@@ -249,9 +249,9 @@ def test_decoding_is_a_forward_over_all_that_came_before(lm: CausalLM, network: 
 def test_what_collects_is_what_is_read(lm: CausalLM, network: Network) -> None:
     policy = policy_of(lm, network)
     episodes = sampled(envs_of(lm), policy)
-    law = policy.read(episodes).logits.detach().log_softmax(-1)
+    log_pi = policy.read(episodes).logits.detach().log_softmax(-1)
     chosen = episodes.response_ids[episodes.response_mask]
-    expected = law.gather(1, chosen[:, None]).squeeze(1)
+    expected = log_pi.gather(1, chosen[:, None]).squeeze(1)
     torch.testing.assert_close(episodes.log_probs[episodes.response_mask], expected, rtol=0, atol=1e-5)
     assert episodes.values is not None
     torch.testing.assert_close(episodes.values, policy.values(episodes), rtol=0, atol=1e-5)
@@ -268,7 +268,7 @@ def test_a_row_does_not_feel_its_batch_mates_or_its_padding(lm: CausalLM, networ
     )
     with torch.no_grad():
         together = policy.read(episodes)
-        behind = policy.next_values(episodes)
+        after = policy.next_values(episodes)
         for one, other in zip(policy.read(wide), together, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
         rows = episodes.response_mask.nonzero()[:, 0]
@@ -277,7 +277,7 @@ def test_a_row_does_not_feel_its_batch_mates_or_its_padding(lm: CausalLM, networ
             alone = policy.read(few)
             torch.testing.assert_close(alone.logits, together.logits[rows == i], rtol=0, atol=1e-5)
             torch.testing.assert_close(alone.values, together.values[rows == i], rtol=0, atol=1e-5)
-            torch.testing.assert_close(policy.next_values(few)[0], behind[i], rtol=0, atol=1e-5)
+            torch.testing.assert_close(policy.next_values(few)[0], after[i], rtol=0, atol=1e-5)
 
 
 def test_a_prompt_that_is_too_long_is_refused(network: Network) -> None:
@@ -372,20 +372,23 @@ def test_predict_chooses_from_the_sum(network: Network) -> None:
     response = (1, 2, 2, 4)
     ids = np.zeros((5, envs.engine.width + HORIZON), np.int64)
     mask = np.zeros(ids.shape, np.int8)
-    laws = []
+    distributions = []
     for n in range(5):
         so_far = [*prompt, *response[:n]]
         ids[n, envs.engine.width - 2 : envs.engine.width + n] = so_far
         mask[n, envs.engine.width - 2 : envs.engine.width + n] = 1
         with torch.no_grad():
-            laws.append(agent.policy.next_logits(torch.tensor([so_far]), torch.tensor([len(so_far)]))[0])
+            distributions.append(agent.policy.next_logits(torch.tensor([so_far]), torch.tensor([len(so_far)]))[0])
     shown = {"input_ids": ids, "attention_mask": mask}
-    best = [int(law.argmax()) for law in laws]
+    best = [int(distribution.argmax()) for distribution in distributions]
     assert agent.predict(shown, deterministic=True)[0].tolist() == best
     assert int(agent.predict({name: x[3] for name, x in shown.items()}, deterministic=True)[0]) == best[3]
     draws = np.stack([agent.predict(shown)[0] for _ in range(300)])
-    for n, law in enumerate(laws):
-        assert np.abs(np.bincount(draws[:, n], minlength=5) / 300 - law.softmax(-1).numpy()).max() < 4 * 0.5 / 300**0.5
+    for n, distribution in enumerate(distributions):
+        assert (
+            np.abs(np.bincount(draws[:, n], minlength=5) / 300 - distribution.softmax(-1).numpy()).max()
+            < 4 * 0.5 / 300**0.5
+        )
 
 
 # -- what is asked for -----------------------------------------------------------------------------------------------
