@@ -56,9 +56,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# The variable silences a notice about the future of MkDocs, which is no warning about the pages.
+# The variable silences a notice about the future of MkDocs. Not `--quiet`: it would hide warnings from `--strict`.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 check: lint
 	OMP_NUM_THREADS=$(THREADS) $(PYTEST) -m fast

@@ -11,6 +11,7 @@ Four kinds of pages are made here, so that nobody has to keep a list of them:
 from __future__ import annotations
 
 import ast
+import logging
 import posixpath
 import re
 from collections.abc import Iterable
@@ -209,3 +210,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if path == AGENTS_PAGE:
         markdown = add_agent_rows(markdown, ROOT)
     return markdown if page.file.generated_by else relink(markdown, f"docs/{path}", ROOT)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Warns, which ends a strict build, where a page would load something from the network."""
+    for url in find_remote_files(output):
+        logging.getLogger("mkdocs.hooks").warning("%s loads %s from the network", page.file.src_uri, url)
+    return output
+
+
+def find_remote_files(html: str) -> list[str]:
+    """The URLs of scripts, styles and pictures that a page loads from elsewhere; what a reader may click is none."""
+    return re.findall(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="(https?:[^"]*)"', html)

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from builders.pages import add_agent_rows, expand_menu, generate_pages, missing_agents, relink, site_path
+from builders.pages import (
+    add_agent_rows,
+    expand_menu,
+    find_remote_files,
+    generate_pages,
+    missing_agents,
+    relink,
+    site_path,
+)
 
 ROOT = Path(__file__).parents[2]
 LINKS = "[tasks](docs/tasks.md#a) [this](#a) [far](https://x.org) [log](CHANGELOG.md)"
@@ -95,3 +103,8 @@ def test_the_checkout_has_its_pages() -> None:
     pages = generate_pages(ROOT)
     assert {"changelog.md", "contributing.md", "api/lmgym.md", "tasks/models/reviews.md"} <= pages.keys()
     assert {f"examples/{file.stem}.md" for file in (ROOT / "examples").glob("*.py")} <= pages.keys()
+
+
+def test_what_a_page_loads_from_the_network_is_seen() -> None:
+    html = '<a href="https://a.org">a</a><script src="a.js"></script><script defer src="https://b.org/b.js"></script>'
+    assert find_remote_files(html) == ["https://b.org/b.js"]
