@@ -1,7 +1,7 @@
 """Forked processes, such as those of Gymnasium's `AsyncVectorEnv`: torch does not survive a fork with several threads.
 
-The threads that torch shares its work out to are not copied by a fork. A child that has torch use them waits for them
-for ever. One thread needs no other, which is also what torch's own data loaders have their workers use.
+A fork does not copy the threads that torch divides its work between, and a child in which torch uses them waits for
+ever. With one thread torch needs no others; the workers of torch's own data loaders run so too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @functools.cache
 def let_forks_use_one_thread() -> None:
-    """Has torch use one thread in every process that this one forks from here on; does not load torch."""
+    """Makes torch use one thread in every process that this one forks from now on; does not load torch."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_use_one_thread)
 

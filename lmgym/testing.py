@@ -1,4 +1,4 @@
-"""The conformance kit: what every built-in task is held to, for tasks of your own."""
+"""The conformance kit: checks a task of your own as the built-in tasks are checked."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _ENV_ID = "lmgym/RLHF-v0"
 
 
 def check_task(task: str | Task, *, samples: int = 8, seed: int = 0) -> None:
-    """Holds a task to what agents rely on.
+    """Checks what agents rely on in a task.
 
-    Its parts load and fit together; it has the splits "train" and "test", equal or without a prompt in common; its
-    environment passes Gymnasium's own checker without a warning; the reference has no KL to itself, and the scores of
-    its samples are finite; and what is known of its optimum lies above the reference and agrees with those samples.
+    Its parts load and fit together. It has the splits "train" and "test", equal or without a common prompt. Its
+    environment passes Gymnasium's own checker without a warning. The reference has no KL to itself, and the scores of
+    its samples are finite. A known optimum lies above the reference and agrees with those samples.
 
     Args:
         task: a name, or a Task.
@@ -32,7 +32,7 @@ def check_task(task: str | Task, *, samples: int = 8, seed: int = 0) -> None:
         seed: of the samples.
 
     Raises:
-        LmGymError: naming the first thing that is wrong.
+        LmGymError: with the first thing that is wrong.
     """
     task = make_task(task)
     task.validate()

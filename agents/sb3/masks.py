@@ -17,7 +17,7 @@ from lmgym.errors import InvalidArgumentError
 from lmgym.models.policy import CausalPolicy, Policy
 from lmgym.models.sampling import Sampler
 from lmgym.wrappers import VectorActionMask
-from lmgym.wrappers.action_mask import kept
+from lmgym.wrappers.action_mask import find_support
 
 
 def mask_envs(envs: Any, config: SB3Config) -> tuple[Any, Sampler | None]:
@@ -75,4 +75,4 @@ class MaskedPolicy:
 
     def _mask(self, logits: Tensor, reference: Tensor) -> Tensor:
         """(B, V) logits of the policy, -inf where the mask of the reference's logits (B, V) forbids the token."""
-        return logits.masked_fill(~kept(reference, self._sampler, self._is_eos), -torch.inf)
+        return logits.masked_fill(~find_support(reference, self._sampler, self._is_eos), -torch.inf)

@@ -23,12 +23,12 @@ _OPTIONS = tuple(name for name in RESET_OPTIONS if name != "response_ids")
 class RLHFBanditEnv(RLHFEnv):
     """A contextual bandit over responses (`lmgym/RLHFBandit-v0`).
 
-    The action is `MultiDiscrete([V] * T)`, read up to the first token that ends a response. The reward is the return
-    that the token MDP would have paid for it, from one teacher-forced pass. Observations, arguments and info are those
-    of `RLHFEnv`, `ref_log_prob` being the whole response's; so are the reset options but `response_ids`.
+    The action is `MultiDiscrete([V] * T)`, of which the tokens up to the end of the response count. The reward is the
+    return that the token MDP would have given for it, from one teacher-forced pass. Observations, arguments and info
+    are those of `RLHFEnv`, with `ref_log_prob` of the whole response; so are the reset options but `response_ids`.
 
-    `gamma` must be 1 where the KL has a price. Below 1 every token's log-prob has a discount of its own, and all that
-    is known of an action is their sum. At `kl_coef=0` the reward is the discounted score.
+    `gamma` must be 1 where the KL has a price. Below 1 every token's log-prob has a discount of its own, and an action
+    has only their sum. At `kl_coef=0` the reward is the discounted score.
 
     Raises:
         InvalidArgumentError: for a discount below 1 and `kl_coef` above 0, before anything loads.

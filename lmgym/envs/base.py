@@ -43,7 +43,7 @@ class EngineBacked:
 
     @property
     def dense_kl(self) -> bool:
-        """Whether the KL is paid with every token, not with the last one for the whole episode."""
+        """Whether every token is charged its KL; if not, the last one is charged that of the whole episode."""
         return self._engine.task.dense_kl
 
     @property

@@ -35,7 +35,7 @@ class Engine(TokenMDP):
         num_rows: N.
         input_ids: (N, L) int64 and attention_mask: (N, L) int8, the observations; `lengths` (N,) tokens chosen so far.
         current: N prompts, None where a row has never begun.
-        prompt_texts: (N,) object, what `info` tells of the prompts that rows began with, "" where there is none.
+        prompt_texts: (N,) object, texts of the prompts that rows began with, "" where there is none.
         running: (N,) bool, rows inside an episode.
         returns, discounted: (N,) sum of the rewards of the episode so far, without and with gamma.
         starts: (N,) response tokens that came with the reset, for which no reward is given.

@@ -1,4 +1,4 @@
-"""Prompts that are too long for the model, or for what the user allows: named, left out, or cut."""
+"""Prompts that are too long for the model or for the user's limit: an error, left out, or cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lmgym.errors import InvalidArgumentError, shorten
 from lmgym.models.causal import CausalLM
 from lmgym.tasks.base import Task
 
-_NAMED = 3  # rows that a message names
+_MAX_NAMED_ROWS = 3  # in a message
 
 
 def fit_prompts(task: Task, lm: CausalLM, on_long: str) -> Task:
@@ -25,7 +25,7 @@ def fit_prompts(task: Task, lm: CausalLM, on_long: str) -> Task:
         The task itself where every prompt fits; else one without a stored optimum.
 
     Raises:
-        InvalidArgumentError: naming the first of the longer prompts, for "error" and where a split has no shorter one.
+        InvalidArgumentError: with the first of the longer prompts, for "error" and where a split has no shorter one.
     """
     limit = _limit(task, lm)
     if limit is None:
@@ -37,12 +37,12 @@ def fit_prompts(task: Task, lm: CausalLM, on_long: str) -> Task:
         if not long:
             fitted[split] = texts
             continue
-        what = _named(split, texts, lengths, long, limit)
+        fault = _describe(split, texts, lengths, long, limit)
         if on_long == "error" or (on_long == "skip" and len(long) == len(texts)):
-            raise InvalidArgumentError(f"{what} {_remedy(task, lm, max(lengths))}")
+            raise InvalidArgumentError(f"{fault} {_remedy(task, lm, max(lengths))}")
         if on_long == "skip":
             fitted[split] = [text for text, length in zip(texts, lengths, strict=True) if length <= limit]
-            warnings.warn(f"{what} They are left out.", stacklevel=2)
+            warnings.warn(f"{fault} They are left out.", stacklevel=2)
         else:
             cut = list(texts)
             for i in long:
@@ -54,7 +54,7 @@ def fit_prompts(task: Task, lm: CausalLM, on_long: str) -> Task:
 
 
 def _limit(task: Task, lm: CausalLM) -> int | None:
-    """Tokens that a prompt may have; None where nothing says."""
+    """The most tokens that a prompt may have; None where there is no limit."""
     limits = [] if task.max_prompt_tokens is None else [task.max_prompt_tokens]
     if lm.max_positions is not None:
         if lm.max_positions <= task.max_new_tokens:
@@ -72,9 +72,9 @@ def _limit(task: Task, lm: CausalLM) -> int | None:
     return min(limits, default=None)
 
 
-def _named(split: str, texts: Sequence[str], lengths: Sequence[int], long: Sequence[int], limit: int) -> str:
+def _describe(split: str, texts: Sequence[str], lengths: Sequence[int], long: Sequence[int], limit: int) -> str:
     few = []
-    for i in long[:_NAMED]:
+    for i in long[:_MAX_NAMED_ROWS]:
         location = texts[i].location if isinstance(texts[i], PromptText) else ""  # type: ignore[attr-defined]
         few.append(f"{location or f'item {i}'} has {lengths[i]} ({shorten(texts[i], 60)})")
     more = f", and {len(long) - len(few)} more" if len(long) > len(few) else ""
@@ -91,9 +91,9 @@ def _remedy(task: Task, lm: CausalLM, longest: int) -> str:
 
 
 def _cut(text: str, limit: int, lm: CausalLM) -> str:
-    """The longest end of a text, by whole characters, that has at most `limit` tokens.
+    """The longest end of a text, in whole characters, that has at most `limit` tokens.
 
-    It is cut as text, so that the tokenizer begins it as it begins any prompt, with a start token where it has one.
+    It is cut as text, so that the tokenizer begins it as any other prompt, with a start token where it has one.
     """
     start = 0
     while len(lm.encode(text[start:])) > limit:

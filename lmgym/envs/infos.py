@@ -1,4 +1,4 @@
-"""What `info` tells: the same keys at `reset` and at every step, as other libraries' logs and replay buffers want it.
+"""The contents of `info`: the same keys at `reset` and at every step, which logs and replay buffers rely on.
 
 Shapes: N rows.
 """
@@ -18,25 +18,25 @@ Columns = dict[str, npt.NDArray[Any]]
 
 
 def info_columns(engine: Engine, text_info: bool, step: Transition | None = None, rows: Bools | None = None) -> Columns:
-    """What there is to tell of every row, by the keys of `info`.
+    """A column of values for each key of `info`.
 
     Args:
-        engine: the rows as they stand.
-        text_info: whether texts are told, beside the numbers.
+        engine: the rows, after the step.
+        text_info: whether to add texts to the numbers.
         step: what the last step gave; None at a reset.
-        rows: (N,) the rows whose last step is told, None for all. The others are told as they begin.
+        rows: (N,) bool, rows that report their last step, None for all; the others report that they have just begun.
 
     Returns:
-        (N,) float64 numbers, 0.0 where there is nothing to tell yet, and (N,) objects, which are strings, "" there.
+        (N,) float64 for numbers, 0.0 where there is no value yet, and (N,) object for texts, "" there.
     """
     columns = _at_reset(engine, text_info)
     if step is None:
         return columns
-    told = np.ones(engine.num_rows, dtype=np.bool_) if rows is None else rows
+    reporting = np.ones(engine.num_rows, dtype=np.bool_) if rows is None else rows
     if step.ref_log_probs is not None:
-        columns["ref_log_prob"] = np.where(told, step.ref_log_probs, 0.0)
+        columns["ref_log_prob"] = np.where(reporting, step.ref_log_probs, 0.0)
     if step.outcomes is not None:
-        chosen = told[step.ended]
+        chosen = reporting[step.ended]
         for name, values in step.outcomes.columns().items():
             if name in columns:
                 column = np.array(values, dtype=columns[name].dtype)
@@ -80,8 +80,8 @@ def add_columns(infos: dict[str, Any], columns: Columns, rows: Bools, at_end: Co
 
     Args:
         infos: of the env, left as they are.
-        columns: of the states returned, told of rows (N,).
-        at_end: of the states that `infos["final_info"]` tells of.
+        columns: of the states that are returned. rows: (N,) bool, those that the columns are given for.
+        at_end: columns of the final states, for `infos["final_info"]`.
     """
     infos = infos | vector_infos(columns, rows)
     if "final_info" in infos:

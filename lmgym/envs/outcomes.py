@@ -36,7 +36,7 @@ class Outcomes:
     discounted_returns: list[float] = field(default_factory=list)
 
     def columns(self) -> dict[str, list[Any]]:
-        """What `info` tells of them, by its keys."""
+        """The values that `info` has for them, by its keys."""
         gold = {} if self.gold_scores is None else {"gold_score": self.gold_scores}
         return {
             "score": self.scores,

@@ -20,9 +20,9 @@ from lmgym.tasks.base import Task
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A prompt: its token ids, its text, and its place in its split (-1 where it came from elsewhere).
+    """A prompt: its token ids, its text, and its index in its split (-1 for one from elsewhere).
 
-    The text is a `lmgym.data.prompts.PromptText` where there is more to its row.
+    The text is a `lmgym.data.prompts.PromptText` where its row has more columns.
     """
 
     ids: tuple[int, ...]
@@ -92,7 +92,7 @@ class PromptSet:
 
 
 def _warn_of_changes(argument: str, lm: CausalLM, texts: tuple[str, ...]) -> None:
-    """Warns of texts that the model reads otherwise than they were written."""
+    """Warns of texts that the tokenizer changes before the model reads them."""
     changes = lm.changes(texts)
     if changes:
         text, read = changes[0]
@@ -118,30 +118,30 @@ class PromptOrder:
         self.restart()
 
     def restart(self) -> None:
-        """Begins a new stream: what the generator gives from here on."""
+        """Begins a new stream with what the generator gives next."""
         self._epoch: npt.NDArray[np.int64] | None = None
-        self._next = 0 if self._shuffle else self._start
+        self._index = 0 if self._shuffle else self._start
 
     @property
     def position(self) -> tuple[npt.NDArray[np.int64] | None, int]:
-        """Where the stream stands, for a copy to go on from."""
-        return self._epoch, self._next
+        """The present permutation and the index in it, from which a copy of the stream goes on."""
+        return self._epoch, self._index
 
     @position.setter
     def position(self, position: tuple[npt.NDArray[np.int64] | None, int]) -> None:
-        self._epoch, self._next = position
+        self._epoch, self._index = position
 
     def peek(self) -> Prompt:
         """The next prompt, without taking it."""
         if not self._shuffle:
-            return self._prompts[self._next % len(self._prompts)]
-        if self._epoch is None or self._next == len(self._epoch):
+            return self._prompts[self._index % len(self._prompts)]
+        if self._epoch is None or self._index == len(self._epoch):
             self._epoch = self._rng().permutation(len(self._prompts))
-            self._next = 0
-        return self._prompts[int(self._epoch[self._next])]
+            self._index = 0
+        return self._prompts[int(self._epoch[self._index])]
 
     def take(self) -> Prompt:
         """The next prompt."""
         prompt = self.peek()
-        self._next += 1 if self._shuffle else self._stride
+        self._index += 1 if self._shuffle else self._stride
         return prompt

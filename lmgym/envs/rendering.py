@@ -1,6 +1,6 @@
 """Draws the state of one episode: plain text, a coloured block on a terminal, or a picture.
 
-Pure functions of a `Frame`; only `show` writes. A token is coloured by what the reference half of the KL term costs it:
+Pure functions of a `Frame`; only `show` writes. The colour of a token is its cost in the reference half of the KL term:
 neutral where the reference expected it, red where it did not.
 """
 
@@ -26,8 +26,9 @@ from lmgym.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from PIL import ImageDraw, ImageFont
 
-JOINERS = "\u200c\u200d"  # zero width non-joiner and joiner
-SIGNS = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"  # seen, though formats
+# Zero width non-joiner and joiner, and signs that are visible although Unicode calls them formats.
+JOINERS = "\u200c\u200d"
+VISIBLE_FORMATS = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
 Span = tuple[str, float | None]  # a stretch of text, and how red it is, in [0, 1]; None: not coloured
 
 NATS_A_STEP = 7  # surprise that is drawn in full red, or a multiple of it
@@ -52,12 +53,12 @@ TERMINAL_REDS = [f"38;5;255;48;5;{color}" for color in (235, 52, 88, 124, 160)]
 
 @dataclass(frozen=True)
 class Frame:
-    """What there is to see of one episode after t steps.
+    """One episode after t steps, as it is drawn.
 
     Args:
         prompt: The prompt's text.
         tokens: The text of each of the t response tokens, with its own blanks: joined they are the response.
-        costs: `kl_coef * log pi_ref` of each token, <= 0, in units of reward; empty where none is paid.
+        costs: `kl_coef * log pi_ref` of each token, <= 0, in units of reward; empty where there is no cost.
         score: The score of the response; None before the end.
         episode_return: Sum of the rewards so far.
         finish_reason: "eos" or "length"; None before the end.
@@ -97,8 +98,8 @@ class Frame:
 def scale_costs(kl_coef: float, ref_log_probs: NDArray[np.float64]) -> float:
     """The cost that is drawn in full red: that of 7 nats, one chance in a thousand under the reference, or 14, 21, ...
 
-    It is the first of these that no token of the episode is beyond, so that those of a random agent, which the
-    reference would hardly ever choose, are told apart as well.
+    It is the smallest of these that no cost of the episode exceeds. Tokens of a random agent, which the reference would
+    hardly ever choose, then still differ in colour.
 
     Args:
         kl_coef: price of a nat. ref_log_probs: (t,) nats of the tokens so far.
@@ -109,7 +110,7 @@ def scale_costs(kl_coef: float, ref_log_probs: NDArray[np.float64]) -> float:
 
 
 def wait_for_turn(shown_at: float, fps: float, stream: TextIO) -> float:
-    """Sleeps until a frame's turn has come on a terminal, where episodes are watched; returns the time then.
+    """Sleeps until it is time for the next frame on a terminal, where people watch; returns the time then.
 
     Args:
         shown_at: what the call before returned. fps: frames a second. stream: where to; only a terminal is waited for.
@@ -128,8 +129,8 @@ def to_text(frame: Frame) -> str:
 def to_terminal(frame: Frame, width: int = 80, height: int | None = None) -> str:
     """The episode as a block for a terminal; without colours where the environment variable `NO_COLOR` is set.
 
-    Text stays within `width` columns (50 or more), and the block within `height` lines: the start of a long response
-    makes way. None: no limit.
+    Text stays within `width` columns (50 or more), and the block within `height` lines (None: no limit), without the
+    start of a response that is too long.
     """
     done = round(20 * min(1.0, len(frame.tokens) / frame.max_new_tokens))
     below = [_style("\u2501" * done, "34") + _style("\u2500" * (20 - done), "2") + f" {_status(frame)}"]
@@ -190,7 +191,7 @@ def to_rgb(frame: Frame) -> NDArray[np.uint8]:
 
 
 def _explained(frame: Frame) -> list[str]:
-    """What an ended episode's return is made of; nothing where no token has a price."""
+    """Lines that split the return of an ended episode into its parts; none where tokens have no cost."""
     if frame.score is None or not len(frame.costs):
         return []
     of_tokens = float(sum(frame.costs))
@@ -209,22 +210,22 @@ def _status(frame: Frame) -> str:
 
 
 def _printable(text: str) -> str:
-    """Replaces what would steer a terminal, hide or reorder text, or not be encoded: a model may emit anything."""
+    """Replaces characters that control a terminal, hide or reorder text, or cannot be encoded: models emit anything."""
     text = text.replace("\r\n", "\n").replace("\t", "    ")
     pairs = zip(text, " " + text, strict=False)
     return "".join(c if c == "\n" or _is_visible(c, before) else "\ufffd" for c, before in pairs)
 
 
 def _is_visible(char: str, before: str) -> bool:
-    """Whether a character shows as itself. Joiners do inside a script or an emoji that is written with them."""
+    """Whether a character shows as itself. Joiners do within scripts and emojis that are written with them."""
     if char in JOINERS:
         return before > "\u02ff" and unicodedata.category(before)[0] in "LMS"
     category = unicodedata.category(char)
-    return category not in ("Cc", "Cf", "Cs", "Zl", "Zp") or char in SIGNS
+    return category not in ("Cc", "Cf", "Cs", "Zl", "Zp") or char in VISIBLE_FORMATS
 
 
 def _wrap(spans: Sequence[Span], limit: float, measure: Callable[[str], float]) -> list[list[Span]]:
-    """Breaks text into lines within `limit` (but for one blank at the end): at blanks, or else anywhere."""
+    """Breaks text into lines within `limit`, apart from one blank at the end: at blanks, or else anywhere."""
     lines: list[list[tuple[str, int]]] = [[]]  # characters, each with the index of its span
     room = limit
     for index, char in ((index, char) for index, (text, _) in enumerate(spans) for char in text):
@@ -266,12 +267,12 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 @functools.lru_cache(maxsize=4096)
 def _pixels(text: str) -> float:
-    """Width of a text; its blanks are wider than the font's, so that the boxes of two words do not touch."""
+    """Width of a text, with blanks wider than the font's, so that the boxes of two words do not touch."""
     return _font(TEXT_SIZE).getlength(_drawable(text)) + 4 * text.count(" ")
 
 
 def _drawable(text: str) -> str:
-    """The nearest text for Pillow's own font, which has no accents, one dash, and a box for what it does not know."""
+    """The nearest text that Pillow's font can draw: it has no accents, one dash, and boxes for other characters."""
     text = unicodedata.normalize("NFKD", text).translate({0x2013: "-", 0x2014: "-", 0x2212: "-"})
     return "".join(c for c in text if not unicodedata.combining(c))
 

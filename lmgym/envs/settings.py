@@ -1,4 +1,4 @@
-"""What `gym.make("lmgym/RLHF-v0", ...)` takes, checked before anything loads."""
+"""The keyword arguments of `gym.make("lmgym/RLHF-v0", ...)`, checked before anything loads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RENDER_MODES = ("ansi", "human", "rgb_array")
 PROMPT_ORDERS = ("shuffle", "sequential")
 ON_LONG = ("error", "skip", "truncate_left")
 DTYPES = ("float32", "bfloat16", "float16")
-_OF_THE_TASK = (
+_TASK_ARGUMENTS = (
     *("model", "reward", "prompts", "kl_coef", "gamma", "temperature", "max_new_tokens", "min_new_tokens"),
     *("missing_eos_penalty", "dense_kl", "truncate", "reward_weights", "max_prompt_tokens"),
 )
@@ -26,7 +26,7 @@ _OF_THE_TASK = (
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The keyword arguments of every environment. All but live objects are JSON values, so a spec round-trips.
+    """The keyword arguments of every environment. All but live objects are JSON values, so that a spec round-trips.
 
     Attributes:
         task: name of a registered task, or a `lmgym.tasks.Task`.
@@ -34,7 +34,7 @@ class Settings:
         model: replaces the task's reference: directory or hub name of a Hugging Face causal LM, or a `CausalLM`.
         reward: replaces its reward: directory or hub name of a sequence-classification model, an import path
             `package.module:function`, or a callable with TRL's reward-function signature; or a list of such.
-        reward_weights: of a list of rewards, whose weighted sum is paid; None is 1 each.
+        reward_weights: of a list of rewards, whose weighted sum is the score; None is 1 each.
         prompts: replaces its prompts: a list of texts or rows, a data set, or a file of them; the reward is given the
             other columns of a row (`lmgym.data.prompts.read_prompts`).
         max_prompt_tokens: P, the prompt columns of an observation; None is as many as the longest prompt has.
@@ -46,11 +46,11 @@ class Settings:
         max_new_tokens: replaces its horizon T.
         min_new_tokens: an EOS among the first `min_new_tokens` tokens does not end the episode.
         missing_eos_penalty: taken off the score of a response without an EOS.
-        dense_kl: False pays the reference's log-prob of the whole episode with the last reward.
+        dense_kl: False adds the reference's log-prob of the whole episode to the last reward.
         truncate: True reports the length limit as `truncated`.
         obs_format: "dict" (`input_ids`, `attention_mask`) or "flat" (one array, -1 where there is no token).
         text_info: False leaves the texts out of `info`, for code that takes numbers only.
-        prompt_order: "shuffle" (without replacement, anew each epoch) or "sequential".
+        prompt_order: "shuffle" (without replacement, in a new order each epoch) or "sequential".
         device: "auto", "cpu", "cuda", ... of the reference and the reward model.
         dtype: of the reference: "float32", "bfloat16" or "float16".
         render_mode: None, "ansi", "human" or "rgb_array".
@@ -107,11 +107,11 @@ class Settings:
         return cls(**kwargs)
 
     def resolve(self) -> Task:
-        """The task with what was given here put in its place; checks every value and loads nothing.
+        """The task with the values that were given here; checks every value and loads nothing.
 
         Raises:
             LmGymError: for a value that cannot be.
         """
-        task = make_task(self.task, **{name: getattr(self, name) for name in _OF_THE_TASK})
+        task = make_task(self.task, **{name: getattr(self, name) for name in _TASK_ARGUMENTS})
         check_split(task, self.split)
         return task

@@ -31,7 +31,7 @@ _COPIED_ATTRIBUTES = ("_np_random", "_np_random_seed", "spec")
 
 @dataclass(frozen=True)
 class EnvState:
-    """Where an episode stands: enough to go on from it, since transitions are deterministic."""
+    """The state of an episode: enough to go on from it, because transitions are deterministic."""
 
     prompt: Prompt
     response_ids: tuple[int, ...]
@@ -61,7 +61,7 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
 
     ## Info
     The same keys at `reset` and at every step. Numbers are `np.float64`: `ref_log_prob` (nats, of the tokens this step
-    paid for; absent at `kl_coef=0`), and `score`, `discounted_return` and `gold_score` (if the task has one), which are
+    charged; absent at `kl_coef=0`), and `score`, `discounted_return` and `gold_score` (if the task has one), which are
     0.0 before the end. `reward == kl_coef * ref_log_prob + score`. Texts, which `text_info=False` leaves out: `prompt`,
     and `response` and `finish_reason` ("eos" or "length"), which are empty before the end.
 
@@ -101,7 +101,7 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
             self.restore_state(pickled["state"])
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Starts an episode from the next prompt, or from what `options` asks for.
+        """Starts an episode from the next prompt, or from the one that `options` names.
 
         Raises:
             InvalidArgumentError: for an option with a value it cannot have.
@@ -145,7 +145,7 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
         return self._engine.step(actions, _LIVE)
 
     def clone_state(self) -> EnvState:
-        """The episode as it stands; `restore_state` goes on from it, in this env or another of the same arguments.
+        """The present state of the episode; `restore_state` goes on from it, in any env of the same arguments.
 
         Raises:
             gymnasium.error.ResetNeeded: before the first reset.
@@ -211,7 +211,7 @@ class RLHFEnv(EngineBacked, gym.Env[Any, int]):
 
 
 def row_state(engine: Engine, row: int, outcomes: Outcomes | None) -> EnvState | None:
-    """Where the episode of a row stands; None where there never was one."""
+    """The state of a row's episode; None where the row has never begun."""
     prompt = engine.current[row]
     if prompt is None:
         return None
@@ -243,7 +243,7 @@ def check_running(running: bool | np.bool_) -> None:
 
 
 def frame(engine: Engine, row: int, outcomes: Outcomes | None, i: int = 0) -> Frame:
-    """What there is to draw of a row; `outcomes` (its i-th episode) once it has ended."""
+    """The picture of a row's episode; once it has ended, with the i-th episode of `outcomes`."""
     prompt = engine.current[row]
     assert prompt is not None
     response = engine.response_ids(row)

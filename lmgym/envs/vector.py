@@ -195,12 +195,12 @@ class RLHFVectorEnv(SharedAttributes, EngineBacked, VectorEnv[Any, Any, Any]):
         }
 
     def _infos(self, rows: npt.NDArray[np.bool_], step: Transition | None = None) -> dict[str, Any]:
-        """Infos of rows (N,) bool; rows that have just begun again are told of as they begin."""
-        told = None
+        """Infos of rows (N,) bool; rows that have just begun again report that, and not their last step."""
+        reporting = None
         if step is not None and len(step.ended) and self.autoreset_mode == AutoresetMode.SAME_STEP:
-            told = np.ones(self.num_envs, dtype=np.bool_)
-            told[step.ended] = False
-        return vector_infos(info_columns(self._engine, self.settings.text_info, step, told), rows)
+            reporting = np.ones(self.num_envs, dtype=np.bool_)
+            reporting[step.ended] = False
+        return vector_infos(info_columns(self._engine, self.settings.text_info, step, reporting), rows)
 
     def _observe(self) -> Any:
         return observe(self._engine, self.settings.obs_format, slice(None))

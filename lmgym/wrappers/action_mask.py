@@ -1,4 +1,4 @@
-"""Masks of the tokens that the reference's top-k or top-p distribution keeps, for agents that mask their actions.
+"""Masks of the tokens that are likely under the reference, by top-k or top-p, for agents that mask their actions.
 
 Shapes: N rows, V vocabulary.
 """
@@ -27,18 +27,18 @@ Bools = npt.NDArray[np.bool_]
 
 
 class ActionMask(gym.Wrapper[Any, int, Any, int], RecordConstructorArgs):
-    """`info["action_mask"]` (V,) bool, True on the tokens that the reference's top-k or top-p keeps, and on the EOS.
+    """`info["action_mask"]` (V,) bool, True on the reference's likeliest tokens at the state, and on every EOS.
 
     After an end it is True on all tokens of the tokenizer. `action_masks()` gives it at any time, under the name that
-    MaskablePPO of sb3-contrib asks for. The mask is advice: actions, rewards and ends are the env's own.
+    MaskablePPO of sb3-contrib looks for. The mask is advice: actions, rewards and ends are the env's own.
 
     Args:
         env: an env of tokens whose reference runs at every step (`kl_coef > 0`, `dense_kl=True`).
-        top_p: keeps the smallest set of likeliest tokens whose mass reaches it, in (0, 1].
-        top_k: keeps the k likeliest tokens. Exactly one of the two is given.
+        top_p: allows the smallest set of likeliest tokens whose mass reaches it, in (0, 1].
+        top_k: allows the k likeliest tokens. Exactly one of the two is given.
 
     Attributes:
-        sampler: the distribution of the reference whose support the mask is.
+        sampler: top-p or top-k; the mask is the support of its distribution.
 
     Raises:
         InvalidArgumentError: for another env or other values.
@@ -51,7 +51,7 @@ class ActionMask(gym.Wrapper[Any, int, Any, int], RecordConstructorArgs):
         check_token_actions(env.action_space, stepping_engine_of(env))
 
     def action_masks(self) -> Bools:
-        """(V,) bool at the present state; after an episode's end all tokens of the tokenizer."""
+        """(V,) bool at the present state; after the end of an episode all tokens of the tokenizer."""
         return action_masks(stepping_engine_of(self.env), self.sampler)[0]
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
@@ -60,7 +60,7 @@ class ActionMask(gym.Wrapper[Any, int, Any, int], RecordConstructorArgs):
         return observation, info | {"action_mask": self.action_masks()}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Steps, and adds the mask of the state after it."""
+        """Steps, and adds the mask of the next state."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         return observation, reward, terminated, truncated, info | {"action_mask": self.action_masks()}
 
@@ -75,7 +75,7 @@ class VectorActionMask(TokenVectorWrapper):
         self._masks: Bools | None = None
 
     def action_masks(self) -> Bools:
-        """(N, V) bool at the present states; after an episode's end all tokens of the tokenizer."""
+        """(N, V) bool at the present states; after the end of an episode all tokens of the tokenizer."""
         if self._masks is None:
             self._masks = action_masks(stepping_engine_of(self.env), self.sampler)
         return self._masks.copy()
@@ -86,7 +86,7 @@ class VectorActionMask(TokenVectorWrapper):
         return observations, self._add_masks(infos, self._rows(options))
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Steps, and adds the masks of the states after it."""
+        """Steps, and adds the masks of the next states."""
         observations, rewards, terminated, truncated, infos = self.env.step(actions)
         return observations, rewards, terminated, truncated, self._add_masks(infos, self._rows(None))
 
@@ -97,10 +97,11 @@ class VectorActionMask(TokenVectorWrapper):
 
 
 def action_masks(engine: Engine, sampler: Sampler) -> Bools:
-    """(N, V) bool: the support of the distribution, with every EOS; all legal tokens in rows outside an episode."""
+    """(N, V) bool: the support of the sampler's distribution, with every EOS; all legal tokens outside an episode."""
     masks = _legal(engine)
     if engine.running.any():
-        masks[engine.running] &= kept(engine.reference_logits(), sampler, engine.is_eos).cpu().numpy()[engine.running]
+        support = find_support(engine.reference_logits(), sampler, engine.is_eos)
+        masks[engine.running] &= support.cpu().numpy()[engine.running]
     return masks
 
 
@@ -109,8 +110,8 @@ def _legal(engine: Engine) -> Bools:
     return np.repeat(engine.is_legal[None], engine.num_rows, axis=0)
 
 
-def kept(logits: Tensor, sampler: Sampler, is_eos: Bools | Tensor) -> Tensor:
-    """(N, V) bool: what the distribution of the reference's logits (N, V) keeps, with every EOS."""
+def find_support(logits: Tensor, sampler: Sampler, is_eos: Bools | Tensor) -> Tensor:
+    """(N, V) bool: the tokens that a sampler may draw from logits (N, V), and every EOS."""
     return sampler.adjust_logits(logits, 0).isfinite() | torch.as_tensor(is_eos, device=logits.device)
 
 

@@ -1,4 +1,4 @@
-"""The reference's view of a state as the observation: a vector, as classic agents want one.
+"""The reference's view of a state as the observation: a vector, which classic agents can take.
 
 Shapes: N rows, D width of the model.
 """
@@ -28,15 +28,16 @@ Floats = npt.NDArray[np.float32]
 class EmbeddingObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """`Box float32 (D,)`: the last hidden state of the reference, the input of its LM head, at the state.
 
-    It comes from the forward that the env's own reward is paid by, so it costs none. A terminated state has no next
+    It comes from the forward that the env's own reward needs, so it costs nothing more. A terminated state has no next
     token and no value: it is all zeros. A truncated one has a value to bootstrap from, and costs a forward.
 
-    A table of transitions knows the last one or two tokens alone, not how many there are nor what the reward has seen
-    of them: two states look alike, and no agent can tell them apart. Such a reference is refused, unless that is meant.
+    A table of transitions sees only the last one or two tokens, and neither how many there are nor what the reward has
+    seen of them. Different states then look alike, and no agent can tell them apart. Such a reference raises, unless
+    `allow_partial` is True.
 
     Args:
         env: an env of tokens whose reference runs at every step (`kl_coef > 0`, `dense_kl=True`).
-        allow_partial: takes a table all the same; the problem is then partially observed.
+        allow_partial: takes a table too; the problem is then partially observed.
 
     Raises:
         InvalidArgumentError: for another env.
@@ -50,15 +51,15 @@ class EmbeddingObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArg
     def reset(self, **kwargs: Any) -> tuple[Floats, dict[str, Any]]:
         """Resets, and observes the prompt."""
         _, info = self.env.reset(**kwargs)
-        return self._read(), info
+        return self._observe(), info
 
     def step(self, action: Any) -> tuple[Floats, Any, bool, bool, dict[str, Any]]:
-        """Steps, and observes the state after it."""
+        """Steps, and observes the next state."""
         _, reward, terminated, truncated, info = self.env.step(action)
-        observation = np.zeros(self.observation_space.shape or (), np.float32) if terminated else self._read()
+        observation = np.zeros(self.observation_space.shape or (), np.float32) if terminated else self._observe()
         return observation, reward, terminated, truncated, info
 
-    def _read(self) -> Floats:
+    def _observe(self) -> Floats:
         return _as_array(stepping_engine_of(self.env).reference_hidden()[0])
 
 
@@ -74,11 +75,11 @@ class VectorEmbeddingObservation(TokenVectorWrapper):
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
         """Resets the rows, or those of `options["reset_mask"]`."""
         _, infos = self.env.reset(seed=seed, options=options)
-        self._read_running()
+        self._observe_running()
         return self._observations.copy(), infos
 
     def step(self, actions: Any) -> tuple[Floats, Any, Any, Any, dict[str, Any]]:
-        """Steps, and observes the states after it."""
+        """Steps, and observes the next states."""
         engine = stepping_engine_of(self.env)
         engine.keep_hidden()
         _, rewards, terminated, truncated, infos = self.env.step(actions)
@@ -92,11 +93,11 @@ class VectorEmbeddingObservation(TokenVectorWrapper):
             for row in np.flatnonzero(infos["_final_obs"]):
                 observations[row] = self._observations[row].copy()
             infos = infos | {"final_obs": observations}
-        self._read_running()
+        self._observe_running()
         return self._observations.copy(), rewards, terminated, truncated, infos
 
-    def _read_running(self) -> None:
-        """Observes the rows inside an episode; the others stay as their end left them."""
+    def _observe_running(self) -> None:
+        """Observes the rows inside an episode; the others stay as they ended."""
         engine = stepping_engine_of(self.env)
         if engine.running.any():
             self._observations[engine.running] = _as_array(engine.reference_hidden())[engine.running]
@@ -105,14 +106,14 @@ class VectorEmbeddingObservation(TokenVectorWrapper):
 def _space(engine: Engine, allow_partial: bool) -> spaces.Box:
     if isinstance(engine.lm.model, MarkovLM) and not allow_partial:
         raise InvalidArgumentError(
-            "`env` must have a reference whose hidden state tells states apart, and a table of transitions knows the "
-            "last tokens alone: take OneHotObservation, or `allow_partial=True` for a partially observed problem."
+            "`env` must have a reference whose hidden state tells states apart, and a table of transitions sees only "
+            "the last tokens: take OneHotObservation, or `allow_partial=True` for a partially observed problem."
         )
     engine.keep_hidden()
     width = engine.lm.model.get_output_embeddings().in_features
-    return spaces.Box(-np.inf, np.inf, (width,), np.float32)  # no bound holds for every model
+    return spaces.Box(-np.inf, np.inf, (width,), np.float32)  # there is no bound that all models respect
 
 
 def _as_array(hidden: Tensor) -> Floats:
-    """A copy: the decoder writes into what it gives."""
+    """A copy, because the decoder overwrites its tensors."""
     return hidden.float().cpu().numpy().copy()

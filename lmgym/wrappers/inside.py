@@ -1,6 +1,6 @@
-"""What `gym.make` and `gym.make_vec` call: an env, with the wrappers that its keyword arguments ask for.
+"""Makes the envs of `gym.make` and `gym.make_vec`, with the wrappers that their keyword arguments name.
 
-Programs that take an id alone have no place for wrappers; keyword arguments reach them.
+A program that takes only an id cannot add wrappers of its own, but it passes keyword arguments on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class EnvMaker:
 
     Args:
         env_class: of the env.
-        wrappers: by the values of `obs_format` that the class itself does not have.
+        wrappers: by those values of `obs_format` that the class itself does not take.
         top_k: wraps an env so that it has k actions.
     """
 

@@ -33,12 +33,12 @@ MAX_ENTRIES = 100_000  # of one observation: 400 kB
 
 
 class OneHotObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
-    """`Box float32` of zeros and ones that is the whole state: two states that look alike are alike.
+    """`Box float32` of zeros and ones that is the whole state: states that look alike are alike.
 
-    The number of tokens chosen so far, one of T + 1; then, one of V each, the P prompt columns and the T response
-    columns, zeros where there is no token. Where the reference is a transition table and the reward one automaton for
-    all prompts, what matters of the tokens is less: the last one or two of them, one of V each, and the state of the
-    automaton, one of S.
+    It holds the number of tokens chosen so far, one of T + 1; then the P prompt columns and the T response columns, one
+    of V each, zeros where there is no token. Where the reference is a transition table and the reward one automaton for
+    all prompts, less of the tokens matters: the last one or two of them, one of V each, and the state of the automaton,
+    one of S.
 
     Args:
         env: an env of lmgym with observations of its own.
@@ -60,7 +60,7 @@ class OneHotObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         return self._encode(_tokens(observation)[None])[0], info
 
     def step(self, action: Any) -> tuple[Floats, Any, bool, bool, dict[str, Any]]:
-        """Steps, and observes the state after it."""
+        """Steps, and observes the next state."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         return self._encode(_tokens(observation)[None])[0], reward, terminated, truncated, info
 
@@ -81,7 +81,7 @@ class VectorOneHotObservation(TokenVectorWrapper):
         return self._encode(_tokens(observations)), infos
 
     def step(self, actions: Any) -> tuple[Floats, Any, Any, Any, dict[str, Any]]:
-        """Steps, and observes the states after it."""
+        """Steps, and observes the next states."""
         observations, rewards, terminated, truncated, infos = self.env.step(actions)
         if "final_obs" in infos:
             final = np.full(self.num_envs, None, dtype=object)
@@ -106,11 +106,11 @@ def _check_observations(space: spaces.Space[Any], engine: Engine) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Encoding:
-    """What makes vectors of token ids.
+    """Makes vectors from token ids.
 
     Attributes:
         width: P. horizon: T. vocab_size: V.
-        automaton: whose state stands for what has been read; None where all tokens do.
+        automaton: its state stands for the tokens so far; None where all tokens are in the vector.
         order: the number of last tokens that matter beside that state.
     """
 
@@ -168,8 +168,8 @@ class _Encoding:
 def _whole_state(engine: Engine) -> Automaton | None:
     """The automaton whose state, with the last tokens and their number, is the whole state; None where there is none.
 
-    It is not the whole state where what is paid at the end depends on more of the past: on payments for tokens, or on
-    the reference's log-probs with `dense_kl=False`. It is not where every prompt has an automaton of its own.
+    It is not the whole state where the last reward depends on more of the past: on payments for tokens, or on the
+    reference's log-probs with `dense_kl=False`. Nor is it where every prompt has an automaton of its own.
     """
     reward = remove_noise(engine.reward)
     if not isinstance(engine.lm.model, MarkovLM) or not isinstance(reward, AutomatonReward):

@@ -22,8 +22,8 @@ _LOG_PROB = spaces.Box(-np.inf, 0.0, (), np.float64)
 class PolicyKL(gym.Wrapper[Any, Any, Any, int], RecordConstructorArgs):
     """Takes `Dict(token, log_prob)` and subtracts `kl_coef * log_prob`: the reward is then the whole r_t of the design.
 
-    `log_prob` is log pi(token | s) in nats of the distribution that sampled the token. With `dense_kl=False` that of
-    the whole episode is subtracted from its last reward, with which the env pays the other half. The env's `info` is
+    `log_prob` is log pi(token | s) in nats, of the distribution that sampled the token. With `dense_kl=False` the sum
+    over the whole episode is subtracted from its last reward, where the env adds the other half. The env's `info` is
     passed through; `discounted_return` in it is without this half.
     """
 
@@ -34,21 +34,21 @@ class PolicyKL(gym.Wrapper[Any, Any, Any, int], RecordConstructorArgs):
         self._owed = 0.0
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Resets; nothing is owed."""
+        """Resets the env, and what is owed to 0."""
         self._owed = 0.0
         return self.env.reset(**kwargs)
 
     def step(self, action: dict[str, Any]) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Steps with the token, and pays for its log-prob."""
+        """Steps with the token, and subtracts the price of its log-prob."""
         owed = self._owed + float(self.env.get_wrapper_attr("kl_coef") * _log_probs(action, ()))
         observation, reward, terminated, truncated, info = self.env.step(action["token"])
-        pays = terminated or truncated or self.env.get_wrapper_attr("dense_kl")
-        self._owed = 0.0 if pays else owed
-        return observation, float(reward) - owed * pays, terminated, truncated, info
+        is_due = terminated or truncated or self.env.get_wrapper_attr("dense_kl")
+        self._owed = 0.0 if is_due else owed
+        return observation, float(reward) - owed * is_due, terminated, truncated, info
 
 
 class VectorPolicyKL(TokenVectorWrapper):
-    """`PolicyKL` for vector envs: `Dict(token (N,), log_prob (N,))`. A row that is being reset pays nothing."""
+    """`PolicyKL` for vector envs: `Dict(token (N,), log_prob (N,))`. A row that is being reset owes nothing."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
         super().__init__(env)
@@ -68,15 +68,15 @@ class VectorPolicyKL(TokenVectorWrapper):
         return result
 
     def step(self, actions: dict[str, Any]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Steps with the tokens, and pays for their log-probs."""
+        """Steps with the tokens, and subtracts the price of their log-probs."""
         owed = self._owed + self._kl_coef * _log_probs(actions, (self.num_envs,)) * ~self._resetting
         observations, rewards, terminated, truncated, infos = self.env.step(actions["token"])
         ended = terminated | truncated
         if self.env.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP:
             self._resetting = ended
-        pays = ended | self._dense
-        self._owed = np.where(pays, 0.0, owed)
-        return observations, rewards - owed * pays, terminated, truncated, infos
+        is_due = ended | self._dense
+        self._owed = np.where(is_due, 0.0, owed)
+        return observations, rewards - owed * is_due, terminated, truncated, infos
 
 
 def _log_probs(action: dict[str, Any], shape: tuple[int, ...]) -> Any:

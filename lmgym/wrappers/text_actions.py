@@ -1,4 +1,4 @@
-"""A whole response as a string: what agents that write texts take for an action.
+"""A whole response as a string, for agents whose actions are texts.
 
 Shapes: T response columns.
 """
@@ -22,8 +22,8 @@ from lmgym.wrappers.text_observation import text_space
 class TextActions(gym.Wrapper[Any, str, Any, Any], RecordConstructorArgs):
     """`Text`: the action is the response, as text that follows the prompt, for the bandit of whole responses.
 
-    It becomes tokens as the reference's tokenizer makes them after the prompt, and an EOS where there is room for one.
-    Tokens beyond T are cut off, as they are of a response that is generated; `info["finish_reason"]` is then "length".
+    It becomes the tokens that the reference's tokenizer makes of it after the prompt, and an EOS where there is room.
+    Tokens beyond T are cut off, as in a response that is generated; `info["finish_reason"]` is then "length".
     The reward is that of the tokens: the score, and `kl_coef * log pi_ref` of the response.
 
     Args:
@@ -53,7 +53,7 @@ class TextActions(gym.Wrapper[Any, str, Any, Any], RecordConstructorArgs):
 
 
 def _response_ids(engine: Engine, text: Any) -> Any:
-    """(T,) ids of a response; what follows its end does not matter."""
+    """(T,) ids of a response; those after its end do not matter."""
     if not isinstance(text, str):
         raise InvalidActionError(f"`action` must be a text, got {text!r}.")
     prompt = engine.current[0]

@@ -16,7 +16,7 @@ from lmgym.envs.engine import Engine
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.wrappers.vector import TokenVectorWrapper
 
-_REPLACEMENT = "\ufffd"  # what tokenizers themselves decode broken bytes to
+_REPLACEMENT = "\ufffd"  # tokenizers decode broken bytes to it
 
 
 class TextObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
@@ -40,14 +40,14 @@ class TextObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     def reset(self, **kwargs: Any) -> tuple[str, dict[str, Any]]:
         """Resets, and observes the prompt."""
         _, info = self.env.reset(**kwargs)
-        return self._read(), info
+        return self._observe(), info
 
     def step(self, action: Any) -> tuple[str, Any, bool, bool, dict[str, Any]]:
-        """Steps, and observes the text with what came."""
+        """Steps, and observes the text with the new token."""
         _, reward, terminated, truncated, info = self.env.step(action)
-        return self._read(), reward, terminated, truncated, info
+        return self._observe(), reward, terminated, truncated, info
 
-    def _read(self) -> str:
+    def _observe(self) -> str:
         return _contained(_texts(engine_of(self.env))[0], self._space)
 
 
@@ -64,10 +64,10 @@ class VectorTextObservation(TokenVectorWrapper):
     ) -> tuple[tuple[str, ...], dict[str, Any]]:
         """Resets the rows, or those of `options["reset_mask"]`."""
         _, infos = self.env.reset(seed=seed, options=options)
-        return self._read(), infos
+        return self._observe(), infos
 
     def step(self, actions: Any) -> tuple[tuple[str, ...], Any, Any, Any, dict[str, Any]]:
-        """Steps, and observes the texts with what came."""
+        """Steps, and observes the texts with the new tokens."""
         _, rewards, terminated, truncated, infos = self.env.step(actions)
         if "final_obs" in infos:
             outcomes = cast(RLHFVectorEnv, self.env.unwrapped).last_outcomes
@@ -77,9 +77,9 @@ class VectorTextObservation(TokenVectorWrapper):
             for row, (prompt, response) in zip(np.flatnonzero(infos["_final_obs"]), texts, strict=True):
                 observations[row] = _contained(prompt + response, self._space)
             infos = infos | {"final_obs": observations}
-        return self._read(), rewards, terminated, truncated, infos
+        return self._observe(), rewards, terminated, truncated, infos
 
-    def _read(self) -> tuple[str, ...]:
+    def _observe(self) -> tuple[str, ...]:
         return tuple(_contained(text, self._space) for text in _texts(engine_of(self.env)))
 
 
@@ -104,5 +104,6 @@ def text_space(engine: Engine) -> spaces.Text:
 
 
 def _contained(text: str, space: spaces.Text) -> str:
+    """A text with U+FFFD in place of characters that the space does not have."""
     known = space.character_set
     return text if known.issuperset(text) else "".join(c if c in known else _REPLACEMENT for c in text)

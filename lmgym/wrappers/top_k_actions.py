@@ -1,4 +1,4 @@
-"""A small action space for agents that cannot handle a vocabulary: the reference's likeliest tokens.
+"""A small action space for agents that cannot handle a vocabulary: the likeliest tokens of the reference.
 
 Shapes: N rows, V vocabulary.
 """
@@ -32,11 +32,11 @@ Ints = npt.NDArray[np.int64]
 class TopKActions(gym.Wrapper[Any, Any, Any, int], RecordConstructorArgs):
     """`Discrete(k)`: action i is the reference's (i + 1)-th likeliest token at this state, 0 its greedy one.
 
-    An EOS is always among them: where none is of the k likeliest, the likeliest EOS takes the last place, which keeps
-    the order of probability and names no token twice. Rewards and ends are the env's own.
+    There is always an EOS: where none is one of the k likeliest, the likeliest EOS is the last action. The actions are
+    then still in the order of their probability, and no token comes twice. Rewards and ends are the env's own.
 
-    `info` has `top_k_ids` (k,) int64, the tokens that the actions stand for, and `cut_off_mass`, the reference's
-    probability of all other tokens. Both are 0 after an end, where there is no next token.
+    `info` has `top_k_ids` (k,) int64, the tokens of the actions, and `cut_off_mass`, the reference's probability of all
+    other tokens. Both are 0 after an end, where there is no next token.
 
     Args:
         env: an env of tokens whose reference runs at every step (`kl_coef > 0`, `dense_kl=True`).
@@ -54,12 +54,12 @@ class TopKActions(gym.Wrapper[Any, Any, Any, int], RecordConstructorArgs):
         self.action_space = spaces.Discrete(k)
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Resets, and adds the tokens that the actions stand for."""
+        """Resets, and adds the tokens of the actions."""
         observation, info = self.env.reset(**kwargs)
         return observation, info | self._info()
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Steps with the token that an action stands for.
+        """Steps with the token of an action.
 
         Raises:
             InvalidActionError: for anything that is not an int from 0 to k - 1.
@@ -67,7 +67,7 @@ class TopKActions(gym.Wrapper[Any, Any, Any, int], RecordConstructorArgs):
         engine = stepping_engine_of(self.env)
         check_running(engine.running[0])
         index = _as_indices(action, (), self._k)
-        ids, _ = top_k_ids(engine, self._k)  # anew: `restore_state` may have moved the env since
+        ids, _ = top_k_ids(engine, self._k)  # again, because `restore_state` may have moved the env
         observation, reward, terminated, truncated, info = self.env.step(int(ids[0, index]))
         return observation, reward, terminated, truncated, info | self._info()
 
@@ -106,7 +106,7 @@ class VectorTopKActions(TokenVectorWrapper):
         return observations, rewards, terminated, truncated, self._add_ids(infos, self._rows(None))
 
     def _add_ids(self, infos: dict[str, Any], rows: Bools) -> dict[str, Any]:
-        """Infos with the tokens of the next actions, told of rows (N,)."""
+        """Infos with the tokens of the next actions, for rows (N,)."""
         engine = stepping_engine_of(self.env)
         nothing = _no_columns(self.num_envs, self._k)
         columns = nothing
@@ -124,7 +124,7 @@ def _no_columns(rows: int, k: int) -> Columns:
 
 
 def top_k_ids(engine: Engine, k: int) -> tuple[Ints, npt.NDArray[np.float64]]:
-    """(N, k) tokens of the actions, and (N,) the reference's probability of all others."""
+    """(N, k) the tokens of the actions, and (N,) the reference's probability of all others."""
     logits = engine.reference_logits().float()
     ids = logits.topk(k).indices
     eos = torch.from_numpy(_eos_ids(engine)).to(logits.device)

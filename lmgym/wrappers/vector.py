@@ -1,4 +1,4 @@
-"""What every vector wrapper has."""
+"""The base of all vector wrappers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class TokenVectorWrapper(VectorWrapper):
 
     @property
     def autoreset_mode(self) -> AutoresetMode:
-        """When rows that ended begin anew."""
+        """When rows that ended begin again."""
         mode = self.metadata["autoreset_mode"]
         assert isinstance(mode, AutoresetMode)
         return mode
