@@ -862,7 +862,7 @@ def test_a_deep_model_of_many_tokens_and_a_reward_model_with_another_tokenizer(
     assert lmgym.__version__
 
 
-# --- what is left behind ---------------------------------------------------------------------------------------------
+# --- what stays in memory --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("maker", [gym.make, gym.make_vec], ids=["make", "make_vec"])

@@ -562,7 +562,7 @@ def test_the_references_logits_can_be_looked_at(parts: Parts) -> None:
 
 
 @pytest.mark.slow
-def test_two_thousand_episodes_leave_nothing_behind(parts: Parts) -> None:
+def test_two_thousand_episodes_leave_nothing_in_memory(parts: Parts) -> None:
     envs = native(parts, 16, max_new_tokens=2, autoreset_mode="SameStep", reward=word_count)
     rng = np.random.default_rng(8)
     episodes = 0

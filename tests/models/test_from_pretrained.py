@@ -175,7 +175,7 @@ def test_a_whole_model_loads_without_a_word(causal_dir: Path, recwarn: pytest.Wa
     assert not [w for w in recwarn if "lmgym" in w.filename or "has weights" in str(w.message)]
 
 
-def test_weights_that_have_no_place_are_named(causal_dir: Path, tmp_path: Path) -> None:
+def test_weights_that_the_model_lacks_are_named(causal_dir: Path, tmp_path: Path) -> None:
     own = Path(shutil.copytree(causal_dir, tmp_path / "own"))
     change_weights(lambda weights: weights.update({"v_head.summary.weight": torch.zeros(1, 16)}))(
         own, "model.safetensors"

@@ -24,7 +24,7 @@ def make(rows: int, **changes: Any) -> Any:
     return gym.make_vec("lmgym/RLHF-v0", num_envs=rows, task=TASK, autoreset_mode="SameStep", device="cpu", **changes)
 
 
-class Law:
+class FixedModel:
     """A model that does what `logits_of` says of the states of an env."""
 
     def __init__(self, envs: Any, pi_star: bool) -> None:
@@ -58,11 +58,11 @@ class Law:
 def test_the_reference_is_0_and_the_optimum_1() -> None:
     """Every episode of pi* has the very return V*: its score less the whole KL it pays. The env's own is another."""
     envs = make(64)
-    reference = evaluate(Law(envs, False), envs, samples=256)
+    reference = evaluate(FixedModel(envs, False), envs, samples=256)
     assert reference.normalised is not None
     assert reference.normalised.low <= 0 <= reference.normalised.high
     assert abs(reference.metrics["kl"].mean) < 1e-4
-    best = evaluate(Law(envs, True), envs, samples=64)
+    best = evaluate(FixedModel(envs, True), envs, samples=64)
     assert best.optimum is not None
     assert best.metrics["return"].mean == pytest.approx(best.optimum.value, abs=1e-4)
     assert best.normalised is not None
@@ -72,12 +72,14 @@ def test_the_reference_is_0_and_the_optimum_1() -> None:
 
 def test_a_certain_model_pays_for_all_its_surprise() -> None:
     envs = make(4)
-    grade = evaluate(Law(envs, True), envs, samples=4, deterministic=True)
+    grade = evaluate(FixedModel(envs, True), envs, samples=4, deterministic=True)
     observation, _ = envs.reset(options={"prompt_index": 0})
     returns = 0.0
     ended = False
     while not ended:
-        observation, rewards, terminated, _, _ = envs.step(Law(envs, True).predict(observation, deterministic=True)[0])
+        observation, rewards, terminated, _, _ = envs.step(
+            FixedModel(envs, True).predict(observation, deterministic=True)[0]
+        )
         returns = returns + rewards[0]
         ended = bool(terminated[0])
     assert grade.metrics["return"].mean == pytest.approx(returns, abs=1e-5)
@@ -131,10 +133,12 @@ def test_a_function_of_logits_is_a_model() -> None:
 
 
 def test_without_a_price_there_is_no_kl_and_a_discount_counts() -> None:
-    law = lambda observation: torch.zeros(len(observation["input_ids"]), 6)  # noqa: E731
-    grade = evaluate(law, make(8, kl_coef=0.0), samples=8)
+    uniform = lambda observation: torch.zeros(len(observation["input_ids"]), 6)  # noqa: E731
+    grade = evaluate(uniform, make(8, kl_coef=0.0), samples=8)
     assert grade.metrics.keys() == {"return", "score", "length"}
     assert grade.metrics["return"] == grade.metrics["score"]
-    one, other = (evaluate(law, make(8, kl_coef=0.0, gamma=gamma, min_new_tokens=5), samples=8) for gamma in (1.0, 0.5))
+    one, other = (
+        evaluate(uniform, make(8, kl_coef=0.0, gamma=gamma, min_new_tokens=5), samples=8) for gamma in (1.0, 0.5)
+    )
     assert other.metrics["score"] == one.metrics["score"]
     assert other.metrics["return"].mean == pytest.approx(0.5**5 * one.metrics["return"].mean)
