@@ -280,12 +280,12 @@ class Scale:
 def _scale(plan: Plan, before: Evaluation, after: Evaluation) -> Scale:
     """What is known of J_ref and V* on the prompts graded: stored, solved, or from the samples at hand."""
     from lmgym.intervals import Interval
-    from lmgym.optimum import known
+    from lmgym.optimum import find_known
     from lmgym.scores import reference_return
     from lmgym.tasks import StoredOptimum
 
     task, split = _graded(plan), plan.evaluation.split
-    stored = known(task, split)
+    stored = find_known(task, split)
     if stored is not None:
         lower, upper = (None if v is None else Interval.point(v) for v in (stored.lower, stored.upper))
         optimum = stored if stored.value > stored.reference else None

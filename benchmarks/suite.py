@@ -29,7 +29,7 @@ from benchmarks.learning import beside, best, estimate, interval
 from benchmarks.pages import fill, has_markers, markers
 from builders.optima import chosen
 from lmgym.intervals import Interval
-from lmgym.optimum import known
+from lmgym.optimum import find_known
 from lmgym.scores import normalised, reference_return
 from lmgym.tasks import make_task
 
@@ -62,7 +62,7 @@ def run(directory: Path, task: str, agent: str, seed: int, overrides: list[str])
 
 def regraded(summary: dict[str, Any], task: str) -> dict[str, Any]:
     """A summary with the normalised return of its J on the scale that is known now of a task and its test prompts."""
-    optimum = known(make_task(task), "test")
+    optimum = find_known(make_task(task), "test")
     if optimum is None:
         return summary
     reference = reference_return(optimum)

@@ -27,10 +27,8 @@ class Observation(TypedDict):
     attention_mask: npt.NDArray[np.int8]
 
 
-_AS_GENERATED = {
-    "skip_special_tokens": True,
-    "clean_up_tokenization_spaces": False,
-}  # no blank before a mark is dropped
+# How a tokenizer decodes: it leaves special tokens out, and every blank in.
+_DECODING = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,10 @@ class Episodes:
         response_mask: (B, T) bool, True on chosen tokens, the EOS included.
         log_probs: (B, T) float, nats: log-probs with which the chosen tokens were drawn; 0 off the mask.
         ref_log_probs: (B, T) float, nats: the same under the reference; 0 off the mask, and everywhere at `kl_coef=0`.
-        scores: (B,) float, what the reward model paid at the end, a missing-EOS penalty already taken off.
+        scores: (B,) float, paid at the end, a missing-EOS penalty already subtracted.
         values: (B, T) float, the critic's estimate before each token, or None.
         terminated: (B,) bool, False where a length limit was reported as truncation.
-        prompt_index: (B,) int64, the prompt's place in its split, -1 where it came from elsewhere.
+        prompt_index: (B,) int64, the prompt's index in its split; -1 of a prompt from elsewhere.
         gold_scores: (B,) float, the gold reward where the task has one, or None.
     """
 
@@ -113,10 +111,10 @@ class Episodes:
         for i in range(len(self)):
             prompt = self.prompt_ids[i][self.prompt_mask[i]].tolist()
             response = self.response_ids[i][self.response_mask[i]].tolist()
-            before = tokenizer.decode(prompt, **_AS_GENERATED)
-            both = tokenizer.decode([*prompt, *response], **_AS_GENERATED)
+            before = tokenizer.decode(prompt, **_DECODING)
+            both = tokenizer.decode([*prompt, *response], **_DECODING)
             if not both.startswith(before):  # such as half a character at the border
-                both = before + tokenizer.decode(response, **_AS_GENERATED)
+                both = before + tokenizer.decode(response, **_DECODING)
             texts.append((before, both[len(before) :]))
         return texts
 

@@ -25,30 +25,29 @@ from lmgym.rewards.base import STOCHASTIC, remove_noise, score_range, scores_agr
 from lmgym.rollout import collect, fresh_generator
 from lmgym.tasks.base import Task
 
-_BATCH = 256
-_ASKED_TWICE = 256  # episodes that are scored once more, to notice a reward with noise
+_BATCH_SIZE = 256  # episodes that are collected at once
+_MAX_SCORED_TWICE = 256  # episodes that are scored once more, to notice a reward with noise
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What a policy earns on a split, each number with a 95 % interval.
 
-    Where every prompt of the split was sampled more than once, the numbers are of these prompts, as V* is, and the
-    interval is that of the sampling; else they are of prompts like these, and it is that over prompts
-    (`lmgym.intervals.of_episodes`). A number that is known without sampling has an interval of no width
-    (`Interval.exact`).
+    If every prompt of the split was sampled more than once, the numbers are of these very prompts, as V* is, and the
+    interval holds the noise of the sampling. Else the prompts are a sample of prompts like these, and the interval
+    holds their noise too (`lmgym.intervals.of_episodes`). A number that is known without sampling has an interval of
+    width 0 (`Interval.exact`).
 
-    A noisy reward counts as it pays on average, its `expected` (`lmgym.rewards.base.remove_noise`): J is the same, and
-    known more closely. So does a noisy gold reward.
+    A noisy reward counts as its mean, `expected` (`lmgym.rewards.base.remove_noise`): J is the same, and known more
+    closely. The same holds for a noisy gold reward.
 
     Attributes:
         metrics: `return` (J, units of the score), `score`, `sampled_score` (with its noise, if there is any),
             `gold_score` if there is one, `kl` (nats an episode), `length` (tokens).
-        bound: lower bound on V* from these samples; None where there is none.
-        episodes: the samples themselves, prompt by prompt; their scores are those without noise.
-        no_bound: why there is no bound: at `kl_coef=0` or gamma < 1, where it does not hold; at one sample a prompt,
-            where it is J; and where the reward has noise and nothing says what it pays on average, because
-            exp(score / kl_coef) counts noise as gain.
+        bound: lower bound on V* from these samples; None if there is none.
+        episodes: the samples, prompt by prompt; their scores are those without noise.
+        no_bound: why there is no bound. It does not hold at `kl_coef=0` or gamma < 1; at one sample a prompt it is J;
+            and if the reward has noise of unknown mean, exp(score / kl_coef) counts the noise as gain.
     """
 
     metrics: dict[str, Interval]
@@ -96,8 +95,8 @@ def evaluate(
     wanted = [available[i] for i in range(count) for _ in range(samples)]
     with noise_from(generator, envs.engine.reward):
         parts = []
-        for start in range(0, len(wanted), _BATCH):
-            parts.append(collect(envs, policy, wanted[start : start + _BATCH], sampler, generator))
+        for start in range(0, len(wanted), _BATCH_SIZE):
+            parts.append(collect(envs, policy, wanted[start : start + _BATCH_SIZE], sampler, generator))
             if progress is not None:
                 progress(len(parts[-1]))
     sampled = Episodes.concatenate(parts)
@@ -167,8 +166,8 @@ def _mean_scores(
     responses = [row[:n] for row, n in zip(episodes.response_ids.tolist(), lengths, strict=True)]
     scores: list[float] = []
     golden: list[float] = []
-    for start in range(0, len(prompts), _BATCH):
-        rows = slice(start, start + _BATCH)
+    for start in range(0, len(prompts), _BATCH_SIZE):
+        rows = slice(start, start + _BATCH_SIZE)
         some, gold = engine.mean_scores(prompts[rows], responses[rows])
         scores += some
         golden += gold or []
@@ -177,7 +176,7 @@ def _mean_scores(
 
 def _gives_one_score(engine: Engine, prompts: Sequence[Prompt], episodes: Episodes) -> bool:
     """Whether the reward gives an episode the same score again, of a few episodes that are asked twice."""
-    every = max(1, len(episodes) // _ASKED_TWICE)
+    every = max(1, len(episodes) // _MAX_SCORED_TWICE)
     few = episodes[torch.arange(0, len(episodes), every)]
     again, _ = _mean_scores(engine, prompts[::every], few)
     return scores_agree(few.scores.tolist(), again)

@@ -13,7 +13,7 @@ from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import LmGymError
 from lmgym.evaluation import evaluate
 from lmgym.models.policy import CausalPolicy
-from lmgym.optimum import known
+from lmgym.optimum import find_known
 from lmgym.tasks import Task, make_task
 
 _ENV_ID = "lmgym/RLHF-v0"
@@ -54,7 +54,7 @@ def check_task(task: str | Task, *, samples: int = 8, seed: int = 0) -> None:
     found = evaluate(CausalPolicy(envs.engine.lm), envs, samples=samples, prompts=64, generator=generator)
     if task.kl_coef > 0 and abs(found.metrics["kl"].mean) > 1e-3 * task.max_new_tokens:
         raise LmGymError(f"The reference must have KL 0 to itself, got {found.metrics['kl'].mean:.3g} nats.")
-    optimum = known(task, "test")
+    optimum = find_known(task, "test")
     if optimum is None:
         return
     if not optimum.lower <= optimum.value <= (math.inf if optimum.upper is None else optimum.upper):

@@ -153,7 +153,7 @@ def test_batches_do_not_matter(problem: TinyProblem, monkeypatch: pytest.MonkeyP
     """3 x 20 episodes at once, or 7 at a time: the uniforms are drawn in the same order."""
     envs = envs_of(problem)
     whole = evaluate(CausalPolicy(problem.lm), envs, samples=20, generator=rng(2))
-    monkeypatch.setattr("lmgym.evaluation._BATCH", 7)
+    monkeypatch.setattr("lmgym.evaluation._BATCH_SIZE", 7)
     parts = evaluate(CausalPolicy(problem.lm), envs, samples=20, generator=rng(2))
     assert torch.equal(whole.episodes.response_ids, parts.episodes.response_ids)
     assert parts.metrics["return"].mean == pytest.approx(whole.metrics["return"].mean, abs=1e-6)

@@ -2,6 +2,6 @@
 
 from lmgym.optimum.answer import Optimum
 from lmgym.optimum.find import find_optimum
-from lmgym.optimum.solve import best_response, known, solve
+from lmgym.optimum.solve import best_response, find_known, solve
 
-__all__ = ["Optimum", "best_response", "find_optimum", "known", "solve"]
+__all__ = ["Optimum", "best_response", "find_known", "find_optimum", "solve"]

@@ -1,4 +1,4 @@
-"""What every solver answers with."""
+"""The answer of every solver, and what a task must have to be solved."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lmgym.tasks.stored import StoredOptimum
 class Optimum:
     """What is known of V*, the best return that any policy can have, and of the reference's own return.
 
-    All in units of the score, of the discounted return with both halves of the KL (docs/mdp.md).
+    All numbers are in units of the score, and are of the discounted return with both halves of the KL (docs/mdp.md).
 
     Attributes:
-        method: what computed it.
-        values: (X,) float64, V*(x) of each prompt of the split, in its order; the middle of the bounds where not exact.
-        references: (X,) float64, J(pi_ref | x): the reference pays no KL, so its expected discounted score.
+        method: how it was computed.
+        values: (X,) float64, V*(x) of each prompt of the split, in its order; the middle of the bounds if not exact.
+        references: (X,) float64, J(pi_ref | x), the expected discounted score: the reference pays no KL.
         lower: what V*, the mean over prompts, is at least. upper: what it is at most; inf where nothing is known.
-            Where they come from samples they are the outer ends of 95 % intervals.
+            Bounds from samples are the outer ends of 95 % intervals.
         exact: whether `values` are V* itself, up to rounding.
-        policy: pi*, where it can be represented; else None.
-        reference_half_width: half of the 95 % interval of `reference`, over the sampling; 0 where it is exact.
-        assumption: what the upper bound takes for granted and what that may cost, in words; empty where nothing.
+        policy: pi*, if it can be represented; else None.
+        reference_half_width: half of the 95 % interval of `reference`, over the sampling; 0 if it is exact.
+        assumption: what the upper bound assumes and what that may cost, in words; empty if it assumes nothing.
     """
 
     method: str
@@ -77,18 +77,18 @@ class Optimum:
 
 
 def expected_reward(task: Task) -> RewardFunction:
-    """What the task pays on average: a noisy reward without its noise, any other as it is."""
+    """The task's reward without its noise; a reward that has none is as it is."""
     return remove_noise(task.reward_function("cpu"))
 
 
 def check_repeatable(first: Sequence[float], second: Sequence[float]) -> None:
-    """Raises `InvalidArgumentError` where two calls of a reward gave other scores: then V* is not a matter of one."""
+    """Raises `InvalidArgumentError` if two calls of a reward gave different scores: one call does not show V* then."""
     if not scores_agree(first, second):
         raise InvalidArgumentError(f"`reward` must have no noise for the optimum to be found: {STOCHASTIC}.")
 
 
 def check_solvable(task: Task) -> None:
-    """Raises `InvalidArgumentError` where there is no regularised optimum."""
+    """Raises `InvalidArgumentError` at `kl_coef=0`, where there is no regularised optimum."""
     if task.kl_coef <= 0:
         raise InvalidArgumentError(
             f"`kl_coef` must be > 0 for the regularised optimum, got {task.kl_coef!r}: at 0 it is the largest score."
@@ -96,7 +96,7 @@ def check_solvable(task: Task) -> None:
 
 
 def check_bounded(task: Task) -> None:
-    """Raises `InvalidArgumentError` unless V* is kl_coef log E exp(score / kl_coef): at gamma = 1 and a price."""
+    """Raises `InvalidArgumentError` unless V* is kl_coef log E exp(score / kl_coef): kl_coef > 0 and gamma = 1."""
     check_solvable(task)
     if task.gamma != 1:
         raise InvalidArgumentError(f"`gamma` must be 1 for these bounds on the optimum, got {task.gamma!r}.")

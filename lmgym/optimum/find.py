@@ -10,7 +10,7 @@ from lmgym.models.policy import CausalPolicy
 from lmgym.optimum.answer import check_solvable
 from lmgym.optimum.exact import MAX_RESPONSES
 from lmgym.optimum.smc import encode_prompts, smc
-from lmgym.optimum.solve import known
+from lmgym.optimum.solve import find_known
 from lmgym.optimum.tree import count_responses, solve_tree
 from lmgym.tasks.base import Task, check_split
 from lmgym.tasks.stored import StoredOptimum
@@ -37,7 +37,7 @@ def find_optimum(task: Task, split: str = "test") -> StoredOptimum:
     if split in task.optima:
         return task.optima[split]
     check_solvable(task)
-    found = known(task, split)
+    found = find_known(task, split)
     if found is not None:
         return found
     if count_responses(task, task.reference("cpu")) * len(task.prompts[split]) <= MAX_RESPONSES:

@@ -27,66 +27,66 @@ def solve(
 ) -> Optimum:
     """The optimum of a task, exactly.
 
-    By dynamic programming where the reference is a table and the reward an automaton; in closed form where the reward
-    is 1 for a known set of responses and 0 for all others; else by writing down every response there is.
+    The solver is dynamic programming if the reference is a table and the reward an automaton; a closed form if the
+    reward is 1 for a known set of responses and 0 for all others; else the enumeration of all responses.
 
     Args:
         task: a name, or a Task.
         split: which of its prompts V* is the mean over.
         kl_coef: instead of the task's own price of a nat.
         gamma: instead of the task's own discount.
-        limit: how many responses may be written down.
+        limit: how many responses may be enumerated.
 
     Raises:
-        InvalidArgumentError: at `kl_coef=0`, and for a task with more responses than that:
+        InvalidArgumentError: at `kl_coef=0`, and for a task with more responses than `limit`;
             `lmgym.optimum.importance.importance_bounds` bounds its optimum from samples.
         UnknownNameError: for a name that is none.
     """
     task = make_task(task, kl_coef=kl_coef, gamma=gamma)
     check_split(task, split)
     check_solvable(task)
-    solver = _shortcut(task, split)
+    solver = _find_shortcut(task, split)
     return solve_tree(task, split, limit=limit) if solver is None else solver(task, split)
 
 
 def best_response(task: str | Task, *, split: str = "test", limit: int = 2_000_000) -> Tensor:
     """(X,) float64: max over y of J(y|x) of each prompt, the most that a deterministic policy earns.
 
-    Such a policy has log pi = 0, and pays for all the surprise of what it says: at gamma = 1 J(y|x) is
-    score + kl_coef log pi_ref(y|x). As V*(x) = kl_coef log sum_y exp(J(y|x) / kl_coef), the best response is below it,
-    by kl_coef log n where n responses are equally good and no other counts.
+    Such a policy has log pi = 0, so that J(y|x) is score + kl_coef log pi_ref(y|x) at gamma = 1. V*(x) is
+    kl_coef log sum_y exp(J(y|x) / kl_coef), so the best response is below V*(x): by kl_coef log n if n responses are
+    equally good and all others count for nothing.
 
     Args:
-        task: a name, or a Task. split: which of its prompts. limit: how many responses may be written down.
+        task: a name, or a Task. split: which of its prompts. limit: how many responses may be enumerated.
 
     Raises:
-        InvalidArgumentError: at `kl_coef=0`; and for a task with more responses than that, unless its reference is a
+        InvalidArgumentError: at `kl_coef=0`; and for a task with more responses than `limit`, unless its reference is a
             table, not of the largest, and its reward an automaton.
         UnknownNameError: for a name that is none.
     """
     task = make_task(task)
     check_split(task, split)
     check_solvable(task)
-    if _shortcut(task, split) is not solve_automaton:
+    if _find_shortcut(task, split) is not solve_automaton:
         return Tree.of(task, split, limit).best_response()
     return AutomatonPolicy(task).best_responses(task.reference("cpu").encode_all(tuple(task.prompts[split])))
 
 
-def known(task: Task, split: str) -> StoredOptimum | None:
-    """What is stored of a task's optimum, or what a solver that need not write down every response finds; else None."""
+def find_known(task: Task, split: str) -> StoredOptimum | None:
+    """The stored optimum of a task; or that of a solver that does not enumerate all responses; or None."""
     if split in task.optima:
         return task.optima[split]
-    solver = _shortcut(task, split) if task.kl_coef > 0 else None
+    solver = _find_shortcut(task, split) if task.kl_coef > 0 else None
     return None if solver is None else solver(task, split).stored()
 
 
-def _shortcut(task: Task, split: str) -> Callable[[Task, str], Optimum] | None:
-    """The solver that need not write down every response, where there is one."""
+def _find_shortcut(task: Task, split: str) -> Callable[[Task, str], Optimum] | None:
+    """A solver that does not enumerate all responses, or None."""
     reward = expected_reward(task)
     lm = task.reference("cpu")
     if isinstance(lm.model, MarkovLM) and isinstance(reward, AutomatonReward):
         payments = [reward.for_prompt(ids).token_payments for ids in lm.encode_all(tuple(task.prompts[split]))]
-        # Below gamma = 1 what has been collected on the way would have to be part of the state.
+        # At gamma < 1 the token payments collected so far would have to be part of the state.
         if task.gamma == 1 or not task.dense_kl or not any(paid is not None and paid.any() for paid in payments):
             return solve_automaton
     if hasattr(reward, "accepted_responses") and task.gamma == 1 and not task.missing_eos_penalty:

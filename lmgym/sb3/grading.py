@@ -20,7 +20,7 @@ from lmgym.errors import InvalidArgumentError, check_int
 from lmgym.evaluation import intervals
 from lmgym.intervals import Interval
 from lmgym.models.sampling import inverse_cdf
-from lmgym.optimum import known
+from lmgym.optimum import find_known
 from lmgym.scores import normalised, reference_return
 from lmgym.tasks.stored import StoredOptimum
 
@@ -88,7 +88,7 @@ def evaluate(
             values = np.concatenate([part[name] for part in parts])[:samples]
             columns.setdefault(name, []).append(torch.from_numpy(values))
     metrics = intervals({name: torch.stack(rows) for name, rows in columns.items()}, base)
-    optimum = known(base.task, base.settings.split) if count == available else None
+    optimum = find_known(base.task, base.settings.split) if count == available else None
     share = None if optimum is None else normalised(metrics["return"], reference_return(optimum), optimum)
     return Grade(metrics, optimum, share)
 

@@ -41,7 +41,7 @@ _solver: Callable[[Task, str], StoredOptimum] | None = None
 
 
 def solve_with(solver: Callable[[Task, str], StoredOptimum]) -> None:
-    """Says what finds an optimum that is not stored: solvers know tasks, and not the other way round."""
+    """Sets the function that finds an optimum that is not stored. Solvers import tasks, so tasks cannot import them."""
     global _solver
     _solver = solver
 
@@ -51,26 +51,26 @@ class Task:
     """One token MDP (docs/mdp.md).
 
     Attributes:
-        name: what it is called.
-        model: the reference: local directory or hub name of a Hugging Face causal LM, or one already loaded, or a
-            function without arguments that makes one (and gives the same one when asked again).
-        reward: what is paid at the end: directory or hub name of a sequence-classification model, an import path
-            `package.module:function`, or a callable with TRL's reward-function signature; or a list of such, whose
-            weighted sum is paid.
+        name: of the task, as in `gym.make("lmgym/RLHF-v0", task=name)`.
+        model: the reference. A local directory or hub name of a Hugging Face causal LM; or a loaded one; or a function
+            without arguments that makes one, and returns the same one at every call.
+        reward: gives the score at the end. A directory or hub name of a sequence-classification model; or an import
+            path `package.module:function`; or a callable with TRL's reward-function signature; or a list of these,
+            which pays their weighted sum.
         reward_weights: of a list of rewards, in their order; None is 1 each.
-        prompts: texts by split; or rows, data sets or files of them (`lmgym.data.prompts.read_prompts`), read at once.
-            The reward is given the other columns of a row.
+        prompts: texts by split. Rows, data sets and files of them are read at once (`lmgym.data.prompts.read_prompts`);
+            the reward gets the other columns of a row.
         kl_coef: price of a nat of KL(pi || pi_ref), in units of the score. 0 never runs the reference.
         max_new_tokens: T, the horizon, in tokens.
-        gold: the truth that `reward` stands for, reported on the side and never paid; or None.
+        gold: the true reward that `reward` approximates; it is reported and never paid. None where there is none.
         gamma: discount a token.
-        temperature: what the reference's logits are divided by: pi_ref is its distribution at that temperature.
+        temperature: divides the reference's logits: pi_ref is its distribution at that temperature.
         min_new_tokens: an EOS among the first `min_new_tokens` tokens is a token like the rest: it does not end.
-        missing_eos_penalty: taken off the score of a response without an EOS.
-        dense_kl: pay the reference's log-prob at every step; else the sum over the episode with the last reward.
-        truncate: report the length limit as `truncated` (an ablation); else both ends are `terminated`.
+        missing_eos_penalty: subtracted from the score of a response without an EOS.
+        dense_kl: pays the reference's log-prob at every step; else the last reward pays the sum over the episode.
+        truncate: reports the length limit as `truncated` (an ablation); else both ends are `terminated`.
         max_prompt_tokens: P, tokens; None is the longest prompt of any split.
-        optima: what is known of V*, by split; empty where nothing is.
+        optima: what is known of V*, by split; empty where nothing is known.
     """
 
     name: str

@@ -29,7 +29,7 @@ _NEUTRAL = {"name", "gold", "truncate", "max_prompt_tokens", "optima"}
 
 @dataclass(frozen=True)
 class Registered:
-    """A task by name: its version, and the function that builds it."""
+    """A task with a name: its version, and the function that builds it."""
 
     name: str
     version: int
@@ -41,7 +41,7 @@ class Registered:
         return f"lmgym/{''.join(part.capitalize() for part in self.name.split('_'))}-v{self.version}"
 
     def task(self) -> Task:
-        """Builds it, with what is stored of its optimum."""
+        """Builds the task, with its stored optimum."""
         task = self.build()
         return task if task.optima else replace(task, optima=stored_optima(self.name, self.version))
 
@@ -50,15 +50,14 @@ _registry: dict[str, Registered] = {}
 
 
 def register_task(name: str, build: Callable[[], Task], *, version: int = 0) -> str:
-    """Makes a task known: to `task=name`, to `suite()`, and to `gym.make` by an id of its own.
+    """Makes a task known to `task=name`, to `suite()`, and to `gym.make` under an id of its own.
 
-    Names and versions are for good: a change of the reference, the reward, the prompts or the ends of episodes,
-    anything that moves the optimum, is a new version. `lmgym.testing.check_task(name)` gives the task the tests that
-    the built-in tasks get.
+    Names and versions are permanent. Whatever moves the optimum makes a new version: a change of the reference, the
+    reward, the prompts or the ends of episodes. `lmgym.testing.check_task(name)` runs the tests of the built-in tasks.
 
     Args:
-        name: lower-case words joined by "_"; the settings of one task are told apart by what follows a "-".
-        build: makes the task; it runs whenever the task is asked for, not now.
+        name: lower-case words joined by "_". What follows a "-" tells the settings of one task apart.
+        build: makes the task. It runs whenever the task is needed, not now.
         version: of the task.
 
     Returns:
@@ -77,7 +76,7 @@ def register_task(name: str, build: Callable[[], Task], *, version: int = 0) -> 
 
 
 def registered_tasks() -> dict[str, Registered]:
-    """The tasks known by name, the settings of one together: every module beside this one registers its own."""
+    """The registered tasks by name, the settings of one task together. Imports every module of this package first."""
     package = sys.modules[__package__]
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{__package__}.{module.name}")
@@ -101,18 +100,18 @@ def _cells(task: Task) -> tuple[str, ...]:
 
 
 def suite() -> Suite:
-    """Every task known by name, its stored optimum included; loads no model, and not even torch. Prints as a table."""
+    """Every registered task with its stored optimum; it prints as a table. Loads no model, and not even torch."""
     return Suite(registered.task() for registered in registered_tasks().values())
 
 
 def make_task(task: str | Task, **changes: Any) -> Task:
-    """A task by name (or as it is), with some of its fields replaced.
+    """A registered task, or a given one, with some of its fields replaced.
 
     Args:
         task: a registered name, or a Task.
-        changes: fields of Task; a None keeps the task's own. A new `reward` drops the task's `gold`, the truth that the
-            old one stood for. `prompts` may also be a list or a file (`read_prompts`), which then is every split. What
-            moves the optimum drops the stored one.
+        changes: fields of Task; None leaves a field as it is. A new `reward` drops `gold`, which the old reward
+            approximated. `prompts` may also be a list or a file (`read_prompts`), which becomes every split. A change
+            that moves the optimum drops the stored one.
 
     Raises:
         UnknownNameError: if no task has that name.
@@ -133,7 +132,7 @@ def make_task(task: str | Task, **changes: Any) -> Task:
     elif "model" in changes and "prompts" not in changes:  # a conversation is another text in another template
         changes["prompts"] = {split: _as_read(texts) for split, texts in task.prompts.items()}
     if "reward" in changes:
-        changes.setdefault("gold", None)  # another reward stands for another truth
+        changes.setdefault("gold", None)  # another reward approximates another one
         changes.setdefault("reward_weights", None)
     if {"model", "prompts"} & set(changes):
         changes.setdefault("max_prompt_tokens", None)  # the task's own limit was counted in its own tokens
@@ -143,7 +142,7 @@ def make_task(task: str | Task, **changes: Any) -> Task:
 
 
 def _as_read(prompts: Sequence[str]) -> Sequence[Any]:
-    """Prompts, those that were conversations as conversations again."""
+    """The prompts as they were before they became texts: conversations are conversations again."""
     if any(isinstance(prompt, PromptText) and prompt.messages is not None for prompt in prompts):
         return [prompt.row() if isinstance(prompt, PromptText) else prompt for prompt in prompts]
     return prompts

@@ -17,13 +17,13 @@ class StoredOptimum:
     """What is known of V* on a split, the mean over its prompts, in units of the score.
 
     Attributes:
-        method: what computed it; see docs/optimum.md.
-        value: V*, or the middle of its bounds; the lower one where nothing is known above.
-        lower: what V* is at least. upper: at most; None where nothing is known. Both are `value` where it is exact;
-            where they come from samples they are the outer ends of 95 % intervals.
+        method: how it was computed (docs/optimum.md).
+        value: V*, or the middle of its bounds; the lower bound where there is no upper one.
+        lower: what V* is at least. upper: what it is at most; None where nothing is known. Both are `value` if that is
+            exact. Bounds from samples are the outer ends of 95 % intervals.
         reference: J of the reference.
-        reference_half_width: half of the 95 % interval of `reference` where it comes from samples; 0 where it is exact.
-        assumption: what `upper` takes for granted and what that may cost, in words; empty where nothing.
+        reference_half_width: half of the 95 % interval of `reference` if it comes from samples; 0 if it is exact.
+        assumption: what `upper` assumes and what that may cost, in words; empty if it assumes nothing.
     """
 
     method: str

@@ -25,7 +25,7 @@ from agents.algorithms.rloo import RLOO, RLOOConfig
 from lmgym.errors import InvalidActionError, InvalidArgumentError, LmGymError, UnknownNameError
 from lmgym.evaluation import evaluate
 from lmgym.kl import token_rewards
-from lmgym.optimum import known, solve
+from lmgym.optimum import find_known, solve
 from lmgym.rollout import collect
 from lmgym.tasks import StoredOptimum, Task, make_task, registered_tasks, registry
 from lmgym.tasks.arithmetic import arithmetic
@@ -300,13 +300,13 @@ def test_what_moves_the_optimum_drops_the_stored_one() -> None:
     for change in ({"truncate": True}, {"kl_coef": 0.1}, {"gold": word_count}):
         assert make_task("keyword-8", **change).optima == stored.optima
     changed = make_task("keyword-8", kl_coef=0.2)
-    assert known(changed, "test") == solve("keyword-8", kl_coef=0.2).stored()  # and is found again at once
+    assert find_known(changed, "test") == solve("keyword-8", kl_coef=0.2).stored()  # and is found again at once
 
 
 def test_where_nothing_is_known_nothing_is_said() -> None:
     task = replace(make_task("keyword-8", reward=table_reward), max_new_tokens=5)
-    assert known(task, "test") is None
-    assert known(make_task("keyword-8", kl_coef=0), "test") is None
+    assert find_known(task, "test") is None
+    assert find_known(make_task("keyword-8", kl_coef=0), "test") is None
     with pytest.raises(InvalidArgumentError, match="`kl_coef` must be > 0"):
         solve("keyword-8", kl_coef=0)
     with pytest.raises(InvalidArgumentError, match="responses"):
