@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmgym.files import RunFileError, checksum, create, hidden_sibling, read_json, remove, sync
+from lmgym.files import RunFileError, checksum, create, read_json, remove, replace_directory, sync
 
 MANIFEST = "manifest.json"
 _AGAIN = "Put back the one that was saved, or begin a new run."
@@ -55,22 +55,9 @@ def replacing(directory: str | os.PathLike[str], notes: Mapping[str, Any] | None
     directory = Path(directory)
     _check_replaceable(directory)
     serial = 1 + _serial(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch, old = (hidden_sibling(directory, end) for end in ("tmp", "old"))
-    scratch.mkdir()
-    try:
+    with replace_directory(directory) as scratch:
         yield scratch
         _seal(scratch, serial, dict(notes or {}))
-        if os.path.lexists(directory):
-            os.replace(directory, old)
-        os.replace(scratch, directory)
-        sync(directory.parent)
-    finally:
-        if os.path.lexists(old) and not os.path.lexists(directory):
-            os.replace(old, directory)
-        with contextlib.suppress(OSError):  # the next start removes what could not be removed now
-            remove(scratch)
-            remove(old)
 
 
 def verify(directory: Path) -> Manifest:

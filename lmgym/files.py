@@ -1,4 +1,4 @@
-"""Files as a run keeps them: written whole, never through a link, and read with errors that name the file."""
+"""Files and directories of a run: written whole, never through a link, and read with errors that name the file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -25,7 +26,7 @@ def hidden_sibling(path: Path, end: str) -> Path:
 
 
 def create(path: Path) -> BinaryIO:
-    """Opens a new file to write. One that is there already, a link included, is a FileExistsError."""
+    """Opens a new file to write; raises `FileExistsError` for one that exists already, a link included."""
     return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb")
 
 
@@ -36,7 +37,7 @@ def refuse_link(path: Path) -> None:
 
 
 def open_to_append(path: Path) -> TextIO:
-    """Opens a text file to write at its end, and makes it where there is none.
+    """Opens a text file to write at its end, and creates it where there is none.
 
     Raises:
         RunFileError: for a link.
@@ -49,10 +50,10 @@ def open_to_append(path: Path) -> TextIO:
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file under a temporary name, then renames it: a reader sees the old content or the new, never half.
 
-    A link in its place is replaced, and what it points to is left alone.
+    A link of that name is replaced, and what it points to is left alone.
 
     Raises:
-        RunFileError: for a directory in its place.
+        RunFileError: for a directory of that name.
     """
     path = Path(path)
     if path.is_dir() and not path.is_symlink():
@@ -68,8 +69,37 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def replace_directory(directory: Path) -> Iterator[Path]:
+    """Gives an empty directory to write into, which replaces `directory` when the block has ended, and not before.
+
+    A reader sees the old contents or the new ones, or, for the moment between two renames, none. A process that is
+    killed in that moment leaves both beside `directory`, as `.<name>.<random digits>.old` and `.tmp`. Where anything
+    fails, the old contents stay.
+
+    Args:
+        directory: what is replaced, or where there is nothing yet.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = hidden_sibling(directory, "tmp")
+    old = hidden_sibling(directory, "old")
+    scratch.mkdir()
+    try:
+        yield scratch
+        if os.path.lexists(directory):
+            os.replace(directory, old)
+        os.replace(scratch, directory)
+        sync(directory.parent)
+    finally:
+        if os.path.lexists(old) and not os.path.lexists(directory):
+            os.replace(old, directory)
+        with contextlib.suppress(OSError):  # what cannot be removed now is hidden, and the caller may remove it later
+            remove(scratch)
+            remove(old)
+
+
 def sync(path: Path) -> None:
-    """Has the disk hold what was written to a file, or the names in a directory, before it goes on."""
+    """Waits until the disk holds what was written to a file, or the names in a directory."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -99,10 +129,11 @@ def read_text(path: Path, max_bytes: float = math.inf) -> str:
     """The content of a text file.
 
     Args:
-        path: of the file. max_bytes: it may have.
+        path: of the file.
+        max_bytes: the largest size that is read.
 
     Raises:
-        RunFileError: for one that is not there, cannot be read, is too large, or is no UTF-8.
+        RunFileError: for a file that does not exist, cannot be read, is too large, or is no UTF-8.
     """
     try:
         if path.stat().st_size > max_bytes:

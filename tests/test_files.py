@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from lmgym.files import RunFileError, create, open_to_append, read_json, read_text, remove, write_atomically
+from lmgym.files import (
+    RunFileError,
+    create,
+    open_to_append,
+    read_json,
+    read_text,
+    remove,
+    replace_directory,
+    write_atomically,
+)
 
 
 def test_a_failed_atomic_write_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +53,20 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
         create(link)
     write_atomically(link, "mine")
     assert (link.read_text(), link.is_symlink(), outside.read_text()) == ("mine", False, "theirs")
+
+
+def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    directory = tmp_path / "parent" / "built"
+    for text in ("first", "second"):
+        with replace_directory(directory) as scratch:
+            (scratch / text).write_text(text)
+            assert (directory / "first").exists() == (text == "second")
+        assert os.listdir(directory) == [text]
+    with pytest.raises(OSError, match="disk full"), replace_directory(directory) as scratch:
+        (scratch / "third").write_text("half")
+        raise OSError("disk full")
+    assert os.listdir(directory) == ["second"]
+    assert os.listdir(directory.parent) == ["built"]
 
 
 def test_removing_a_link_leaves_what_it_points_to(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def train_sft(
         generator: CPU generator that shuffles the sequences.
         warm_up: Share of the updates over which the learning rate rises.
         weight_decay: Decay of AdamW.
-        max_grad_norm: Gradients with a larger norm are scaled down to it.
+        max_grad_norm: Gradients with a larger norm are scaled down to it; 0 does not scale.
         progress: Whether to show a bar (on a terminal).
 
     Returns:

@@ -11,6 +11,7 @@ from typing import Any
 from lmgym.data.rows import Row, check_text, read_rows
 from lmgym.errors import InvalidArgumentError
 from lmgym.feedback.pairs import PAIR, read_pair
+from lmgym.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,12 @@ class Rankings:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one JSON object a prompt; a reader never sees half a file."""
-        rows = zip(self.prompts, self.completions, self.ranking, strict=True)
-        rest = [{name: values[i] for name, values in self.columns.items()} for i in range(len(self))]
-        temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                for row, more in zip(rows, rest, strict=True):
-                    record = dict(zip(_KEYS, row, strict=True)) | more
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+        lines = []
+        for i, row in enumerate(zip(self.prompts, self.completions, self.ranking, strict=True)):
+            columns = {name: values[i] for name, values in self.columns.items()}
+            record = dict(zip(_KEYS, row, strict=True)) | columns
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        write_atomically(path, "".join(lines))
 
     @classmethod
     def load(cls, source: object, tokenizer: Any = None) -> Rankings:

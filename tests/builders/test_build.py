@@ -1,9 +1,8 @@
-"""`python -m builders.build`: a small build of each task, end to end, and supervised training."""
+"""`python -m builders.build`: a small build of each task, end to end."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import subprocess
 import sys
@@ -18,14 +17,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
 )
 
-from agents.algorithms.sft import IGNORED, negative_log_likelihood, perplexity, train_sft
-from builders import build as module
+from agents.algorithms.sft import perplexity
+from builders.build import build
+from builders.completions import gold_scores, join_texts, sample_completions, sample_tokens
+from builders.reward_models import draw_training_prompts
+from builders.settings import ARTEFACTS, check_settings
 from lmgym.errors import LmGymError
 from lmgym.feedback.annotators import true_ranking
+from lmgym.models.causal import CausalLM
 from lmgym.rewards.ranking import ranking_accuracy, score_texts
 from lmgym.tasks import reviews
 
@@ -61,7 +62,7 @@ def settings(changes: Any = None, task: str = "reviews", **more: Any) -> dict[st
 @pytest.fixture(scope="module")
 def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = torch.get_rng_state()
-    output = module.build(settings(SMALL, output=str(tmp_path_factory.mktemp("build") / "reviews")))
+    output = build(settings(SMALL, output=str(tmp_path_factory.mktemp("build") / "reviews")))
     assert torch.equal(torch.get_rng_state(), state)
     return output
 
@@ -130,9 +131,9 @@ def test_the_reward_model_ranks_better_than_chance_and_is_normalised(artefacts: 
     reference = AutoModelForCausalLM.from_pretrained(artefacts / "reference")
     model = AutoModelForSequenceClassification.from_pretrained(artefacts / "reward")
     prompts = list(reviews.prompts("test"))
-    completions = module.sample_completions(reference, tokenizer, prompts, 4, torch.Generator().manual_seed(3))
-    scores = score_texts(model, tokenizer, module.joined(prompts, completions))
-    truth = torch.from_numpy(true_ranking(module.gold_scores(prompts, completions)))
+    completions = sample_completions(CausalLM(reference, tokenizer), prompts, 4, torch.Generator().manual_seed(3))
+    scores = score_texts(model, tokenizer, join_texts(prompts, completions))
+    truth = torch.from_numpy(true_ranking(gold_scores(prompts, completions)))
     accuracy = ranking_accuracy(scores.view(256, 4), truth)
     assert accuracy > 0.56  # 1536 pairs: chance is 0.5 with a standard error of about 0.02
     assert figures(artefacts)["ranking accuracy on test prompts"] == pytest.approx(accuracy, abs=0.08)
@@ -160,7 +161,7 @@ def test_an_equal_build_gives_equal_weights_and_replaces_an_older_one(tmp_path: 
     tiny = {"reference": {"reviews": 64, "epochs": 1}, "reward": {"prompts": 16, "epochs": 1, "samples": 2}}
     weights = []
     for name, seed in (("a", 1), ("b", 2), ("b", 1)):
-        output = module.build(settings(OmegaConf.merge(SMALL, tiny), output=str(tmp_path / name), seed=seed))
+        output = build(settings(OmegaConf.merge(SMALL, tiny), output=str(tmp_path / name), seed=seed))
         weights.append([(output / part / "model.safetensors").read_bytes() for part in ("reference", "reward")])
         assert {path.name for path in output.iterdir()} == {"README.md", "reference", "reward"}
         (output / "stale.txt").write_text("gone when this is built again")
@@ -173,14 +174,14 @@ def test_an_equal_build_gives_equal_weights_and_replaces_an_older_one(tmp_path: 
 @pytest.mark.slow
 def test_a_directory_that_is_not_a_build_of_the_task_is_left_alone(artefacts: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    module.check_settings(settings(output=str(artefacts)))
+    check_settings(settings(output=str(artefacts)))
     for task, output in (("reviews", tmp_path), ("arithmetic", artefacts), ("proxy", artefacts)):
         with pytest.raises(LmGymError, match="`output` must be a new directory or one that was built before, got"):
-            module.check_settings(settings(task=task, output=str(output)))
+            check_settings(settings(task=task, output=str(output)))
 
 
 def test_the_shipped_artefacts_are_those_of_the_grammar() -> None:
-    shipped = module.ARTEFACTS / "reviews"
+    shipped = ARTEFACTS / "reviews"
     for name, digest in SHIPPED.items():  # version 0 of the task, for good
         assert hashlib.sha256((shipped / name / "model.safetensors").read_bytes()).hexdigest() == digest
     for name in ("reference", "reward"):
@@ -218,7 +219,7 @@ def test_equal_builds_of_a_task_give_equal_weights(
     state = torch.get_rng_state()
     weights = []
     for name, seed, values in (("a", 1, changes), ("b", 2, changes), ("b", 1, again)):
-        output = module.build(settings(values, task=task, output=str(tmp_path / name), seed=seed, progress=False))
+        output = build(settings(values, task=task, output=str(tmp_path / name), seed=seed, progress=False))
         weights.append([(output / model / "model.safetensors").read_bytes() for model in models])
         assert sorted(path.name for path in output.iterdir()) == ["README.md", *models]
     assert torch.equal(torch.get_rng_state(), state)
@@ -249,9 +250,9 @@ def test_equal_builds_of_a_task_give_equal_weights(
 def test_a_wrong_setting_of_any_task_is_named(
     task: str, section: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    module.check_settings(settings(task=task, output=str(tmp_path / "x")))
+    check_settings(settings(task=task, output=str(tmp_path / "x")))
     with pytest.raises(LmGymError, match=re.escape(message)):
-        module.check_settings(settings({section: changes}, task=task, output=str(tmp_path / "x")))
+        check_settings(settings({section: changes}, task=task, output=str(tmp_path / "x")))
 
 
 # --- the command
@@ -284,7 +285,7 @@ def test_a_wrong_setting_is_named_before_anything_is_built(override: str, messag
 
 def test_a_wrong_task_lists_the_choices_and_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from builders.build import check_settings\n"
+        "import sys; from builders.settings import check_settings\n"
         "try: check_settings({'task': 'revews', 'seed': 1})\n"
         "except ValueError as error: print(error)\n"
         "print([name for name in ('torch', 'transformers', 'tokenizers') if name in sys.modules])"
@@ -305,14 +306,15 @@ def test_sampling_follows_the_model(artefacts: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(artefacts / "reference").eval()
     prompt = tokenizer("the film was")["input_ids"]
     size = 20_000
-    responses = module.sample_tokens(model, [prompt] * size, 2, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    responses = sample_tokens(CausalLM(model, tokenizer), [prompt] * size, 2, generator)
     with torch.no_grad():
-        distribution = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
-        first = int(distribution.argmax())
-        second_distribution = model(torch.tensor([[*prompt, first]])).logits[0, -1].softmax(-1)
+        probabilities = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        first = int(probabilities.argmax())
+        next_probabilities = model(torch.tensor([[*prompt, first]])).logits[0, -1].softmax(-1)
     for expected, drawn in (
-        (distribution, [response[0] for response in responses]),
-        (second_distribution, [response[1] for response in responses if response[0] == first]),
+        (probabilities, [response[0] for response in responses]),
+        (next_probabilities, [response[1] for response in responses if response[0] == first]),
     ):
         counts = np.bincount(drawn, minlength=len(tokenizer))
         probable = expected.numpy() * len(drawn) > 20
@@ -325,9 +327,8 @@ def test_completions_end_with_eos_or_at_the_limit_and_belong_to_their_prompt(art
     tokenizer = AutoTokenizer.from_pretrained(artefacts / "reference")
     model = AutoModelForCausalLM.from_pretrained(artefacts / "reference")
     prompts = ["the film was", "in short , the soup was", "the bed was", "we"]
-    completions = module.sample_completions(
-        model, tokenizer, prompts, 50, torch.Generator().manual_seed(0), batch_size=16
-    )
+    generator = torch.Generator().manual_seed(0)
+    completions = sample_completions(CausalLM(model, tokenizer), prompts, 50, generator, batch_size=16)
     assert [len(texts) for texts in completions] == [50] * 4
     for texts in completions:
         for text in texts:
@@ -338,77 +339,6 @@ def test_completions_end_with_eos_or_at_the_limit_and_belong_to_their_prompt(art
 
 
 def test_the_reward_model_learns_from_no_test_prompt() -> None:
-    prompts = module.training_prompts(np.random.default_rng(0), 3000)
+    prompts = draw_training_prompts(np.random.default_rng(0), 3000)
     assert len(prompts) == 3000
     assert not set(prompts) & set(reviews.prompts("test"))
-
-
-# --- supervised training
-
-
-@pytest.fixture
-def model() -> GPT2LMHeadModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return GPT2LMHeadModel(
-            GPT2Config(vocab_size=7, n_embd=16, n_layer=1, n_head=2, n_positions=16, initializer_range=0.5)
-        )
-
-
-SEQUENCES = [[1, 2, 3, 4, 5], [2, 2], [0, 3, 1], [5, 1, 0, 0, 0, 6, 2]]
-
-
-def test_the_loss_is_that_of_every_sequence_alone(model: GPT2LMHeadModel) -> None:
-    model.eval()
-    nats = 0.0
-    for sequence in SEQUENCES:
-        with torch.no_grad():
-            log_probs = model(torch.tensor([sequence])).logits[0].log_softmax(-1)
-        nats -= sum(log_probs[t, token].item() for t, token in enumerate(sequence[1:]))
-    total, count = negative_log_likelihood(model, SEQUENCES)
-    assert count == 4 + 1 + 2 + 6
-    assert total.item() == pytest.approx(nats, rel=1e-5)
-    assert perplexity(model, SEQUENCES, batch_size=3) == pytest.approx(math.exp(nats / count), rel=1e-5)
-    assert IGNORED < 0
-
-
-@pytest.mark.slow
-def test_training_memorises_a_few_sequences(model: GPT2LMHeadModel) -> None:
-    before = perplexity(model, SEQUENCES)
-    state = torch.get_rng_state()
-    metrics = train_sft(
-        model,
-        SEQUENCES,
-        epochs=150,
-        learning_rate=1e-2,
-        batch_size=2,
-        generator=torch.Generator().manual_seed(0),
-        progress=False,
-    )
-    assert torch.equal(torch.get_rng_state(), state)
-    assert perplexity(model, SEQUENCES) < 1.1 < before
-    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
-
-
-def test_gradients_are_clipped(model: GPT2LMHeadModel) -> None:
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    train_sft(
-        model,
-        SEQUENCES,
-        epochs=1,
-        learning_rate=1e-2,
-        batch_size=4,
-        generator=torch.Generator().manual_seed(0),
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        progress=False,
-    )
-    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-
-
-@pytest.mark.parametrize("sequences", [[], [[1, 2], [3]]])
-def test_sequences_without_anything_to_predict_are_rejected(model: GPT2LMHeadModel, sequences: list[list[int]]) -> None:
-    with pytest.raises(
-        LmGymError, match="`sequences` must hold at least one sequence and two tokens in each, got lengths"
-    ):
-        perplexity(model, sequences)

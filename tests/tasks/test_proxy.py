@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from builders.build import gold_scores, sample_completions
+from builders.completions import gold_scores, sample_completions
 from lmgym.rewards.classifier import ClassifierReward, load_reward_model
 from lmgym.tasks import make_task, reviews
 from lmgym.tasks.proxy import SETTINGS
@@ -56,7 +56,7 @@ def test_the_shipped_proxies_are_worse_the_fewer_rankings_they_learned_from() ->
     models: list[ClassifierReward] = [load_reward_model(str(SHIPPED / f"reward-{n}"), "cpu") for n in SETTINGS]
     assert {parameter.dtype for model in models for parameter in model.model.parameters()} == {torch.float32}
     prompts = list(reviews.prompts("test"))[:128]
-    completions = sample_completions(lm.model, lm.tokenizer, prompts, 4, torch.Generator().manual_seed(0))
+    completions = sample_completions(lm, prompts, 4, torch.Generator().manual_seed(0))
     gold = gold_scores(prompts, completions).ravel()
     texts = [text for several in completions for text in several]
     scores = [model([prompt for prompt in prompts for _ in range(4)], texts) for model in models]
