@@ -25,8 +25,8 @@ from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_bool, check_choice, check_int, check_number
 from lmgym.kl import entropy
 from lmgym.models.causal import token_log_probs
+from lmgym.models.padding import pad_right
 from lmgym.models.sampling import Sampler
-from lmgym.rewards.sequence import right_padded
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class PPO(OnPolicyAgent):
     def text_loss(self) -> Loss:
         """ptx_coef times the mean of -log p over the tokens of some texts (Ouyang et al. 2022, eq. 2, negated)."""
         drawn = torch.randint(len(self._texts), (self.config.ptx_batch_size,), generator=self.generator)
-        ids, mask = (x.to(self.policy.device) for x in right_padded([self._texts[i] for i in drawn], 0))
+        ids, mask = (x.to(self.policy.device) for x in pad_right([self._texts[i] for i in drawn], 0))
         rows, columns = mask[:, 1:].nonzero(as_tuple=True)  # the place before each token but the first
         loss = -token_log_probs(self.unmasked.read_at(ids, rows, columns).logits, ids[rows, columns + 1]).mean()
         self.tokens.forward += int(mask.sum())

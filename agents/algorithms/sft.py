@@ -28,10 +28,10 @@ from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_choice, check_finite, check_int, check_number
 from lmgym.feedback.pairs import read_demonstration
 from lmgym.kl import discounted_return, episode_kl, token_rewards
+from lmgym.models.padding import pad_right
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler
 from lmgym.rewards.ranking import bucketed_batches, warm_up_cosine
-from lmgym.rewards.sequence import right_padded
 from lmgym.rollout import collect
 
 IGNORED = -100  # the target of a padding column
@@ -247,8 +247,8 @@ def negative_log_likelihood(model: Any, sequences: Sequence[Sequence[int]]) -> t
     Returns:
         A scalar in nats, differentiable, and the number of tokens predicted.
     """
-    ids, mask = right_padded(sequences, pad_token_id=0)
-    targets = ids.masked_fill(mask == 0, IGNORED)[:, 1:].to(model.device)
+    ids, mask = pad_right(sequences, pad_token_id=0)
+    targets = ids.masked_fill(~mask, IGNORED)[:, 1:].to(model.device)
     ids = ids.to(model.device)
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, :-1]  # (B, L-1, V)
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")

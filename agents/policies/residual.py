@@ -24,6 +24,7 @@ from agents.policies.actor_critic import Read, TrainablePolicy, new_value_head
 from lmgym.errors import InvalidArgumentError, check_choice, check_int
 from lmgym.models.causal import CausalLM
 from lmgym.models.decoding import Decoder, make_decoder
+from lmgym.models.padding import compact_left
 
 Network = Literal["transformer", "gru", "mlp"]
 _WINDOW = 16  # tokens that the mlp sees
@@ -163,8 +164,7 @@ class _StateDecoder:
     @torch.inference_mode()
     def begin(self, slots: Tensor, ids: Tensor, mask: Tensor) -> None:
         """Restarts slots (n,) from sequences (n, W), left-padded."""
-        order = (~mask.bool()).to(torch.uint8).argsort(dim=1, stable=True)
-        started = self._network.start(ids.gather(1, order), mask.sum(-1))
+        started = self._network.start(compact_left(ids, mask), mask.sum(-1))
         if self._state is None:
             self._state = started.new_zeros((self._slots, *started.shape[1:]))
         self._state[slots] = started

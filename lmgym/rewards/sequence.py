@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmgym.models.padding import pad_right
 from lmgym.models.positions import first_position
 
 _NO_TOKEN = -1  # as the pad token: then every token is one to be read
@@ -51,7 +52,7 @@ def sequence_logits(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
     if reading is Reading.LAST_TOKEN:
         return _read_last_tokens(model, sequences)
     if reading is Reading.PADDED:
-        return _forward(model, *right_padded(sequences, _fill(model)))
+        return _forward(model, *pad_right(sequences, _fill(model)))
     return _read_equal_lengths(model, sequences)
 
 
@@ -64,25 +65,17 @@ def find_reading(model: Any) -> Reading:
         has_score_head = isinstance(getattr(model, "score", None), nn.Module)
         if has_score_head and _are_close(_read_last_tokens(model, sequences), alone):
             return Reading.LAST_TOKEN
-        if _are_close(_forward(model, *right_padded(sequences, _fill(model))), alone):
+        if _are_close(_forward(model, *pad_right(sequences, _fill(model))), alone):
             return Reading.PADDED
     except (IndexError, RuntimeError, ValueError):
         pass  # a model such as BART, which reads at the EOS and takes no sequence without one
     return Reading.EQUAL_LENGTHS
 
 
-def right_padded(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask of a batch, both (n, L) int64, L the longest; the mask is 1 on tokens."""
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    ids = torch.full((len(sequences), int(lengths.max())), pad_token_id)
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    ids[mask.bool()] = torch.tensor([token for sequence in sequences for token in sequence])
-    return ids, mask
-
-
 def _read_last_tokens(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
     """(n, K): the trunk over all of them, right-padded, and the score head at the last token of each."""
-    ids, mask = right_padded(sequences, _fill(model))
+    ids, mask = pad_right(sequences, _fill(model))
+    mask = mask.long()
     hidden = model.base_model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))[0]  # (n, L, D)
     last = mask.sum(1).to(hidden.device) - 1
     return model.score(hidden[torch.arange(len(ids), device=hidden.device), last])
@@ -95,7 +88,7 @@ def _read_equal_lengths(model: Any, sequences: Sequence[Sequence[int]]) -> Tenso
         rows_by_length.setdefault(len(sequence), []).append(row)
     parts = []
     for rows in rows_by_length.values():
-        parts.append(_forward(model, *right_padded([sequences[row] for row in rows], _NO_TOKEN)))
+        parts.append(_forward(model, *pad_right([sequences[row] for row in rows], _NO_TOKEN)))
     order = torch.tensor([row for rows in rows_by_length.values() for row in rows])
     return torch.cat(parts)[order.argsort().to(parts[0].device)]
 
@@ -105,6 +98,7 @@ def _forward(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     reader = copy.copy(model)  # shares every weight; only its config is another
     reader.config = copy.deepcopy(model.config)
     reader.config.get_text_config().pad_token_id = _NO_TOKEN
+    mask = mask.long()
     inputs = {"input_ids": ids, "attention_mask": mask}
     first = first_position(model)
     if first and "position_ids" in inspect.signature(model.forward).parameters:

@@ -27,7 +27,6 @@ from lmgym.rewards.ranking import (
     train_reward_model,
     warm_up_cosine,
 )
-from lmgym.rewards.sequence import right_padded
 
 WORDS = ["the", "film", "soup", "was", "good", "fine", "dull", "bad", "."]
 VALENCE = {"good": 2, "fine": 1, "dull": -1, "bad": -2}
@@ -352,12 +351,6 @@ def test_batches_hold_every_index_once_and_like_lengths_together() -> None:
     assert spread < 6
     assert batches != list(bucketed_batches(lengths, 8, generator(1)))
     assert batches == list(bucketed_batches(lengths, 8, generator()))
-
-
-def test_right_padding_keeps_tokens_and_masks_the_rest() -> None:
-    ids, mask = right_padded([[5, 6], [7], [8, 0, 9]], pad_token_id=0)
-    assert ids.tolist() == [[5, 6, 0], [7, 0, 0], [8, 0, 9]]
-    assert mask.tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1]]
 
 
 def test_the_learning_rate_rises_then_falls_to_zero() -> None:
