@@ -12,25 +12,43 @@ from pathlib import Path
 import pytest
 from sources import PACKAGES, ROOT, files_of, imports, modules
 
-# The rooms that have been put in order.
-ROOMS = ("benchmarks", "examples", "lmgym/automata", "lmgym/envs", "lmgym/models", "lmgym/optimum", "lmgym/tasks")
-ROOMS += ("lmgym/wrappers",)
+ROOMS = (*PACKAGES, "benchmarks", "examples", "tests")
 MAX_LINES = 400
 MAX_METHODS = 20
 # Words that the field does not use for what we used them: a distribution, what comes after, a position or a device.
 FOREIGN_WORDS = {"law", "laws", "behind"}
 FOREIGN_NAMES = {*FOREIGN_WORDS, "place", "places"}
-
-
+SCALING_LAWS = "Scaling Laws"  # a title
 # What is still to be put in order: may only shrink.
-LONG_FILES = {
-    "agents/on_policy.py",
+LONG_FILES = {"agents/train.py"}
+UNFINISHED = {
+    "agents/algorithms/dpo.py",
+    "agents/algorithms/klq.py",
+    "agents/algorithms/nlpo.py",
+    "agents/algorithms/ppo.py",
+    "agents/algorithms/reinforce.py",
+    "agents/algorithms/sft.py",
+    "agents/losses.py",
+    "agents/policies/actor_critic.py",
+    "agents/policies/residual.py",
+    "agents/runs/config.py",
+    "agents/runs/loading.py",
+    "agents/supervised.py",
     "agents/train.py",
+    "benchmarks/learning.py",
+    "tests/agents/algorithms/test_dpo.py",
+    "tests/agents/algorithms/test_fixed_agents.py",
+    "tests/agents/algorithms/test_nlpo.py",
+    "tests/agents/algorithms/test_sft_agent.py",
+    "tests/agents/policies/test_residual.py",
+    "tests/agents/runs/test_config.py",
+    "tests/agents/runs/test_loading.py",
+    "tests/agents/runs/test_run_directory.py",
+    "tests/agents/runs/test_train.py",
+    "tests/envs/test_env.py",
+    "tests/mutants/test_mutants.py",
+    "tests/wrappers/test_sb3_grading.py",
 }
-BIG_CLASSES = {"OnPolicyAgent"}
-CIRCLES = {"lmgym.rewards.base"}
-UNFINISHED = {"benchmarks/env_speed.py", "benchmarks/gpu.py", "benchmarks/learning.py", "benchmarks/gradients.py"}
-UNFINISHED |= {"benchmarks/coverage.py", "examples/custom_task.py"}
 
 
 def name_of(file: Path) -> str:
@@ -60,8 +78,7 @@ def test_no_file_is_long() -> None:
 
 
 def test_no_class_has_many_methods() -> None:
-    found = by_file(big_classes, *PACKAGES)
-    assert not [line for line in found if line.split()[1] not in BIG_CLASSES]
+    assert not by_file(big_classes, *PACKAGES)
 
 
 def test_a_class_with_many_methods_is_seen() -> None:
@@ -115,7 +132,7 @@ def import_graph() -> dict[str, set[str]]:
 
 
 def test_no_modules_import_each_other() -> None:
-    assert not [circle for circle in circles(import_graph()) if not CIRCLES & set(circle)]
+    assert not circles(import_graph())
 
 
 def test_a_circle_is_seen() -> None:
@@ -166,12 +183,14 @@ def test_unpacking_and_swaps_are_fine(source: str) -> None:
 
 
 def foreign_words(source: str) -> Iterator[str]:
-    """Names that have a foreign word for a part, and comments and texts with one."""
+    """Names that have a foreign word for a part, and comments and texts with one; a test's name is a sentence."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.NAME:
-            found = FOREIGN_NAMES & set(re.split(r"_|(?<=[a-z])(?=[A-Z])", token.string.lower()))
+            forbidden = {"law", "laws"} if token.string.startswith("test_") else FOREIGN_NAMES
+            found = forbidden & set(re.sub(r"([a-z])([A-Z])", r"\1_\2", token.string).lower().split("_"))
         else:
-            found = FOREIGN_WORDS & set(re.findall(r"[a-z]+", token.string.lower()))
+            text = token.string.replace(SCALING_LAWS, "").lower()
+            found = FOREIGN_WORDS & set(re.findall(r"[a-z]+", text))
         for word in sorted(found):
             yield f"{token.start[0]}: {word!r}"
 

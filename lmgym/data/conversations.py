@@ -97,7 +97,7 @@ def render_answer(argument: str, asked: Messages, answer: Messages, tokenizer: A
     if not whole.startswith(prompt):
         raise InvalidArgumentError(
             f"`{argument}`: the chat template must write a conversation in the same way with and without its answer, "
-            f"and {location} becomes {shorten(whole)} behind {shorten(prompt)}."
+            f"and {location} becomes {shorten(whole)} after {shorten(prompt)}."
         )
     added = whole[len(prompt) :]
     end = tokenizer.eos_token

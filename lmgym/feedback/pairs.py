@@ -18,7 +18,7 @@ def read_pair(argument: str, row: Row, tokenizer: Any) -> tuple[str, str, str]:
 
     Args:
         argument: what the rows were given as, for messages. row: the row.
-        tokenizer: of the policy; None reads texts alone, and puts no EOS behind them.
+        tokenizer: of the policy; None reads texts alone, and puts no EOS after them.
 
     Raises:
         InvalidArgumentError: naming the row.

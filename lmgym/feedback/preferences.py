@@ -94,7 +94,7 @@ class Rankings:
 
         Args:
             source: a file, a list of rows, a data set or a table (`lmgym.data.rows.read_rows`).
-            tokenizer: the policy's. Its chat template makes conversations texts, and its EOS is put behind texts of
+            tokenizer: the policy's. Its chat template makes conversations texts, and its EOS is put after texts of
                 "chosen" and "rejected" that have none, as TRL does: they are taken to be complete.
 
         Raises:

@@ -79,7 +79,7 @@ def evaluate(
     base = cast(RLHFVectorEnv, envs.unwrapped)
     available = len(base.engine.prompts)
     count = available if prompts is None else min(prompts, available)
-    act = _law(model, seed) if _has_law(model) and not deterministic else _certain(model)
+    act = _sample(model, seed) if _has_distribution(model) and not deterministic else _certain(model)
     rounds = -(-samples // envs.num_envs)
     columns: dict[str, list[Tensor]] = {}
     for index in range(count):
@@ -128,12 +128,12 @@ def _told(infos: dict[str, Any], name: str, ended: npt.NDArray[np.bool_]) -> Any
     return np.where(ended, infos["final_info"][name], infos[name]) if ended.any() else infos[name]
 
 
-def _has_law(model: Any) -> bool:
+def _has_distribution(model: Any) -> bool:
     policy = getattr(model, "policy", None)
     return not hasattr(model, "predict") or (hasattr(policy, "get_distribution") and not hasattr(policy, "lstm_actor"))
 
 
-def _law(model: Any, seed: int) -> Act:
+def _sample(model: Any, seed: int) -> Act:
     """Samples from the distribution of a policy, and says how likely that was."""
     generator = torch.Generator().manual_seed(seed)
     if hasattr(model, "predict"):

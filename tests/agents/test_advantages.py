@@ -161,8 +161,8 @@ def discounted_by_lambda_alone(r: Tensor, v: Tensor, m: Tensor) -> Tensor:
 
 
 def with_the_value_of_the_padding_after(r: Tensor, v: Tensor, m: Tensor) -> Tensor:
-    behind = torch.cat([v, torch.zeros_like(v[:, :1])], dim=1).gather(1, m.sum(-1, keepdim=True)).squeeze(1)
-    return slow_gae(r, v, m, GAMMA, LAMBDA, behind)
+    next_values = torch.cat([v, torch.zeros_like(v[:, :1])], dim=1).gather(1, m.sum(-1, keepdim=True)).squeeze(1)
+    return slow_gae(r, v, m, GAMMA, LAMBDA, next_values)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_resuming_drops_the_rows_that_will_be_written_again(tmp_path: Path) -> N
     expected = [(10, 10.0), (20, 20.0), (30, -30.0), (40, -40.0)]
     assert [(row["step"], row["rollout/return"]) for row in lines(tmp_path)] == expected
     assert scalars(tmp_path, "rollout/return") == expected
-    assert not list(tmp_path.glob(".*")), "a temporary file was left behind"
+    assert not list(tmp_path.glob(".*")), "a temporary file was left over"
 
 
 def test_resuming_survives_a_line_that_was_cut_by_a_kill(tmp_path: Path) -> None:
