@@ -16,8 +16,9 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
+from agents.runs.plan import check
+from agents.runs.run import train
 from agents.runs.surroundings import prepare_process
-from agents.train import check, train
 from lmgym.intervals import t_quantile
 
 ROWS = ("return", "score", "sampled_score", "gold_score", "kl", "length", "normalised")

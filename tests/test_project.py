@@ -22,7 +22,7 @@ LAYERS = (
     " < agents.checkpoint, agents.seeds, agents.finite, agents.losses, agents.advantages, agents.master_weights"
     " < agents.agent < agents.policies < agents.batch, agents.diagnostics, agents.update < agents.learning"
     " < agents.on_policy_config < agents.on_policy, agents.fixed, agents.supervised"
-    " < agents.algorithms, agents.sb3 < agents.runs, agents < builders"
+    " < agents.algorithms, agents.sb3 < agents.runs < agents < builders"
 )
 HEIGHT = {name.strip(): height for height, layer in enumerate(LAYERS.split("<")) for name in layer.split(",")}
 NAMES_OF_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc"}
@@ -227,7 +227,7 @@ IMPORTERS = {
         "lmgym/rewards/base.py",
         "agents/sb3/algorithms.py",
     },
-    "hydra.utils.get_class": {"agents/train.py"},
+    "hydra.utils.get_class": {"agents/runs/plan.py"},
     "hydra.utils.get_object": set(),
     "hydra.utils.get_method": set(),
     "hydra.utils.instantiate": set(),

@@ -29,12 +29,13 @@ from shipped import AGENTS as NAMES
 from shipped import FIXED, ON_POLICY, SB3, SUPERVISED
 
 import lmgym
-from agents import train
 from agents.algorithms.best_of_n import BestOfN, BestOfNConfig
 from agents.algorithms.dpo import DPO, DPOConfig
 from agents.algorithms.ppo import PPOConfig
 from agents.algorithms.sft import SFT, SFTConfig
 from agents.on_policy_config import OnPolicyConfig
+from agents.runs.plan import check
+from agents.runs.run import train
 from builders.pages import add_agent_rows, missing_agents
 from lmgym.envs.options import RESET_OPTIONS
 from lmgym.envs.settings import Settings
@@ -140,7 +141,7 @@ def test_the_worked_examples_train(alone: pytest.MonkeyPatch, tmp_path: Path) ->
     cfg = composed("train", ["task=brief", "agent=vpg", *overrides], searchpath=tmp_path / "conf")
     run_directory = tmp_path / "run"
     run_directory.mkdir()
-    assert train.train(train.check(cfg), run_directory, resume=False) == 0
+    assert train(check(cfg), run_directory, resume=False) == 0
     assert (run_directory / "summary.json").is_file()
 
 
@@ -442,7 +443,7 @@ def test_commands_compose(document: Path, alone: pytest.MonkeyPatch, tmp_path: P
         else:
             cfg = composed(module, overrides, tmp_path / "conf")
             if module == "train":
-                train.check(cfg)
+                check(cfg)
 
 
 def test_the_readme_shows_what_the_agents_reach() -> None:

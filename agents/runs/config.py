@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hydra.errors import CompactHydraException, MissingConfigException
@@ -19,6 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from lmgym.errors import InvalidArgumentError, LmGymError, unknown_name
 
 T = TypeVar("T")
+CONF = Path(__file__).parents[2] / "conf"
 
 # What other libraries call a key, by the last part of its name.
 _OTHER_NAMES = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agents.agent import Agent, PolicyAgent
 from agents.runs.directory import CHECKPOINT, CONFIG_FILE, read_checkpoint
-from agents.train import build, check_saved, saved_config
+from agents.runs.plan import build, check_saved, saved_config
 from agents.runs.trust import trusted_modules
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.policy import Policy

@@ -18,10 +18,11 @@ from conftest import table_reward, word_count
 from hydra import compose, initialize_config_dir
 
 import lmgym
-from agents import train
 from agents.algorithms.best_of_n import BestOfN, BestOfNConfig
 from agents.algorithms.optimal import Optimal
 from agents.algorithms.rloo import RLOO, RLOOConfig
+from agents.runs.plan import check
+from agents.runs.run import train
 from lmgym.errors import InvalidActionError, InvalidArgumentError, LmGymError, UnknownNameError
 from lmgym.evaluation import evaluate
 from lmgym.kl import token_rewards
@@ -276,7 +277,7 @@ def test_the_optimal_agent_samples_on_from_where_it_was_saved(tmp_path: Path) ->
 def test_the_command_line_trains_the_optimal_agent_to_the_optimum(tmp_path: Path) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", overrides=["task=brackets", "agent=optimal", "total_timesteps=10", "device=cpu"])
-    assert train.train(train.check(cfg), tmp_path, resume=False) == 0
+    assert train(check(cfg), tmp_path, resume=False) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["optimum"]["lower"] == summary["optimum"]["upper"]
     assert summary["after"]["normalised"]["mean"] == pytest.approx(1, abs=1e-6)

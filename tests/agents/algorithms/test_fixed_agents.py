@@ -15,12 +15,14 @@ import torch
 from conftest import TinyProblem, shifted, table_reward
 from hydra import compose, initialize_config_dir
 
-from agents import train
 from agents.algorithms.best_of_n import BestOfN, BestOfNConfig, best_of_n_log_probs, kl_bound, log_ratio_of_best
 from agents.algorithms.optimal import Optimal
 from agents.algorithms.reference import Reference
 from agents.algorithms.uniform import Uniform
 from agents.fixed import FixedAgent
+from agents.runs.grading import grade
+from agents.runs.plan import check
+from agents.runs.run import train
 from agents.seeds import EVALUATION, torch_generator
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError
@@ -290,7 +292,7 @@ def test_n_is_checked() -> None:
 
 def test_an_agent_grades_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        plan = train.check(compose("train", overrides=["task=anchor", "evaluation.samples=2", "device=cpu"]))
+        plan = check(compose("train", overrides=["task=anchor", "evaluation.samples=2", "device=cpu"]))
     envs: Any = gym.make_vec("lmgym/RLHF-v0", **plan.settings)
     agent, calls = Reference(envs), []
     graded = agent.evaluate
@@ -300,7 +302,7 @@ def test_an_agent_grades_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         return graded(envs, **given)
 
     monkeypatch.setattr(agent, "evaluate", spy)
-    found = train.grade(plan, agent)
+    found = grade(plan, agent)
     ((held_out, given),) = calls
     assert len(held_out.engine.prompts) == 16
     assert (given["samples"], given["prompts"], given["sampler"]) == (2, None, plan.sampler)
@@ -313,9 +315,9 @@ def test_an_agent_grades_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_line_grades_every_one_of_them(agent: str, tmp_path: Path) -> None:
     overrides = ["task=anchor", f"agent={agent}", "evaluation.samples=8", "device=cpu"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        plan = train.check(compose("train", overrides=overrides))
+        plan = check(compose("train", overrides=overrides))
     assert issubclass(plan.agent_class, FixedAgent)
-    assert train.train(plan, tmp_path, resume=False) == 0
+    assert train(plan, tmp_path, resume=False) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     share = summary["after"]["normalised"]["mean"]
     if agent == "best_of_n":

@@ -15,6 +15,7 @@ import pytest
 from hydra.errors import CompactHydraException, ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
+import agents.runs.plan
 import agents.train
 from agents.runs.config import SYNONYMS, explained, validated
 from agents.runs.help_page import help_page
@@ -134,7 +135,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones_and_the_nearest() -> No
 )
 @pytest.mark.usefixtures("nothing_loads")
 def test_every_file_makes_a_valid_plan(choice: str) -> None:
-    plan = agents.train.check(composed(choice))
+    plan = agents.runs.plan.check(composed(choice))
     assert isinstance(plan.agent_config, plan.agent_class.Config)
     assert isinstance(plan.sampler, Sampler)
     assert (plan.seed, plan.settings["device"]) == (0, "auto")
@@ -147,7 +148,7 @@ def test_every_preset_is_of_ppo_and_takes_a_step(name: str) -> None:
     cfg = composed(f"experiment={name}", "task.max_new_tokens=4", "agent.batch_size=40", "device=cpu")
     written = OmegaConf.load(CONF / "experiment" / f"{name}.yaml").agent
     assert cfg.agent == OmegaConf.merge(composed("agent=ppo").agent, written, {"batch_size": 40})
-    agent = agents.train.build(agents.train.check(cfg))
+    agent = agents.runs.plan.build(agents.runs.plan.check(cfg))
     logged: dict[str, float] = {}
     agent.learn(1, callback=lambda step, metrics: logged.update(metrics) is None)
     assert logged["train/updates"] == cfg.agent.epochs * cfg.agent.minibatches
@@ -183,7 +184,7 @@ def test_a_tasks_yaml_has_every_argument_of_the_env_that_training_leaves_open(ta
 
 
 def test_the_training_yaml_has_every_field_of_the_evaluation() -> None:
-    assert composed().evaluation.keys() == names(agents.train.EvaluationConfig)
+    assert composed().evaluation.keys() == names(agents.runs.plan.EvaluationConfig)
 
 
 def test_the_ppo_yaml_is_what_ppo_does_by_default() -> None:
@@ -195,7 +196,7 @@ def test_the_ppo_yaml_is_what_ppo_does_by_default() -> None:
 def test_a_config_that_was_written_reads_back_to_the_same_plan(tmp_path: Path) -> None:
     cfg = composed("agent.lr=3e-4", "task.kl_coef=0.1", "evaluation.prompts=8")
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    assert agents.train.check(agents.train.saved_config(tmp_path)) == agents.train.check(cfg)
+    assert agents.runs.plan.check(agents.runs.plan.saved_config(tmp_path)) == agents.runs.plan.check(cfg)
 
 
 # -- bad overrides ---------------------------------------------------------------------------------------------------
@@ -248,14 +249,14 @@ def test_a_config_that_was_written_reads_back_to_the_same_plan(tmp_path: Path) -
 @pytest.mark.usefixtures("nothing_loads")
 def test_a_bad_override_fails_before_anything_loads(override: str, error: type[Exception], parts: list[str]) -> None:
     with pytest.raises(error) as caught:
-        agents.train.check(composed(override))
+        agents.runs.plan.check(composed(override))
     message = str(caught.value)
     assert [part for part in parts if part not in message] == []
 
 
 def test_several_bad_values_of_an_agent_are_told_together() -> None:
     with pytest.raises(InvalidArgumentError) as error:
-        agents.train.check(composed("agent.lr=abc", "agent.epochs=many", "agent.critic=actor"))
+        agents.runs.plan.check(composed("agent.lr=abc", "agent.epochs=many", "agent.critic=actor"))
     assert re.findall(r"`(agent\.\w+)`", str(error.value)) == ["agent.epochs", "agent.lr", "agent.critic"]
 
 
@@ -283,11 +284,12 @@ def test_every_synonym_leads_to_a_key() -> None:
 @pytest.mark.slow
 def test_a_config_is_refused_before_torch_is_imported() -> None:
     program = (
-        "import sys, hydra, agents.train\n"
+        "import sys, hydra, agents.train, agents.runs.plan\n"
+        "from lmgym.errors import LmGymError\n"
         f"with hydra.initialize_config_dir({str(CONF)!r}, version_base='1.3'):\n"
         "    for bad in 'seed=-1 total_timesteps=0 task.kl_coef=-1 evaluation.samples=0 task.split=tain'.split():\n"
-        "        try: agents.train.check(hydra.compose('train', [bad]))\n"
-        "        except agents.train.LmGymError: print(bad, 'torch' in sys.modules)\n"
+        "        try: agents.runs.plan.check(hydra.compose('train', [bad]))\n"
+        "        except LmGymError: print(bad, 'torch' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert [line.split()[1] for line in done.stdout.splitlines()] == ["False"] * 5

@@ -14,7 +14,7 @@ from extras import needs_contrib, needs_peft
 import agents
 from agents.checkpoint import replacing
 from agents.runs.directory import write_config
-from agents.train import build, check, plain
+from agents.runs.plan import build, check, plain
 from lmgym.errors import InvalidArgumentError, LmGymError
 from lmgym.rollout import collect
 

@@ -24,6 +24,10 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import agents.evaluate
+import agents.runs.grading
+import agents.runs.plan
+import agents.runs.run
+import agents.runs.signals
 import agents.train
 from agents.algorithms.reference import Reference
 from agents.runs.command_line import run_command
@@ -52,18 +56,18 @@ SMALL = ["agent.batch_size=16", "evaluation.samples=16", "evaluation.prompts=8",
 QUICK = [*SMALL, "agent.epochs=1", "agent.minibatches=2", "agent.kl_controller=adaptive", "agent.kl_horizon=100"]
 
 
-def plan_of(directory: Path, *overrides: str) -> agents.train.Plan:
+def plan_of(directory: Path, *overrides: str) -> agents.runs.plan.Plan:
     """A plan, its config left in the run directory as the command leaves it."""
     with hydra.initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
         cfg = hydra.compose("train", overrides=list(overrides))
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    return agents.train.check(cfg)
+    return agents.runs.plan.check(cfg)
 
 
 def run(directory: Path, *overrides: str) -> int:
     """A new run, in this process."""
-    return agents.train.train(plan_of(directory, *overrides), directory, resume=False)
+    return agents.runs.run.train(plan_of(directory, *overrides), directory, resume=False)
 
 
 def resume(directory: Path) -> None:
@@ -120,7 +124,7 @@ def test_a_run_leaves_its_config_and_versions(finished: Finished) -> None:
     assert "${" not in (finished.directory / "config.yaml").read_text()
     versions = summary_of(finished.directory, "versions.json")
     assert versions["torch"] == torch.__version__
-    assert versions.keys() == {"python", "lmgym", *agents.train.PACKAGES}
+    assert versions.keys() == {"python", "lmgym", *agents.runs.run.PACKAGES}
 
 
 def test_a_run_leaves_its_curves(finished: Finished) -> None:
@@ -139,8 +143,8 @@ def test_a_run_leaves_its_curves(finished: Finished) -> None:
 def test_a_runs_checkpoint_is_a_hugging_face_model(finished: Finished) -> None:
     checkpoint = finished.directory / "checkpoint"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-    plan = agents.train.check(agents.train.saved_config(finished.directory))
-    agent = agents.train.build(plan)
+    plan = agents.runs.plan.check(agents.runs.plan.saved_config(finished.directory))
+    agent = agents.runs.plan.build(plan)
     reference = {name: x.clone() for name, x in agent.policy.actor.state_dict().items()}
     agent.load(checkpoint)
     assert tokenizer.get_vocab() == agent.envs.tokenizer.get_vocab()
@@ -216,7 +220,7 @@ def test_responses_that_training_changed_are_shown_first() -> None:
         return SimpleNamespace(episodes=Sampled(**parts, response_ids=response_ids, scores=torch.zeros(4)))
 
     lm = SimpleNamespace(decode_prompt=lambda ids: f"p{ids[0]}", completions=lambda p, r: [f"r{r[0][0]}"])
-    rows = agents.train.samples(lm, graded([1, 2, 3, 4]), graded([1, 2, 9, 4]), count=2)
+    rows = agents.runs.grading.samples(lm, graded([1, 2, 3, 4]), graded([1, 2, 9, 4]), count=2)
     assert [(row["prompt"], row["before"], row["after"]) for row in rows] == [("p1", "r1", "r1"), ("p3", "r3", "r9")]
 
 
@@ -329,7 +333,7 @@ def ctrl_c() -> Iterator[None]:
 @pytest.mark.usefixtures("ctrl_c")
 def test_the_second_ctrl_c_stops_at_once() -> None:
     previous = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), agents.train.Interrupt() as stop:
+    with pytest.raises(KeyboardInterrupt), agents.runs.signals.Interrupt() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked
         os.kill(os.getpid(), signal.SIGINT)
@@ -370,27 +374,27 @@ def composed(*overrides: str) -> Any:
 def test_a_config_that_cannot_be_leaves_no_directory(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()  # by Hydra
     with pytest.raises(LmGymError, match="`temperature` must be"):
-        agents.train.begin(composed("task.temperature=0"), tmp_path / "run")
+        agents.runs.run.begin(composed("task.temperature=0"), tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_resumed_run_takes_a_new_total_and_no_other_numbers() -> None:
-    values = agents.train.plain(composed("agent.lr=1e-4"))
+    values = agents.runs.plan.plain(composed("agent.lr=1e-4"))
     overrides = ["resume=run", "total_timesteps=300000", "evaluation.samples=2"]
-    changed = agents.train.with_overrides(values, overrides)
-    agents.train.check(changed)
+    changed = agents.runs.run.with_overrides(values, overrides)
+    agents.runs.plan.check(changed)
     assert (changed["total_timesteps"], changed["evaluation"]["samples"]) == (300000, 2)
     assert changed["agent"] == values["agent"]
     assert (values["total_timesteps"], values["evaluation"]["samples"]) == (150000, None)
     with pytest.raises(InvalidArgumentError, match="`agent.lr` must be as it was when the run began"):
-        agents.train.with_overrides(values, ["agent.lr=1e-3"])
+        agents.runs.run.with_overrides(values, ["agent.lr=1e-3"])
 
 
 def test_the_optimum_is_of_the_prompts_graded() -> None:
     task = ["task=keyword", "task.task=keyword-8", "task.kl_coef=0.2"]
-    plan = agents.train.check(composed(*task, "evaluation.prompts=3"))
+    plan = agents.runs.plan.check(composed(*task, "evaluation.prompts=3"))
     values = solve("keyword-8", kl_coef=0.2).values
-    scale = agents.train._scale(plan, None, None)
+    scale = agents.runs.grading.find_scale(plan, None, None)
     assert scale.lower is not None
     assert scale.lower == scale.upper
     assert scale.lower.mean == pytest.approx(values[:3].mean().item(), abs=1e-6)
@@ -400,9 +404,9 @@ def test_the_optimum_is_of_the_prompts_graded() -> None:
 
 
 def test_runs_of_other_seeds_are_graded_from_other_streams() -> None:
-    plans = [agents.train.check(composed("task=stop", f"seed={seed}", "evaluation.samples=8")) for seed in (0, 0, 1)]
+    plans = [agents.runs.plan.check(composed("task=stop", f"seed={seed}", "evaluation.samples=8")) for seed in (0, 0, 1)]
     agent = Reference(gym.make_vec("lmgym/RLHF-v0", **plans[0].settings))  # type: ignore[arg-type]
-    first, again, other = (agents.train.grade(plan, agent).episodes.response_ids for plan in plans)
+    first, again, other = (agents.runs.grading.grade(plan, agent).episodes.response_ids for plan in plans)
     assert torch.equal(first, again)  # before and after of one run share their numbers
     assert not torch.equal(first, other)
 
@@ -413,13 +417,13 @@ def test_j_ref_is_the_stored_one_wherever_there_is_one() -> None:
     graded = Evaluation(metric, Interval(0.9, 0.8, 1.0), episodes=None)  # type: ignore[arg-type]
     for name in ("noise-1", "reviews", "anchor-0.1"):
         family = name.partition("-")[0]
-        plan = agents.train.check(composed(f"task={family}", f"task.task={name}"))
+        plan = agents.runs.plan.check(composed(f"task={family}", f"task.task={name}"))
         stored = make_task(name).optima["test"]
-        reference = agents.train._scale(plan, graded, graded).reference
+        reference = agents.runs.grading.find_scale(plan, graded, graded).reference
         assert reference.mean == stored.reference
         assert reference.high - reference.mean == pytest.approx(stored.reference_half_width)
-    plan = agents.train.check(composed("task=reviews", "evaluation.prompts=3"))  # of these nothing is stored
-    scale = agents.train._scale(plan, graded, graded)
+    plan = agents.runs.plan.check(composed("task=reviews", "evaluation.prompts=3"))  # of these nothing is stored
+    scale = agents.runs.grading.find_scale(plan, graded, graded)
     assert scale.reference == metric["return"]
     assert scale.optimum is not None
     assert scale.optimum.reference_half_width == pytest.approx(0.1)
@@ -438,11 +442,11 @@ def test_a_run_whose_reward_is_noise_claims_no_optimum(tmp_path: Path, capsys: p
 
 def test_a_deterministic_policy_is_told_what_it_can_earn() -> None:
     task = ["task=keyword", "task.task=keyword-8", "evaluation.prompts=3"]
-    greedy, sampled = (agents.train.check(composed(*task, f"sampler={name}")) for name in ("greedy", "policy"))
+    greedy, sampled = (agents.runs.plan.check(composed(*task, f"sampler={name}")) for name in ("greedy", "policy"))
     learns, certain = SimpleNamespace(deterministic=False), SimpleNamespace(deterministic=True)
     best = best_response("keyword-8")[:3].mean().item()
-    assert agents.train._best_response(sampled, learns) is None
-    others = (agents.train.check(composed(*task, x)) for x in ("sampler.top_k=1", "sampler.greedy_tokens=8"))
+    assert agents.runs.grading.find_best_response(sampled, learns) is None
+    others = (agents.runs.plan.check(composed(*task, x)) for x in ("sampler.top_k=1", "sampler.greedy_tokens=8"))
     for plan, agent in ((greedy, learns), (sampled, certain), *((plan, learns) for plan in others)):
-        assert agents.train._best_response(plan, agent) == pytest.approx(best, abs=1e-9)
-    assert agents.train._best_response(agents.train.check(composed("sampler=greedy")), learns) is None  # reviews
+        assert agents.runs.grading.find_best_response(plan, agent) == pytest.approx(best, abs=1e-9)
+    assert agents.runs.grading.find_best_response(agents.runs.plan.check(composed("sampler=greedy")), learns) is None  # reviews

@@ -16,6 +16,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import agents.evaluate
+import agents.runs.plan
+import agents.runs.run
 import agents.train
 from lmgym.files import RunFileError
 from agents.policies.actor_critic import ActorCritic
@@ -74,7 +76,7 @@ def ran(path: Path) -> list[str]:
 def run_directory(path: Path, *overrides: str, **changes: Any) -> Path:
     """A run that was interrupted, as far as its config goes."""
     with hydra.initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        values = agents.train.plain(hydra.compose("train", overrides=["device=cpu", *overrides]))
+        values = agents.runs.plan.plain(hydra.compose("train", overrides=["device=cpu", *overrides]))
     (path / "checkpoint").mkdir(parents=True)
     (path / "config.yaml").write_text(config_text({**values, **changes}))
     return path
@@ -219,7 +221,7 @@ def test_the_command_to_go_on_names_what_must_be_trusted() -> None:
 def test_a_class_that_is_no_agent_is_refused(tmp_path: Path) -> None:
     values = read_config(run_directory(tmp_path / "run", "agent._target_=agents.batch.Minibatch") / "config.yaml")
     with pytest.raises(InvalidArgumentError, match=r"`agent._target_` must be an agent"):
-        agents.train.check(values)
+        agents.runs.plan.check(values)
 
 
 # -- a config is read as text ----------------------------------------------------------------------------------------
@@ -263,7 +265,7 @@ def test_nothing_of_the_environment_gets_into_a_config(work: Path, monkeypatch: 
     run = run_directory(work / "run", total_timesteps=100)
     path = run / "config.yaml"
     path.write_text(path.read_text() + "note: ${oc.env:SECRET}\n")
-    values = agents.train.with_overrides(agents.train.saved_config(run), ["total_timesteps=200"])
+    values = agents.runs.run.with_overrides(agents.runs.plan.saved_config(run), ["total_timesteps=200"])
     assert (values["note"], values["total_timesteps"]) == ("${oc.env:SECRET}", 200)
     assert "hush" not in config_text(values)
 

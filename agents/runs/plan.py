@@ -1,0 +1,142 @@
+"""A plan: a config that has been checked, and the agent and env that it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from agents.runs.config import validated
+from agents.runs.directory import CONFIG_FILE, read_values
+from agents.runs.trust import import_installed, needed_trust
+from lmgym.envs.settings import Settings
+from lmgym.errors import InvalidArgumentError, LmGymError, check_int
+from lmgym.files import RunFileError
+
+if TYPE_CHECKING:
+    from agents.agent import Agent, AgentConfig
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How a policy is graded, before and after."""
+
+    split: str = "test"
+    samples: int | None = None  # episodes a prompt; null is as many as make 4,096 in all
+    prompts: int | None = None  # how many prompts; null is all of the split
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "prompts"):
+            if getattr(self, name) is not None:
+                check_int(f"evaluation.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config that has been checked: nothing has been loaded yet, and nothing in it can be of a wrong type."""
+
+    settings: dict[str, Any]
+    agent_class: type[Agent]
+    agent_config: AgentConfig
+    sampler: Any
+    evaluation: EvaluationConfig
+    total_timesteps: int
+    seed: int
+    checkpoint_every: int
+    trust: tuple[str, ...] = ()  # modules that have to be named again when it is resumed or graded
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The values of a composed config, interpolations resolved."""
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def check(cfg: DictConfig | dict[str, Any]) -> Plan:
+    """Checks a whole config. One that was read from a run directory goes through `import_installed` first.
+
+    Raises:
+        LmGymError: naming the key, what was expected and what came.
+    """
+    values: dict[str, Any] = plain(cfg) if isinstance(cfg, DictConfig) else cfg
+    evaluation = validated(EvaluationConfig, values["evaluation"], "evaluation")
+    for name in ("total_timesteps", "checkpoint_every"):
+        check_int(name, values[name], 1)
+    check_int("seed", values["seed"], 0)
+    settings = {**values["task"], "device": values["device"]}
+    try:
+        for split in {settings["split"], evaluation.split}:
+            Settings.of({**settings, "split": split}).resolve()
+    except LmGymError as error:
+        raise InvalidArgumentError(f"In `task`: {error}") from error
+    agent = dict(values["agent"])  # from here on torch is loaded
+    import agents.agent
+
+    if "_target_" not in agent:
+        raise InvalidArgumentError("`agent` must be one of the files in conf/agent, got one without a `_target_`.")
+    target = agent.pop("_target_")
+    try:
+        agent_class: Any = hydra.utils.get_class(target)
+    except (ImportError, ValueError) as error:
+        raise InvalidArgumentError(f"`agent._target_` must be a class that can be imported: {error}") from error
+    if not (isinstance(agent_class, type) and issubclass(agent_class, agents.agent.Agent)):
+        raise InvalidArgumentError(f"`agent._target_` must be an agent (`agents.agent.Agent`), got {target!r}.")
+    agent_config = validated(agent_class.Config, agent, "agent")
+    from lmgym.models.sampling import Sampler
+    from lmgym.models.sharing import resolve_device
+
+    sampler = validated(Sampler, values["sampler"], "sampler")
+    resolve_device(settings["device"])
+    return Plan(
+        settings,
+        agent_class,
+        agent_config,
+        sampler,
+        evaluation,
+        values["total_timesteps"],
+        values["seed"],
+        values["checkpoint_every"],
+        needed_trust(values),
+    )
+
+
+def saved_config(directory: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
+    """The config of a run directory, the code that it names imported.
+
+    Args:
+        directory: of the run.
+        trusted: modules that it may name although they are not installed, as the user has said.
+
+    Raises:
+        LmGymError: if it is none, is damaged, or names other code.
+    """
+    values = read_values(directory)
+    import_installed(values, directory, trusted)
+    return values
+
+
+def check_saved(directory: Path, values: dict[str, Any]) -> Plan:
+    """Checks the config of a run directory, with what the command line has changed in it.
+
+    Raises:
+        RunFileError: as `check`, and naming the file.
+    """
+    try:
+        return check(values)
+    except LmGymError as error:
+        raise RunFileError(f"{error}\n(That is of {directory / CONFIG_FILE} and the command line.)") from error
+
+
+def build(plan: Plan) -> Agent:
+    """The agent in its env: loads the models."""
+    import gymnasium as gym
+
+    rows = plan.agent_config.num_envs
+    group = plan.agent_config.responses
+    envs: Any = gym.make_vec(
+        "lmgym/RLHF-v0", num_envs=rows, group_size=group, autoreset_mode="SameStep", **plan.settings
+    )
+    return plan.agent_class(envs, plan.agent_config, seed=plan.seed, sampler=plan.sampler)

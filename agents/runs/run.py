@@ -1,0 +1,151 @@
+"""What `python -m agents.train` does: begins a run or goes on with one, trains, grades and reports."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig
+
+import lmgym
+from agents.runs.command_line import shell_command
+from agents.runs.directory import (
+    CONFIG_FILE,
+    changes_since,
+    empty_again,
+    new_run,
+    read_checkpoint,
+    read_values,
+    resumed_run,
+    write_config,
+)
+from agents.runs.grading import grade, samples, summarise
+from agents.runs.inputs import notes_of
+from agents.runs.picture import curves
+from agents.runs.plan import Plan, build, check, check_saved, plain, saved_config
+from agents.runs.recorder import METRICS_FILE, Recorder, read_rows
+from agents.runs.report import samples_table, table, write_json
+from agents.runs.saving import Saver
+from agents.runs.signals import Interrupt
+from agents.runs.trust import trust_argument
+from lmgym.errors import InvalidArgumentError
+from lmgym.files import RunFileError
+
+RESUMABLE = ("total_timesteps", "checkpoint_every")  # and evaluation.*
+PACKAGES = ("torch", "transformers", "gymnasium", "numpy", "hydra-core", "tokenizers")
+
+
+def begin(cfg: DictConfig, directory: Path) -> int:
+    """A new run; returns its exit code.
+
+    Raises:
+        LmGymError: for a config that cannot be, or a directory that holds a run; nothing is left behind.
+    """
+    with empty_again(directory):
+        values = plain(cfg)
+        plan = check(values)
+        with new_run(directory, values):
+            write_json(directory / "versions.json", versions())
+            return train(plan, directory, resume=False, notes=notes_of(values))
+
+
+def go_on(directory: Path, overrides: list[str], trusted: Sequence[str]) -> int:
+    """A run that goes on; returns its exit code.
+
+    Args:
+        directory: of the run. overrides: as for `with_overrides`. trusted: as for `saved_config`.
+
+    Raises:
+        LmGymError: for one that cannot.
+    """
+    with resumed_run(directory):
+        saved = saved_config(directory, trusted)
+        values = with_overrides(saved, overrides)
+        notes = notes_of(saved)
+        changed = changes_since(directory, read_checkpoint(directory), notes)
+        if (directory / METRICS_FILE).exists():
+            read_rows(directory / METRICS_FILE)  # a damaged row is named before anything loads
+        if changed is not None:
+            raise RunFileError(f"{changed} Put back what was there, or begin a new run.")
+        plan = check_saved(directory, values)
+        write_config(directory, values)
+        return train(plan, directory, resume=True, notes=notes)
+
+
+def train(plan: Plan, directory: Path, resume: bool, notes: dict[str, Any] | None = None) -> int:
+    """Trains, evaluates and reports; returns the exit code, 130 after Ctrl-C.
+
+    Args:
+        plan: what to do. directory: of the run. resume: goes on from its checkpoint.
+        notes: that its checkpoints carry, as `notes_of` gives them of its config; None reads that there.
+    """
+    from agents.algorithms.reference import Reference
+
+    agent = build(plan)
+    if notes is None:
+        notes = notes_of(read_values(directory)) if (directory / CONFIG_FILE).is_file() else {}
+    command = shell_command("agents.train", f"resume={directory}") + trust_argument(plan.trust)
+    saver = Saver(agent, directory, plan.checkpoint_every, notes, command)
+    if resume:
+        saver.load()
+    try:
+        before = grade(plan, Reference(agent.envs))
+        total = max(plan.total_timesteps, agent.num_timesteps)  # the last batch of a run may pass its end
+        with (
+            Recorder(directory, total, agent.num_timesteps if resume else None) as recorder,
+            Interrupt() as stop,
+        ):
+            train_seconds = saver.learn(plan.total_timesteps, recorder, stop)
+        if stop.asked and agent.num_timesteps < plan.total_timesteps:
+            print(f"Stopped after {agent.num_timesteps:,} tokens. Go on with: {command}")
+            return 130
+        after = grade(plan, agent)
+        summary = summarise(plan, before, after, train_seconds, agent)
+        rows = samples(agent.envs.engine.lm, before, after)
+        write_json(directory / "summary.json", summary)
+        write_json(directory / "samples.json", rows)
+        curves(directory / METRICS_FILE, summary, directory / "curves.png")
+    except KeyboardInterrupt:
+        print(f"\nStopped at once. {saver.what_is_saved()}", file=sys.stderr)
+        raise
+    print(f"\n{samples_table(rows)}\n\n{table(summary)}\n\n{directory / 'curves.png'}")
+    return 0
+
+
+def with_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The config of a run that goes on, with what may change then.
+
+    Args:
+        values: of its config.yaml. overrides: `key=value` each, as on the command line.
+
+    Raises:
+        InvalidArgumentError: if another key is to change.
+    """
+    values = {**values, "evaluation": dict(values["evaluation"])}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in ("resume", "trust"):
+            continue
+        if key not in RESUMABLE and not key.startswith("evaluation."):
+            raise InvalidArgumentError(
+                f"`{key}` must be as it was when the run began: with `resume`, only {', '.join(RESUMABLE)} and "
+                "evaluation.* may change."
+            )
+        section = values["evaluation"] if key.startswith("evaluation.") else values
+        section[key.removeprefix("evaluation.")] = yaml.safe_load(value)
+    return values
+
+
+def versions() -> dict[str, str]:
+    """What ran: Python and the packages that matter."""
+    found = {"python": platform.python_version(), "lmgym": lmgym.__version__}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # on the path, and not installed
+            found[name] = importlib.metadata.version(name)
+    return found
