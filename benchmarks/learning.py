@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 
 from agents.runs.plan import check
 from agents.runs.run import train
 from agents.runs.surroundings import prepare_process
-from lmgym.intervals import t_quantile
+from lmgym.intervals import Interval
 
 ROWS = ("return", "score", "sampled_score", "gold_score", "kl", "length", "normalised")
 
@@ -28,8 +27,8 @@ def interval(numbers: list[float]) -> str:
     """Mean and half-width of the 95 % t-interval; of one number, itself."""
     if len(numbers) == 1:
         return f"{numbers[0]:.3f}"
-    half = t_quantile(len(numbers) - 1) * statistics.stdev(numbers) / math.sqrt(len(numbers))
-    return f"{statistics.mean(numbers):.3f} ± {half:.3f}"
+    found = Interval.of(torch.tensor(numbers, dtype=torch.float64))
+    return f"{found.mean:.3f} ± {found.high - found.mean:.3f}"
 
 
 def estimate(point: dict[str, float]) -> str:
@@ -40,7 +39,8 @@ def estimate(point: dict[str, float]) -> str:
 
 def best(scale: dict[str, Any]) -> str:
     """V* of a task: a number where it is exact, else the one that normalises the return, and its bounds."""
-    lower, upper = scale["lower"], scale["upper"]
+    lower = scale["lower"]
+    upper = scale["upper"]
     if lower is None:
         return "unknown"
     known = f">= {lower['mean']:.4f}" if upper is None else f"{lower['mean']:.4f} to {upper['mean']:.4f}"
@@ -72,7 +72,8 @@ def main() -> None:
         if not (directory / "summary.json").exists():
             train(check(cfg), directory, resume=False)
         summaries.append(json.loads((directory / "summary.json").read_text()))
-    seeds, steps = len(summaries), summaries[0]["total_timesteps"]
+    seeds = len(summaries)
+    steps = summaries[0]["total_timesteps"]
     print(f"\n{summaries[0]['agent']} on {summaries[0]['task']}, {seeds} seeds, about {steps:,} tokens each\n")
     print("| | before | after |\n|---|---|---|")
     for row in [row for row in ROWS if summaries[0]["after"].get(row) is not None]:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEVEL = 0.95
-RARE = 50  # scores that must differ from the commonest one for Student's interval to be right
-_ROUNDING = 2e-6  # what a float32 log-prob of a token may be off by, in nats, and a score, as a share of it
+RARE = 50  # fewer scores than this that differ from the commonest one make Student's interval wrong
+_ROUNDING = 2e-6  # error of a float32 log-prob of a token, in nats, and of a score, as a share of it
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Interval:
         return cls(mean, min(lower, mean), max(upper, mean))
 
     def widened(self, margin: float) -> Interval:
-        """The same mean, with a margin more on both sides."""
+        """The same mean, in an interval that is wider by a margin on both sides."""
         return Interval(self.mean, self.low - margin, self.high + margin)
 
 
@@ -123,23 +123,23 @@ def of_episodes(
 ) -> dict[str, Interval]:
     """Intervals of what N episodes measured, S of each of X prompts.
 
-    Student's t where at least 50 scores differ from the commonest one (or half of them, where nothing says how far a
-    score can go). Else the score is rare, or there are few samples, and what was not seen may matter: then it is
-    `Interval.bounded`, with these bounds:
+    They are Student's t-intervals if at least 50 scores differ from the commonest one (half of the scores are enough if
+    the range of the score is not known). Else scores are rare or samples few, and what was not seen may matter. They
+    are then `Interval.bounded`, with these bounds:
 
-    - of a score: what the reward says (`score_range`); if it says nothing, 0, 1 and what was seen;
+    - of a score: `score_range`; if it is not known, 0, 1 and what was seen;
     - of the length: 1 and `horizon`;
     - of the KL: what was seen, and at least -log N and log N. Responses that make up a share q of the policy's have a
-      mean log-ratio of log q at least (Jensen), and it is at most log(1 / q) if the reference finds them once in q^-2;
+      mean log-ratio of at least log q (Jensen), and of at most log(1 / q) if the reference finds them once in q^-2;
     - of the return: those of the score and of the KL together.
 
     Args:
-        numbers: (X, S) each: `return`, `score`, `length` where gamma < 1, and what there is of `kl` and other scores.
+        numbers: (X, S) each: `return` and `score`; `length` if gamma < 1; and `kl` and other scores if there are any.
         kl_coef, gamma: of the task.
         horizon: T.
-        score_range: what no score, as paid, is below and above.
-        whole: the prompts are all there are, so that only the noise of the samples counts. Else, and at one sample a
-            prompt, they are a sample of prompts, and so are their means.
+        score_range: the least and the largest score that can be paid; None if they are not known.
+        whole: whether the prompts are all there are, so that only the noise of the samples counts. Otherwise, and at
+            one sample a prompt, they are a sample of prompts, and the interval is over their means.
     """
     samples = numbers["score"].shape[1]
     over_samples = whole and samples > 1
@@ -164,7 +164,7 @@ def is_rare(numbers: Tensor, *, known: bool) -> bool:
     """Whether so few numbers differ from the commonest one that Student's interval cannot be trusted.
 
     Args:
-        numbers: any shape. known: whether it is known how far they can go; if not, half of them are enough.
+        numbers: any shape. known: whether their range is known; if not, half of them are enough.
     """
     _, counts = numbers.unique(return_counts=True)
     differing = numbers.numel() - int(counts.max())
@@ -178,7 +178,7 @@ def _limits(
     horizon: int,
     score_range: tuple[float, float] | None,
 ) -> dict[str, tuple[float, float]]:
-    """What each of the numbers of `of_episodes` is taken not to go beyond."""
+    """The least and the largest value that `of_episodes` assumes of each number."""
     limits = {name: (min(x.min().item(), 0.0), max(x.max().item(), 1.0)) for name, x in numbers.items()}
     limits["length"] = (1.0, float(horizon))
     low, high = limits["score"] if score_range is None else score_range
@@ -191,7 +191,7 @@ def _limits(
     limits["kl"] = (min(kl.min().item(), -nats), max(kl.max().item(), nats))
     low, high = limits["score"]
     paid = numbers["score"]
-    if gamma < 1:  # a late score counts for next to nothing
+    if gamma < 1:  # the discount of a late score may be near 0
         low = min(low, 0.0)
         high = max(high, 0.0)
         paid = gamma ** (numbers["length"].double() - 1) * paid

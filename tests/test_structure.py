@@ -35,7 +35,6 @@ UNFINISHED = {
     "agents/runs/loading.py",
     "agents/supervised.py",
     "agents/train.py",
-    "benchmarks/learning.py",
     "tests/agents/algorithms/test_dpo.py",
     "tests/agents/algorithms/test_fixed_agents.py",
     "tests/agents/algorithms/test_nlpo.py",
