@@ -40,11 +40,13 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
 
     The variance is the biased one (divided by n), as in lm-human-preferences.
     """
-    kept = x[mask]
-    mean = kept.mean()
-    variance = kept.var(unbiased=False)
+    chosen = x[mask]
+    mean = chosen.mean()
+    variance = chosen.var(unbiased=False)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
+    if not shift_mean:
+        whitened = whitened + mean
+    return torch.where(mask, whitened, 0.0)
 
 
 def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
@@ -53,7 +55,7 @@ def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 
 def leave_one_out(returns: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) for each entry the mean of the other episodes' entries at the same place; 0 where there is no other."""
+    """(B, T) for each entry the mean of the other episodes' entries at the same position; 0 where there is none."""
     others = mask.sum(0, keepdim=True) - mask.to(returns.dtype)
     total = (returns * mask).sum(0, keepdim=True) - returns * mask
     return torch.where(mask, total / others.clamp(min=1), 0.0)
@@ -72,4 +74,6 @@ def group_standardised(returns: Tensor, group_size: int, *, scale: bool = True) 
     """
     groups = returns.view(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
-    return (centred / (groups.std(1, keepdim=True) + 1e-4) if scale else centred).flatten()
+    if scale:
+        centred = centred / (groups.std(1, keepdim=True) + 1e-4)
+    return centred.flatten()

@@ -27,7 +27,7 @@ class Manifest:
     """What a checkpoint says of itself.
 
     Attributes:
-        serial: 1 of the first checkpoint of a directory; each that takes its place has one more.
+        serial: 1 of the first checkpoint of a directory; each that replaces it has one more.
         files: SHA-256 by path, `/` between its parts.
         notes: JSON values of whoever saved it.
     """
@@ -39,7 +39,7 @@ class Manifest:
 
 @contextlib.contextmanager
 def replacing(directory: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> Iterator[Path]:
-    """An empty directory to write into, which takes the place of `directory` when the block has ended, and not before.
+    """An empty directory to write into, which replaces `directory` when the block has ended, and not before.
 
     A reader sees the old contents or the new, or, for the moment between two renames, none; a process that is killed in
     that moment leaves both beside it, whole: `newest` finds the new one there, and `recover` puts it back. Where
@@ -123,7 +123,7 @@ def newest(directory: Path) -> Path | None:
 
 
 def recover(directory: Path) -> None:
-    """Puts the newest whole checkpoint in its place, and removes what kills have left; no other process may write it.
+    """Restores the newest whole checkpoint, and removes what kills have left; no other process may write it.
 
     Raises:
         RunFileError: as `newest`; then nothing is removed.
@@ -153,7 +153,7 @@ def _check_replaceable(directory: Path) -> None:
 
 
 def _serial(directory: Path) -> int:
-    """The highest serial number of a checkpoint in a place or beside it, 0 where there is none."""
+    """The highest serial number of a checkpoint in a directory or beside it; 0 where there is none."""
     found = [0]
     for path in (directory, *_left(directory)):
         with contextlib.suppress(RunFileError):

@@ -53,7 +53,7 @@ def check_weights(policy: nn.Module, config: Any) -> None:
 
 
 def check_saving(policy: nn.Module, optimizer: torch.optim.Optimizer, config: Any) -> None:
-    """Raises `NotFiniteError` for weights or an optimiser's state that would take the place of a good checkpoint."""
+    """Raises `NotFiniteError` for weights or an optimiser's state that would replace a good checkpoint."""
     check_weights(policy, config)
     state = optimizer.state_dict()["state"]
     moments = [(f"{i}.{name}", x) for i, row in state.items() for name, x in row.items() if torch.is_tensor(x)]
@@ -77,7 +77,7 @@ def _advice(config: Any) -> Iterator[str]:
         yield "`agent.adam_eps=1e-5` (it is 0, and 0 / 0 is no number)"
     if getattr(config, "max_grad_norm", 1) == 0:
         yield "`agent.max_grad_norm=1` (gradients are not clipped)"
-    name = "lr" if hasattr(config, "lr") else "learning_rate"
+    name = "lr" if hasattr(config, "lr") else "learning_rate"  # the latter of Stable-Baselines3
     yield f"a lower `agent.{name}` (it is {getattr(config, name):g})"
 
 

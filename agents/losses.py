@@ -45,13 +45,13 @@ def clipped_policy_loss(
     ratio = log_ratio.exp()
     high = clip_range if clip_range_high is None else clip_range_high
     plain = ratio * advantages
-    kept = torch.minimum(plain, ratio.clamp(1 - clip_range, 1 + high) * advantages)
+    clipped = torch.minimum(plain, ratio.clamp(1 - clip_range, 1 + high) * advantages)
     if dual_clip is not None:
-        kept = torch.where(advantages < 0, torch.maximum(kept, dual_clip * advantages), kept)
-    loss = -(weights * kept).sum()
+        clipped = torch.where(advantages < 0, torch.maximum(clipped, dual_clip * advantages), clipped)
+    loss = -(weights * clipped).sum()
     with torch.no_grad():
-        clip_fraction = (weights * (kept != plain)).sum()
-        # A token that left the support of a truncated law has ratio 0, and a log-ratio that would drown the rest.
+        clip_fraction = (weights * (clipped != plain)).sum()
+        # A token that left the support of a truncated distribution has ratio 0, and its log-ratio would drown the rest.
         approx_kl = (weights * (ratio - 1 - log_ratio.clamp(min=-20.0))).sum()
     return PolicyLoss(loss, clip_fraction, approx_kl)
 
@@ -59,7 +59,7 @@ def clipped_policy_loss(
 def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
     """- sum of weights * advantages * log pi: its gradient is that of the policy-gradient theorem, negated.
 
-    A token that left the support of a truncated law adds nothing.
+    A token that left the support of a truncated distribution adds nothing.
     """
     return -(weights * advantages * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum()
 
@@ -80,7 +80,7 @@ def kl_estimate(
         log_distribution: (n, V). ref_log_distribution: (n, V), needed for the exact one.
 
     Returns:
-        (n,), 0 for a chosen token that left the support of a truncated law.
+        (n,), 0 for a chosen token that left the support of a truncated distribution.
     """
     if kind == "exact":
         assert ref_log_distribution is not None
@@ -97,7 +97,7 @@ def value_loss(values: Tensor, returns: Tensor, weights: Tensor) -> Tensor:
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip_range: float | None
 ) -> Tensor:
-    """Half the squared error, the larger of that of the value and of the value kept within `clip_range` of the old one.
+    """Half the squared error: the larger of that of the value and of the value clipped to `clip_range` of the old one.
 
     Args:
         values: (n,) now. old_values: (n,) when the episodes were collected. returns: (n,) the target.
@@ -113,4 +113,6 @@ def clipped_value_loss(
 def explained_variance(values: Tensor, returns: Tensor) -> float:
     """1 - Var[returns - values] / Var[returns] of (n,) tensors: 1 is a perfect critic, 0 no better than a constant."""
     variance = returns.var(correction=0)
-    return float("nan") if variance == 0 else (1 - (returns - values).var(correction=0) / variance).item()
+    if variance == 0:
+        return float("nan")
+    return (1 - (returns - values).var(correction=0) / variance).item()

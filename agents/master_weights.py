@@ -1,4 +1,4 @@
-"""Float32 copies of half-precision weights, which an optimiser steps in their place.
+"""Float32 copies of half-precision weights, which an optimiser steps instead of them.
 
 A weight of 0.02 in bfloat16 has neighbours at a distance of 1.2e-4. A step of 1e-6 is rounded away, every time. The
 master copy in float32 adds such steps up, and the weight follows it once they amount to half of that distance.

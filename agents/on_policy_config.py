@@ -33,7 +33,7 @@ class OnPolicyConfig(LearningConfig):
     kl_controller: Literal["fixed", "adaptive"] = "fixed"  # adaptive: Ziegler et al. 2019, from the task's kl_coef
     kl_target: float = 6.0  # nats an episode, for the adaptive coefficient
     kl_horizon: float = 10_000.0  # episodes, for the adaptive coefficient
-    score_clip: float | None = None  # scores are kept within +- this before they are learned from; null does not clip
+    score_clip: float | None = None  # scores are clipped to +- this before they are learned from; null does not clip
     recompute_log_probs: bool = False  # those that an update starts from: of one more forward, or of the sampling
     collect: Literal["episodes", "steps"] = "episodes"  # whole episodes at once, or one env step at a time
 

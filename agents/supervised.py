@@ -65,7 +65,7 @@ class SupervisedAgent(LearningAgent, Generic[Examples]):
         envs: the token MDP with dict observations.
         config: the algorithm's numbers.
         seed: of everything that is drawn, and of the weights of a residual.
-        sampler: the law that tokens are drawn from, given logits. The loss is of the policy itself.
+        sampler: how tokens are drawn, given the policy's logits. The loss is of the policy itself.
 
     Attributes:
         num_timesteps: tokens sampled for examples; of a file, the response tokens learned from.
@@ -194,7 +194,7 @@ def named_row(where: str) -> Iterator[None]:
 
 
 def response_ids(engine: Engine, text: str, prompt: Prompt, completion: str) -> list[int]:
-    """Token ids of a completion: those that the text of both has behind the prompt's.
+    """Token ids of a completion: those of the text of both after the prompt's.
 
     Raises:
         InvalidArgumentError: for one that is no response of the task.
@@ -202,17 +202,18 @@ def response_ids(engine: Engine, text: str, prompt: Prompt, completion: str) -> 
     response = engine.lm.encode_response(text, prompt.ids, completion)
     if not 1 <= len(response) <= engine.horizon:
         raise InvalidArgumentError(
-            f"`completions` must have 1 to {engine.horizon} tokens (`max_new_tokens`), and {completion!r} behind "
+            f"`completions` must have 1 to {engine.horizon} tokens (`max_new_tokens`), and {completion!r} after "
             f"{text!r} has {len(response)}."
         )
     if engine.end_rule.find_end(response[:-1]) is not None:
-        raise InvalidArgumentError(f"`completions` must end at their first EOS, and {completion!r} goes on behind it.")
+        raise InvalidArgumentError(f"`completions` must end at their first EOS, and {completion!r} goes on after it.")
     return response
 
 
 def unscored(engine: Engine, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]]) -> Episodes:
-    """Responses as episodes without a score, with the reference's log-probs; log-probs of whoever wrote them are 0."""
-    b, horizon = len(prompts), engine.horizon
+    """Responses as episodes without a score, with the reference's log-probs; the log-probs of their author are 0."""
+    b = len(prompts)
+    horizon = engine.horizon
     lengths = torch.tensor([len(response) for response in responses])
     mask = torch.arange(horizon) < lengths.unsqueeze(1)
     ids = torch.full((b, horizon), engine.lm.pad_token_id)

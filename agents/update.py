@@ -52,7 +52,7 @@ class Updater:
 
     Attributes:
         optimizer: PyTorch's Adam.
-        masters: float32 copies of half-precision weights, which the optimiser steps in their place.
+        masters: float32 copies of half-precision weights, which the optimiser steps instead of them.
     """
 
     def __init__(
@@ -105,7 +105,8 @@ class Updater:
         Raises:
             NotFiniteError: before the step, for a loss or a gradient that is not finite.
         """
-        sums = sum_gradients(losses, self.policy.parameters(), self.adam.max_grad_norm)
+        limit = self.adam.max_grad_norm or math.inf
+        sums = sum_gradients(losses, self.policy.parameters(), limit)
         # One look at all the numbers: on a GPU, every look waits for the queue.
         numbers = torch.stack(list(sums.values())).tolist()
         metrics = dict(zip(sums, numbers, strict=True))
@@ -122,7 +123,7 @@ class Updater:
             group["eps"] = self.adam.eps / math.sqrt(1 - self.adam.betas[1] ** (steps + 1))
 
     def check(self) -> None:
-        """Raises `NotFiniteError` for weights or moments that must not take the place of a good checkpoint."""
+        """Raises `NotFiniteError` for weights or moments that must not replace a good checkpoint."""
         check_saving(self.policy, self.optimizer, self._config)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,7 +140,7 @@ def sum_gradients(losses: Iterable[Loss], weights: Iterable[nn.Parameter], max_g
     Args:
         losses: scalars with their metrics, each asked for when the gradient of the one before has been taken.
         weights: what they depend on.
-        max_grad_norm: of the gradients of all weights together; 0 does not scale.
+        max_grad_norm: of the gradients of all weights together.
 
     Returns:
         The metrics, summed by name, and the norm of the gradient before it was scaled, as float64 scalars.
@@ -152,7 +153,7 @@ def sum_gradients(losses: Iterable[Loss], weights: Iterable[nn.Parameter], max_g
         loss.backward()
         for name, value in metrics.items():
             sums[name] = sums[name] + value.double() if name in sums else value.double()
-    sums[GRAD_NORM] = nn.utils.clip_grad_norm_(weights, max_grad_norm or math.inf).double()
+    sums[GRAD_NORM] = nn.utils.clip_grad_norm_(weights, max_grad_norm).double()
     return sums
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.algorithms.sft import negative_log_likelihood, train_sft
 from builders.completions import sample_responses
+from builders.language_model import negative_log_likelihood, train_sft
 from builders.model_card import join_columns
 from builders.models import Built, make_gpt2
 from builders.seeds import derive_seeds

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from agents.algorithms.sft import train_sft
+from builders.language_model import train_sft
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.policy import CausalPolicy, Policy
 from lmgym.optimum.bounds import Mixture

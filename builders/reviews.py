@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.algorithms.sft import perplexity, train_sft
 from builders.completions import join_texts, sample_completions
+from builders.language_model import perplexity, train_sft
 from builders.models import EOS, Built, make_gpt2, make_word_tokenizer
 from builders.reward_models import collect_rankings, learn_reward_model, measure_reward_model, standardise
 from builders.seeds import derive_seeds

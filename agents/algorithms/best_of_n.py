@@ -31,7 +31,7 @@ from lmgym.models.sampling import Sampler
 from lmgym.rewards.base import remove_noise
 from lmgym.rollout import collect
 
-_BATCH = 256  # candidates that are decoded together
+MAX_DECODED_CANDIDATES = 256  # at once
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class BestOfN(FixedAgent):
             envs: the MDP and its split.
             samples: answers a prompt, of n candidates each.
             prompts: how many prompts; None is all.
-            sampler: the distribution that candidates are drawn from; the agent's own if None.
+            sampler: how candidates are drawn, given logits; the agent's own if None.
             generator: a CPU generator; the agent's own if None.
             progress: called with the number of answers of every batch that has been sampled.
 
@@ -137,18 +137,13 @@ class BestOfN(FixedAgent):
         generator = generator or self.generator
         with noise_from(generator, envs.engine.reward):
             chosen, scores = self._choose(envs, wanted, sampler or self.sampler, generator, progress)
-        ratios = torch.cat(
-            [
-                log_ratio_of_best(best, drawn, self.config.n)
-                for best, drawn in zip(chosen.scores.split(samples), scores.view(count, -1), strict=True)
-            ]
-        )
-        last = (chosen.lengths - 1).unsqueeze(1)
-        sampled = replace(chosen, log_probs=chosen.log_probs.scatter_add(1, last, ratios.unsqueeze(1).float()))
+        sampled = self._with_log_ratios(chosen, scores.view(count, -1))
         chosen = without_noise(envs.engine, wanted, sampled)
         discounts = task.gamma ** (chosen.lengths - 1)
         price = task.kl_coef * episode_kl(chosen)
-        returns = discounts * chosen.scores - (price if task.dense_kl else discounts * price)
+        if not task.dense_kl:
+            price = discounts * price
+        returns = discounts * chosen.scores - price
         numbers: dict[str, Tensor] = {"return": returns, "score": chosen.scores}
         if remove_noise(envs.engine.reward) is not envs.engine.reward:
             numbers["sampled_score"] = sampled.scores
@@ -166,6 +161,18 @@ class BestOfN(FixedAgent):
             metrics["kl_bound"] = Interval.point(kl_bound(self.config.n))
         return Evaluation(metrics, None, chosen, "log-ratios of the best of n are estimated from ranks")
 
+    def _with_log_ratios(self, chosen: Episodes, scores: Tensor) -> Episodes:
+        """Adds the log-ratio of the choice to the log-prob of the last token of each answer.
+
+        Args:
+            chosen: X S answers, those to a prompt next to each other. scores: (X, M) of all candidates for a prompt.
+        """
+        answers = chosen.scores.view(len(scores), -1)
+        ratios = [log_ratio_of_best(best, drawn, self.config.n) for best, drawn in zip(answers, scores, strict=True)]
+        last = (chosen.lengths - 1).unsqueeze(1)
+        added = torch.cat(ratios).unsqueeze(1).float()
+        return replace(chosen, log_probs=chosen.log_probs.scatter_add(1, last, added))
+
     def _choose(
         self,
         envs: RLHFVectorEnv,
@@ -177,7 +184,7 @@ class BestOfN(FixedAgent):
         """The best candidate for each of B prompts, and the scores (B, n) of all."""
         n = self.config.n
         reference = CausalPolicy(envs.engine.lm)
-        size = max(1, _BATCH // n)
+        size = max(1, MAX_DECODED_CANDIDATES // n)
         parts = []
         scores = []
         for start in range(0, len(prompts), size):
@@ -204,8 +211,8 @@ def kl_bound(n: int) -> float:
 def best_of_n_log_probs(log_probs: Tensor, scores: Tensor, n: int) -> Tensor:
     """The distribution of the best of n, exactly: pi_n(y) = pi(y) [F(s)^n - F(s-)^n] / P(score = s), s the score of y.
 
-    F(s) is the probability of a score of at most s, F(s-) of one below. Of equal scores the first drawn is kept, so
-    that a response keeps its share of those that score alike.
+    F(s) is the probability of a score of at most s, F(s-) of one below. Of equal scores the first drawn wins, so
+    that a response has its share of those that score alike.
 
     Args:
         log_probs: (R,) nats, of every response there is to a prompt. scores: (R,). n: candidates.

@@ -135,7 +135,8 @@ class DPO(SupervisedAgent[Pairs]):
         """Of pairs that the policy has just sampled, what they are worth; of a file nothing."""
         if self._file is not None:
             return {}
-        task, episodes = self.envs.task, examples.episodes
+        task = self.envs.task
+        episodes = examples.episodes
         returns = discounted_return(token_rewards(episodes, task.kl_coef, dense=task.dense_kl), task.gamma)
         metrics = {"rollout/return": returns.mean().item(), "rollout/score": episodes.scores.mean().item()}
         if episodes.gold_scores is not None:
@@ -185,7 +186,8 @@ def pairs_of(rankings: Rankings, engine: Engine) -> Pairs:
     """
     if not len(rankings):
         raise InvalidArgumentError("`rankings` must hold at least one prompt, got none.")
-    prompts, responses = [], []
+    prompts = []
+    responses = []
     for row, (text, completions) in enumerate(zip(rankings.prompts, rankings.completions, strict=True), 1):
         with named_row(f"Row {row} of `rankings`"):
             prompt = engine.prompts.of_text(text)

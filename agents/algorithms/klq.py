@@ -51,12 +51,12 @@ class KLQ(OnPolicyAgent):
             )
         if envs.gamma < 1 and not envs.task.dense_kl:
             raise InvalidArgumentError(
-                "`dense_kl` must be True below gamma = 1, got False: a KL that is paid late is of no state's value."
+                "`dense_kl` must be True below gamma = 1, got False: a KL that is charged late is of no state's value."
             )
         super().__init__(envs, config, seed=seed, sampler=sampler)
 
     def rewards(self, episodes: Episodes) -> Tensor:
-        """The KL where it arises, whenever the task pays it: Q is of a state, not of what was paid before."""
+        """The KL at the token where it arises, even if the task charges it at the end: Q depends on the state alone."""
         return token_rewards(episodes, self.kl.value)
 
     def advantages(self, episodes: Episodes, rewards: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,10 +78,11 @@ class KLQ(OnPolicyAgent):
 
         V is held back to kl_coef times its own gradient, the share that log pi has by itself: else, on weights that
         both use, V would close every error before pi has moved. No fixed point is moved by that. A token that left the
-        support of a truncated law has no Q, and adds nothing.
+        support of a truncated distribution has no Q, and adds nothing.
         """
         gone = batch.log_probs == -torch.inf
-        held, log_probs = batch.values.detach(), batch.log_probs.masked_fill(gone, 0.0)
+        held = batch.values.detach()
+        log_probs = batch.log_probs.masked_fill(gone, 0.0)
         q = held + self.kl.value * (batch.values - held + log_probs - batch.ref_log_probs)
         loss = value_loss(q, batch.returns, batch.weights.masked_fill(gone, 0.0))
         return loss, {"train/q_loss": loss.detach()}

@@ -1,4 +1,4 @@
-"""Natural language policy optimisation (Ramamurthy et al. 2023): PPO among the likely tokens of a policy of late."""
+"""Natural language policy optimisation (Ramamurthy et al. 2023): PPO over the likely tokens of an earlier policy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class NLPOConfig(PPOConfig):
 
 
 class NLPO(PPO):
-    """PPO whose law has probability 0 off the top-p set of a mask policy, which follows it every few batches."""
+    """PPO with probability 0 off the top-p set of a mask policy, which is a copy of the policy every few batches."""
 
     Config = NLPOConfig
     config: NLPOConfig
@@ -48,7 +48,7 @@ class NLPO(PPO):
 
     @property
     def unmasked(self) -> TrainablePolicy:
-        """The policy among all tokens."""
+        """The policy over all tokens."""
         return self.policy.policy
 
     def update(self, batch: Batch) -> dict[str, float]:
@@ -60,26 +60,26 @@ class NLPO(PPO):
         return metrics
 
     def start_log_probs(self, episodes: Episodes) -> Tensor:
-        """(B, T) log-probs of the reference among its own likeliest tokens, as which the policy starts."""
+        """(B, T) log-probs of the reference over its own likeliest tokens, as which the policy starts."""
         device = self.policy.device
         start = torch.zeros_like(episodes.log_probs)
         for rows in torch.arange(len(episodes)).split(self.config.micro_batch_size):
             few = episodes[rows].to(device)
             logits = read_logits(self.envs.engine.lm, few)
             chosen = few.response_ids[few.response_mask].unsqueeze(1)
-            log_distribution = among(logits, logits, self.config.mask_top_p, chosen).float().log_softmax(-1)
+            log_distribution = mask_to_top_p(logits, logits, self.config.mask_top_p, chosen).float().log_softmax(-1)
             part = torch.zeros_like(few.log_probs)
             part[few.response_mask] = log_distribution.gather(1, chosen).squeeze(1)
             start[rows] = part.to(start.device)
         return start
 
 
-def among(logits: Tensor, mask_logits: Tensor, top_p: float, chosen: Tensor | None = None) -> Tensor:
+def mask_to_top_p(logits: Tensor, mask_logits: Tensor, top_p: float, chosen: Tensor | None = None) -> Tensor:
     """Logits with -inf off the smallest set of the mask's likeliest tokens whose mass reaches `top_p`.
 
     Args:
         logits: (n, V). mask_logits: (n, V).
-        chosen: (n, 1) tokens drawn among that set: they stay, where rounding would have one on its edge fall out.
+        chosen: (n, 1) tokens drawn from that set: they stay, where rounding would have one on its edge fall out.
 
     Returns:
         (n, V); differentiable in `logits`.
@@ -91,7 +91,7 @@ def among(logits: Tensor, mask_logits: Tensor, top_p: float, chosen: Tensor | No
 
 
 class MaskedPolicy(TrainablePolicy):
-    """A policy whose law is that of another among the top-p set of a third, the mask policy.
+    """A policy over the top-p set of another, the mask policy.
 
     Args:
         policy: what learns; its checkpoint is the unmasked one.
@@ -115,7 +115,8 @@ class MaskedPolicy(TrainablePolicy):
 
     def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> MaskedState:
         prompts = (prompt_ids, prompt_mask, max_new_tokens)
-        return MaskedState(self.policy.begin(*prompts), self.mask.begin(*prompts), partial(among, top_p=self.top_p))
+        mask_logits = partial(mask_to_top_p, top_p=self.top_p)
+        return MaskedState(self.policy.begin(*prompts), self.mask.begin(*prompts), mask_logits)
 
     def read_at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Read:
         return self._masked(self.policy.read_at(ids, rows, columns), self.mask.read_at(ids, rows, columns))
@@ -128,7 +129,7 @@ class MaskedPolicy(TrainablePolicy):
         return self._masked(self.policy.read(episodes), mask, chosen)
 
     def _masked(self, own: Read, mask: Read, chosen: Tensor | None = None) -> Read:
-        return Read(among(own.logits, mask.logits, self.top_p, chosen), own.values, own.hidden)
+        return Read(mask_to_top_p(own.logits, mask.logits, self.top_p, chosen), own.values, own.hidden)
 
     def critic_parameters(self) -> list[nn.Parameter]:
         return self.policy.critic_parameters()

@@ -41,7 +41,7 @@ class PPOConfig(OnPolicyConfig):
     vf_coef: float = 0.5  # weight of the value loss
     entropy_coef: float = 0.0  # weight of an entropy bonus
     loss_mean: Literal["token", "episode"] = "token"  # over tokens, or over episodes of their means over tokens
-    whiten_rewards: bool = False  # to standard deviation 1 over the batch, the mean kept
+    whiten_rewards: bool = False  # to standard deviation 1 over the batch, the mean stays
     whiten_advantages: Literal["batch", "minibatch", "none"] = "batch"  # to mean 0 and standard deviation 1
     target_kl: float | None = None  # nats a token between the old policy and the new: past 1.5 times it a batch is left
     ptx_coef: float = 0.0  # weight of -log p of texts, nats a token: InstructGPT's pre-training mix
@@ -90,13 +90,16 @@ class PPO(OnPolicyAgent):
     def rewards(self, episodes: Episodes) -> Tensor:
         """(B, T) both halves of the KL and the score, scaled over the batch on demand (Ziegler et al. 2019's code)."""
         rewards = super().rewards(episodes)
-        return whiten(rewards, episodes.response_mask, shift_mean=False) if self.config.whiten_rewards else rewards
+        if self.config.whiten_rewards:
+            rewards = whiten(rewards, episodes.response_mask, shift_mean=False)
+        return rewards
 
     def advantages(self, episodes: Episodes, rewards: Tensor) -> tuple[Tensor, Tensor]:
         """GAE over the tokens of each episode; one that was truncated is bootstrapped with V of its last state."""
         advantages, returns = self.gae(episodes, rewards, self.config.gae_lambda)
-        over_batch = self.config.whiten_advantages == "batch"
-        return whiten(advantages, episodes.response_mask) if over_batch else advantages, returns
+        if self.config.whiten_advantages == "batch":
+            advantages = whiten(advantages, episodes.response_mask)
+        return advantages, returns
 
     def losses(self, minibatch: Batch) -> Iterator[Loss]:
         """Yields the losses of one step: of advantages whitened over the minibatch, and of texts, if config says so."""
@@ -110,10 +113,18 @@ class PPO(OnPolicyAgent):
     def loss(self, batch: Minibatch) -> Loss:
         """L_clip + vf_coef * L_value - entropy_coef * entropy (Schulman et al. 2017, eq. 9, negated)."""
         config = self.config
-        weights = batch.weights if config.loss_mean == "token" else batch.episode_weights / batch.lengths
-        ratio = batch.log_probs, batch.old_log_probs, batch.advantages
-        clips = config.clip_range, config.clip_range_high, config.dual_clip
-        policy = clipped_policy_loss(*ratio, weights, *clips)
+        weights = batch.weights
+        if config.loss_mean == "episode":
+            weights = batch.episode_weights / batch.lengths
+        policy = clipped_policy_loss(
+            batch.log_probs,
+            batch.old_log_probs,
+            batch.advantages,
+            weights,
+            config.clip_range,
+            config.clip_range_high,
+            config.dual_clip,
+        )
         value = clipped_value_loss(batch.values, batch.old_values, batch.returns, weights, config.clip_range_value)
         loss = policy.loss + config.vf_coef * value
         if config.entropy_coef:
@@ -129,7 +140,7 @@ class PPO(OnPolicyAgent):
         """ptx_coef times the mean of -log p over the tokens of some texts (Ouyang et al. 2022, eq. 2, negated)."""
         drawn = torch.randint(len(self._texts), (self.config.ptx_batch_size,), generator=self.generator)
         ids, mask = (x.to(self.policy.device) for x in pad_right([self._texts[i] for i in drawn], 0))
-        rows, columns = mask[:, 1:].nonzero(as_tuple=True)  # the place before each token but the first
+        rows, columns = mask[:, 1:].nonzero(as_tuple=True)  # the position before each token but the first
         loss = -token_log_probs(self.unmasked.read_at(ids, rows, columns).logits, ids[rows, columns + 1]).mean()
         self.tokens.forward += int(mask.sum())
         self.tokens.backward += int(mask.sum())
@@ -143,8 +154,9 @@ class PPO(OnPolicyAgent):
         return self.config.target_kl is not None and metrics["train/approx_kl"] > 1.5 * self.config.target_kl
 
     def _pieces(self, path: str) -> list[list[int]]:
-        """Token ids of the texts of a file, an end token behind each, cut to what an episode has room for."""
-        lm, room = self.envs.engine.lm, self.envs.engine.width + self.envs.engine.horizon
+        """Token ids of the texts of a file, an end token after each, cut to what an episode has room for."""
+        lm = self.envs.engine.lm
+        room = self.envs.engine.width + self.envs.engine.horizon
         end = [] if lm.tokenizer.eos_token_id is None else [lm.tokenizer.eos_token_id]
         try:
             texts = [lm.encode(text) for text in read_texts("ptx_texts", path, "text")]

@@ -10,5 +10,5 @@ class Reference(FixedPolicyAgent):
     """Samples pi_ref: KL 0, so that its return is its score."""
 
     def make_policy(self) -> Policy:
-        """pi_ref."""
+        """The reference, pi_ref."""
         return CausalPolicy(self.envs.engine.lm)

@@ -28,7 +28,7 @@ class REINFORCEConfig(OnPolicyConfig):
     epochs: int = 1
     minibatches: int = 1
     lr: float = 2e-3
-    baseline: Baseline = "value"  # what is taken off a return
+    baseline: Baseline = "value"  # what is subtracted from a return
     baseline_decay: float = 0.9  # of the moving average, a batch
     vf_coef: float = 0.5  # weight of the value loss, for the learned baseline
 
@@ -54,7 +54,8 @@ class REINFORCE(OnPolicyAgent):
 
     def advantages(self, episodes: Episodes, rewards: Tensor) -> tuple[Tensor, Tensor]:
         """Returns-to-go less a baseline that does not depend on the episode's own actions from t on: no bias."""
-        mask, kind = episodes.response_mask, self.config.baseline
+        mask = episodes.response_mask
+        kind = self.config.baseline
         returns = returns_to_go(rewards, mask, self.envs.gamma)
         if kind == "value":
             assert episodes.values is not None

@@ -35,7 +35,7 @@ class RLOO(OnPolicyAgent):
 
     @property
     def uses_critic(self) -> bool:
-        """No."""
+        """False: the baseline is the mean return of the group's other responses."""
         return False
 
     def advantages(self, episodes: Episodes, rewards: Tensor) -> tuple[Tensor, Tensor]:

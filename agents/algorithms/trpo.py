@@ -229,7 +229,7 @@ class Fisher:
         return (self._mass * self._push(vector).square()).sum()
 
     def _push(self, vector: Tensor) -> Tensor:
-        """J v (n, V)."""
+        """J v (n, V), the change of the log-probs along v (P,)."""
         return torch.autograd.grad(self._pulled, self._u, vector, retain_graph=True)[0]
 
 

@@ -54,8 +54,8 @@ class UniformPolicy:
 
 
 class Uniform(FixedPolicyAgent):
-    """Samples tokens uniformly, the EOS among them: how far random exploration gets, and what it costs in KL."""
+    """Samples tokens uniformly, EOS tokens too: how far random exploration gets, and what it costs in KL."""
 
     def make_policy(self) -> Policy:
-        """The uniform distribution."""
+        """The uniform distribution over tokens."""
         return UniformPolicy(self.envs.engine.lm)

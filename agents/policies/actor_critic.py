@@ -59,11 +59,11 @@ class TrainablePolicy(nn.Module, ABC):
 
     @abstractmethod
     def read_at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Read:
-        """What it says at chosen places of sequences, from one forward; differentiable.
+        """What it says at chosen positions of sequences, from one forward; differentiable.
 
         Args:
             ids: (B, L) int64, sequences from column 0, right-padded.
-            rows: (n,) int64. columns: (n,) int64: the places of the last tokens read.
+            rows: (n,) int64. columns: (n,) int64: the columns of the last tokens read.
         """
 
     @abstractmethod
@@ -106,7 +106,7 @@ class TrainablePolicy(nn.Module, ABC):
         return self.read_at(_packed(episodes)[0], rows, columns).values
 
     def next_logits(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """(B, V) logits behind sequences (B, L) that begin in column 0 and are `lengths` (B,) tokens long."""
+        """(B, V) logits after sequences (B, L) that begin in column 0 and are `lengths` (B,) tokens long."""
         return self.read_at(ids, torch.arange(len(ids), device=ids.device), lengths - 1).logits
 
 
@@ -179,7 +179,8 @@ class ActorCritic(TrainablePolicy):
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the actor and its tokenizer as Hugging Face's, and the critic beside them as `critic.safetensors`.
 
-        What transformers generates from it, by the generation config that is written too, has the policy's own law.
+        What transformers generates from it, by the generation config that is written too, has the policy's own
+        distribution.
         """
         directory = Path(directory)
         self._save_actor(directory)
@@ -215,20 +216,22 @@ class ActorCritic(TrainablePolicy):
 
 
 class MaskedState:
-    """Running responses (`lmgym.models.policy.PolicyState`) of a policy and of what masks its law, side by side.
+    """Running responses (`lmgym.models.policy.PolicyState`) of a policy and of what masks its tokens, side by side.
 
     Args:
-        policy: whose law it is. mask: what masks it.
-        among: the policy's logits (B, V), -inf where those of the mask (B, V) say so.
+        policy: what chooses. mask: what masks it.
+        mask_logits: gives the policy's logits (B, V), -inf where those of the mask (B, V) say so.
     """
 
-    def __init__(self, policy: PolicyState, mask: PolicyState, among: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self._policy, self._mask, self._among = policy, mask, among
+    def __init__(self, policy: PolicyState, mask: PolicyState, mask_logits: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._policy = policy
+        self._mask = mask
+        self._mask_logits = mask_logits
 
     @property
     def logits(self) -> Tensor:
         """(B, V) of each response's next token, -inf off the mask."""
-        return self._among(self._policy.logits, self._mask.logits)
+        return self._mask_logits(self._policy.logits, self._mask.logits)
 
     @property
     def values(self) -> Tensor | None:

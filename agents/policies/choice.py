@@ -10,7 +10,8 @@ import torch
 from agents.agent import AgentConfig
 from agents.policies.actor_critic import ActorCritic, Critic
 from agents.policies.lora import ALL_LINEAR, LoRAPolicy, check_peft, module_names
-from agents.policies.residual import Network, ResidualPolicy
+from agents.policies.networks import Network
+from agents.policies.residual import ResidualPolicy
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number
 from lmgym.rewards.classifier import ClassifierReward
@@ -85,7 +86,7 @@ def make_policy(
 
 
 def _reward_model(envs: RLHFVectorEnv) -> torch.nn.Module | None:
-    """The model of the reward, where it reads the policy's own tokens; None where there is none to copy."""
+    """The reward model, where it reads the policy's own tokens; None where there is none to copy."""
     reward = envs.engine.reward
     if isinstance(reward, ClassifierReward) and reward.reads_ids:
         return reward.model

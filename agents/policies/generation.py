@@ -1,4 +1,4 @@
-"""What a checkpoint says of how to generate from it, so that transformers draws as the policy does."""
+"""What a checkpoint says of how to generate from it: plain transformers then draws from the policy's distribution."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from transformers import GenerationConfig
 from lmgym.models.causal import CausalLM
 
 
-def own_distribution(lm: CausalLM) -> GenerationConfig:
-    """Samples from softmax(logits / temperature) over the tokenizer's ids, and from no other distribution.
+def make_generation_config(lm: CausalLM) -> GenerationConfig:
+    """Samples from softmax(logits / temperature) over the tokenizer's ids, and from nothing else.
 
     Left to itself, `generate` takes the likeliest token, or leaves all but the 50 likeliest out, and what the reference
     was published with (top_p, a repetition penalty) would go on with the policy.
@@ -35,7 +35,7 @@ def own_distribution(lm: CausalLM) -> GenerationConfig:
 
 def save_generation(lm: CausalLM, directory: Path) -> None:
     """Writes `generation_config.json`, and the tokenizer as one that pads on the left, where generation needs it."""
-    own_distribution(lm).save_pretrained(directory)
+    make_generation_config(lm).save_pretrained(directory)
     lm.tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     described = json.loads(path.read_text(encoding="utf-8"))

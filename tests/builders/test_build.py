@@ -19,9 +19,9 @@ from transformers import (
     AutoTokenizer,
 )
 
-from agents.algorithms.sft import perplexity
 from builders.build import build
 from builders.completions import gold_scores, join_texts, sample_completions, sample_tokens
+from builders.language_model import perplexity
 from builders.reward_models import draw_training_prompts
 from builders.settings import ARTEFACTS, check_settings
 from lmgym.errors import LmGymError

@@ -380,12 +380,12 @@ MUTANTS = [
     ),
     Mutant(
         "whitening adds the mean back",
-        rewrite(agents.advantages.whiten, "whitened if shift_mean else whitened + mean", "whitened + mean"),
+        rewrite(agents.advantages.whiten, "if not shift_mean", "if shift_mean"),
         whitened_advantages_have_mean_zero_over_the_mask,
     ),
     Mutant(
         "pad counted in the mean of whitening",
-        rewrite(agents.advantages.whiten, "kept = x[mask]", "kept = torch.where(mask, x, 0.0)"),
+        rewrite(agents.advantages.whiten, "chosen = x[mask]", "chosen = torch.where(mask, x, 0.0)"),
         whitened_advantages_have_mean_zero_over_the_mask,
     ),
     Mutant(

@@ -210,7 +210,7 @@ def test_every_pair_of_a_ranking_is_read() -> None:
     [
         ([" x y z", " x"], "1 to 2 tokens"),
         (["", " x"], "1 to 2 tokens"),
-        ([" <eos> x", " x"], "goes on behind it"),
+        ([" <eos> x", " x"], "goes on after it"),
     ],
 )
 def test_a_completion_that_is_none_of_the_tasks_is_named(completions: list[str], expected: str) -> None:

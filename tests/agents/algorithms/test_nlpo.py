@@ -13,7 +13,7 @@ from conftest import TinyProblem, learn, shifted
 from directions import Ways, agent_of, cosine, direction, flat, parameters_of
 from torch import Tensor
 
-from agents.algorithms.nlpo import NLPO, NLPOConfig, among
+from agents.algorithms.nlpo import NLPO, NLPOConfig, mask_to_top_p
 from agents.algorithms.ppo import PPO, PPOConfig
 from agents.policies.actor_critic import read_logits
 from lmgym.envs.vector import RLHFVectorEnv
@@ -75,7 +75,7 @@ def sets(agent: NLPO, episodes: Episodes) -> Tensor:
 def test_the_set_by_hand(top_p: float, kept: list[int]) -> None:
     mask = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log() + 7.0
     logits = torch.tensor([[1.0, -2.0, 3.0, 0.5]], requires_grad=True)
-    law = among(logits, mask, top_p).softmax(-1)
+    law = mask_to_top_p(logits, mask, top_p).softmax(-1)
     weights = torch.tensor([1.0, -2.0, 3.0, 0.5]).exp()
     expected = torch.tensor([[weights[i] / weights[kept].sum() if i in kept else 0.0 for i in range(4)]])
     torch.testing.assert_close(law, expected)
@@ -88,7 +88,7 @@ def test_the_set_by_hand(top_p: float, kept: list[int]) -> None:
 def test_what_was_chosen_stays() -> None:
     mask = torch.tensor([[0.15, 0.5, 0.05, 0.3]] * 2).log()
     logits = torch.zeros((2, 4))
-    law = among(logits, mask, 0.6, torch.tensor([[2], [1]])).softmax(-1)
+    law = mask_to_top_p(logits, mask, 0.6, torch.tensor([[2], [1]])).softmax(-1)
     torch.testing.assert_close(law, torch.tensor([[0.0, 1 / 3, 1 / 3, 1 / 3], [0.0, 0.5, 0.0, 0.5]]))
 
 
@@ -228,7 +228,7 @@ def masked_law(agent: NLPO, episodes: Episodes) -> Tensor:
     """(n, V) logits of what is played; `policy.read` would keep every response of a tree possible."""
     with torch.no_grad():
         mask = agent.policy.mask.read(episodes).logits
-    return among(agent.unmasked.read(episodes).logits, mask, agent.config.mask_top_p)
+    return mask_to_top_p(agent.unmasked.read(episodes).logits, mask, agent.config.mask_top_p)
 
 
 # -- the expected direction ------------------------------------------------------------------------------------------
@@ -274,9 +274,9 @@ def test_what_drifts_off_the_mask_shows_at_the_next_copy_alone() -> None:
     """A token off the set may gain any mass under the policy: the masked law does not change, until it is copied."""
     logits = torch.tensor([[2.0, 1.5, -3.0, -4.0]])
     drifted = torch.tensor([[2.0, 1.5, 1.8, -4.0]])
-    law, same = (among(x, logits, 0.9).softmax(-1) for x in (logits, drifted))
+    law, same = (mask_to_top_p(x, logits, 0.9).softmax(-1) for x in (logits, drifted))
     assert torch.equal(law, same)
-    copied = among(drifted, drifted, 0.9).softmax(-1)
+    copied = mask_to_top_p(drifted, drifted, 0.9).softmax(-1)
     assert copied[0, 2] == pytest.approx(drifted.softmax(-1)[0, 2].item() / (1 - drifted.softmax(-1)[0, 3].item()))
     assert copied[0, 2] > 0.3
 

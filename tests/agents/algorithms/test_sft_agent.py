@@ -123,7 +123,7 @@ def test_the_loss_is_of_the_response_alone_and_its_end(file: str) -> None:
 
 def test_a_gradient_is_of_this_loss_and_clipped() -> None:
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    for limit, expected in ((1.0, [0.6, 0.8]), (0.0, [3.0, 4.0])):
+    for limit, expected in ((1.0, [0.6, 0.8]), (math.inf, [3.0, 4.0])):
         losses = [(weight.square().sum() / 4, {"loss": torch.tensor(1.0)}) for _ in range(2)]
         sums = sum_gradients(losses, [weight], limit)
         assert {name: x.item() for name, x in sums.items()} == pytest.approx({"loss": 2, GRAD_NORM: 5})
@@ -324,7 +324,7 @@ def test_an_expert_that_nobody_knows_is_refused(changes: dict[str, Any], match: 
         ('{"prompt": "x"}', r"rows with a .completion., and line 2 of .* has the columns \['prompt'\]"),
         ('["x", " y"]', "texts or rows with a .prompt., and line 2 of"),
         ('{"prompt": "x", "completion": " x y z"}', "1 to 2 tokens"),
-        ('{"prompt": "x", "completion": " <eos> y"}', "goes on behind it"),
+        ('{"prompt": "x", "completion": " <eos> y"}', "goes on after it"),
         ('{"prompt": "", "completion": " y"}', "`path` must hold non-empty texts, and line 2 of"),
         ('{"prompt": "x x x x", "completion": " y"}', "Line 2 of .* `prompt` must have 1 to 3 tokens"),
     ],

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from agents.algorithms.ppo import PPO, PPOConfig
 from agents.policies.actor_critic import ActorCritic, read_logits
-from agents.policies.residual import Network, ResidualPolicy
+from agents.policies.networks import Network
+from agents.policies.residual import ResidualPolicy
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, UnknownNameError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from agents.algorithms.sft import IGNORED, negative_log_likelihood, perplexity, train_sft
+from builders.language_model import IGNORED, negative_log_likelihood, perplexity, train_sft
 from lmgym.errors import LmGymError
 
 
