@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lmgym.models.causal import CausalLM
 from lmgym.models.decoding import Decoder, make_decoder
+from lmgym.models.padding import compact_left
 
 Network = Literal["transformer", "gru", "mlp"]
 _WINDOW = 16  # tokens that the mlp sees
