@@ -1,4 +1,4 @@
-"""What a policy earns on a task, without sampling, where that can be found out.
+"""What a policy earns on a task, computed without sampling where that is possible.
 
 Shapes: X prompts, R responses of all prompts together, C contexts, V vocabulary, S automaton states, T horizon.
 """
@@ -24,17 +24,17 @@ from lmgym.optimum.tree import EpisodeLogits, Tree, count_responses, make_episod
 from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks.base import Task
 
-MAX_RESPONSES = 40_000  # that are written down, of all prompts together
+MAX_RESPONSES = 40_000  # that are enumerated, of all prompts together
 MAX_ENTRIES = 1 << 26  # probabilities of a policy that are looked up, state by state
-_CALL = 1 << 12  # as many of them take as long as one call
+_ENTRIES_PER_CALL = 1 << 12  # looking up so many of them takes as long as one call
 
 
 @runtime_checkable
 class StatePolicy(Protocol):
-    """A policy whose next token depends on step, context and state of the automaton alone."""
+    """A policy whose next token depends on the step, the context and the state of the automaton alone."""
 
     def state_logits(self, prompt_ids: tuple[int, ...], automaton: Automaton) -> PolicyLogits | None:
-        """Its logits as a function of these; None where they are not one of this automaton's states."""
+        """Its logits as a function of these; None if they depend on anything but this automaton's states."""
 
 
 def exact_metrics(
@@ -46,18 +46,18 @@ def exact_metrics(
 ) -> dict[str, float]:
     """`return`, `score` and `kl` of a policy on a split: what `lmgym.evaluation.evaluate` estimates.
 
-    By dynamic programming where the reference is a table, the reward an automaton, and the policy the reference,
-    another table or a `StatePolicy` (pi*, and the uniform one); else by writing down every response, where there are at
-    most `MAX_RESPONSES`. A noisy reward counts as it pays on average.
+    Dynamic programming gives them if the reference is a table, the reward an automaton, and the policy the reference,
+    another table or a `StatePolicy` (pi*, and the uniform one). Else all responses are enumerated if there are at most
+    `MAX_RESPONSES`. A noisy reward counts as its mean.
 
     Args:
         policy: what is graded.
         task, split: what it is graded on.
         sampler: what its tokens are drawn with, given its logits.
-        reference: the task's reference where it is loaded already, on any device. A large one is then not loaded again.
+        reference: the task's reference if it is already loaded, on any device. A large one is then not loaded again.
 
     Returns:
-        The means over prompts; without those that neither way gives. The KL of the reference is always there: it is 0.
+        The means over prompts, without those that neither way gives. The KL of the reference is always there: it is 0.
     """
     lm = reference or task.reference("cpu")
     is_reference = False
@@ -107,7 +107,7 @@ def _by_states(policy: Policy, task: Task, split: str, is_reference: bool) -> di
         logits = None
         if not is_reference:
             logits = _state_logits(policy, table, prompts[0], mdp.automaton)
-            entries += mdp.num_states * mdp.horizon * (math.prod(table.shape) * table.vocab_size + _CALL)
+            entries += mdp.num_states * mdp.horizon * (math.prod(table.shape) * table.vocab_size + _ENTRIES_PER_CALL)
             if logits is None or entries > MAX_ENTRIES:
                 return None
         earned = mdp.evaluate(torch.tensor([table.first_context(ids) for ids in prompts]), logits)
