@@ -4,7 +4,7 @@
 
 To train PPO on it, in the checkout, where `examples` can be imported:
 
-    python -m agents.train task.reward=examples.custom_reward:variety task.kl_coef=0.1
+    python -m agents.train env.reward=examples.custom_reward:variety env.kl_coef=0.1
 """
 
 from __future__ import annotations

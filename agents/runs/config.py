@@ -24,7 +24,7 @@ CONF = Path(__file__).parents[2] / "conf"
 
 # What other libraries call a key, by the last part of its name.
 _OTHER_NAMES = {
-    "task": "env environment env_id env_name task_name",
+    "task": "environment env_id env_name task_name",
     "agent": "algo algorithm method trainer",
     "total_timesteps": "steps timesteps total_steps num_steps max_steps total_tokens",
     "checkpoint_every": "save_every save_steps save_freq checkpoint_freq",
@@ -32,13 +32,13 @@ _OTHER_NAMES = {
     "hydra.run.dir": "out output output_dir out_dir run_dir log_dir save_dir",
     "device": "gpu cuda",
     "seed": "seeds random_seed",
-    "task.model": "model model_name model_name_or_path reference ref_model sft_model_path",
-    "task.reward": "reward reward_model reward_func reward_funcs reward_model_path",
-    "task.prompts": "prompts dataset dataset_name train_dataset prompt_file",
-    "task.kl_coef": "kl_coef kl_coeff beta init_kl_coef kl_beta kl_penalty",
-    "task.gamma": "gamma discount",
-    "task.max_new_tokens": "max_new_tokens max_tokens max_length response_length max_completion_length horizon",
-    "task.missing_eos_penalty": "missing_eos_penalty eos_penalty",
+    "env.model": "model model_name model_name_or_path reference ref_model sft_model_path",
+    "env.reward": "reward reward_model reward_func reward_funcs reward_model_path",
+    "env.prompts": "prompts dataset dataset_name train_dataset prompt_file",
+    "env.kl_coef": "kl_coef kl_coeff beta init_kl_coef kl_beta kl_penalty",
+    "env.gamma": "gamma discount",
+    "env.max_new_tokens": "max_new_tokens max_tokens max_length response_length max_completion_length horizon",
+    "env.missing_eos_penalty": "missing_eos_penalty eos_penalty",
     "agent.policy": "policy",
     "agent.lr": "lr learning_rate step_size",
     "agent.batch_size": "batch_size rollout_batch_size",
@@ -114,14 +114,29 @@ def explained(error: CompactHydraException) -> str:
     cause = error.__cause__
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and isinstance(cause.parent_node, Mapping):
         name = str(cause.full_key)
+        if name.startswith("task."):
+            return told_new_name(name)
         meant = SYNONYMS.get(name.rpartition(".")[2].lower())
         if meant is not None and meant != name:
             return f"`{name}` is called `{meant}` here: {meant}=..."
         known = [str(key) for key in cause.parent_node if key not in ("hydra", "_target_")]
+        if "sampler" in known:  # at the top, where a choice that stands at null has no key
+            known.append("experiment")
         more = f" To add it, write +{name}=..." if name.count(".") > 1 else ""
         if known:
             return f"{unknown_name(name, str(cause.key), known)}{more}"
     return str(error) if cause is None else f"{error}\n{cause}"
+
+
+def told_new_name(name: str) -> str:
+    """What a key is called that once was a part of `task`.
+
+    Args:
+        name: such as "task.kl_coef".
+    """
+    key = name.removeprefix("task.")
+    now = "task" if key == "task" else f"env.{key}"
+    return f"`{name}` is called `{now}` here: {now}=..."
 
 
 @contextlib.contextmanager

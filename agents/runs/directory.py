@@ -25,8 +25,8 @@ VERSIONS = "versions.json"
 CHECKPOINT = "checkpoint"
 OWN = (CONFIG_FILE, VERSIONS, METRICS_FILE, TENSORBOARD, CHECKPOINT, "summary.json", "samples.json", "curves.png")
 _HEADER = "# The config of a run of lmgym. A checkpoint beside it was saved with these numbers."
-_SECTIONS = ("task", "agent", "sampler", "evaluation")
-_NUMBERS = ("seed", "total_timesteps", "checkpoint_every", "device")
+_SECTIONS = ("env", "agent", "sampler", "evaluation")
+_SCALARS = ("task", "seed", "total_timesteps", "checkpoint_every", "device")
 _STARTED = time.time()  # before Hydra makes the directory of a run
 
 
@@ -144,7 +144,12 @@ def read_values(directory: Path) -> dict[str, Any]:
     check_is_run(directory)
     path = directory / CONFIG_FILE
     values = read_config(path)
-    for name in (*_SECTIONS, *_NUMBERS):
+    if isinstance(values.get("task"), dict):
+        raise RunFileError(
+            f"`task` in {path} must be a name, got names with values: it is of an older lmgym, where `env` was a part of "
+            "`task`. Train it again."
+        )
+    for name in (*_SECTIONS, *_SCALARS):
         if name not in values:
             raise RunFileError(f"`{path}` must have a key {name!r}, and has none: put it back.")
         if name in _SECTIONS and not isinstance(values[name], dict):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from agents.runs.plan import ENV_KEYS
 from lmgym.envs.settings import Settings
 from lmgym.tasks import registered_tasks
 
@@ -28,17 +29,19 @@ def help_page(conf: Path, arguments: Sequence[str]) -> str:
     named = [argument.partition("=")[2] for argument in arguments if argument.startswith("agent=")]
     agent = named[-1] if named and (conf / "agent" / f"{named[-1]}.yaml").is_file() else "ppo"
     run_keys = (conf / "train.yaml").read_text(encoding="utf-8").partition("\nseed:")[2].partition("\nhydra:")[0]
+    before_env, _, rest = run_keys.partition("\nenv:")  # whose keys are listed further down, with their meanings
+    run_keys = f"{before_env}\nevaluation:" + rest.partition("\nevaluation:")[2]
     samplers = {path.stem: _comment(path) for path in sorted((conf / "sampler").glob("*.yaml"))}
     presets = {path.stem: _comment(path) for path in sorted((conf / "experiment").glob("*.yaml"))}
     agents = {path.stem: _blurb(path) for path in sorted((conf / "agent").glob("*.yaml"))}
     parts = [
-        "python -m agents.train [task=NAME] [agent=NAME] [key=value ...]     (-m key=a,b runs several)",
+        "python -m agents.train [task=NAME] [agent=NAME] [env.KEY=value] [key=value ...]     (-m key=a,b runs several)",
         f"The run:\n{_indented(f'seed:{run_keys}')}",
         f"task=NAME, or NAME-SETTING:\n{_listed(_tasks())}",
         f"agent=NAME:\n{_listed(agents)}",
         f"sampler=NAME, the distribution that tokens are drawn from:\n{_listed(samplers)}",
         f"experiment=NAME, numbers of well-known code:\n{_listed(presets)}",
-        f"Keys task.KEY (null keeps the task's own):\n{_listed(_task_keys())}",
+        f"Keys env.KEY (null keeps the task's own):\n{_listed(_env_keys())}",
         f"Keys agent.KEY of agent={agent} (of another: agent=NAME --help):\n{_indented(_agent_keys(conf, agent))}",
         "Hydra's own options: --hydra-help",
     ]
@@ -57,10 +60,9 @@ def _tasks() -> dict[str, str]:
     return tasks
 
 
-def _task_keys() -> dict[str, str]:
+def _env_keys() -> dict[str, str]:
     found = re.findall(r"^    (\w+): (.+)$", inspect.getdoc(Settings) or "", re.MULTILINE)
-    run_alone = ("device", "obs_format", "render_mode", "text_info")
-    return {name: text for name, text in found if name not in run_alone}
+    return {name: text for name, text in found if name in ENV_KEYS}
 
 
 def _blurb(path: Path) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 
 from lmgym.files import RunFileError, checksum
 
-COMPARED = ("task", "agent", "sampler", "seed")  # parts of a config; the others may change, or are of the machine
-_DIRECTORIES = ("task.model", "task.reward")  # which may be directories
-_PATHS = (*_DIRECTORIES, "task.prompts")  # where a bare word may be a path
+COMPARED = ("task", "env", "agent", "sampler", "seed")  # parts of a config; the others may change, or are of the machine
+_DIRECTORIES = ("env.model", "env.reward")  # which may be directories
+_PATHS = (*_DIRECTORIES, "env.prompts")  # where a bare word may be a path
 
 
 def notes_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from agents.runs.config import validated
 from agents.runs.directory import CONFIG_FILE, read_values
+from agents.runs.tasks import full_name
 from agents.runs.trust import import_installed, needed_trust
 from lmgym.envs.settings import Settings
-from lmgym.errors import InvalidArgumentError, LmGymError, check_int
+from lmgym.errors import InvalidArgumentError, LmGymError, check_int, unknown_name
 from lmgym.files import RunFileError
 
 if TYPE_CHECKING:
     from agents.agent import Agent, AgentConfig
+
+# What `env` takes: all that an environment does but the task and the device, which are keys of their own, and what
+# training has no use for.
+_NOT_IN_ENV = {"task", "device", "obs_format", "text_info", "render_mode"}
+ENV_KEYS = tuple(field.name for field in fields(Settings) if field.name not in _NOT_IN_ENV)
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,10 @@ class Plan:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The values of a composed config, interpolations resolved."""
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+    """The values of a composed config, interpolations resolved, and the task by its whole name."""
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    values["task"] = full_name(values["task"])
+    return values
 
 
 def check(cfg: DictConfig | dict[str, Any]) -> Plan:
@@ -66,12 +74,7 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
     for name in ("total_timesteps", "checkpoint_every"):
         check_int(name, values[name], 1)
     check_int("seed", values["seed"], 0)
-    settings = {**values["task"], "device": values["device"]}
-    try:
-        for split in {settings["split"], evaluation.split}:
-            Settings.of({**settings, "split": split}).resolve()
-    except LmGymError as error:
-        raise InvalidArgumentError(f"In `task`: {error}") from error
+    settings = check_env(values, evaluation.split)
     agent = dict(values["agent"])  # from here on torch is loaded
     import agents.agent
 
@@ -101,6 +104,31 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
         values["checkpoint_every"],
         needed_trust(values),
     )
+
+
+def check_env(values: Mapping[str, Any], graded_split: str) -> dict[str, Any]:
+    """The keyword arguments of the env.
+
+    Args:
+        values: of a whole config. graded_split: the split that the run is graded on.
+
+    Raises:
+        LmGymError: naming the key, what was expected and what came.
+    """
+    task = full_name(values["task"])
+    env = values["env"]
+    if not isinstance(env, Mapping):
+        raise InvalidArgumentError(f"`env` must be names with values, got {env!r}. A task is chosen by task=NAME.")
+    for name in env:
+        if name not in ENV_KEYS:
+            raise unknown_name(f"env.{name}", name, ENV_KEYS)
+    settings = {"task": task, **env, "device": values["device"]}
+    try:
+        for split in {env.get("split", "train"), graded_split}:
+            Settings.of({**settings, "split": split}).resolve()
+    except LmGymError as error:
+        raise InvalidArgumentError(f"In `env`: {error}") from error
+    return settings
 
 
 def saved_config(directory: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -16,20 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from lmgym.files import read_json
 from agents.runs.trust import read_config
 from lmgym.intervals import Interval
-from lmgym.tasks import registered_tasks
+from agents.runs.tasks import full_name
 
 MAX_NAME = 80  # characters of a run's name, its number not counted: file systems take 255 bytes, some tools 143
-_NAMED_FIRST = ("agent", "task", "task.task", "seed")
+_NAMED_FIRST = ("agent", "task", "seed")
 _KEPT_FIXED = "hydra.job.config.override_dirname.exclude_keys"
 
 
 def register() -> None:
-    """Makes known to Hydra what the files of conf name: every task of the suite by its name, and the run directory."""
-    for name in registered_tasks():
-        family = name.partition("-")[0]
-        if family != name:  # a setting: the file is of the family
-            node = {"defaults": [family, "_self_"], "task": name}
-            ConfigStore.instance().store(group="task", name=name, node=node, provider="lmgym")
+    """Makes known to Hydra what the files of conf name: the run directory."""
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("run_directory", run_directory, replace=True)
 
@@ -46,7 +40,7 @@ def run_name(_root_: DictConfig) -> str:
         _root_: the whole config, Hydra's part included.
     """
     hydra = _root_.hydra
-    words = [str(hydra.runtime.choices.agent), str(_root_.task.task), f"seed{_root_.seed}"]
+    words = [str(hydra.runtime.choices.agent), full_name(_root_.task), f"seed{_root_.seed}"]
     fixed = hydra.job.config.override_dirname.exclude_keys
     for override in given(hydra):
         key, _, value = override.lstrip("+").partition("=")
@@ -145,7 +139,7 @@ def _varied(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     settings = [run["settings"] for run in runs]
     shared = set.intersection(*(set(one) for one in settings))
-    named = ["task.task", "agent._target_"]
+    named = ["task", "agent._target_"]
     found = [name for name in named if len({repr(one.get(name)) for one in settings}) > 1]
     for name in settings[0]:
         if name in named or name not in shared:
@@ -159,7 +153,7 @@ def _varied(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _titles(columns: Sequence[str]) -> list[str]:
-    return [{"task.task": "task", "agent._target_": "agent"}.get(name, name) for name in columns]
+    return ["agent" if name == "agent._target_" else name for name in columns]
 
 
 def _cells(run: Mapping[str, Any], columns: Sequence[str]) -> list[str]:

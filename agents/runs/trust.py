@@ -1,6 +1,6 @@
 """What a run directory may do where it is resumed or graded: it may be read, and none of its code runs.
 
-A config names code by import paths: `agent._target_`, `task.reward`. Those that are typed on a command line are the
+A config names code by import paths: `agent._target_`, `env.reward`. Those that are typed on a command line are the
 user's own. Those that stand in a run directory may be a stranger's, and the directory may hold the file that they name.
 They are therefore looked for in installed packages, in `lmgym` and in `agents` alone, never in the working directory.
 Anything else has to be named again by the user: `trust=my_rewards`.
@@ -93,15 +93,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def named_code(values: Mapping[str, Any]) -> list[Named]:
     """The import paths of a config."""
-    agent, task = (values.get(name) for name in ("agent", "task"))
+    agent = values.get("agent")
+    env = values.get("env")
     found = []
     if isinstance(agent, Mapping) and isinstance(agent.get("_target_"), str):
         module, _, attribute = agent["_target_"].rpartition(".")
         found.append(Named("agent._target_", agent["_target_"], module, attribute))
-    for text in _texts(task.get("reward") if isinstance(task, Mapping) else None):
+    for text in _texts(env.get("reward") if isinstance(env, Mapping) else None):
         module, colon, attribute = text.partition(":")
         if colon and not os.path.exists(text):
-            found.append(Named("task.reward", text, module, attribute))
+            found.append(Named("env.reward", text, module, attribute))
     return found
 
 

@@ -605,7 +605,7 @@ def test_an_algorithm_is_one_file_and_one_yaml_anywhere(tmp_path: Path) -> None:
     config = {"_target_": "toy.Toy", "policy": "mlp", "width": 16, "power": 2.0}
     (tmp_path / "agent" / "toy.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     run = tmp_path / "run"
-    overrides = ["agent=toy", "task=echo", "task.task=echo-2", "total_timesteps=300", "evaluation.samples=4"]
+    overrides = ["agent=toy", "task=echo-2", "total_timesteps=300", "evaluation.samples=4"]
     where = ["--config-dir", str(tmp_path), "device=cpu", f"hydra.run.dir={run}"]
     done = subprocess.run(
         [sys.executable, "-m", "agents.train", *where, *overrides],

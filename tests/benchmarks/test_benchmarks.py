@@ -27,7 +27,7 @@ def test_runs_with_other_overrides_stand_elsewhere() -> None:
     assert beside(out, []) == out
     assert beside(out, ["agent.lr=1e-3"]) != beside(out, ["agent.lr=1e-4"])
     assert beside(out, ["a=1", "b=x/y"]) == beside(out, ["b=x/y", "a=1"])
-    assert beside(out, ["task.prompts=a/b.txt", "x=[1,2]"]) == out / "task.prompts_a_b.txt__x__1_2_"
+    assert beside(out, ["env.prompts=a/b.txt", "x=[1,2]"]) == out / "env.prompts_a_b.txt__x__1_2_"
 
 
 def point(mean: float, half: float = 0.0) -> dict[str, float]:
@@ -100,7 +100,7 @@ def test_a_finished_run_is_graded_on_the_scale_that_is_known_now() -> None:
     [
         ("agent.lr=1e-3", False),
         ("experiment=trl", True),
-        ("+task.kl_coef=0.05", True),
+        ("+env.kl_coef=0.05", True),
         ("evaluation.split=train", True),
     ],
 )

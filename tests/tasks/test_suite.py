@@ -316,13 +316,6 @@ def test_where_nothing_is_known_nothing_is_said() -> None:
         solve("keyword8")
 
 
-def test_every_family_has_a_config() -> None:
-    for family in FAMILIES:
-        text = (ROOT / "conf" / "task" / f"{family}.yaml").read_text()
-        name = next(line for line in text.splitlines() if line.startswith("task:")).removeprefix("task:").strip()
-        assert name in NAMES
-
-
 # --- tasks of one's own --------------------------------------------------------------------------------------------
 
 

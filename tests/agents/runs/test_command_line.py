@@ -96,7 +96,7 @@ def test_a_directory_that_is_not_there_is_named_as_it_was_given(name: str) -> No
 def test_a_file_is_named_as_it_is_and_other_values_are_hydras(tmp_path: Path) -> None:
     file = tmp_path / "my prompts, 1=2.txt"
     file.touch()
-    (argument,) = prepared([f"task.prompts={file}"])
+    (argument,) = prepared([f"env.prompts={file}"])
     assert read(argument) == str(file)
     same = [
         "resume=null",
@@ -104,7 +104,7 @@ def test_a_file_is_named_as_it_is_and_other_values_are_hydras(tmp_path: Path) ->
         "seed=0,1",
         "agent.lr=1e-3",
         "--help",
-        "task.prompts=[a,'b c']",
+        "env.prompts=[a,'b c']",
         "~seed",
         "hydra.run.dir=runs/${now:%Y}",
     ]
@@ -121,7 +121,7 @@ def test_a_file_is_named_as_it_is_and_other_values_are_hydras(tmp_path: Path) ->
         ("agent.lr=1e-3", "agent.lr=1e-3"),
         ("agent.lr=1.2345e2", "agent.lr=1.2345e2"),
         ("seed=1.0", "seed=1.0"),
-        ("task.reward=a1e4", "task.reward=a1e4"),
+        ("env.reward=a1e4", "env.reward=a1e4"),
         ("agent.lr=1e999", "agent.lr=1e999"),
     ],
 )

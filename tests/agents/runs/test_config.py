@@ -23,6 +23,7 @@ from agents.algorithms.ppo import PPOConfig
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
 from lmgym.models.sampling import Sampler
+from lmgym.tasks import registered_tasks
 
 ROOT = Path(__file__).parents[3]
 CONF = ROOT / "conf"
@@ -131,7 +132,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones_and_the_nearest() -> No
 
 
 @pytest.mark.parametrize(
-    "choice", [f"{group}={name}" for group in ("agent", "task", "sampler") for name in choices(group)]
+    "choice", [f"{group}={name}" for group in ("agent", "sampler") for name in choices(group)]
 )
 @pytest.mark.usefixtures("nothing_loads")
 def test_every_file_makes_a_valid_plan(choice: str) -> None:
@@ -145,7 +146,7 @@ def test_every_file_makes_a_valid_plan(choice: str) -> None:
 @pytest.mark.parametrize("name", choices("experiment"))
 def test_every_preset_is_of_ppo_and_takes_a_step(name: str) -> None:
     """Its numbers are those of the file, its first batch is that of the law it samples."""
-    cfg = composed(f"experiment={name}", "task.max_new_tokens=4", "agent.batch_size=40", "device=cpu")
+    cfg = composed(f"experiment={name}", "env.max_new_tokens=4", "agent.batch_size=40", "device=cpu")
     written = OmegaConf.load(CONF / "experiment" / f"{name}.yaml").agent
     assert cfg.agent == OmegaConf.merge(composed("agent=ppo").agent, written, {"batch_size": 40})
     agent = agents.runs.plan.build(agents.runs.plan.check(cfg))
@@ -171,16 +172,12 @@ def test_a_samplers_yaml_has_every_field_and_no_other(sampler: str) -> None:
     assert OmegaConf.load(CONF / "sampler" / f"{sampler}.yaml").keys() == names(Sampler)
 
 
-@pytest.mark.parametrize("task", choices("task"))
-def test_a_tasks_yaml_has_every_argument_of_the_env_that_training_leaves_open(task: str) -> None:
-    values = composed(f"task={task}").task
-    assert values.keys() == names(Settings) - {
-        "device",
-        "obs_format",
-        "render_mode",
-        "text_info",
-    }  # `device` is the run's
-    assert values.task.partition("-")[0] == task
+def test_env_has_every_argument_of_the_env_that_training_leaves_open() -> None:
+    env = composed().env
+    given = {"task", "device", "obs_format", "render_mode", "text_info"}  # the first two by keys of their own
+    assert env.keys() == names(Settings) - given
+    defaults = Settings()
+    assert {name: getattr(defaults, name) for name in env} == env
 
 
 def test_the_training_yaml_has_every_field_of_the_evaluation() -> None:
@@ -194,7 +191,7 @@ def test_the_ppo_yaml_is_what_ppo_does_by_default() -> None:
 
 
 def test_a_config_that_was_written_reads_back_to_the_same_plan(tmp_path: Path) -> None:
-    cfg = composed("agent.lr=3e-4", "task.kl_coef=0.1", "evaluation.prompts=8")
+    cfg = composed("agent.lr=3e-4", "env.kl_coef=0.1", "evaluation.prompts=8")
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     assert agents.runs.plan.check(agents.runs.plan.saved_config(tmp_path)) == agents.runs.plan.check(cfg)
 
@@ -218,17 +215,20 @@ def test_a_config_that_was_written_reads_back_to_the_same_plan(tmp_path: Path) -
         ("+agent.foo=1", LmGymError, ["`agent.foo`", "'lr'", "'batch_size'"]),
         ("+agent.learning_rate=1", LmGymError, ["`agent.learning_rate`", "'lr'"]),
         ("agent=pop", MissingConfigException, ["agent/pop", "ppo"]),
-        ("task=revews", MissingConfigException, ["task/revews", "reviews"]),
-        ("task.task=revews", LmGymError, ["`task`", "'reviews'", "Did you mean 'reviews'"]),
-        ("task.kl_coef=-1", LmGymError, ["`kl_coef`", ">= 0", "-1"]),
-        ("task.kl_coef=abc", LmGymError, ["`kl_coef`", "'abc'"]),
-        ("task.gamma=1.5", LmGymError, ["`gamma`", "<= 1", "1.5"]),
-        ("task.max_new_tokens=0", LmGymError, ["`max_new_tokens`", ">= 1", "0"]),
-        ("task.split=tain", LmGymError, ["`split`", "'train'", "Did you mean 'train'"]),
-        ("task.dtype=float31", LmGymError, ["`dtype`", "'float32'"]),
-        ("task.prompt_order=random", LmGymError, ["`prompt_order`", "'shuffle'", "'sequential'"]),
-        ("task.model=./nowhere/at/all", LmGymError, ["`model`", "nowhere"]),
-        ("+task.kl_coeff=1", LmGymError, ["`keyword argument`", "Did you mean 'kl_coef'"]),
+        ("task=revews", LmGymError, ["`task`", "'reviews'", "Did you mean 'reviews'"]),
+        ("task=null", LmGymError, ["`task` must be one of", "None"]),
+        ("env=keyword-8", LmGymError, ["`env` must be names with values", "task=NAME"]),
+        ("+task.kl_coef=1", LmGymError, ["`task.kl_coef` is called `env.kl_coef` here: env.kl_coef=..."]),
+        ("+env.device=cpu", LmGymError, ["`env.device`"]),
+        ("env.kl_coef=-1", LmGymError, ["`kl_coef`", ">= 0", "-1"]),
+        ("env.kl_coef=abc", LmGymError, ["`kl_coef`", "'abc'"]),
+        ("env.gamma=1.5", LmGymError, ["`gamma`", "<= 1", "1.5"]),
+        ("env.max_new_tokens=0", LmGymError, ["`max_new_tokens`", ">= 1", "0"]),
+        ("env.split=tain", LmGymError, ["`split`", "'train'", "Did you mean 'train'"]),
+        ("env.dtype=float31", LmGymError, ["`dtype`", "'float32'"]),
+        ("env.prompt_order=random", LmGymError, ["`prompt_order`", "'shuffle'", "'sequential'"]),
+        ("env.model=./nowhere/at/all", LmGymError, ["`model`", "nowhere"]),
+        ("+env.kl_coeff=1", LmGymError, ["`env.kl_coeff`", "Did you mean 'kl_coef'"]),
         ("evaluation=3", LmGymError, ["`evaluation`", "3"]),
         ("agent._target_=agents.nothing.X", LmGymError, ["`agent._target_`", "agents.nothing"]),
         ("seed=-1", LmGymError, ["`seed`", ">= 0", "-1"]),
@@ -267,8 +267,9 @@ def test_the_help_has_a_line_for_every_key_agent_and_task() -> None:
     rows = [line.split(maxsplit=1) for line in lines if line.startswith("  ")]
     described = {name.rstrip(":"): text for name, *text in rows}
     cfg = composed("agent=rloo")
-    kinds = {name for name in cfg if name not in ("task", "agent", "sampler", "experiment")}
-    expected = {*kinds, *cfg.task, *cfg.agent, *choices("agent"), *choices("task"), *choices("sampler")} - {"_target_"}
+    kinds = {name for name in cfg if name not in ("task", "env", "agent", "sampler", "experiment")}
+    families = {name.partition("-")[0] for name in registered_tasks()}
+    expected = {*kinds, *cfg.env, *cfg.agent, *choices("agent"), *families, *choices("sampler")} - {"_target_"}
     assert {name for name in expected if not described.get(name)} <= {"evaluation"}
     assert "group_size: 4 # responses to each prompt" in page
 
@@ -287,7 +288,7 @@ def test_a_config_is_refused_before_torch_is_imported() -> None:
         "import sys, hydra, agents.train, agents.runs.plan\n"
         "from lmgym.errors import LmGymError\n"
         f"with hydra.initialize_config_dir({str(CONF)!r}, version_base='1.3'):\n"
-        "    for bad in 'seed=-1 total_timesteps=0 task.kl_coef=-1 evaluation.samples=0 task.split=tain'.split():\n"
+        "    for bad in 'seed=-1 total_timesteps=0 env.kl_coef=-1 evaluation.samples=0 env.split=tain'.split():\n"
         "        try: agents.runs.plan.check(hydra.compose('train', [bad]))\n"
         "        except LmGymError: print(bad, 'torch' in sys.modules)\n"
     )
@@ -325,8 +326,12 @@ def test_a_bad_override_on_the_command_line(tmp_path: Path, module: str, overrid
         ),
         (["agent.learning_rate=1"], r"`agent.learning_rate` is called `agent.lr` here: agent.lr=\.\.\."),
         (["lr=1"], r"`lr` is called `agent.lr` here: .*"),
-        (["env=keyword-8"], r"`env` is called `task` here: .*"),
-        (["beta=0.1"], r"`beta` is called `task.kl_coef` here: .*"),
+        (["env_id=keyword-8"], r"`env_id` is called `task` here: .*"),
+        (["task.kl_coef=1"], r"`task.kl_coef` is called `env.kl_coef` here: env.kl_coef=\.\.\."),
+        (["task.task=echo-2"], r"`task.task` is called `task` here: task=\.\.\."),
+        (["env.kl_cof=1"], r"`env.kl_cof` must be .*, got 'kl_cof'. Did you mean 'kl_coef'\?"),
+        (["experimnt=trl"], r"`experimnt` must be .* Did you mean 'experiment'\?"),
+        (["beta=0.1"], r"`beta` is called `env.kl_coef` here: .*"),
         (["agent@x=ppo"], r"Could not override 'agent@x'(.|\n)*"),
         (["seed.x=1"], r"Could not override 'seed.x'(.|\n)*"),
         (["hydra.job.chdir=abc"], r"Error merging override hydra.job.chdir=abc\nValue 'abc' .*(.|\n)*"),

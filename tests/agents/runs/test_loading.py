@@ -23,8 +23,8 @@ SMALL = ["agent.batch_size=8", "agent.minibatches=1", "agent.epochs=1", "agent.l
 NETWORK = [*SMALL, "agent.policy=mlp", "agent.width=8"]
 SB3 = ["agent.n_envs=8", "agent.n_steps=8", "agent.policy=mlp", "agent.width=8"]
 KINDS = {
-    "ppo, a copy of the model": ["agent=ppo", "task.task=reviews", *SMALL],
-    "ppo, an adapter": ["agent=ppo", "task.task=reviews", "agent.policy=lora", "agent.lora_rank=2", *SMALL],
+    "ppo, a copy of the model": ["agent=ppo", "task=reviews", *SMALL],
+    "ppo, an adapter": ["agent=ppo", "task=reviews", "agent.policy=lora", "agent.lora_rank=2", *SMALL],
     "ppo, a network on a table": ["agent=ppo", *NETWORK],
     "nlpo": ["agent=nlpo", *NETWORK],
     "dpo": ["agent=dpo", "agent.batch_size=8", "agent.policy=mlp", "agent.width=8"],
@@ -41,7 +41,7 @@ MARKS = {"ppo, an adapter": [needs_peft], "sb3 maskable ppo": [needs_contrib]}
 def run_of(directory: Path, *overrides: str, steps: int = 1) -> Any:
     """A run directory with a checkpoint of an agent that has learned a little, and the agent."""
     with hydra.initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        values = plain(hydra.compose("train", overrides=["task=echo", "task.task=echo-2", "device=cpu", *overrides]))
+        values = plain(hydra.compose("train", overrides=["task=echo-2", "device=cpu", *overrides]))
     directory.mkdir()
     write_config(directory, values)
     agent = build(check(values))

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 import agents.train
+from agents.runs.plan import plain
 from agents.runs.sweeps import MAX_NAME, Multirun, file_name, multirun_table, run_name, show_multirun
+from agents.runs.tasks import USUAL_SETTINGS
 from lmgym.errors import InvalidArgumentError
 from lmgym.tasks import registered_tasks
 
@@ -39,16 +40,18 @@ def composed(*overrides: str, **kwargs: Any) -> Any:
         return hydra.compose("train", overrides=list(overrides), **kwargs)
 
 
-@pytest.mark.parametrize("name", ["keyword-32", "anchor-0.1", "stop-8-0.02"])
-def test_a_setting_of_the_suite_is_chosen_by_its_name(name: str) -> None:
-    family = name.partition("-")[0]
-    assert composed(f"task={name}") == composed(f"task={family}", f"task.task={name}")
-
-
 def test_every_task_of_the_suite_can_be_chosen() -> None:
-    with pytest.raises(MissingConfigException) as caught:
-        composed("task=none")
-    assert set(registered_tasks()) <= set(caught.value.options or [])
+    for name in registered_tasks():
+        assert plain(composed(f"task={name}"))["task"] == name
+
+
+def test_a_family_stands_for_its_usual_setting() -> None:
+    families = {name.partition("-")[0] for name in registered_tasks() if "-" in name}
+    assert set(USUAL_SETTINGS) <= families
+    for family in USUAL_SETTINGS:
+        assert plain(composed(f"task={family}"))["task"] == USUAL_SETTINGS[family]
+        assert run_name(composed(f"task={family}", return_hydra_config=True)) == f"ppo-{USUAL_SETTINGS[family]}-seed0"
+    assert set(USUAL_SETTINGS.values()) <= set(registered_tasks())
 
 
 @pytest.mark.parametrize(
@@ -58,8 +61,8 @@ def test_every_task_of_the_suite_can_be_chosen() -> None:
         (["agent=rloo", "task=keyword-8", "seed=7"], "rloo-keyword-8-seed7"),
         (["task=anchor-0.1", "agent.lr=1e-3", "agent.critic=reference"], "ppo-anchor-0.1-seed0-lr1e-3-criticreference"),
         (["experiment=trl", "sampler=greedy"], "ppo-reviews-seed0-trl-greedy"),
-        (["task.prompts=['a b, c','d=e']"], "ppo-reviews-seed0-prompts_a_b_c_d_e"),
-        (["task.reward=my.module:f", "+agent.x='ü ${seed}'"], "ppo-reviews-seed0-rewardmy.module_f-x_seed"),
+        (["env.prompts=['a b, c','d=e']"], "ppo-reviews-seed0-prompts_a_b_c_d_e"),
+        (["env.reward=my.module:f", "+agent.x='ü ${seed}'"], "ppo-reviews-seed0-rewardmy.module_f-x_seed"),
     ],
 )
 def test_a_run_is_named_after_what_it_is(overrides: list[str], expected: str) -> None:
@@ -67,7 +70,7 @@ def test_a_run_is_named_after_what_it_is(overrides: list[str], expected: str) ->
 
 
 def test_a_name_is_short_however_much_is_varied() -> None:
-    name = run_name(composed(*(f"task.prompts=['{'x' * 500}']", "agent.lr=1e-3"), return_hydra_config=True))
+    name = run_name(composed(*(f"env.prompts=['{'x' * 500}']", "agent.lr=1e-3"), return_hydra_config=True))
     assert len(name) <= MAX_NAME
     assert name.startswith("ppo-reviews-seed0-prompts_xxx")
 
@@ -151,7 +154,7 @@ def write_run(directory: Path, number: int, settings: dict[str, Any], mean: floa
 
 
 def settings(task: str = "reviews", agent: str = "agents.algorithms.ppo.PPO", seed: int = 0, **numbers: Any) -> dict[str, Any]:
-    return {"task": {"task": task, "kl_coef": None}, "agent": {"_target_": agent, **numbers}, "seed": seed}
+    return {"task": task, "env": {"kl_coef": None}, "agent": {"_target_": agent, **numbers}, "seed": seed}
 
 
 def test_the_table_shows_what_tells_runs_apart_and_means_over_seeds(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from agents.checkpoint import MANIFEST, newest, replacing, verify
 from lmgym.files import RunFileError
 from agents.runs.recorder import Recorder, read_rows
 from agents.runs import directory as directories
-from agents.runs.directory import CHECKPOINT, CONFIG_FILE, OWN, empty_again, new_run, resumed_run
+from agents.runs.directory import CHECKPOINT, CONFIG_FILE, OWN, empty_again, new_run, read_values, resumed_run
 from agents.runs.inputs import changes, notes_of
 from agents.runs.lock import LOCK, Lock
 from agents.runs.saving import Saver
@@ -36,7 +36,7 @@ from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, LmGymError, NotFiniteError, RewardError
 
 ROOT = Path(__file__).parents[3]
-VALUES = {"task": {"prompts": None}, "agent": {"lr": 1e-3}, "sampler": {}, "seed": 0}
+VALUES = {"task": "stop-8", "env": {"prompts": None}, "agent": {"lr": 1e-3}, "sampler": {}, "seed": 0}
 
 
 # -- one writer ------------------------------------------------------------------------------------------------------
@@ -206,16 +206,23 @@ def test_a_run_with_a_checkpoint_does_not(tmp_path: Path, orphan: bool) -> None:
 
 
 def test_an_edited_config_is_noticed_by_key(tmp_path: Path) -> None:
-    config = {"task": {"kl_coef": 0.2, "prompts": ["a", "b"]}, "agent": {"lr": 1e-3}, "seed": 0, "total_timesteps": 9}
+    config = {"env": {"kl_coef": 0.2, "prompts": ["a", "b"]}, "agent": {"lr": 1e-3}, "seed": 0, "total_timesteps": 9}
     then = notes_of(config)
     assert not changes(then, notes_of({**config, "total_timesteps": 10, "device": "cuda"}))
     for key, changed in (
         ("agent.lr` in config.yaml is 0.01, and was 0.001", {"agent": {"lr": 1e-2}}),
         ("agent.lr` in config.yaml is missing, and was 0.001", {"agent": {"lambda": 1}}),
-        ("task.prompts.1` in config.yaml is 'c', and was 'b'", {"task": {"kl_coef": 0.2, "prompts": ["a", "c"]}}),
+        ("env.prompts.1` in config.yaml is 'c', and was 'b'", {"env": {"kl_coef": 0.2, "prompts": ["a", "c"]}}),
         ("seed` in config.yaml is 0.0, and was 0 ", {"seed": 0.0}),
     ):
         assert any(key in line for line in changes(then, notes_of({**config, **changed}))), key
+
+
+def test_a_config_of_the_old_layout_is_refused_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).write_text("task:\n  task: reviews\n  kl_coef: null\nagent: {}\n")
+    with pytest.raises(RunFileError, match=r"`task` in .* must be a name, .* of an older lmgym.* Train it again") as error:
+        read_values(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_an_edited_input_file_is_noticed(tmp_path: Path) -> None:
@@ -225,17 +232,17 @@ def test_an_edited_input_file_is_noticed(tmp_path: Path) -> None:
     (model / "model.safetensors").write_text("1")
     other = tmp_path / "lr"
     other.write_text("no input")
-    config = {"task": {"prompts": str(prompts), "model": str(model), "name": "\0" * 9}, "agent": {"path": str(prompts)}}
+    config = {"env": {"prompts": str(prompts), "model": str(model), "name": "\0" * 9}, "agent": {"path": str(prompts)}}
     then = notes_of(config)
-    assert then["inputs"].keys() == {"task.prompts", "task.model", "agent.path"}
+    assert then["inputs"].keys() == {"env.prompts", "env.model", "agent.path"}
     assert not changes(then, notes_of(config))
     prompts.write_text("b\na\n")
     (model / "model.safetensors").write_text("2")
     found = changes(then, notes_of(config))
     assert len(found) == 3
-    assert f"`task.prompts`: the content of {prompts} is no longer that of when the run began." in found
+    assert f"`env.prompts`: the content of {prompts} is no longer that of when the run began." in found
     shutil.rmtree(model)
-    assert any("task.model" in line for line in changes(then, notes_of(config)))
+    assert any("env.model" in line for line in changes(then, notes_of(config)))
 
 
 # -- when a run saves ------------------------------------------------------------------------------------------------
@@ -503,7 +510,7 @@ def test_a_damaged_file_is_named_or_does_no_harm(name: str, finished: Path, tmp_
         shutil.rmtree(run)
 
 
-@pytest.mark.parametrize("section", [*directories._SECTIONS, *directories._NUMBERS])
+@pytest.mark.parametrize("section", [*directories._SECTIONS, *directories._SCALARS])
 def test_a_missing_key_of_the_config_is_named(run: Path, section: str) -> None:
     values = OmegaConf.to_container(OmegaConf.load(run / CONFIG_FILE))
     del values[section]  # type: ignore[arg-type, union-attr]

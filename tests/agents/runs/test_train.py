@@ -348,17 +348,17 @@ def test_the_second_ctrl_c_stops_at_once() -> None:
     "overrides",
     [
         ["agent.collect=steps", "agent.batch_size=8"],
-        ["task.kl_coef=0"],
-        ["task.gamma=0.9", "sampler.temperature=0.7", "agent.critic=reward_model"],
+        ["env.kl_coef=0"],
+        ["env.gamma=0.9", "sampler.temperature=0.7", "agent.critic=reward_model"],
     ],
     ids=" ".join,
 )
 def test_variants_train_and_report(overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, *SMALL, "agent.epochs=1", "evaluation.prompts=4", "total_timesteps=250", *overrides) == 0
     summary, text = summary_of(tmp_path), capsys.readouterr().out
-    plain = "task.kl_coef=0" not in overrides and "task.gamma=0.9" not in overrides
+    plain = "env.kl_coef=0" not in overrides and "env.gamma=0.9" not in overrides
     assert (summary["optimum"]["lower"] is not None) == plain  # no bound where there is no KL, or a discount
-    assert ("kl" in summary["after"]) == ("task.kl_coef=0" not in overrides)
+    assert ("kl" in summary["after"]) == ("env.kl_coef=0" not in overrides)
     assert bool(re.search(r"V\* >= ", text)) == plain
     assert len(summary_of(tmp_path, "samples.json")) == 4
 
@@ -374,7 +374,7 @@ def composed(*overrides: str) -> Any:
 def test_a_config_that_cannot_be_leaves_no_directory(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()  # by Hydra
     with pytest.raises(LmGymError, match="`temperature` must be"):
-        agents.runs.run.begin(composed("task.temperature=0"), tmp_path / "run")
+        agents.runs.run.begin(composed("env.temperature=0"), tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
 
@@ -391,7 +391,7 @@ def test_a_resumed_run_takes_a_new_total_and_no_other_numbers() -> None:
 
 
 def test_the_optimum_is_of_the_prompts_graded() -> None:
-    task = ["task=keyword", "task.task=keyword-8", "task.kl_coef=0.2"]
+    task = ["task=keyword-8", "env.kl_coef=0.2"]
     plan = agents.runs.plan.check(composed(*task, "evaluation.prompts=3"))
     values = solve("keyword-8", kl_coef=0.2).values
     scale = agents.runs.grading.find_scale(plan, None, None)
@@ -416,8 +416,7 @@ def test_j_ref_is_the_stored_one_wherever_there_is_one() -> None:
     metric = {"return": Interval(0.5, 0.4, 0.6)}
     graded = Evaluation(metric, Interval(0.9, 0.8, 1.0), episodes=None)  # type: ignore[arg-type]
     for name in ("noise-1", "reviews", "anchor-0.1"):
-        family = name.partition("-")[0]
-        plan = agents.runs.plan.check(composed(f"task={family}", f"task.task={name}"))
+        plan = agents.runs.plan.check(composed(f"task={name}"))
         stored = make_task(name).optima["test"]
         reference = agents.runs.grading.find_scale(plan, graded, graded).reference
         assert reference.mean == stored.reference
@@ -432,7 +431,7 @@ def test_j_ref_is_the_stored_one_wherever_there_is_one() -> None:
 def test_a_run_whose_reward_is_noise_claims_no_optimum(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As written by a user: no `expected`, and the noise of a generator of its own."""
     small = [*SMALL, "agent.epochs=1", "evaluation.prompts=4", "total_timesteps=250"]
-    assert run(tmp_path, *small, f"task.reward={__name__}:coin") == 0
+    assert run(tmp_path, *small, f"env.reward={__name__}:coin") == 0
     summary, text = summary_of(tmp_path), capsys.readouterr().out
     assert summary["optimum"]["lower"] is None
     assert summary["after"]["normalised"] is None
@@ -441,7 +440,7 @@ def test_a_run_whose_reward_is_noise_claims_no_optimum(tmp_path: Path, capsys: p
 
 
 def test_a_deterministic_policy_is_told_what_it_can_earn() -> None:
-    task = ["task=keyword", "task.task=keyword-8", "evaluation.prompts=3"]
+    task = ["task=keyword-8", "evaluation.prompts=3"]
     greedy, sampled = (agents.runs.plan.check(composed(*task, f"sampler={name}")) for name in ("greedy", "policy"))
     learns, certain = SimpleNamespace(deterministic=False), SimpleNamespace(deterministic=True)
     best = best_response("keyword-8")[:3].mean().item()

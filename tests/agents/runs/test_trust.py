@@ -89,7 +89,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("names", ["task.reward='runs.x.evil:f'", "agent._target_=runs.x.evil.X"])
+@pytest.mark.parametrize("names", ["env.reward='runs.x.evil:f'", "agent._target_=runs.x.evil.X"])
 def test_code_of_a_run_directory_does_not_run(command: str, names: str, work: Path) -> None:
     write(work / "runs" / "x" / "evil.py")
     for package in ("runs", "runs/x"):
@@ -102,7 +102,7 @@ def test_code_of_a_run_directory_does_not_run(command: str, names: str, work: Pa
 
 
 def values_with(reward: Any) -> dict[str, Any]:
-    return {"agent": {"_target_": "agents.algorithms.ppo.PPO"}, "task": {"reward": reward}}
+    return {"agent": {"_target_": "agents.algorithms.ppo.PPO"}, "env": {"reward": reward}}
 
 
 # What a stranger may write as the import path, and the files that it hopes for in the working directory.
@@ -125,7 +125,7 @@ def test_only_installed_code_is_imported(case: str, work: Path, packages: Path) 
     reward, files = STRANGE[case]
     for name in files:
         write(work / name)
-    with pytest.raises(InvalidArgumentError, match=r"`task.reward`"):
+    with pytest.raises(InvalidArgumentError, match=r"`env.reward`"):
         import_installed(values_with(reward), work / "runs" / "x")
     assert ran(work) == ran(packages) == []
 
@@ -246,7 +246,7 @@ TEXTS = [
 
 def test_a_config_reads_back_as_it_was_written(tmp_path: Path) -> None:
     values = {
-        "task": {"prompts": TEXTS},
+        "env": {"prompts": TEXTS},
         "numbers": [1e-3, 1e300, 1e-5, 5, -0.0, 1.0, True, None],
         "twice": [TEXTS, TEXTS],
     }
