@@ -432,6 +432,7 @@ def test_commands_compose(document: Path, alone: pytest.MonkeyPatch, tmp_path: P
         spec = importlib.util.find_spec(f"agents.{module}")
         assert spec is not None, f"agents.{module}"
         assert '__name__ == "__main__"' in Path(str(spec.origin)).read_text(encoding="utf-8")
+        importlib.import_module(f"agents.{module}")  # which may tell Hydra of more than conf/ holds
         if any("<" in argument for argument in arguments):
             continue  # a form to fill in
         sweep = "-m" in arguments
