@@ -104,7 +104,7 @@ class TokenMDP:
             )
         for t, i in enumerate(response_ids):
             if not self.lm.is_legal(int(i)):
-                raise InvalidArgumentError(f"`response_ids` must hold token ids of the tokenizer, and {i} is none.")
+                raise InvalidArgumentError(f"`response_ids` must hold token ids of the tokenizer, got {i}.")
             if self.end_rule.is_end(int(i), t):
                 raise InvalidArgumentError(f"`response_ids` must not end the episode, and token {t} is an EOS.")
 

@@ -87,7 +87,7 @@ class PromptSet:
             raise InvalidArgumentError(f"`{argument}` must have 1 to {self.width} tokens, got {len(ids)}.")
         for i in ids:
             if not self._lm.is_legal(i):
-                raise InvalidArgumentError(f"`{argument}` must hold token ids of the tokenizer, and {i} is none.")
+                raise InvalidArgumentError(f"`{argument}` must hold token ids of the tokenizer, got {i}.")
         return Prompt(tuple(ids), self._index.find(ids, self._lm.decode_prompt), -1)
 
 

@@ -45,8 +45,8 @@ def _check_language_model(lm: CausalLM) -> None:
     tolerance = _TOLERANCE if lm.dtype in (torch.float32, torch.float64) else _COARSE_TOLERANCE
     if gap > tolerance * logits.abs().max().clamp(min=1e-6):
         raise LmGymError(
-            f"`model` {_name_of(lm)}must be a causal language model, and this {type(lm.model).__name__} is none: what "
-            "it says of a token changes with the tokens after it, as in BERT, which fills in masks. Name a model that "
+            f"`model` {_name_of(lm)}must be a causal language model, and this {type(lm.model).__name__} is not: its "
+            "logits at a token change with the tokens after it, as in BERT, which fills in masks. Name a model that "
             "writes from left to right, or set is_decoder to true in the config.json of one that was trained so."
         )
 

@@ -95,7 +95,7 @@ class Texts:
                 return ids
         raise InvalidArgumentError(
             f"`completions` must be texts that tokens after those of their prompt can have, and {completion!r} after "
-            f"{prompt!r} is none: the tokenizer merges the two at their border. Begin the completion, not end the "
+            f"{prompt!r} is not: the tokenizer merges the two at their border. Begin the completion, not end the "
             "prompt, with the blank between them."
         )
 

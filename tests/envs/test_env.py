@@ -637,14 +637,14 @@ def test_an_early_eos_may_stand_in_a_prefix(parts: Parts) -> None:
         ({"prompt": "a " * 7}, "`prompt` must have 1 to 6 tokens, got 7."),
         ({"prompt_ids": []}, "`prompt_ids` must have 1 to 6 tokens, got 0."),
         ({"prompt_ids": [3] * 7}, "`prompt_ids` must have 1 to 6 tokens, got 7."),
-        ({"prompt_ids": [3, V]}, f"`prompt_ids` must hold token ids of the tokenizer, and {V} is none."),
-        ({"prompt_ids": [-1]}, "`prompt_ids` must hold token ids of the tokenizer, and -1 is none."),
+        ({"prompt_ids": [3, V]}, f"`prompt_ids` must hold token ids of the tokenizer, got {V}."),
+        ({"prompt_ids": [-1]}, "`prompt_ids` must hold token ids of the tokenizer, got -1."),
         ({"prompt_index": 6}, "`prompt_index` must be an int from 0 to 5, got 6."),
         ({"prompt_index": -1}, "`prompt_index` must be an int from 0 to 5, got -1."),
         ({"prompt_index": 1.0}, "`prompt_index` must be an int from 0 to 5, got 1.0."),
         ({"response_ids": [5] * T}, "`response_ids` must be shorter than 8 tokens, got 8."),
         ({"response_ids": [5, EOS]}, "`response_ids` must not end the episode, and token 1 is an EOS."),
-        ({"response_ids": [V]}, f"`response_ids` must hold token ids of the tokenizer, and {V} is none."),
+        ({"response_ids": [V]}, f"`response_ids` must hold token ids of the tokenizer, got {V}."),
     ],
 )
 def test_bad_options_are_refused_and_change_nothing(parts: Parts, options: Parts, message: str) -> None:

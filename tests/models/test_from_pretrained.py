@@ -207,7 +207,7 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused(tmp_path: Path) -> N
     config = BertConfig(**WIDE)
     own = save(built(AutoModelForCausalLM, config), tmp_path / "bert")
     with pytest.raises(
-        LmGymError, match="`model` '.*' must be a causal language model, and this BertLMHeadModel is none"
+        LmGymError, match="`model` '.*' must be a causal language model, and this BertLMHeadModel is not"
     ):
         load_causal_lm(str(own), "cpu")
     masked = save(BertForMaskedLM(config), tmp_path / "masked")

@@ -174,10 +174,10 @@ def test_a_completion_that_no_tokens_have_is_named_with_its_line(tmp_path: Path)
     engine.lm.tokenizer.backend_tokenizer.model = models.WordPiece(
         {piece: i for piece, i in engine.lm.tokenizer.get_vocab().items() if piece != "##ing"}, unk_token="[UNK]"
     )
-    with pytest.raises(InvalidArgumentError, match=r"Line 2 of .*'ing' after 'the film' is none: the tokenizer merges"):
+    with pytest.raises(InvalidArgumentError, match=r"Line 2 of .*'ing' after 'the film' is not: the tokenizer merges"):
         read_demonstrations(path, engine)
     rankings = Rankings(["the film"], [["ing", " was"]], [[0, 1]])
-    with pytest.raises(InvalidArgumentError, match=r"Row 1 of `rankings`: .*'ing' after 'the film' is none"):
+    with pytest.raises(InvalidArgumentError, match=r"Row 1 of `rankings`: .*'ing' after 'the film' is not"):
         pairs_of(rankings, engine)
 
 
