@@ -21,7 +21,7 @@ from torch import Tensor
 from lmgym.automata import phrases
 from lmgym.episodes import Episodes
 from lmgym.kl import exact, k2, k3
-from lmgym.models.markov import dirichlet_rows, markov_lm
+from lmgym.models.tables import dirichlet_rows, markov_lm
 from lmgym.optimum.tree import Tree, make_episode_logits
 from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks import Task

@@ -20,7 +20,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import lmgym  # noqa: F401 - registers the ids
-from lmgym.models.markov import dirichlet_rows, markov_lm
+from lmgym.models.tables import dirichlet_rows, markov_lm
 from lmgym.tasks import Task
 
 

@@ -14,7 +14,7 @@ from builders.model_card import join_columns
 from builders.models import Built, make_gpt2
 from builders.seeds import derive_seeds
 from lmgym.models.causal import CausalLM
-from lmgym.models.markov import symbol_tokenizer
+from lmgym.models.tables import symbol_tokenizer
 from lmgym.tasks import arithmetic
 
 

@@ -19,7 +19,7 @@ import torch
 import lmgym
 from lmgym.automata import Automaton
 from lmgym.models.causal import CausalLM
-from lmgym.models.markov import markov_lm
+from lmgym.models.tables import markov_lm
 from lmgym.rewards.automaton import AutomatonReward
 from lmgym.testing import check_task
 

@@ -16,8 +16,8 @@ from lmgym.ending import EndRule
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.causal import CausalLM
-from lmgym.models.markov import dirichlet_rows, markov_lm
 from lmgym.models.policy import CausalPolicy
+from lmgym.models.tables import dirichlet_rows, markov_lm
 from lmgym.optimum.automaton import solve_automaton
 from lmgym.optimum.smc import smc
 from lmgym.optimum.tree import Tree

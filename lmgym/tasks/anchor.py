@@ -29,7 +29,7 @@ HORIZON = 8
 @functools.cache
 def reference() -> CausalLM:
     """A table of order 1."""
-    from lmgym.models.markov import dirichlet_rows, markov_lm
+    from lmgym.models.tables import dirichlet_rows, markov_lm
 
     rows = dirichlet_rows(np.random.default_rng(4), VOCABULARY, VOCABULARY, 1.0)
     rows[:, 0] = 0.0

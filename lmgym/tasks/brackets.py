@@ -31,7 +31,7 @@ _START = [0.01, 0.47, 0.02, 0.47, 0.02, 0.01]
 @functools.cache
 def reference() -> CausalLM:
     """A table of order 1."""
-    from lmgym.models.markov import markov_lm
+    from lmgym.models.tables import markov_lm
 
     square = [_OPENED[i] for i in (0, 1, 4, 3, 2, 5)]
     rows = np.array([_START, _OPENED, _CLOSED, square, _CLOSED, _START])

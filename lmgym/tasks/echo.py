@@ -27,7 +27,7 @@ VOCABULARY = len(SYMBOLS) + 1
 @functools.cache
 def reference() -> CausalLM:
     """A table of order 1."""
-    from lmgym.models.markov import dirichlet_rows, markov_lm
+    from lmgym.models.tables import dirichlet_rows, markov_lm
 
     rows = dirichlet_rows(np.random.default_rng(1), VOCABULARY, VOCABULARY, 2.0)
     rows[:, 0] = 0.0

@@ -29,7 +29,7 @@ KEYED = {8: 0.048764, 16: 0.022631, 32: 0.010931, 64: 0.00538, 128: 0.002676}
 @functools.cache
 def reference(keyed: float) -> CausalLM:
     """A table of order 1 with pi_ref(b | a) = `keyed`."""
-    from lmgym.models.markov import dirichlet_rows, markov_lm
+    from lmgym.models.tables import dirichlet_rows, markov_lm
 
     rows = dirichlet_rows(np.random.default_rng(2), VOCABULARY, VOCABULARY, 4.0)
     rows[:, 0] = 0.0

@@ -29,7 +29,7 @@ OTHER_EOS_PROBABILITIES = (0.02, 0.5)
 @functools.cache
 def reference(eos_probability: float = EOS_PROBABILITY) -> CausalLM:
     """A table of order 0."""
-    from lmgym.models.markov import markov_lm
+    from lmgym.models.tables import markov_lm
 
     symbol = (1 - eos_probability) / len(SYMBOLS)
     return markov_lm(np.array([[eos_probability, *[symbol] * len(SYMBOLS)]]), SYMBOLS, order=0)

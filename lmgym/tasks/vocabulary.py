@@ -36,7 +36,7 @@ def good(size: int) -> np.ndarray:
 @functools.cache
 def reference(size: int) -> CausalLM:
     """A table of order 1 and rank 8 over `size` tokens."""
-    from lmgym.models.markov import dirichlet_rows, markov_lm
+    from lmgym.models.tables import dirichlet_rows, markov_lm
 
     rng = np.random.default_rng(3)
     rows = dirichlet_rows(rng, RANK, size, 1.0)

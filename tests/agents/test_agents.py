@@ -42,8 +42,8 @@ from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
 from lmgym.intervals import Interval
 from lmgym.kl import token_rewards
 from lmgym.models.causal import CausalLM
-from lmgym.models.markov import dirichlet_rows, markov_lm
 from lmgym.models.sampling import Sampler
+from lmgym.models.tables import dirichlet_rows, markov_lm
 from lmgym.optimum.tree import Tree
 from lmgym.scores import normalised
 from lmgym.tasks import make_task

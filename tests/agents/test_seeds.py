@@ -17,7 +17,7 @@ from agents import seeds
 from agents.seeds import row_seeds, stream_seed, torch_generator
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.models.causal import CausalLM
-from lmgym.models.markov import dirichlet_rows, markov_lm
+from lmgym.models.tables import dirichlet_rows, markov_lm
 from lmgym.rewards.noise import NoisyReward
 from lmgym.tasks.base import Task
 

@@ -23,9 +23,9 @@ from transformers.utils import logging as hf_logging
 from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
 from lmgym.models.causal import CausalLM, freeze, token_log_probs
 from lmgym.models.decoding import make_decoder
-from lmgym.models.markov import dirichlet_rows, markov_lm
 from lmgym.models.padding import pack
 from lmgym.models.sharing import load_causal_lm, resolve_device, temper
+from lmgym.models.tables import dirichlet_rows, markov_lm
 
 V = len(WORDS) + 3
 PADDED = V + 4  # embeddings without a token

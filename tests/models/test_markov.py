@@ -26,9 +26,10 @@ from lmgym.models import texts
 from lmgym.models.caches import CACHE_FIELD, cache_keyword
 from lmgym.models.causal import CausalLM, has_separate_head
 from lmgym.models.decoding import PlainDecoder, TableDecoder, make_decoder
-from lmgym.models.markov import MarkovConfig, MarkovLM, dirichlet_rows, fit_markov, markov_lm, symbol_tokenizer
+from lmgym.models.markov import MarkovConfig, MarkovLM
 from lmgym.models.policy import CausalPolicy
 from lmgym.models.sharing import load_causal_lm
+from lmgym.models.tables import dirichlet_rows, fit_markov, markov_lm, symbol_tokenizer
 from lmgym.rollout import collect, collect_steps
 from lmgym.tasks import Task
 

@@ -21,7 +21,8 @@ from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
 from lmgym.kl import discounted_return, episode_kl, token_rewards
 from lmgym.models.causal import CausalLM, freeze
-from lmgym.models.markov import MarkovLM, dirichlet_rows, markov_lm, symbol_tokenizer
+from lmgym.models.markov import MarkovLM
+from lmgym.models.tables import dirichlet_rows, markov_lm, symbol_tokenizer
 from lmgym.optimum.answer import Optimum
 from lmgym.optimum.automaton import AutomatonPolicy, AutomatonSolution, ReferenceTable, solve_automaton
 from lmgym.optimum.automaton.logspace import log_matmul

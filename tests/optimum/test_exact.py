@@ -14,9 +14,9 @@ from conftest import TinyProblem
 from agents.algorithms.uniform import UniformPolicy
 from lmgym.automata import from_regex, positions
 from lmgym.evaluation import evaluate
-from lmgym.models.markov import markov_lm
 from lmgym.models.policy import CausalPolicy
 from lmgym.models.sampling import Sampler
+from lmgym.models.tables import markov_lm
 from lmgym.optimum import exact, solve
 from lmgym.optimum.exact import exact_metrics
 from lmgym.optimum.tree import Tree, count_responses, make_episode_logits

@@ -13,7 +13,7 @@ from conftest import TinyProblem, table_reward
 
 from lmgym.errors import InvalidArgumentError
 from lmgym.kl import discounted_return, episode_kl, token_rewards
-from lmgym.models.markov import dirichlet_rows, markov_lm
+from lmgym.models.tables import dirichlet_rows, markov_lm
 from lmgym.optimum.solve import solve
 from lmgym.optimum.tree import Tree, make_episode_logits
 from lmgym.optimum.verifiable import log_exp_reward, prefix_table, solve_verifiable

@@ -103,7 +103,7 @@ TOY = '''"""Is one word said at once? A toy."""
 import numpy as np
 
 from lmgym.automata import phrases
-from lmgym.models.markov import markov_lm
+from lmgym.models.tables import markov_lm
 from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks import Task, register_task
 

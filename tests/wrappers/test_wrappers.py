@@ -26,9 +26,9 @@ from transformers import MistralConfig
 from lmgym.errors import InvalidActionError, InvalidArgumentError
 from lmgym.models import ring
 from lmgym.models.causal import CausalLM, freeze
-from lmgym.models.markov import dirichlet_rows, markov_lm
 from lmgym.models.ring_step import RingStep
 from lmgym.models.sampling import Sampler
+from lmgym.models.tables import dirichlet_rows, markov_lm
 from lmgym.wrappers import (
     ActionMask,
     EmbeddingObservation,

@@ -34,10 +34,10 @@ from lmgym.errors import InvalidArgumentError, UnknownNameError
 from lmgym.kl import episode_kl
 from lmgym.models.causal import CausalLM
 from lmgym.models.decoding import make_decoder
-from lmgym.models.markov import dirichlet_rows, markov_lm
 from lmgym.models.policy import CausalPolicy
 from lmgym.models.ring import RingDecoder
 from lmgym.models.sharing import load_causal_lm
+from lmgym.models.tables import dirichlet_rows, markov_lm
 from lmgym.rollout import collect
 from lmgym.tasks.base import Task
 

@@ -23,9 +23,9 @@ from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, UnknownNameError
 from lmgym.kl import episode_kl
 from lmgym.models.causal import CausalLM, freeze
-from lmgym.models.markov import dirichlet_rows, markov_lm
 from lmgym.models.policy import CausalPolicy
 from lmgym.models.sampling import Sampler
+from lmgym.models.tables import dirichlet_rows, markov_lm
 from lmgym.rewards.noise import NoisyReward
 from lmgym.rollout import collect
 from lmgym.tasks.base import Task
