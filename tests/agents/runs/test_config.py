@@ -147,7 +147,9 @@ def test_every_file_makes_a_valid_plan(choice: str) -> None:
 def test_every_preset_is_of_ppo_and_takes_a_step(name: str) -> None:
     """Its numbers are those of the file, its first batch is that of the law it samples."""
     cfg = composed(f"experiment={name}", "env.max_new_tokens=4", "agent.batch_size=40", "device=cpu")
-    written = OmegaConf.load(CONF / "experiment" / f"{name}.yaml").agent
+    preset = OmegaConf.load(CONF / "experiment" / f"{name}.yaml")
+    assert cfg.env == OmegaConf.merge(composed().env, preset.env, {"max_new_tokens": 4})
+    written = preset.agent
     assert cfg.agent == OmegaConf.merge(composed("agent=ppo").agent, written, {"batch_size": 40})
     agent = agents.runs.plan.build(agents.runs.plan.check(cfg))
     logged: dict[str, float] = {}
