@@ -1,4 +1,4 @@
-"""A task as TRL's trainers take one: a data set of prompts, and a reward function. TRL itself is not needed.
+"""A task for TRL's trainers: a data set of prompts and a reward function. TRL itself is not needed.
 
 Shapes: B completions.
 """
@@ -17,28 +17,30 @@ TRLReward = Callable[..., list[float]]
 
 
 def as_trl(task: str | Task, *, split: str = "train", device: str = "auto") -> tuple[Any, TRLReward]:
-    """The prompts of a task, and what it pays at the end, for TRL's `GRPOTrainer` and others of its signature.
+    """The prompts and the reward of a task, for TRL's `GRPOTrainer` and other trainers of its signature.
 
-    The reference and its tokenizer are the trainer's to load: `task.reference().model` and `.tokenizer`. TRL estimates
-    the KL in its own way and weighs it by `beta`; `lmgym.evaluation.evaluate` grades what it learned by J.
+    The trainer loads the reference and its tokenizer: `task.reference().model` and `.tokenizer`. TRL estimates the KL
+    in its own way and multiplies it by `beta`; `lmgym.evaluation.evaluate` grades what it learned by J.
 
     Args:
-        task: a name, or a Task. split: which of its prompts. device: of a reward model.
+        task: a name, or a Task.
+        split: which of its prompts.
+        device: of a reward model.
 
     Returns:
-        A `datasets.Dataset` where that package is installed, else a list of dicts: "prompt", and the further columns
-        of the prompts. And the reward: of prompts and completions (B texts), TRL's `completion_ids` (the EOS included)
-        where it gives them, and all columns, it makes B floats; a missing-EOS penalty is taken off.
+        The prompts, a `datasets.Dataset` where that package is installed, else a list of dicts: "prompt" and the other
+        columns of each. And the reward, a function of prompts and completions (B texts), of TRL's `completion_ids`
+        (EOS included) where it has them, and of all columns; it returns B floats, a missing-EOS penalty subtracted.
 
     Raises:
-        UnknownNameError: for a name that is none.
+        UnknownNameError: for an unknown name.
     """
     task = make_task(task)
     check_split(task, split)
     lm = task.reference(device)
     reward = bind_tokenizer(task.reward_function(device), lm.tokenizer)
 
-    def pay(
+    def compute_scores(
         prompts: Sequence[str], completions: Sequence[str], completion_ids: Any = None, **columns: Any
     ) -> list[float]:
         """B scores."""
@@ -53,10 +55,10 @@ def as_trl(task: str | Task, *, split: str = "train", device: str = "auto") -> t
         ended = [bool(ids) and ids[-1] in lm.eos_token_ids for ids in given["completion_ids"]]
         return [x - task.missing_eos_penalty * (not end) for x, end in zip(scores, ended, strict=True)]
 
-    pay.__name__ = task.name.replace("-", "_")  # what TRL logs it as
+    compute_scores.__name__ = task.name.replace("-", "_")  # what TRL logs it as
     rows = [prompt.row() if hasattr(prompt, "row") else {"prompt": prompt} for prompt in task.prompts[split]]
     if importlib.util.find_spec("datasets") is None:
-        return rows, pay
+        return rows, compute_scores
     import datasets
 
-    return datasets.Dataset.from_list(rows), pay
+    return datasets.Dataset.from_list(rows), compute_scores

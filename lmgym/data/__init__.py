@@ -1,1 +1,1 @@
-"""Rows of data as people have them: prompts, preferences and demonstrations are read by one reader."""
+"""Rows of data: one reader for prompts, preferences and demonstrations."""

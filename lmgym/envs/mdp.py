@@ -26,7 +26,7 @@ from lmgym.models.padding import pad_left
 from lmgym.models.probes import check_language_model, check_prompts_are_finite
 from lmgym.rewards.base import RewardFunction, bind_tokenizer, remove_noise, score
 from lmgym.rewards.classifier import ClassifierReward
-from lmgym.rewards.probe import leaves, try_out
+from lmgym.rewards.probe import find_leaves, try_out
 from lmgym.tasks.base import Task
 
 _PROBED_PROMPTS = 4  # whose logits must be finite before an episode begins
@@ -67,7 +67,7 @@ class TokenMDP:
         task = self.task
         if task.missing_eos_penalty and not self.lm.eos_token_ids:
             raise InvalidArgumentError("`missing_eos_penalty` must be 0: the model's tokenizer has no EOS.")
-        for inside in leaves(self.reward):
+        for inside in find_leaves(self.reward):
             if isinstance(inside, ClassifierReward):
                 inside.check_fits(self.lm, task.prompts.values(), self.width, self.horizon)
         prompts = [self.prompts[0], self.prompts[len(self.prompts) - 1]]

@@ -1,1 +1,1 @@
-"""Human feedback and its simulation: who judges responses, and the formats that training reads."""
+"""Human feedback and its simulation: who ranks responses, and the formats that training reads."""

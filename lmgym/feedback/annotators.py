@@ -1,4 +1,4 @@
-"""Simulated annotators: they rank responses by a hidden score, and err as people do.
+"""Simulated annotators: they rank responses by a hidden score, with errors.
 
 Shapes: B prompts, K responses a prompt. A ranking is a (B, K) array of response indices, best first.
 """
@@ -35,8 +35,8 @@ def plackett_luce_ranking(scores: ArrayLike, temperature: float, rng: np.random.
 
     Args:
         scores: (B, K) hidden scores; higher is better.
-        temperature: Noise of the annotator in units of the score, > 0. Near 0 it never errs; if large it tosses
-            coins.
+        temperature: Noise of the annotator in units of the score, > 0. Near 0 it makes no errors; if large it ranks
+            at random.
         rng: Source of the noise.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a reward function is, where one comes from, and the check on what it returns."""
+"""Reward functions: their protocol, how they are imported, and the check on what they return."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lmgym.models.names import check_model_name
 from lmgym.rewards.calling import call
 from lmgym.rewards.methods import check_methods
 
-LARGEST_SCORE = 3.4e38
+MAX_SCORE = 3.4e38
 BEYOND_FLOAT32 = " Agents compute in float32, which ends at 3.4e38: scale the scores down."
-MOST_LAYERS = 100  # of noise on noise
-SAME_SCORE = 1e-4  # how far apart two scores of one response may be, relative and absolute
+MAX_NOISE_LAYERS = 100
+SCORE_TOLERANCE = 1e-4  # between two scores of one response, relative and absolute
 
 
 class RewardFunction(Protocol):
@@ -25,11 +25,11 @@ class RewardFunction(Protocol):
 
     `prompts[i] + completions[i]` is the text of episode i. `columns` holds per-episode lists: `prompt_ids` and
     `completion_ids` (token ids, the EOS included where there is one), and every other column of the prompts' rows.
-    Returns one finite float an episode: a list, an array or a tensor. It may be an async function. What it does to its
-    arguments changes nothing outside.
+    Returns one finite float an episode: a list, an array or a tensor. It may be an async function. It gets copies of
+    its arguments, and may change them.
 
-    A reward may have `score_range(prompt_ids, max_new_tokens) -> (low, high)`, what no score of a response to this
-    prompt is below, and above. Evaluations then say how much a score may hold that they have not seen (docs/trust.md).
+    A reward may have `score_range(prompt_ids, max_new_tokens) -> (low, high)`, bounds on the score of any response to
+    this prompt. Evaluations then bound what their samples may have missed (docs/trust.md).
     """
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Sequence[float]:
@@ -70,13 +70,15 @@ def import_function(path: str) -> RewardFunction:
 
 
 def score_range(reward: object, prompts: Iterable[Sequence[int]], max_new_tokens: int) -> tuple[float, float] | None:
-    """What no score of a response to any of these prompts is below, and above; None where the reward does not say.
+    """Bounds on the scores of all responses to these prompts; None where the reward has no `score_range`.
 
     Args:
-        reward: with or without a method `score_range`. prompts: token ids. max_new_tokens: of a response.
+        reward: with or without a method `score_range`.
+        prompts: token ids.
+        max_new_tokens: of a response.
 
     Raises:
-        RewardError: for a range that is none.
+        RewardError: for a range that is not two finite numbers, the lower one first.
     """
     of_prompt = getattr(reward, "score_range", None)
     if of_prompt is None:
@@ -94,9 +96,9 @@ def score_range(reward: object, prompts: Iterable[Sequence[int]], max_new_tokens
 def score(
     reward: Callable[..., Sequence[float]], prompts: list[str], completions: list[str], **columns: Any
 ) -> list[float]:
-    """Calls a reward function and holds it to its contract.
+    """Calls a reward function and checks what it returns.
 
-    The columns of the prompts' rows are handed over beside those named here (`lmgym.rewards.calling`).
+    It also gets the columns of the prompts' rows (`lmgym.rewards.calling`).
 
     Raises:
         RewardError: if it returns another number of scores, or one that is not a finite number.
@@ -118,7 +120,7 @@ def scores_or_none(
     completions: list[str],
     columns: dict[str, Any],
 ) -> list[float | None]:
-    """What `score` gives, and None where the reward says that it does not apply to an episode.
+    """The scores as `score` returns them, and None where the reward says that it does not apply to an episode.
 
     Raises:
         RewardError: if it returns another number of scores, or what is neither None nor a finite number.
@@ -133,17 +135,17 @@ def scores_or_none(
         raise RewardError(
             f"The reward function must return {len(completions)} scores, one a completion, and returned {len(scores)}."
         )
-    return [_checked(x, completion) for x, completion in zip(scores, completions, strict=True)]
+    return [_check_score(x, completion) for x, completion in zip(scores, completions, strict=True)]
 
 
-def _checked(x: Any, completion: str) -> float | None:
+def _check_score(x: Any, completion: str) -> float | None:
     """A score as a float; None stays None."""
     number = _as_numbers(x)
     if number is not x and isinstance(number, list) and len(number) == 1:
         number = number[0]  # a tensor of one number
     if number is None:
         return None
-    if not isinstance(number, numbers.Real) or not abs(cast(float, number)) <= LARGEST_SCORE:
+    if not isinstance(number, numbers.Real) or not abs(cast(float, number)) <= MAX_SCORE:
         beyond = BEYOND_FLOAT32 if isinstance(number, numbers.Real) and abs(cast(float, number)) < math.inf else ""
         raise RewardError(
             f"The reward function must return finite numbers, and returned {shorten(x)} for completion "
@@ -163,26 +165,27 @@ def _as_numbers(x: Any) -> Any:
 
 
 def remove_noise(reward: RewardFunction) -> RewardFunction:
-    """What a reward pays on average: its `expected`, and the `expected` of that where noise lies on noise.
+    """The reward without its noise: its `expected`, and the `expected` of that where there is noise on noise.
 
-    A reward without a callable `expected` is taken as it is. Whether it then gives one response the same score each
-    time is for `scores_agree` to say.
+    A reward without a callable `expected` is returned as it is. Whether it gives one response the same score each time
+    is checked by `scores_agree`.
 
     Raises:
         InvalidArgumentError: where one `expected` leads to another without end.
     """
-    for _ in range(MOST_LAYERS):
+    for _ in range(MAX_NOISE_LAYERS):
         inside = getattr(reward, "expected", None)
         if not callable(inside) or inside is reward:
             return reward
         reward = inside
     raise InvalidArgumentError(
-        f"`reward.expected` must lead to a reward without noise, and {MOST_LAYERS} of them in a row lead to another."
+        f"`reward.expected` must lead to a reward without noise, and {MAX_NOISE_LAYERS} of them in a row lead to "
+        "another."
     )
 
 
 def bind_tokenizer(reward: RewardFunction, tokenizer: Any) -> RewardFunction:
-    """The reward for responses of a policy with this tokenizer: what its `for_tokenizer` gives, where it has one."""
+    """The reward for responses of a policy with this tokenizer: the result of its `for_tokenizer`, if it has one."""
     bind = getattr(reward, "for_tokenizer", None)
     return reward if bind is None else cast(RewardFunction, bind(tokenizer))
 
@@ -195,6 +198,6 @@ STOCHASTIC = (
 
 
 def scores_agree(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether two calls with the same episodes gave the same scores, but for the round-off of a GPU."""
+    """Whether two calls with the same episodes gave the same scores, up to the round-off of a GPU."""
     pairs = zip(first, second, strict=True)
-    return all(math.isclose(a, b, rel_tol=SAME_SCORE, abs_tol=SAME_SCORE) for a, b in pairs)
+    return all(math.isclose(a, b, rel_tol=SCORE_TOLERANCE, abs_tol=SCORE_TOLERANCE) for a, b in pairs)

@@ -1,7 +1,7 @@
-"""How a reward function is called: what it is given, and what it may not change.
+"""How a reward function is called: the arguments that it gets, and the settings that it may not change.
 
-A function from elsewhere gets copies, and what it sets for its process (the default dtype, where printing goes) is put
-back, so that no reward changes what the environment does next.
+A function from outside lmgym gets copies. What it sets for the process (the default dtype, the stream for printing) is
+restored afterwards, so that no reward changes what the environment does next.
 """
 
 from __future__ import annotations
@@ -29,26 +29,28 @@ _IMMUTABLE = (str, bytes, int, float, bool, type(None))
 
 
 def call(reward: Any, prompts: list[str], completions: list[str], columns: dict[str, Any]) -> Any:
-    """What a reward function returns for episodes; of an async one, what it returns in the end.
+    """What a reward function returns for episodes; an async one is waited for.
 
     Args:
-        reward: the function. prompts: texts; what rows they came in is handed over as well.
-        completions: texts. columns: `prompt_ids` and `completion_ids`, and what an outer reward was given.
+        reward: the function.
+        prompts: texts; the columns of their rows are passed on as well.
+        completions: texts.
+        columns: `prompt_ids` and `completion_ids`, and what an outer reward was given.
     """
-    arguments = handed_over(reward, prompts, completions, columns)
-    with _settings_kept():
+    arguments = make_arguments(reward, prompts, completions, columns)
+    with _restore_settings():
         returned = reward(**arguments)
         if inspect.isawaitable(returned):
             returned = _wait_for(returned)
     return returned
 
 
-def handed_over(reward: Any, prompts: list[str], completions: list[str], columns: dict[str, Any]) -> dict[str, Any]:
+def make_arguments(reward: Any, prompts: list[str], completions: list[str], columns: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments that a reward function is called with.
 
-    Where all prompts were conversations it is given these, and the completions as messages of the assistant, as TRL
-    does. A reward of lmgym says by `reads_plain_text` that it takes the texts alone, with the rows that they carry, and
-    changes none of its arguments.
+    If all prompts were conversations it gets those, and the completions as messages of the assistant, as in TRL. A
+    reward of lmgym with `reads_plain_text` gets the texts as they are, without copies: it changes none of its
+    arguments.
     """
     if getattr(reward, "reads_plain_text", False):
         return {"prompts": prompts, "completions": completions, **columns}
@@ -59,20 +61,20 @@ def handed_over(reward: Any, prompts: list[str], completions: list[str], columns
         given["prompts"] = conversations
         given["completions"] = [[{"role": "assistant", "content": completion}] for completion in completions]
     for name, values in columns.items():
-        copied = list if name in TOKEN_IDS else _copied
-        given[name] = [copied(value) for value in values]
+        copy_value = list if name in TOKEN_IDS else _copy
+        given[name] = [copy_value(value) for value in values]
     return given
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     if isinstance(value, _IMMUTABLE):
         return value
     return copy.deepcopy(value)
 
 
 @contextlib.contextmanager
-def _settings_kept() -> Iterator[None]:
-    """Puts back what a function may have set for the whole process.
+def _restore_settings() -> Iterator[None]:
+    """Restores, after the block, what a function may have set for the whole process.
 
     Raises:
         RewardError: where it closed the stream that the program prints to.
@@ -103,7 +105,7 @@ def _settings_kept() -> Iterator[None]:
 
 
 def _wait_for(awaitable: Any) -> Any:
-    """What an awaitable gives in the end."""
+    """The result of an awaitable."""
     import asyncio  # here and below: importing it takes a while, and few rewards are async
 
     return asyncio.run_coroutine_threadsafe(_as_coroutine(awaitable), _event_loop(os.getpid())).result()
@@ -115,9 +117,9 @@ async def _as_coroutine(awaitable: Any) -> Any:
 
 @functools.cache
 def _event_loop(process: int) -> asyncio.AbstractEventLoop:
-    """A loop in a thread of its own, which async rewards run in; a forked process, which has no such thread, another.
+    """The event loop of async rewards, in a thread of its own; a forked process gets another one.
 
-    It goes on between calls, so that a client that a reward holds stays usable.
+    It keeps running between calls, so that a client that a reward holds stays usable.
     """
     import asyncio
 

@@ -17,15 +17,15 @@ from lmgym.models.segmentation import SpecialTokens, compare
 from lmgym.models.sharing import SharedModels
 from lmgym.rewards.sequence import probe_sequences, sequence_logits
 
-_ROWS = 64  # episodes a forward takes at once
+_FORWARD_ROWS = 64  # episodes a forward
 
 
 class ClassifierReward:
     """Scores `prompt + completion` with a sequence-classification model.
 
-    Text goes through the model's own tokenizer, special tokens included. Where the policy's tokenizer cuts texts as
-    that one does, the policy's token ids are handed over instead, an EOS included, between the special tokens that the
-    model's own tokenizer adds: nothing is decoded, and the model sees whether the response ended.
+    Text goes through the model's own tokenizer, special tokens included. If the policy's tokenizer splits texts in the
+    same way, the model gets the policy's token ids instead, an EOS included, between the special tokens that its own
+    tokenizer adds. Nothing is decoded then, and the model sees whether the response ended.
 
     Attributes:
         model: the Hugging Face model, `num_labels` 1 (its logit is the score) or 2 (the log-odds of label 1).
@@ -63,8 +63,8 @@ class ClassifierReward:
     def check_fits(self, lm: CausalLM, splits: Iterable[Sequence[str]], width: int, horizon: int) -> None:
         """Raises unless the model has positions for the longest prompt with the longest response.
 
-        A model that reads text may cut a response into more tokens than the policy has chosen: its tokens are taken to
-        be as long as in the prompts. A longer text is a `RewardError` when it is scored.
+        A model that reads text may split a response into more tokens than the policy chose. The ratio is estimated on
+        the prompts. A text that turns out longer is a `RewardError` when it is scored.
 
         Args:
             lm: the policy's reference.
@@ -120,8 +120,8 @@ class ClassifierReward:
         self._check_lengths(sequences)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         scores = torch.zeros(len(sequences))
-        for start in range(0, len(order), _ROWS):
-            rows = order[start : start + _ROWS]
+        for start in range(0, len(order), _FORWARD_ROWS):
+            rows = order[start : start + _FORWARD_ROWS]
             logits = sequence_logits(self.model, [sequences[i] for i in rows]).float().cpu()
             scores[rows] = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
         return scores.tolist()
@@ -146,7 +146,7 @@ class ClassifierReward:
                 )
 
 
-def _checked(model: Any, tokenizer: Any) -> ClassifierReward:
+def _check_model(model: Any, tokenizer: Any) -> ClassifierReward:
     """The reward of a model that has just been loaded, once it has given finite scores."""
     reward = ClassifierReward(model, tokenizer)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def _checked(model: Any, tokenizer: Any) -> ClassifierReward:
     return reward
 
 
-_reward_models = SharedModels("reward", AutoModelForSequenceClassification, _checked)
+_reward_models = SharedModels("reward", AutoModelForSequenceClassification, _check_model)
 
 
 def load_reward_model(name: str, device: str = "auto", dtype: str = "float32") -> ClassifierReward:

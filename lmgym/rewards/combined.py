@@ -21,7 +21,7 @@ class CombinedReward:
         InvalidArgumentError: for weights that are not one finite number a part.
     """
 
-    reads_plain_text = True  # it hands over what it is given
+    reads_plain_text = True  # it passes on what it is given
 
     def __init__(self, rewards: Sequence[RewardFunction], weights: Sequence[float] | None = None) -> None:
         check_weights(rewards, weights)
@@ -56,7 +56,7 @@ class CombinedReward:
 
     @property
     def expected(self) -> CombinedReward:
-        """What is paid on average: the parts without noise. It is the reward itself where no part has any."""
+        """The sum of the parts without noise; the reward itself where no part has any."""
         return self._with([remove_noise(reward) for reward in self.rewards])
 
     def for_tokenizer(self, tokenizer: Any) -> CombinedReward:
@@ -64,7 +64,7 @@ class CombinedReward:
         return self._with([bind_tokenizer(reward, tokenizer) for reward in self.rewards])
 
     def score_range(self, prompt_ids: Sequence[int], max_new_tokens: int) -> tuple[float, float] | None:
-        """What no sum is below, and above; None where a part does not say."""
+        """Bounds on the sum; None where a part has none."""
         low = high = 0.0
         for reward, weight in zip(self.rewards, self.weights, strict=True):
             bounds = score_range(reward, [prompt_ids], max_new_tokens)
@@ -76,14 +76,14 @@ class CombinedReward:
         return low, high
 
     def reseed(self, seed: int) -> None:
-        """Begins anew what is random in the parts, each with a stream of its own."""
+        """Restarts what is random in the parts, each with a stream of its own."""
         for i, reward in enumerate(self.rewards):
             if hasattr(reward, "reseed"):
                 derived = np.random.SeedSequence(seed, spawn_key=(i,)).generate_state(1)
                 reward.reseed(int(derived[0]))
 
     def get_state(self) -> list[Any]:
-        """Where what is random in each part stands, as JSON values; None for a part without."""
+        """The state of what is random in each part, as JSON values; None for a part without."""
         return [reward.get_state() if hasattr(reward, "get_state") else None for reward in self.rewards]
 
     def set_state(self, state: list[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Rewards with noise on top: the same problem in expectation, seen through a noisy judge."""
+"""Rewards with noise: the same problem in expectation, with scores that vary from call to call."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class NoisyReward:
         seed: of the noise.
 
     Attributes:
-        expected: the reward inside, what is paid on average.
+        expected: the reward inside, the mean of the scores.
 
     Raises:
         InvalidArgumentError: if an argument has a value it cannot have.
     """
 
-    reads_plain_text = True  # it hands over what it is given
+    reads_plain_text = True  # it passes on what it is given
 
     def __init__(self, reward: RewardFunction, sigma: float, seed: int = 0) -> None:
         if not callable(reward):
@@ -57,7 +57,7 @@ class NoisyReward:
         return (scores + self.sigma * self._rng.standard_normal(len(scores))).tolist()
 
     def reseed(self, seed: int) -> None:
-        """Begins the noise anew, and that of a noisy reward inside: what an env does when it is reset with a seed."""
+        """Restarts the noise, and that of a noisy reward inside; an env calls this when it is reset with a seed."""
         self._rng = self._begin(seed)
         if isinstance(self.expected, NoisyReward):
             self.expected.reseed(seed)
@@ -72,7 +72,7 @@ class NoisyReward:
         return bound
 
     def get_state(self) -> dict[str, Any]:
-        """Where the noise stands, as a JSON value; `inside` is where that of a noisy reward inside stands."""
+        """The state of the noise, as a JSON value; `inside` is the state of a noisy reward inside."""
         state = copy.deepcopy(dict(self._rng.bit_generator.state))
         if isinstance(self.expected, NoisyReward):
             state["inside"] = self.expected.get_state()

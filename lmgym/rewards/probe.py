@@ -1,4 +1,4 @@
-"""A reward function is called once before an episode begins: a wrong signature is then explained, not met later."""
+"""A call of a reward function before the first episode, so that a wrong signature is explained at once."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from typing import Any
 
 from lmgym.errors import InvalidArgumentError, RewardError
 from lmgym.rewards.base import scores_or_none
-from lmgym.rewards.calling import handed_over
+from lmgym.rewards.calling import make_arguments
 
 
-def leaves(reward: Any) -> Iterator[Any]:
-    """The reward functions inside those that hand over what they are given; a reward that does not, itself."""
+def find_leaves(reward: Any) -> Iterator[Any]:
+    """The reward functions inside combined and noisy rewards; any other reward is its own leaf."""
     inside = getattr(reward, "rewards", None) or [getattr(reward, "expected", None)]
     if not getattr(reward, "reads_plain_text", False) or inside == [None]:
         yield reward
         return
     for part in inside:
         if part is not reward:
-            yield from leaves(part)
+            yield from find_leaves(part)
 
 
 def try_out(reward: Any, prompts: list[str], completions: list[str], columns: dict[str, Any]) -> None:
-    """Calls every function in a reward for episodes, as an environment will; those of lmgym are known to work.
+    """Calls every function in a reward for episodes, as an environment will; those of lmgym are skipped.
 
-    What is random in it stands afterwards where it stood.
+    The state of a random function is restored afterwards.
 
     Raises:
-        InvalidArgumentError: for a function that cannot be called with the arguments that there are.
-        RewardError: for one that raises, or does not return a score an episode.
+        InvalidArgumentError: for a function that cannot be called with the arguments.
+        RewardError: for a function that raises, or does not return one score an episode.
     """
-    for function in leaves(reward):
+    for function in find_leaves(reward):
         if getattr(function, "reads_plain_text", False):
             continue
-        arguments = handed_over(function, prompts, completions, columns)
+        arguments = make_arguments(function, prompts, completions, columns)
         check_signature(function, arguments)
         state = function.get_state() if hasattr(function, "get_state") and hasattr(function, "set_state") else None
         try:

@@ -19,7 +19,7 @@ from lmgym.errors import InvalidArgumentError, check_finite, check_int, check_nu
 from lmgym.models.positions import max_positions
 from lmgym.rewards.sequence import sequence_logits
 
-_BUCKET = 16  # batches that are sorted by length together
+_BUCKET_BATCHES = 16  # batches that are sorted by length together
 _WEIGHT_DECAY = 0.01
 _MAX_GRAD_NORM = 1.0
 _WARM_UP = 0.05  # share of the updates
@@ -168,21 +168,38 @@ def train_reward_model(
         totals = dict.fromkeys(totals, 0.0)
         for batch in bucketed_batches(lengths, batch_size, generator):
             rows = [sequence for prompt in batch for sequence in sequences[prompt]]
-            scores = _forward(model, rows).view(len(batch), -1)  # (B*K,) -> (B, K)
-            target = ranking[batch].to(scores.device)
-            loss = kwise_loss(scores, target)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
-            check_finite("loss", loss.item())
-            check_finite("norm of the gradient", norm.item())
-            optimizer.step()
+            metrics = _update(model, rows, ranking[batch], optimizer)
             schedule.step()
-            metrics = {"loss": loss.item(), "accuracy": ranking_accuracy(scores.detach(), target)}
             totals = {name: totals[name] + metrics[name] * len(batch) / len(sequences) for name in totals}
             if progress is not None:
                 progress(metrics)
     return totals
+
+
+def _update(
+    model: Any, rows: Sequence[Sequence[int]], ranking: Tensor, optimizer: torch.optim.Optimizer
+) -> dict[str, float]:
+    """One step of the optimiser on B prompts.
+
+    Args:
+        model: changed in place.
+        rows: B * K sequences of tokens, prompt by prompt.
+        ranking: (B, K).
+        optimizer: of the model's weights.
+
+    Returns:
+        `loss` and `accuracy` before the step.
+    """
+    scores = _forward(model, rows).view(len(ranking), -1)  # (B*K,) -> (B, K)
+    ranking = ranking.to(scores.device)
+    loss = kwise_loss(scores, ranking)
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
+    check_finite("loss", loss.item())
+    check_finite("norm of the gradient", norm.item())
+    optimizer.step()
+    return {"loss": loss.item(), "accuracy": ranking_accuracy(scores.detach(), ranking)}
 
 
 @torch.no_grad()
@@ -258,7 +275,7 @@ def encode(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 def bucketed_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
     """Yields the indices 0..B-1 once, shuffled, in batches whose members are of like length: less padding."""
     order: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
-    window = _BUCKET * batch_size
+    window = _BUCKET_BATCHES * batch_size
     batches: list[list[int]] = []
     for start in range(0, len(order), window):
         bucket = sorted(order[start : start + window], key=lambda i: lengths[i])

@@ -57,7 +57,7 @@ class VecEnvBridge(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> tuple[Any, npt.NDArray[np.float32], npt.NDArray[np.bool_], list[dict[str, Any]]]:
-        """Steps; the rows that ended begin anew, and have their last observation in their info."""
+        """Steps. A row that ended is reset, and its info holds its last observation."""
         observation, rewards, terminated, truncated, infos = self.envs.step(self._actions)
         rows = _by_row(infos, self.num_envs)
         for i, row in enumerate(rows):
@@ -70,7 +70,7 @@ class VecEnvBridge(VecEnv):
         return observation, rewards.astype(np.float32), terminated | truncated, rows
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
-        """(N, V) tokens that may be chosen: those of a wrapper that says so, else all that the tokenizer has."""
+        """(N, V) bool: the tokens that a wrapper allows, or else all that the tokenizer has."""
         for layer in self._layers():
             if hasattr(layer, "action_masks"):
                 return np.asarray(layer.action_masks())
@@ -89,7 +89,7 @@ class VecEnvBridge(VecEnv):
         raise AttributeError(f"{type(self.envs).__name__} has no attribute {name!r}.")
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """An attribute of the env, or of a wrapper, once a row: rows share it."""
+        """An attribute of the env, or of a wrapper, repeated for each row: the rows share it."""
         return [self._find(attr_name)] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
@@ -99,7 +99,7 @@ class VecEnvBridge(VecEnv):
         setattr(self.envs.unwrapped, attr_name, value)
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
-        """Calls a method once; an array of N entries is one a row, anything else is the same for every row."""
+        """Calls a method once. Of an array of N entries each row gets its own; of anything else, every row the same."""
         result = self.action_masks() if method_name == "action_masks" else None
         if result is None:
             result = self._find(method_name)(*method_args, **method_kwargs)
@@ -107,7 +107,7 @@ class VecEnvBridge(VecEnv):
         return [result[i] if each else result for i in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        """Whether a wrapper of that class lies around the env."""
+        """For each row, whether the env is wrapped by that class."""
         return [any(isinstance(layer, wrapper_class) for layer in self._layers())] * len(
             list(self._get_indices(indices))
         )

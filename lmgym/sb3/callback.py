@@ -14,14 +14,14 @@ class PolicyKLCallback(BaseCallback):
     """Subtracts `kl_coef * log pi(a|s)` from the rewards of an on-policy algorithm, before the buffer stores them.
 
     The env's reward already holds the other half, `kl_coef * log pi_ref(a|s)`. An algorithm without log-probs (DQN)
-    takes an action for certain: log pi is 0, and there is nothing to subtract.
+    has a point mass on its action: log pi is 0, and there is nothing to subtract.
 
     Args:
         kl_coef: beta, in units of the score a nat; None is that of the env.
-        dense: whether it is paid with every token, or with the last one for the whole episode; None is as in the env.
+        dense: whether it is subtracted at every token, or at the last one for the whole episode; None is as in the env.
 
     Attributes:
-        owed: (N,) log pi of the tokens of each episode in hand that are not paid for yet.
+        owed: (N,) log pi of the tokens of each running episode that has not been subtracted yet.
     """
 
     def __init__(self, kl_coef: float | None = None, dense: bool | None = None) -> None:
@@ -31,7 +31,7 @@ class PolicyKLCallback(BaseCallback):
         self.restart()
 
     def restart(self) -> None:
-        """Forgets the episodes in hand."""
+        """Forgets the running episodes."""
         self.owed: npt.NDArray[np.float64] = np.zeros(0)
 
     def _init_callback(self) -> None:
@@ -47,7 +47,7 @@ class PolicyKLCallback(BaseCallback):
             if len(self.owed) != len(log_probs):
                 self.owed = np.zeros(len(log_probs))
             self.owed += log_probs
-            paying = np.ones_like(dones) if self.dense else dones
-            self.locals["rewards"] -= self.kl_coef * self.owed * paying  # in place: the buffer stores this very array
-            self.owed[paying] = 0.0
+            due = np.ones_like(dones) if self.dense else dones
+            self.locals["rewards"] -= self.kl_coef * self.owed * due  # in place: the buffer stores this very array
+            self.owed[due] = 0.0
         return True

@@ -55,9 +55,9 @@ def evaluate(
 ) -> Grade:
     """Samples every prompt of the env's split (or the first `prompts` of them) a number of times, and grades.
 
-    A model with a distribution over actions (PPO, A2C, TRPO, MaskablePPO) is sampled from it and pays `kl_coef * log
-    pi` for what it does. Any other (DQN, QRDQN, RecurrentPPO), and any with `deterministic`, is asked what it would do
-    for certain: log pi is 0, and the env's own return is all of J.
+    A model with a distribution over actions (PPO, A2C, TRPO, MaskablePPO) is sampled from it, and `kl_coef * log pi` of
+    each action is subtracted from its reward. Any other (DQN, QRDQN, RecurrentPPO), and any with `deterministic`, takes
+    the action that `predict` gives: log pi is 0, and the env's own return is all of J.
 
     Args:
         model: of Stable-Baselines3 or sb3-contrib, or any object with their `predict`; or, of whatever library, a
@@ -79,11 +79,11 @@ def evaluate(
     base = cast(RLHFVectorEnv, envs.unwrapped)
     available = len(base.engine.prompts)
     count = available if prompts is None else min(prompts, available)
-    act = _sample(model, seed) if _has_distribution(model) and not deterministic else _certain(model)
+    act = _sample_actions(model, seed) if _has_distribution(model) and not deterministic else _best_actions(model)
     rounds = -(-samples // envs.num_envs)
     columns: dict[str, list[Tensor]] = {}
     for index in range(count):
-        parts = [_episodes(envs, base, index, act) for _ in range(rounds)]
+        parts = [_play_episodes(envs, base, index, act) for _ in range(rounds)]
         for name in parts[0]:
             values = np.concatenate([part[name] for part in parts])[:samples]
             columns.setdefault(name, []).append(torch.from_numpy(values))
@@ -93,8 +93,8 @@ def evaluate(
     return Grade(metrics, optimum, share)
 
 
-def _episodes(envs: VectorEnv[Any, Any, Any], base: RLHFVectorEnv, index: int, act: Act) -> dict[str, Floats]:
-    """Numbers (N,) of one episode of every row, from one prompt."""
+def _play_episodes(envs: VectorEnv[Any, Any, Any], base: RLHFVectorEnv, index: int, act: Act) -> dict[str, Floats]:
+    """Plays one episode in every row, all from one prompt, and returns its numbers (N,) by name."""
     task = base.task
     rows = envs.num_envs
     observation, infos = envs.reset(options={"prompt_index": index})
@@ -107,34 +107,35 @@ def _episodes(envs: VectorEnv[Any, Any, Any], base: RLHFVectorEnv, index: int, a
         observation, rewards, terminated, truncated, infos = envs.step(actions)
         ended = (terminated | truncated) & running
         owed += log_probs
-        pays = ended if not task.dense_kl else running
-        rewards = rewards - task.kl_coef * owed * pays
+        due = running if task.dense_kl else ended
+        rewards = rewards - task.kl_coef * owed * due
         found["return"] += np.where(running, task.gamma**t * rewards, 0.0)
-        found["kl"] += np.where(running, log_probs - _told(infos, "ref_log_prob", ended), 0.0)
-        found["score"] += np.where(ended, _told(infos, "score", ended), 0.0)
+        found["kl"] += np.where(running, log_probs - _read_info(infos, "ref_log_prob", ended), 0.0)
+        found["score"] += np.where(ended, _read_info(infos, "score", ended), 0.0)
         found["length"] += running
-        owed[pays] = 0.0
+        owed[due] = 0.0
         running &= ~ended
         t += 1
     if task.kl_coef == 0:
-        del found["kl"]  # without a price the reference is never asked
+        del found["kl"]  # at kl_coef=0 the reference is not run
     return found
 
 
-def _told(infos: dict[str, Any], name: str, ended: npt.NDArray[np.bool_]) -> Any:
-    """A number (N,) of the step: of rows that ended, from what was told before they began anew."""
+def _read_info(infos: dict[str, Any], name: str, ended: npt.NDArray[np.bool_]) -> Any:
+    """A number (N,) of the step; of rows that ended, the one from before their reset."""
     if name not in infos:
         return 0.0
     return np.where(ended, infos["final_info"][name], infos[name]) if ended.any() else infos[name]
 
 
 def _has_distribution(model: Any) -> bool:
+    """Whether the model gives log-probs of its actions without a memory of its own."""
     policy = getattr(model, "policy", None)
     return not hasattr(model, "predict") or (hasattr(policy, "get_distribution") and not hasattr(policy, "lstm_actor"))
 
 
-def _sample(model: Any, seed: int) -> Act:
-    """Samples from the distribution of a policy, and says how likely that was."""
+def _sample_actions(model: Any, seed: int) -> Act:
+    """Samples from the distribution of a policy, and gives the log-prob of what was sampled."""
     generator = torch.Generator().manual_seed(seed)
     if hasattr(model, "predict"):
         model.policy.set_training_mode(False)
@@ -160,8 +161,8 @@ def _as_tensors(observation: Any) -> Any:
     return torch.from_numpy(observation)
 
 
-def _certain(model: Any) -> Act:
-    """What a model does for certain."""
+def _best_actions(model: Any) -> Act:
+    """The action that `predict` gives with `deterministic=True`, at a log-prob of 0."""
     memory: dict[str, Any] = {"state": None}
 
     def act(observation: Any, infos: Any) -> tuple[npt.NDArray[np.int64], Floats]:

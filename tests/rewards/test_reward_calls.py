@@ -22,7 +22,7 @@ from lmgym.models.causal import CausalLM, freeze
 from lmgym.rewards.base import remove_noise, score
 from lmgym.rewards.combined import CombinedReward
 from lmgym.rewards.noise import NoisyReward
-from lmgym.rewards.probe import leaves
+from lmgym.rewards.probe import find_leaves
 from lmgym.tasks import Task, make_task
 
 PROMPTS = ["a", "b"]
@@ -147,7 +147,7 @@ def test_noise_in_a_part_is_reseeded_kept_and_taken_off() -> None:
     noisy.set_state(state)
     assert score(noisy, PROMPTS, COMPLETIONS) == first
     assert score(remove_noise(noisy), PROMPTS, COMPLETIONS) == [0.0, 3.0]
-    assert list(leaves(noisy)) == [counted] * 3
+    assert list(find_leaves(noisy)) == [counted] * 3
     quiet = CombinedReward([counted])
     assert remove_noise(quiet) is quiet
 
