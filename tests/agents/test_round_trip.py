@@ -12,6 +12,7 @@ from conftest import TinyProblem, shifted
 from shipped import FIXED, ON_POLICY, SUPERVISED, agents_of, class_of, fields_of
 from transformers import AutoModelForCausalLM
 
+from agents.agent import PolicyAgent
 from agents.algorithms.nlpo import NLPO
 from agents.fixed import FixedPolicyAgent
 from lmgym.envs.vector import RLHFVectorEnv
@@ -60,6 +61,16 @@ def check_weights(agent: Any, directory: Path, observation: dict[str, Any]) -> N
         assert np.array_equal(agent.predict(observation, deterministic=True)[0], saved.argmax(-1).numpy())
 
 
+def check_next_logits(agent: Any, observation: dict[str, Any]) -> None:
+    """An agent's logits of the next tokens are those of its policy, stepped along the responses from their prompts."""
+    if isinstance(agent, PolicyAgent):
+        ids = torch.as_tensor(observation["input_ids"])
+        mask = torch.as_tensor(observation["attention_mask"]).bool()
+        with torch.inference_mode():
+            stepped = PolicyAgent.next_logits(agent, ids, mask)
+            torch.testing.assert_close(agent.next_logits(ids, mask), stepped, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", [*LEARNERS, *FIXED])
 def test_a_loaded_agent_of_another_seed_acts_as_the_saved_one(name: str, task: Task, tmp_path: Path) -> None:
     agent = agent_of(name, task, seed=1)
@@ -78,6 +89,7 @@ def test_a_loaded_agent_of_another_seed_acts_as_the_saved_one(name: str, task: T
     assert other.num_timesteps == agent.num_timesteps
     seen: set[int] = set()
     for _ in range(task.max_new_tokens):
+        check_next_logits(agent, observation)
         for deterministic in (True, False):
             actions, same = (each.predict(observation, deterministic=deterministic)[0] for each in (agent, other))
             assert np.array_equal(actions, same)
