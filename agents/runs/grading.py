@@ -93,7 +93,8 @@ def _replaced(settings: dict[str, Any]) -> dict[str, str]:
 
 def _graded(plan: Plan) -> Task:
     """The task, with the prompts alone that are graded: V* is of those."""
-    split, count = plan.evaluation.split, plan.evaluation.prompts
+    split = plan.evaluation.split
+    count = plan.evaluation.prompts
     settings = Settings.of({**plan.settings, "split": split})
     task = settings.resolve()
     if settings.on_long != "error":
@@ -143,7 +144,8 @@ def find_scale(plan: Plan, before: Evaluation, after: Evaluation) -> Scale:
     from lmgym.scores import reference_return
     from lmgym.tasks import StoredOptimum
 
-    task, split = _graded(plan), plan.evaluation.split
+    task = _graded(plan)
+    split = plan.evaluation.split
     stored = find_known(task, split)
     if stored is not None:
         lower, upper = (None if v is None else Interval.point(v) for v in (stored.lower, stored.upper))

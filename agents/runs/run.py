@@ -45,7 +45,7 @@ def begin(cfg: DictConfig, directory: Path) -> int:
     """A new run; returns its exit code.
 
     Raises:
-        LmGymError: for a config that cannot be, or a directory that holds a run; nothing is left behind.
+        LmGymError: for a config that cannot be, or a directory that holds a run; no file is left.
     """
     with empty_again(directory):
         values = plain(cfg)
