@@ -16,7 +16,14 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"```\w+\n# ([\w/]+\.\w+)\n(.*?)```", re.S)
 # What runs over all tasks or all agents, or compares a list of them; the rest of the suite does not know the new ones.
 DEMANDING = "brief or vpg or ids_are_those or agents_listed or has_a_page or page_of_tasks or every_family or module"
-FILES = ("test_readme", "agents/runs/test_config", "tasks/test_suite", "builders/test_cards", "test_project")
+FILES = (
+    "test_readme",
+    "agents/runs/test_config",
+    "tasks/test_suite",
+    "tasks/test_tasks",
+    "builders/test_cards",
+    "test_project",
+)
 
 
 def copied(to: Path) -> Path:
