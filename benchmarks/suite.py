@@ -27,7 +27,7 @@ from tqdm import tqdm
 from agents.runs.report import passes_the_bound
 from benchmarks.learning import beside, best, estimate, interval
 from benchmarks.pages import fill, has_markers, markers
-from builders.optima import chosen
+from builders.optima import find_tasks
 from lmgym.intervals import Interval
 from lmgym.optimum import find_known
 from lmgym.scores import normalised, reference_return
@@ -127,7 +127,7 @@ def main() -> None:
             parser.error(f"{page} has no markers of a table, such as {markers(TABLES[0])[0]}")
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
-    tasks = chosen(args.tasks)
+    tasks = find_tasks(args.tasks)
     out = beside(args.out, args.overrides)
     cells = list(itertools.product(args.agents, tasks, args.seeds))
     directories = [out / "-".join(map(str, cell)) for cell in cells]

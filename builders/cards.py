@@ -72,7 +72,7 @@ def _row(env_id: str, task: Task) -> str:
 
 
 def _note(task: Task) -> list[str]:
-    """What the upper bound takes for granted, as a paragraph; nothing where it is exact."""
+    """What the upper bound assumes, as a paragraph; nothing where the optimum is exact."""
     known = task.optima.get("test")
     if known is None or not known.assumption:
         return []

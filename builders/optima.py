@@ -1,8 +1,8 @@
 """Derives the optima of the suite again: `python -m builders.optima [name ...]` compares them with what is stored.
 
-With `--write` it stores them, in `lmgym/tasks/artefacts/<task>/optima.json`. Most are exact. For a task that no solver
-reaches, a proposal is fitted to its optimal policy, and V* is bounded from both sides with draws of it
-(docs/optimum.md).
+With `--write` it stores them, in `lmgym/tasks/artefacts/<task>/optima.json`. Most are exact. Where a
+task has too many responses for that, a proposal is fitted to the optimal policy, and V* is bounded from both sides with
+draws of it (docs/optimum.md).
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from lmgym.tasks import StoredOptimum, Task, make_task, registered_tasks
 from lmgym.tasks.stored import ARTEFACTS
 
 SPLITS = ("train", "test")
-TOLERANCE = 1e-4  # between machines, in units of the score
-SLACK = 0.002  # of the gain, between the intervals of two derivations from samples
-DRAWS = {"train": 32, "test": 128}  # a prompt and repeat; no weight is above so many times the mean, by assumption
+TOLERANCE = 1e-4  # between exact optima of two machines, in units of the score
+MAX_DISTANCE = 0.002  # of the gain, between the intervals of two derivations from samples
+MAX_REFERENCE_DISTANCE = 0.02  # between two estimates of J of the reference, in units of the score
+DRAWS = {"train": 32, "test": 128}  # a prompt and repeat; by assumption no weight exceeds so many times the mean
 REFERENCE_DRAWS = {"train": 64, "test": 512}  # a prompt, for J of the reference
 SEED = 0
 
@@ -35,11 +36,11 @@ def derive(task: Task) -> dict[str, StoredOptimum]:
 
     try:
         return {split: solve(task, split=split).stored() for split in SPLITS}
-    except InvalidArgumentError:  # more responses than can be written down
-        return bounded(task)
+    except InvalidArgumentError:  # more responses than can be enumerated
+        return derive_bounds(task)
 
 
-def bounded(task: Task) -> dict[str, StoredOptimum]:
+def derive_bounds(task: Task) -> dict[str, StoredOptimum]:
     """Bounds on V* of both splits by importance sampling."""
     import torch
 
@@ -65,11 +66,11 @@ def bounded(task: Task) -> dict[str, StoredOptimum]:
 def store(name: str, optima: dict[str, StoredOptimum]) -> Path:
     """Puts the optima of a task beside those of its other settings."""
     path = Path(ARTEFACTS, name.partition("-")[0], "optima.json")
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     splits = {split: asdict(optimum) for split, optimum in optima.items()}
-    kept[name] = {"version": registered_tasks()[name].version, "splits": splits}
+    stored[name] = {"version": registered_tasks()[name].version, "splits": splits}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(kept, indent=1) + "\n")
+    write_atomically(path, json.dumps(stored, indent=1) + "\n")
     return path
 
 
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="store what was derived, instead of comparing")
     options = parser.parse_args(arguments)
     try:
-        stale = [name for name in chosen(options.names) if not settle(name, options.write)]
+        stale = [name for name in find_tasks(options.names) if not update(name, options.write)]
     except LmGymError as error:
         sys.exit(f"{error}")
     if stale:
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
 
 
-def chosen(names: Sequence[str]) -> list[str]:
+def find_tasks(names: Sequence[str]) -> list[str]:
     """Names of tasks, each given whole or by what stands before the "-"."""
     known = list(registered_tasks())
     found = []
@@ -102,8 +103,8 @@ def chosen(names: Sequence[str]) -> list[str]:
     return found
 
 
-def settle(name: str, write: bool) -> bool:
-    """Derives the optimum of a task, and stores it or says whether it is the stored one."""
+def update(name: str, write: bool) -> bool:
+    """Derives the optimum of a task, and stores it (`write`) or returns whether it is the stored one."""
     task = make_task(name)
     optima = derive(task)
     for split, found in optima.items():
@@ -115,25 +116,25 @@ def settle(name: str, write: bool) -> bool:
 
 
 def describe(name: str, split: str, found: StoredOptimum) -> str:
-    """One line of numbers, and one of what they take for granted."""
+    """One line of numbers, and one of what they assume."""
     line = f"{name:18} {split:6} J_ref {found.reference:.5f}  V* {found.lower:.5f}"
     if found.upper is not None and not found.exact:
         line += f" to {found.upper:.5f} ({100 * found.width:.1f} % of the gain)"
     line += f"  {found.method}"
     if found.assumption:
-        line += f"\n{'':25} The upper bound takes for granted: {found.assumption}."
+        line += f"\n{'':25} The upper bound assumes this: {found.assumption}."
     return line
 
 
 def agrees(found: StoredOptimum, stored: StoredOptimum | None) -> bool:
-    """Whether two derivations say the same: to rounding where exact, and intervals that meet where sampled."""
+    """Whether two derivations agree: up to rounding if exact, and with intervals that nearly overlap if sampled."""
     if stored is None or found.method != stored.method:
         return False
     if found.exact:
         return abs(found.value - stored.value) <= TOLERANCE and abs(found.reference - stored.reference) <= TOLERANCE
-    slack = SLACK * (stored.value - stored.reference)
-    apart = max(found.lower, stored.lower) - min(_upper(found), _upper(stored))
-    return apart <= slack and abs(found.reference - stored.reference) <= 0.02
+    max_distance = MAX_DISTANCE * (stored.value - stored.reference)
+    distance = max(found.lower, stored.lower) - min(_upper(found), _upper(stored))
+    return distance <= max_distance and abs(found.reference - stored.reference) <= MAX_REFERENCE_DISTANCE
 
 
 def _upper(optimum: StoredOptimum) -> float:

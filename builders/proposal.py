@@ -15,11 +15,11 @@ from lmgym.optimum.resampling import stratified
 from lmgym.optimum.smc import smc
 from lmgym.tasks.base import Task
 
-REFERENCE_SHARE = 0.2  # of the reference in every mixture: it keeps the weights of the responses that no fit has found
+REFERENCE_SHARE = 0.2  # of the reference in every mixture: it bounds the weights of responses that no fit has found
 ROUNDS = 5
 PROMPTS = 512  # a round
 DRAWS = 64  # a prompt and round
-KEPT = 8  # of them that are learned from
+TRAINED_DRAWS = 8  # of them that a fit learns from
 EPOCHS = 3
 LEARNING_RATE = 1e-3
 BATCH_SIZE = 128
@@ -30,11 +30,11 @@ def fit_proposal(
 ) -> Mixture:
     """Fits a copy of the reference to pi*, and mixes it with the reference (Rubinstein 1999; de Boer et al. 2005).
 
-    Each round draws from the mixture so far, draws again among the responses of each prompt by their weights
-    pi_ref(y|x) exp(score / kl_coef) / q(y|x), and trains on what is left by maximum likelihood. That minimises
-    KL(pi* || q), which is large where q misses what pi* writes: a policy trained on the return minimises the other
-    KL, and may forget all but one of several good answers. While a handful of draws holds all the weight, the weights
-    are flattened to a power of them.
+    Each round draws from the mixture so far, resamples the responses of each prompt by their weights
+    pi_ref(y|x) exp(score / kl_coef) / q(y|x), and trains on the resampled ones by maximum likelihood. That minimises
+    KL(pi* || q), which is large where q misses what pi* writes. A policy trained on the return minimises the other KL,
+    and may forget all but one of several good answers. While a few draws hold all the weight, the weights are raised
+    to a power below 1.
 
     Args:
         task: the MDP, at gamma = 1; its reference can be trained.
@@ -49,7 +49,7 @@ def fit_proposal(
     for k in range(rounds):
         few = [prompt_ids[order[i % len(order)]] for i in range(k * prompts, (k + 1) * prompts)]
         got = smc(task, few, proposal, DRAWS, generator, resample_at=0)
-        chosen = resample(got.log_weights, KEPT, generator)
+        chosen = resample(got.log_weights, TRAINED_DRAWS, generator)
         sequences = [[*few[x], *got.response(x, s)] for x, row in enumerate(chosen.tolist()) for s in row]
         fit = train_sft(
             model,
