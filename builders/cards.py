@@ -43,7 +43,12 @@ _COLUMNS = (
 
 def page() -> str:
     """The whole page."""
-    parts = [_HEAD]
+    return "\n".join([_HEAD, *sections().values()])
+
+
+def sections() -> dict[str, str]:
+    """What the page says of the tasks of each family."""
+    found = {}
     for family, group in itertools.groupby(registered_tasks().values(), lambda task: task.name.partition("-")[0]):
         settings = list(group)
         build = settings[0].build
@@ -51,8 +56,8 @@ def page() -> str:
         tasks = [registered.task() for registered in settings]
         rows = [_row(registered.env_id, task) for registered, task in zip(settings, tasks, strict=True)]
         notes = [note for task in tasks for note in _note(task)]
-        parts.append("\n".join([f"## {family}\n", (module.__doc__ or "").strip(), "", _COLUMNS, *rows, *notes, ""]))
-    return "\n".join(parts)
+        found[family] = "\n".join([f"## {family}\n", (module.__doc__ or "").strip(), "", _COLUMNS, *rows, *notes, ""])
+    return found
 
 
 def _row(env_id: str, task: Task) -> str:

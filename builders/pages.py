@@ -18,9 +18,12 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from builders import cards
+
 ROOT = Path(__file__).parent.parent
 MIRRORED = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 AGENTS_PAGE = "agents/README.md"
+TASKS_PAGE = "tasks.md"
 AGENT_COLUMNS = 6
 AGENT_HEADER = "| `agent=` |"
 
@@ -205,10 +208,12 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Adds rows to the table of agents, and makes links to files outside docs/ links to pages."""
+    """Completes the table of agents and the page of tasks, and makes links to files outside docs/ links to pages."""
     path = page.file.src_uri
     if path == AGENTS_PAGE:
         markdown = add_agent_rows(markdown, ROOT)
+    if path == TASKS_PAGE:
+        markdown = cards.page()
     return markdown if page.file.generated_by else relink(markdown, f"docs/{path}", ROOT)
 
 

@@ -36,6 +36,7 @@ from agents.algorithms.sft import SFT, SFTConfig
 from agents.on_policy_config import OnPolicyConfig
 from agents.runs.plan import check
 from agents.runs.run import train
+from builders import cards
 from builders.pages import add_agent_rows, missing_agents
 from lmgym.envs.options import RESET_OPTIONS
 from lmgym.envs.settings import Settings
@@ -161,9 +162,8 @@ def test_the_keyword_arguments_of_the_vector_env_are_those_of_its_signature() ->
 
 
 def test_the_ids_are_those_registered() -> None:
-    listed = set(table(ENVIRONMENTS, "id")) | set(
-        re.findall(r"`(lmgym/[\w.-]+-v\d+)`", (ROOT / "docs/tasks.md").read_text())
-    )
+    tasks = re.findall(r"`(lmgym/[\w.-]+-v\d+)`", cards.page())
+    listed = {*table(ENVIRONMENTS, "id"), *tasks}
     assert listed == {name for name in gym.registry if name.startswith("lmgym/")}
 
 
