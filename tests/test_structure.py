@@ -19,23 +19,7 @@ MAX_METHODS = 20
 FOREIGN_WORDS = {"law", "laws", "behind"}
 FOREIGN_NAMES = {*FOREIGN_WORDS, "place", "places"}
 SCALING_LAWS = "Scaling Laws"  # a title
-# What is still to be put in order: may only shrink.
-LONG_FILES = {"agents/train.py"}
-UNFINISHED = {
-    "agents/policies/networks.py",  # its `place` names weights in every checkpoint
-    "agents/runs/config.py",
-    "agents/runs/loading.py",
-    "tests/agents/algorithms/test_dpo.py",
-    "tests/agents/algorithms/test_fixed_agents.py",
-    "tests/agents/algorithms/test_nlpo.py",
-    "tests/agents/algorithms/test_sft_agent.py",
-    "tests/agents/policies/test_residual.py",
-    "tests/agents/runs/test_config.py",
-    "tests/agents/runs/test_loading.py",
-    "tests/agents/runs/test_run_directory.py",
-    "tests/agents/runs/test_train.py",
-    "tests/mutants/test_mutants.py",
-}
+EXCEPT = {("agents/policies/networks.py", "place")}  # the name of a weight, and so in every checkpoint
 
 
 def name_of(file: Path) -> str:
@@ -44,7 +28,7 @@ def name_of(file: Path) -> str:
 
 def by_file(find: Callable[[str], Iterable[str]], *rooms: str) -> list[str]:
     """What a finder finds in every file of some rooms but this one, each as "file:line: what"."""
-    files = [file for file in files_of(*rooms) if file != Path(__file__) and name_of(file) not in UNFINISHED]
+    files = [file for file in files_of(*rooms) if file != Path(__file__)]
     return [f"{name_of(file)}:{line}" for file in files for line in find(file.read_text(encoding="utf-8"))]
 
 
@@ -61,7 +45,7 @@ def big_classes(source: str) -> Iterator[str]:
 
 def test_no_file_is_long() -> None:
     lengths = {name_of(file): len(file.read_text(encoding="utf-8").splitlines()) for file in files_of(*PACKAGES)}
-    assert not {name: length for name, length in lengths.items() if length > MAX_LINES and name not in LONG_FILES}
+    assert not {name: length for name, length in lengths.items() if length > MAX_LINES}
 
 
 def test_no_class_has_many_methods() -> None:
@@ -184,6 +168,7 @@ def foreign_words(source: str) -> Iterator[str]:
 
 def test_the_words_are_those_of_the_field() -> None:
     found = by_file(foreign_words, *ROOMS)
+    found = [line for line in found if (line.split(":")[0], line.split("'")[1]) not in EXCEPT]
     assert not found, "\n".join(found)
 
 

@@ -76,7 +76,8 @@ def validated(kind: type[T], values: Mapping[str, Any], key: str) -> T:
     for name in values:
         if name not in known:
             raise unknown_name(f"{key}.{name}", name, known)
-    built, wrong = {}, []
+    built = {}
+    wrong = []
     for name, value in values.items():
         try:
             built[name] = _convert(hints[name], value)

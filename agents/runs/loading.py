@@ -17,7 +17,7 @@ from lmgym.models.policy import Policy
 def load_agent(
     run: str | os.PathLike[str], *, device: str | None = None, trust: str | Sequence[str] | None = None
 ) -> Agent:
-    """The agent of a run as its newest checkpoint has it, with its env in `envs` and its law in `sampler`.
+    """The agent of a run as its newest checkpoint has it, with its env in `envs` and its sampler in `sampler`.
 
     None of the run's own code is executed: see `agents.runs.trust`.
 

@@ -35,7 +35,9 @@ from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.sampling import Sampler, inverse_cdf
 from lmgym.tasks.base import Task
 
-KL_COEF, HORIZON, EOS = 0.3, 5, 1
+KL_COEF = 0.3
+HORIZON = 5
+EOS = 1
 
 
 def tiny_lm(dropout: float = 0.0) -> CausalLM:
@@ -140,13 +142,15 @@ def an_episode_ends_with_its_first_eos() -> None:
 
 
 def stepping_and_replaying_agree() -> None:
-    envs, tokens = tiny_envs(24), np.random.default_rng(0).integers(1, 7, (24, HORIZON))
+    envs = tiny_envs(24)
+    tokens = np.random.default_rng(0).integers(1, 7, (24, HORIZON))
     envs.reset(seed=0)
     prompts = [envs.engine.prompts[i % 3] for i in range(24)]
     replay = envs.replay(prompts, tokens)
     envs.reset(options={"prompt_index": 0})
     envs.engine.begin(np.arange(24), prompts)
-    rewards, mask = np.zeros((24, HORIZON)), np.zeros((24, HORIZON), dtype=bool)
+    rewards = np.zeros((24, HORIZON))
+    mask = np.zeros((24, HORIZON), dtype=bool)
     for t in range(HORIZON):
         live = envs.engine.running.copy()
         mask[:, t] = live
@@ -156,7 +160,7 @@ def stepping_and_replaying_agree() -> None:
     assert_near(replay.rewards, rewards)
 
 
-def log_probs_are_of_the_law_that_sampled() -> None:
+def log_probs_are_of_the_distribution_that_sampled() -> None:
     for temperature in (1.0, 0.5):
         agent = ppo_at_work(tiny_envs(lm=tiny_lm(dropout=0.5)), sampler=Sampler(temperature=temperature))
         episodes = sampled(agent)
@@ -181,11 +185,11 @@ def a_truncated_episode_has_a_future() -> None:
     episodes = sampled(agent)
     rewards = kl.token_rewards(episodes, KL_COEF)
     _, returns = agent.advantages(episodes, rewards)
-    behind = agent.policy.next_values(episodes)
+    after = agent.policy.next_values(episodes)
     assert 0 < episodes.terminated.sum() < len(episodes)
     for i, (_, response) in enumerate(responses_of(episodes)):
         n = len(response)
-        future = 0.0 if response[-1] == EOS else 0.9**n * behind[i].item()
+        future = 0.0 if response[-1] == EOS else 0.9**n * after[i].item()
         expected = sum(0.9**t * rewards[i, t].item() for t in range(n)) + future
         assert_near(returns[i, 0], expected)
 
@@ -236,7 +240,8 @@ def accumulation_does_not_change_the_update() -> None:
 
 def the_reference_stays_what_it_was() -> None:
     envs = tiny_envs(lm=tiny_lm())
-    agent, model = PPO(envs, PPOConfig(batch_size=16, lr=1e-2)), envs.engine.lm.model
+    agent = PPO(envs, PPOConfig(batch_size=16, lr=1e-2))
+    model = envs.engine.lm.model
     before = [p.clone() for p in model.parameters()]
     agent.learn_from(agent.shape(sampled(agent)))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -246,12 +251,14 @@ def the_reference_stays_what_it_was() -> None:
 def two_reads_of_one_policy_agree() -> None:
     agent = ppo_at_work(tiny_envs(lm=tiny_lm(dropout=0.5)))
     episodes = sampled(ppo_at_work())
-    first, second = agent.policy.read(episodes), agent.policy.read(episodes)
+    first = agent.policy.read(episodes)
+    second = agent.policy.read(episodes)
     assert_near(first.logits.detach(), second.logits.detach(), tolerance=1e-6)
 
 
 def a_better_action_becomes_likelier_and_no_further_than_the_clip() -> None:
-    old, one = torch.tensor([-1.0]), torch.ones(1)
+    old = torch.tensor([-1.0])
+    one = torch.ones(1)
     for log_ratio, advantage, slope in ((0.0, 1.0, -1.0), (0.0, -1.0, 1.0), (0.5, 1.0, 0.0), (-0.5, -1.0, 0.0)):
         log_prob = (old + log_ratio).requires_grad_()
         agents.losses.clipped_policy_loss(log_prob, old, advantage * one, one, 0.2).loss.backward()
@@ -320,7 +327,7 @@ MUTANTS = [
         the_kl_is_rebuilt_by_hand,
     ),
     Mutant(
-        "reward on the pad token behind the last",
+        "reward on the pad token after the last",
         rewrite(kl.token_rewards, "(episodes.lengths - 1)", f"episodes.lengths.clamp(max={HORIZON - 1})"),
         rewards_are_rebuilt_by_hand,
     ),
@@ -335,7 +342,7 @@ MUTANTS = [
         an_episode_ends_with_its_first_eos,
     ),
     Mutant(
-        "one token behind the EOS taken in",
+        "one token after the EOS taken in",
         rewrite(EndRule.find_ends, "by_eos.argmax(1) + 1", "np.minimum(by_eos.argmax(1) + 2, self.horizon)"),
         stepping_and_replaying_agree,
     ),
@@ -344,7 +351,9 @@ MUTANTS = [
         rewrite(EndRule.is_end, "self.horizon - 1", "self.horizon - 2"),
         stepping_and_replaying_agree,
     ),
-    Mutant("temperature forgotten in the log-prob", temperature_forgotten, log_probs_are_of_the_law_that_sampled),
+    Mutant(
+        "temperature forgotten in the log-prob", temperature_forgotten, log_probs_are_of_the_distribution_that_sampled
+    ),
     Mutant(
         "temperature forgotten in the update",
         rewrite(
@@ -410,7 +419,7 @@ MUTANTS = [
     Mutant(
         "dropout left on while sampling",
         rewrite(agents.policies.actor_critic._trainable, "copied.eval()", "copied.train()"),
-        log_probs_are_of_the_law_that_sampled,
+        log_probs_are_of_the_distribution_that_sampled,
     ),
     Mutant(
         "reference not frozen",

@@ -70,12 +70,12 @@ def slope(beta: float, temperature: float, of_task: Task | None = None) -> float
 
 
 def whole(tree: Tree, table: Tensor, prompt: int) -> Tensor:
-    """(R / X,) log-probs of the responses to a prompt, of a law (S, A) over the prefixes of all prompts; T = 2."""
-    law = table.log_softmax(-1)
+    """(R / X,) log-probs of the responses to a prompt, from logits (S, A) at the prefixes of all prompts; T = 2."""
+    log_pi = table.log_softmax(-1)
     first, second = tree.responses.levels
-    root = law[prompt]
-    behind = law[len(tree.prompts) + prompt * second.nodes :][: second.nodes]
-    return torch.cat([root[first.ending], (root[first.going].unsqueeze(1) + behind[:, second.ending]).flatten()])
+    root = log_pi[prompt]
+    after = log_pi[len(tree.prompts) + prompt * second.nodes :][: second.nodes]
+    return torch.cat([root[first.ending], (root[first.going].unsqueeze(1) + after[:, second.ending]).flatten()])
 
 
 def test_under_bradley_terry_the_gradient_vanishes_at_the_optimum_of_the_task() -> None:

@@ -54,8 +54,8 @@ def seeded(seed: int) -> torch.Generator:
 
 
 @pytest.mark.parametrize("kind", [Reference, Uniform, Optimal])
-def test_predict_draws_from_the_law_of_the_policy(kind: Any) -> None:
-    """Tokens behind one prefix, drawn many times, against the law that enumeration has there."""
+def test_predict_draws_from_the_distribution_of_the_policy(kind: Any) -> None:
+    """Tokens after one prefix, drawn many times, against the distribution that enumeration has there."""
     envs = tiny(300)
     agent = kind(envs, seed=1)
     envs.reset(seed=0, options={"prompt_index": 1})
@@ -64,14 +64,14 @@ def test_predict_draws_from_the_law_of_the_policy(kind: Any) -> None:
     assert state is None
     walk = agent.policy.begin(torch.tensor([[4, 5]]), torch.ones(1, 2, dtype=torch.bool), PROBLEM.T)
     walk.step(torch.tensor([4]))
-    law = walk.logits.softmax(-1)[0]
+    distribution = walk.logits.softmax(-1)[0]
     share = np.bincount(actions, minlength=6) / 300
-    assert np.abs(share - law.numpy()).max() < 4 * math.sqrt(0.25 / 300)
+    assert np.abs(share - distribution.numpy()).max() < 4 * math.sqrt(0.25 / 300)
     likeliest, _ = agent.predict(observation, deterministic=True)
-    assert (likeliest == law.argmax().item()).all()
+    assert (likeliest == distribution.argmax().item()).all()
 
 
-def test_predict_is_of_the_samplers_law() -> None:
+def test_predict_is_of_the_samplers_distribution() -> None:
     envs = tiny(50)
     agent = Reference(envs, sampler=Sampler(greedy_tokens=1))
     observation, _ = envs.reset(seed=0)
@@ -80,7 +80,7 @@ def test_predict_is_of_the_samplers_law() -> None:
     assert not (agent.predict(observation)[0] == agent.predict(observation, deterministic=True)[0]).all()
 
 
-def test_the_reference_pays_no_kl_and_chance_pays_the_kl_of_the_uniform_law() -> None:
+def test_the_reference_pays_no_kl_and_chance_pays_the_kl_of_the_uniform_distribution() -> None:
     envs = tiny()
     tree = Tree.of(PROBLEM.task, "train")
     assert evaluate(Reference(envs).policy, envs, samples=20, generator=seeded(0)).metrics["kl"].mean == pytest.approx(
@@ -100,28 +100,28 @@ def test_chance_gives_ids_that_the_tokenizer_lacks_no_probability(parts: dict[st
         logits = Uniform(envs).policy.begin(torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3), 4).logits
     finally:
         envs.engine.lm.holes = holes
-    law = logits.softmax(-1)
-    assert (law[:, 3] == 0).all()
-    legal = law[:, [i for i in range(law.shape[1]) if i != 3]]
+    distribution = logits.softmax(-1)
+    assert (distribution[:, 3] == 0).all()
+    legal = distribution[:, [i for i in range(distribution.shape[1]) if i != 3]]
     torch.testing.assert_close(legal, torch.full_like(legal, 1 / legal.shape[1]))
 
 
-# -- the best of n: the exact law ------------------------------------------------------------------------------------
+# -- the best of n: the exact distribution -----------------------------------------------------------------------------
 
 
 def by_hand(probs: list[float], scores: list[float], n: int) -> list[float]:
-    """The law of the first best of n, summed over all n-tuples of responses."""
-    law = [0.0] * len(probs)
+    """The distribution of the first best of n, summed over all n-tuples of responses."""
+    distribution = [0.0] * len(probs)
     for code in range(len(probs) ** n):
         drawn = [code // len(probs) ** i % len(probs) for i in range(n)]
         best = max(drawn, key=lambda y: scores[y])  # the first of equal ones
-        law[best] += math.prod(probs[y] for y in drawn)
-    return law
+        distribution[best] += math.prod(probs[y] for y in drawn)
+    return distribution
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 @pytest.mark.parametrize("scores", [[0.0, 1.0, 1.0, -2.0], [0.5, 0.1, 0.2, 0.3], [1.0, 1.0, 1.0, 1.0]])
-def test_the_law_of_the_best_is_that_of_all_tuples(scores: list[float], n: int) -> None:
+def test_the_distribution_of_the_best_is_that_of_all_tuples(scores: list[float], n: int) -> None:
     probs = [0.1, 0.2, 0.3, 0.4]
     found = best_of_n_log_probs(torch.tensor(probs).log(), torch.tensor(scores), n)
     assert found.exp().tolist() == pytest.approx(by_hand(probs, scores, n), abs=1e-6)
@@ -131,8 +131,8 @@ def exact(tree: Tree, n: int) -> dict[str, float]:
     """Score, KL and J of the best of n, by enumeration; means over prompts."""
     shape = (len(tree.prompts), -1)
     reference = tree.evaluate(make_episode_logits(PROBLEM.lm)).log_probs.view(shape)
-    law = torch.stack([best_of_n_log_probs(*both, n) for both in zip(reference, tree.scores, strict=True)])
-    score, kl = ((law.exp() * x).sum(1).mean().item() for x in (tree.scores, law - reference))
+    distribution = torch.stack([best_of_n_log_probs(*both, n) for both in zip(reference, tree.scores, strict=True)])
+    score, kl = ((distribution.exp() * x).sum(1).mean().item() for x in (tree.scores, distribution - reference))
     return {"score": score, "kl": kl, "return": score - PROBLEM.kl_coef * kl}
 
 
@@ -149,8 +149,8 @@ def test_no_kl_passes_the_bound_and_no_return_the_optimum(n: int) -> None:
 
 def test_the_bound_is_reached_where_every_response_is_rare_and_scores_its_own() -> None:
     log_probs = torch.full((20_000,), -math.log(20_000.0), dtype=torch.float64)
-    law = best_of_n_log_probs(log_probs, torch.arange(20_000.0), 8)
-    assert ((law - log_probs) * law.exp()).sum().item() == pytest.approx(kl_bound(8), abs=1e-3)
+    distribution = best_of_n_log_probs(log_probs, torch.arange(20_000.0), 8)
+    assert ((distribution - log_probs) * distribution.exp()).sum().item() == pytest.approx(kl_bound(8), abs=1e-3)
     assert kl_bound(1) == 0
 
 
@@ -176,9 +176,9 @@ def test_without_ties_the_estimate_is_unbiased_at_any_number_of_answers(answers:
 
 @pytest.mark.parametrize(("rare", "n"), [(0.02, 16), (0.5, 4)])
 def test_with_ties_the_bias_vanishes_with_the_number_of_candidates(rare: float, n: int) -> None:
-    law = torch.tensor([1 - rare, rare], dtype=torch.float64)
-    best = best_of_n_log_probs(law.log(), torch.tensor([0.0, 1.0]), n)
-    truth = (best.exp() * (best - law.log())).sum().item()
+    distribution = torch.tensor([1 - rare, rare], dtype=torch.float64)
+    best = best_of_n_log_probs(distribution.log(), torch.tensor([0.0, 1.0]), n)
+    truth = (best.exp() * (best - distribution.log())).sum().item()
     generator = seeded(3)
     mean, error = averaged(lambda m: (torch.rand(m, generator=generator) < rare).float(), n, 400, 60)
     assert abs(mean - truth) < 4 * error + 0.005
@@ -196,7 +196,8 @@ def test_the_grade_is_that_of_enumeration(reward: Any) -> None:
     agent = BestOfN(envs, BestOfNConfig(4))
     found = agent.evaluate(envs, samples=1000, generator=seeded(1)).metrics
     tree = Tree.of(envs.task, "train")
-    truth, wrong = exact(tree, 4), exact(tree, 2)
+    truth = exact(tree, 4)
+    wrong = exact(tree, 2)
     for name in ("score", "kl", "return"):
         assert found[name].mean == pytest.approx(truth[name], abs=0.04), name
         assert name == "return" or truth[name] - wrong[name] > 0.08  # another n would be seen
@@ -207,7 +208,8 @@ def test_a_grade_fits_together() -> None:
     envs = tiny(missing_eos_penalty=0.3)
     agent = BestOfN(envs, BestOfNConfig(3))
     graded = agent.evaluate(envs, samples=5, prompts=2, generator=seeded(1))
-    episodes, metrics = graded.episodes, graded.metrics
+    episodes = graded.episodes
+    metrics = graded.metrics
     assert episodes.prompt_index.tolist() == [0] * 5 + [1] * 5
     assert metrics["kl"].mean == pytest.approx(episode_kl(episodes).mean().item())
     price = PROBLEM.kl_coef * metrics["kl"].mean
@@ -255,10 +257,12 @@ def test_the_chosen_one_is_the_first_best(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_stepping_plays_the_answers_chosen() -> None:
     envs = tiny(4, reward=coarse)
-    agent, twin = BestOfN(envs, BestOfNConfig(8), seed=1), BestOfN(envs, BestOfNConfig(8), seed=1)
+    agent = BestOfN(envs, BestOfNConfig(8), seed=1)
+    twin = BestOfN(envs, BestOfNConfig(8), seed=1)
     observation, _ = envs.reset(seed=0)
     answers = twin.respond([p for p in envs.engine.current if p is not None])
-    played, scores = [], {}
+    played = []
+    scores = {}
     for _ in range(PROBLEM.T):
         actions, _ = agent.predict(observation)
         played.append(actions)
@@ -277,7 +281,8 @@ def test_a_single_row_and_a_fixed_draw() -> None:
     assert np.ndim(action) == 0
     assert all(agent.predict(observation, deterministic=True)[0] == action for _ in range(5))
     assert len({int(agent.predict(observation)[0]) for _ in range(30)}) > 1
-    observation["input_ids"][-PROBLEM.T], observation["attention_mask"][-PROBLEM.T] = (int(action) + 1) % 6, 1
+    observation["input_ids"][-PROBLEM.T] = (int(action) + 1) % 6
+    observation["attention_mask"][-PROBLEM.T] = 1
     with pytest.raises(InvalidArgumentError, match="`observation` must be at the start"):
         BestOfN(tiny()).predict(observation)
 
@@ -294,7 +299,8 @@ def test_an_agent_grades_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         plan = check(compose("train", overrides=["task=anchor", "evaluation.samples=2", "device=cpu"]))
     envs: Any = gym.make_vec("lmgym/RLHF-v0", **plan.settings)
-    agent, calls = Reference(envs), []
+    agent = Reference(envs)
+    calls = []
     graded = agent.evaluate
 
     def spy(envs: Any, **given: Any) -> Any:

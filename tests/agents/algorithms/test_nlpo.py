@@ -75,11 +75,11 @@ def sets(agent: NLPO, episodes: Episodes) -> Tensor:
 def test_the_set_by_hand(top_p: float, kept: list[int]) -> None:
     mask = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log() + 7.0
     logits = torch.tensor([[1.0, -2.0, 3.0, 0.5]], requires_grad=True)
-    law = mask_to_top_p(logits, mask, top_p).softmax(-1)
+    distribution = mask_to_top_p(logits, mask, top_p).softmax(-1)
     weights = torch.tensor([1.0, -2.0, 3.0, 0.5]).exp()
     expected = torch.tensor([[weights[i] / weights[kept].sum() if i in kept else 0.0 for i in range(4)]])
-    torch.testing.assert_close(law, expected)
-    law[0, 1].backward()
+    torch.testing.assert_close(distribution, expected)
+    distribution[0, 1].backward()
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
     assert (logits.grad[0] != 0).nonzero().flatten().tolist() in ([], sorted(kept))  # a set of one has no gradient
@@ -88,8 +88,8 @@ def test_the_set_by_hand(top_p: float, kept: list[int]) -> None:
 def test_what_was_chosen_stays() -> None:
     mask = torch.tensor([[0.15, 0.5, 0.05, 0.3]] * 2).log()
     logits = torch.zeros((2, 4))
-    law = mask_to_top_p(logits, mask, 0.6, torch.tensor([[2], [1]])).softmax(-1)
-    torch.testing.assert_close(law, torch.tensor([[0.0, 1 / 3, 1 / 3, 1 / 3], [0.0, 0.5, 0.0, 0.5]]))
+    distribution = mask_to_top_p(logits, mask, 0.6, torch.tensor([[2], [1]])).softmax(-1)
+    torch.testing.assert_close(distribution, torch.tensor([[0.0, 1 / 3, 1 / 3, 1 / 3], [0.0, 0.5, 0.0, 0.5]]))
 
 
 def test_at_1_everything_may_be_chosen_and_the_curve_is_ppos() -> None:
@@ -102,7 +102,7 @@ def test_at_1_everything_may_be_chosen_and_the_curve_is_ppos() -> None:
 def test_never_a_token_off_the_set(kind: Any, way: Any) -> None:
     agent = tiny_nlpo(tiny_envs(num_envs=96), policy=kind, collect=way, batch_size=96)
     moved(agent.policy.policy)
-    moved(agent.policy.mask, seed=4)  # three laws that differ: the policy, its mask, the reference
+    moved(agent.policy.mask, seed=4)  # three distributions that differ: the policy, its mask, the reference
     agent.num_timesteps = 1
     episodes = agent.collect()
     kept = sets(agent, episodes)
@@ -110,9 +110,9 @@ def test_never_a_token_off_the_set(kind: Any, way: Any) -> None:
     chosen = episodes.response_ids[episodes.response_mask]
     assert kept.gather(1, chosen.unsqueeze(1)).all()
     with torch.no_grad():
-        law = agent.policy.policy.read(episodes).logits.masked_fill(~kept, -torch.inf).log_softmax(-1)
-        torch.testing.assert_close(agent.policy.read(episodes).logits.log_softmax(-1), law)
-    expected = law.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        log_pi = agent.policy.policy.read(episodes).logits.masked_fill(~kept, -torch.inf).log_softmax(-1)
+        torch.testing.assert_close(agent.policy.read(episodes).logits.log_softmax(-1), log_pi)
+    expected = log_pi.gather(1, chosen.unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(episodes.log_probs[episodes.response_mask], expected, rtol=0, atol=1e-5)
     off = agent.policy.policy.read(episodes).logits.softmax(-1).masked_fill(kept, 0.0).sum(-1).mean()
     assert off > 0.05  # the unmasked policy would have left it
@@ -170,15 +170,15 @@ def test_a_token_on_the_edge_of_the_set_does_not_fall_out_of_it() -> None:
     episodes = agent.collect()
     agent.policy.top_p = 0.3  # as if rounding had made every set smaller
     with torch.no_grad():
-        law = agent.policy.read(episodes).logits.log_softmax(-1)
+        log_pi = agent.policy.read(episodes).logits.log_softmax(-1)
     chosen = episodes.response_ids[episodes.response_mask].unsqueeze(1)
-    assert law.gather(1, chosen).isfinite().all()
+    assert log_pi.gather(1, chosen).isfinite().all()
 
 
 # -- the mask policy -------------------------------------------------------------------------------------------------
 
 
-def law_of_policy(module: torch.nn.Module) -> dict[str, Tensor]:
+def parameters_of_policy(module: torch.nn.Module) -> dict[str, Tensor]:
     state = module.state_dict()
     return {k: x.clone() for k, x in state.items() if k.split(".")[0] not in ("critic", "value_head")}
 
@@ -190,12 +190,12 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize(("kind", "critic"), [*((k, "shared") for k in KINDS), ("finetune", "reference")])
 def test_the_mask_policy_follows_every_few_batches(kind: Any, critic: Any) -> None:
     agent = tiny_nlpo(policy=kind, critic=critic, mask_update_every=3)
-    policies = [law_of_policy(agent.policy.policy)]
-    masks = [law_of_policy(agent.policy.mask)]
+    policies = [parameters_of_policy(agent.policy.policy)]
+    masks = [parameters_of_policy(agent.policy.mask)]
     for _ in range(7):
         learn(agent, 1)
-        policies.append(law_of_policy(agent.policy.policy))
-        masks.append(law_of_policy(agent.policy.mask))
+        policies.append(parameters_of_policy(agent.policy.policy))
+        masks.append(parameters_of_policy(agent.policy.mask))
     assert not any(same(a, b) for a, b in itertools.pairwise(policies))
     for n, mask in enumerate(masks):
         assert same(mask, policies[n - n % 3])
@@ -219,12 +219,12 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(tmp_path: Any, kind: Any, 
     first.save(tmp_path / "checkpoint")  # over an older one
     learn(second, 1, total=400)  # a loaded agent forgets what it was
     second.load(tmp_path / "checkpoint")
-    assert same(law_of_policy(second.policy.mask), law_of_policy(first.policy.mask))
-    assert not same(law_of_policy(second.policy.mask), law_of_policy(second.policy.policy))
+    assert same(parameters_of_policy(second.policy.mask), parameters_of_policy(first.policy.mask))
+    assert not same(parameters_of_policy(second.policy.mask), parameters_of_policy(second.policy.policy))
     assert curve + learn(second, 2, total=400) == whole
 
 
-def masked_law(agent: NLPO, episodes: Episodes) -> Tensor:
+def masked_distribution(agent: NLPO, episodes: Episodes) -> Tensor:
     """(n, V) logits of what is played; `policy.read` would keep every response of a tree possible."""
     with torch.no_grad():
         mask = agent.policy.mask.read(episodes).logits
@@ -235,7 +235,7 @@ def masked_law(agent: NLPO, episodes: Episodes) -> Tensor:
 
 
 @pytest.mark.parametrize("top_p", [0.6, 0.9])
-def test_the_expected_update_is_along_the_gradient_of_js_masked_law(top_p: float) -> None:
+def test_the_expected_update_is_along_the_gradient_of_js_masked_distribution(top_p: float) -> None:
     """With the mask held, by a sum over all responses; those off the mask's sets have probability 0."""
     tree = Tree.of(TinyProblem().task, "train")
     numbers = {"gae_lambda": 1.0, "vf_coef": 0.0, "whiten_advantages": "none", "mask_top_p": top_p}
@@ -245,10 +245,10 @@ def test_the_expected_update_is_along_the_gradient_of_js_masked_law(top_p: float
         return agent.unmasked.read(episodes).logits
 
     def masked(episodes: Episodes) -> Tensor:
-        return masked_law(agent, episodes)
+        return masked_distribution(agent, episodes)
 
-    def gradient(law: Any) -> Tensor:
-        return flat(tree.gradient(law, parameters)[1], parameters)
+    def gradient(distribution: Any) -> Tensor:
+        return flat(tree.gradient(distribution, parameters)[1], parameters)
 
     parameters = parameters_of(agent)
     probs = tree.evaluate(masked).log_probs.exp() / len(tree.prompts)
@@ -264,18 +264,18 @@ def test_the_expected_update_is_along_the_gradient_of_js_masked_law(top_p: float
 
 
 @pytest.mark.parametrize("sampler", [Sampler(temperature=0.7), Sampler(top_k=2)])
-def test_the_samplers_law_is_of_what_the_mask_leaves(sampler: Sampler) -> None:
+def test_the_samplers_distribution_is_of_what_the_mask_leaves(sampler: Sampler) -> None:
     for metrics in learn(tiny_nlpo(sampler=sampler, entropy_coef=0.01), 3):
         assert metrics["train/ratio_error"] < 1e-5
         assert all(math.isfinite(x) for x in metrics.values())
 
 
 def test_what_drifts_off_the_mask_shows_at_the_next_copy_alone() -> None:
-    """A token off the set may gain any mass under the policy: the masked law does not change, until it is copied."""
+    """A token off the set may gain any mass under the policy: the masked one does not change, until it is copied."""
     logits = torch.tensor([[2.0, 1.5, -3.0, -4.0]])
     drifted = torch.tensor([[2.0, 1.5, 1.8, -4.0]])
-    law, same = (mask_to_top_p(x, logits, 0.9).softmax(-1) for x in (logits, drifted))
-    assert torch.equal(law, same)
+    distribution, same = (mask_to_top_p(x, logits, 0.9).softmax(-1) for x in (logits, drifted))
+    assert torch.equal(distribution, same)
     copied = mask_to_top_p(drifted, drifted, 0.9).softmax(-1)
     assert copied[0, 2] == pytest.approx(drifted.softmax(-1)[0, 2].item() / (1 - drifted.softmax(-1)[0, 3].item()))
     assert copied[0, 2] > 0.3
@@ -287,9 +287,9 @@ def test_nlpo_learns() -> None:
     numbers = {"batch_size": 96, "micro_batch_size": 96, "mask_top_p": 0.9, "epochs": 4, "lr": 1e-3}
     agent = tiny_nlpo(tiny_envs(kl_coef=0.1), **numbers)
     tree = Tree.of(agent.envs.task, "train")
-    before = tree.evaluate(partial(masked_law, agent)).value
+    before = tree.evaluate(partial(masked_distribution, agent)).value
     learn(agent, 15)
-    after = tree.evaluate(partial(masked_law, agent)).value
+    after = tree.evaluate(partial(masked_distribution, agent)).value
     assert before + 0.12 < after <= tree.solve().value
 
 

@@ -68,7 +68,7 @@ def gradient(agent: SFT, loss: Tensor) -> Tensor:
 
 
 def expert(tree: Tree) -> tuple[Tensor, Tensor]:
-    """(R,) probabilities of pi* for each response, the mean over prompts, and its law (n, V) at every token."""
+    """(R,) probabilities of pi* for each response, the mean over prompts, and its log-probs (n, V) at every token."""
     policy = tree.solve().policy
     assert policy is not None
     probs = tree.evaluate(make_episode_logits(policy)).log_probs.exp() / len(tree.prompts)
@@ -76,13 +76,13 @@ def expert(tree: Tree) -> tuple[Tensor, Tensor]:
 
 
 def test_the_gradient_under_the_expert_is_that_of_the_kl_from_it() -> None:
-    """KL(pi* || pi), whole laws at the prefixes that pi* reaches, against -log pi of its tokens; and from samples."""
+    """KL(pi* || pi), summed at the prefixes that pi* reaches, against -log pi of its tokens; and from samples."""
     tree = Tree.of(PROBLEM.task, "train")
     agent = tiny_sft(demonstrations="optimal", batch_size=2000)
-    probs, law = expert(tree)
+    probs, distribution = expert(tree)
     row = tree.episodes.response_mask.nonzero()[:, 0]
     own = agent.policy.read(tree.episodes).logits.double().log_softmax(-1)
-    states = torch.nan_to_num(law.exp() * (law - own)).sum(-1)  # KL of each state
+    states = torch.nan_to_num(distribution.exp() * (distribution - own)).sum(-1)  # KL of each state
     forward = gradient(agent, (probs[row] * states).sum())
     cloned = gradient(agent, -(probs[row] * agent.log_probs(tree.episodes)).sum())
     torch.testing.assert_close(cloned, forward, rtol=0, atol=1e-4 * forward.norm().item())
@@ -150,7 +150,7 @@ def test_an_expert_is_cloned() -> None:
 
 
 @pytest.mark.slow
-def test_cloning_the_best_of_n_goes_to_its_law() -> None:
+def test_cloning_the_best_of_n_goes_to_its_distribution() -> None:
     tree = Tree.of(PROBLEM.task, "train")
     agent = tiny_sft(n=4, batch_size=64, lr=5e-3, epochs=4)
     reference = tree.evaluate(make_episode_logits(PROBLEM.lm)).log_probs.view(3, -1)
@@ -160,9 +160,11 @@ def test_cloning_the_best_of_n_goes_to_its_law() -> None:
     distance = {}
     start = {}
     for n in (1, 2, 4, 8):
-        law = torch.stack([best_of_n_log_probs(*pair, n) for pair in zip(reference, tree.scores, strict=True)])
-        best[n] = (law.exp() * tree.scores).sum(1).mean().item()
-        distance[n], start[n] = ((law.exp() * (law - x)).sum(1).mean().item() for x in (found, reference))
+        distribution = torch.stack([best_of_n_log_probs(*pair, n) for pair in zip(reference, tree.scores, strict=True)])
+        best[n] = (distribution.exp() * tree.scores).sum(1).mean().item()
+        distance[n], start[n] = (
+            (distribution.exp() * (distribution - x)).sum(1).mean().item() for x in (found, reference)
+        )
     assert min(distance, key=distance.__getitem__) == 4
     assert distance[4] < 0.2 * start[4]
     scores = [row["train/demonstration_score"] for row in history]
@@ -195,7 +197,7 @@ def test_the_best_candidates_are_those_of_best_of_n() -> None:
     assert steps == twin.num_timesteps > episodes.num_tokens
 
 
-def test_candidates_are_of_the_samplers_law_and_those_of_the_expert_of_his_own() -> None:
+def test_candidates_are_of_the_samplers_distribution_and_those_of_the_expert_of_his_own() -> None:
     numbers: dict[str, int] = {}
     for kind in ("best_of_n", "optimal"):
         config: Any = {"demonstrations": kind, "batch_size": 60}
@@ -346,7 +348,7 @@ def test_no_demonstrations_are_too_few(tmp_path: Path) -> None:
 
 
 def table(first: str) -> dict[str, list[str]]:
-    """Rows of the page's table whose first column is `first`: name to the cells behind it, without backticks."""
+    """Rows of the page's table whose first column is `first`: name to the cells after it, without backticks."""
     page = (ROOT / "docs" / "agents" / "sft.md").read_text(encoding="utf-8")
     found = re.search(rf"^\| {first} \|.*\n\|[-|]*\n((?:\|.*\n)*)", page, flags=re.MULTILINE)
     assert found is not None

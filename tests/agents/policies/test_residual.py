@@ -175,8 +175,8 @@ def test_logits_are_the_references_plus_the_networks(lm: CausalLM, network: Netw
         for i in range(len(episodes)):
             p = int(episodes.prompt_mask[i].sum())
             ids = torch.cat([episodes.prompt_ids[i][episodes.prompt_mask[i]], episodes.response_ids[i]])[None]
-            places = torch.arange(int(episodes.lengths[i])) + p - 1
-            hidden, _ = policy.network.hidden_at(ids, torch.zeros_like(places), places)
+            columns = torch.arange(int(episodes.lengths[i])) + p - 1
+            hidden, _ = policy.network.hidden_at(ids, torch.zeros_like(columns), columns)
             f = hidden @ policy.network.head.weight.T
             finite = reference[rows == i] > -torch.inf
             residual = (read.logits - reference)[rows == i]

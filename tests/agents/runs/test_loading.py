@@ -61,7 +61,8 @@ def test_the_policy_of_a_run_is_that_of_its_agent(kind: str, tmp_path: Path) -> 
     policy = agents.load_policy(tmp_path / "run")
     envs: Any = gym.make_vec("lmgym/RLHF-v0", task=agent.envs.unwrapped.task, device="cpu")
     envs.reset(seed=0)
-    expected, found = draw(agent.policy, envs), draw(policy, envs)
+    expected = draw(agent.policy, envs)
+    found = draw(policy, envs)
     assert torch.equal(found.response_ids, expected.response_ids)
     torch.testing.assert_close(found.log_probs, expected.log_probs)
     if kind not in ("reference", "optimal", "uniform"):

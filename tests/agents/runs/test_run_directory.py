@@ -68,7 +68,8 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
 
 def test_a_lock_that_was_removed_in_between_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its owner let it go and another process took one of that name, after this process had opened the first."""
-    flock, calls = fcntl.flock, []
+    flock = fcntl.flock
+    calls = []
 
     def late(descriptor: int, operation: int) -> None:
         if not calls:
@@ -141,7 +142,8 @@ def test_what_came_to_nothing_is_taken_back_and_nothing_else(tmp_path: Path) -> 
 
 
 def test_a_directory_made_for_the_run_goes_away_and_an_older_one_stays(tmp_path: Path) -> None:
-    fresh, older = tmp_path / "fresh", tmp_path / "older"
+    fresh = tmp_path / "fresh"
+    older = tmp_path / "older"
     older.mkdir()
     os.utime(older, (1e9, 1e9))
     for run in (fresh, older):
@@ -226,7 +228,8 @@ def test_a_config_of_the_old_layout_is_refused_in_a_line(tmp_path: Path) -> None
 
 
 def test_an_edited_input_file_is_noticed(tmp_path: Path) -> None:
-    prompts, model = tmp_path / "prompts.txt", tmp_path / "model"
+    prompts = tmp_path / "prompts.txt"
+    model = tmp_path / "model"
     prompts.write_text("a\nb\n")
     model.mkdir()
     (model / "model.safetensors").write_text("1")
@@ -251,10 +254,14 @@ def test_an_edited_input_file_is_noticed(tmp_path: Path) -> None:
 class Counter:
     """An agent that counts; a checkpoint is the number it has come to."""
 
-    name, at_rest = "Counter", True
+    name = "Counter"
+    at_rest = True
 
     def __init__(self, fails_at: int = -1, error: Exception | None = None, stride: int = 10) -> None:
-        self.num_timesteps, self.fails_at, self.error, self.stride = 0, fails_at, error, stride
+        self.num_timesteps = 0
+        self.fails_at = fails_at
+        self.error = error
+        self.stride = stride
 
     def learn(self, total: int, callback: Callable[[int, dict[str, float]], bool]) -> None:
         while self.num_timesteps < total:
@@ -385,7 +392,8 @@ def test_a_kill_before_any_file_operation_of_a_run_costs_no_more_than_time(
             with new_run(run, VALUES):
                 learn(run, Counter(), 20)
 
-    operation, reached = 0, 0
+    operation = 0
+    reached = 0
     while operation == reached:  # until no process gets that far
         operation += 1
         run = tmp_path / str(operation)
@@ -545,7 +553,8 @@ def test_a_checkpoint_of_another_run_of_equal_shape_is_noticed(run: Path, tmp_pa
 @pytest.mark.slow
 def test_what_a_kill_left_is_taken_up_by_both_commands(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of two that lie beside each other the newest; `evaluate` reads it where it lies."""
-    first, last = run / f".{CHECKPOINT}.2.old", run / f".{CHECKPOINT}.1.old"
+    first = run / f".{CHECKPOINT}.2.old"
+    last = run / f".{CHECKPOINT}.1.old"
     shutil.copytree(run / CHECKPOINT, first)
     go_on(run, "total_timesteps=500")
     os.replace(run / CHECKPOINT, last)
@@ -611,7 +620,8 @@ def test_a_reward_that_raises_costs_no_more_than_its_batch(
 ) -> None:
     """Whatever it had drawn before it failed, the run goes on to the curve of one that did not fail."""
     with monkeypatch.context() as patch:
-        calls, replay = 0, RLHFVectorEnv.replay
+        calls = 0
+        replay = RLHFVectorEnv.replay
 
         def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal calls

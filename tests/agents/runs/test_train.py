@@ -142,7 +142,8 @@ def test_a_run_leaves_its_curves(finished: Finished) -> None:
 
 def test_a_runs_checkpoint_is_a_hugging_face_model(finished: Finished) -> None:
     checkpoint = finished.directory / "checkpoint"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     plan = agents.runs.plan.check(agents.runs.plan.saved_config(finished.directory))
     agent = agents.runs.plan.build(plan)
     reference = {name: x.clone() for name, x in agent.policy.actor.state_dict().items()}
@@ -214,7 +215,8 @@ def test_a_run_leaves_responses_before_and_after(finished: Finished) -> None:
 
 def test_responses_that_training_changed_are_shown_first() -> None:
     def graded(responses: list[int]) -> Any:
-        ids, mask = torch.tensor([[1], [2], [3], [4]]), torch.ones(4, 1, dtype=torch.bool)
+        ids = torch.tensor([[1], [2], [3], [4]])
+        mask = torch.ones(4, 1, dtype=torch.bool)
         parts = {"prompt_index": torch.arange(4), "prompt_ids": ids, "prompt_mask": mask, "response_mask": mask}
         response_ids = torch.tensor(responses)[:, None]
         return SimpleNamespace(episodes=Sampled(**parts, response_ids=response_ids, scores=torch.zeros(4)))
@@ -246,7 +248,8 @@ def test_a_run_is_graded_whatever_its_directory_is_called(
 
 
 def test_a_finished_run_that_is_resumed_only_grades_itself_again(finished: Finished) -> None:
-    recorded, rows = numbers(summary_of(finished.directory)), curve(finished.directory)
+    recorded = numbers(summary_of(finished.directory))
+    rows = curve(finished.directory)
     resume(finished.directory)
     again = numbers(summary_of(finished.directory))
     seconds = "/train_seconds"
@@ -268,7 +271,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same_run(directory: Path, whole: Path) -> None:
     assert curve(directory) == curve(whole)  # to the last bit
-    mine, theirs = numbers(summary_of(directory)), numbers(summary_of(whole))
+    mine = numbers(summary_of(directory))
+    theirs = numbers(summary_of(whole))
     assert {n: x for n, x in mine.items() if n != "/train_seconds"} == {
         n: x for n, x in theirs.items() if n != "/train_seconds"
     }
@@ -302,7 +306,8 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_run_goes_on(whole: Path,
 def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record, calls = Recorder.record, 0
+    record = Recorder.record
+    calls = 0
 
     def power_cut(self: Recorder, step: int, metrics: Mapping[str, float]) -> None:
         nonlocal calls
@@ -315,10 +320,10 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
         patched.setattr(Recorder, "record", power_cut)
         with pytest.raises(OSError, match="the power went"):
             run(tmp_path, *QUICK, "total_timesteps=8000", "checkpoint_every=600")
-    behind = len(curve(tmp_path))
+    after = len(curve(tmp_path))
     assert summary_of(tmp_path / "checkpoint", "state.json")["num_timesteps"] < curve(tmp_path)[-1]["step"]
     resume(tmp_path)
-    assert behind == 6
+    assert after == 6
     assert_same_run(tmp_path, whole)
 
 
@@ -355,7 +360,8 @@ def test_the_second_ctrl_c_stops_at_once() -> None:
 )
 def test_variants_train_and_report(overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, *SMALL, "agent.epochs=1", "evaluation.prompts=4", "total_timesteps=250", *overrides) == 0
-    summary, text = summary_of(tmp_path), capsys.readouterr().out
+    summary = summary_of(tmp_path)
+    text = capsys.readouterr().out
     plain = "env.kl_coef=0" not in overrides and "env.gamma=0.9" not in overrides
     assert (summary["optimum"]["lower"] is not None) == plain  # no bound where there is no KL, or a discount
     assert ("kl" in summary["after"]) == ("env.kl_coef=0" not in overrides)
@@ -432,7 +438,8 @@ def test_a_run_whose_reward_is_noise_claims_no_optimum(tmp_path: Path, capsys: p
     """As written by a user: no `expected`, and the noise of a generator of its own."""
     small = [*SMALL, "agent.epochs=1", "evaluation.prompts=4", "total_timesteps=250"]
     assert run(tmp_path, *small, f"env.reward={__name__}:coin") == 0
-    summary, text = summary_of(tmp_path), capsys.readouterr().out
+    summary = summary_of(tmp_path)
+    text = capsys.readouterr().out
     assert summary["optimum"]["lower"] is None
     assert summary["after"]["normalised"] is None
     assert "two scores" in summary["optimum"]["unknown"]
@@ -442,7 +449,8 @@ def test_a_run_whose_reward_is_noise_claims_no_optimum(tmp_path: Path, capsys: p
 def test_a_deterministic_policy_is_told_what_it_can_earn() -> None:
     task = ["task=keyword-8", "evaluation.prompts=3"]
     greedy, sampled = (agents.runs.plan.check(composed(*task, f"sampler={name}")) for name in ("greedy", "policy"))
-    learns, certain = SimpleNamespace(deterministic=False), SimpleNamespace(deterministic=True)
+    learns = SimpleNamespace(deterministic=False)
+    certain = SimpleNamespace(deterministic=True)
     best = best_response("keyword-8")[:3].mean().item()
     assert agents.runs.grading.find_best_response(sampled, learns) is None
     others = (agents.runs.plan.check(composed(*task, x)) for x in ("sampler.top_k=1", "sampler.greedy_tokens=8"))
