@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from agents.runs.command_line import run_command
 from agents.runs.config import CONF
+from agents.runs.defaults import complete_agents
 from agents.runs.help_page import help_page
 from agents.runs.run import begin, go_on
 from agents.runs.signals import Stoppable
@@ -32,6 +33,7 @@ from lmgym.errors import LmGymError
 from lmgym.files import read_json
 
 register()
+complete_agents()
 
 
 def output_directory() -> str:

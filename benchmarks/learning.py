@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
+from agents.runs.config import CONF
+from agents.runs.defaults import complete_agents
 from agents.runs.plan import check
 from agents.runs.run import train
 from agents.runs.surroundings import prepare_process
@@ -64,10 +66,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="of conf/train.yaml, after a --")
     args = parser.parse_args()
     prepare_process()
+    complete_agents()
     summaries = []
     for seed in args.seeds:
         directory = beside(args.out, args.overrides) / f"seed{seed}"
-        with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("train", overrides=[*args.overrides, f"seed={seed}"])
         if not (directory / "summary.json").exists():
             train(check(cfg), directory, resume=False)

@@ -55,9 +55,10 @@ def make(name: str, task: str, shared: bool) -> SB3Agent:
     config["kwargs"].pop("learning_starts", None)
     if not shared:
         config["stretch"] = None
-    envs = RLHFVectorEnv(config["n_envs"], autoreset_mode="SameStep", task=task, device="cpu")
+    numbers = SB3Config(**config)
+    envs = RLHFVectorEnv(numbers.n_envs, autoreset_mode="SameStep", task=task, device="cpu")
     with each_alone(shared):
-        agent = SB3Agent(envs, SB3Config(**config))
+        agent = SB3Agent(envs, numbers)
         agent.learn(1024)
     return agent
 

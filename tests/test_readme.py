@@ -28,6 +28,7 @@ from pages import CONTINUES, ROOT, Block, blocks, chains, execute, prose, table
 from shipped import AGENTS as NAMES
 from shipped import FIXED, ON_POLICY, SB3, SUPERVISED
 
+import agents.train  # noqa: F401  has Hydra read conf as the commands do
 import lmgym
 from agents.algorithms.best_of_n import BestOfN, BestOfNConfig
 from agents.algorithms.dpo import DPO, DPOConfig

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import inspect
 import itertools
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import yaml
 
+from agents.runs.defaults import find_defaults
 from agents.runs.plan import ENV_KEYS
+from agents.runs.trust import read_config
 from lmgym.envs.settings import Settings
 from lmgym.tasks import registered_tasks
 
@@ -85,18 +88,15 @@ def _comment(path: Path) -> str:
 
 
 def _agent_keys(conf: Path, agent: str) -> str:
-    """The keys of an agent, those that it shares with others first."""
-    text = (conf / "agent" / f"{agent}.yaml").read_text(encoding="utf-8")
-    shared = ""
-    if "common/on_policy" in text:
-        shared = (conf / "agent" / "common" / "on_policy.yaml").read_text(encoding="utf-8")
-    lines = [*shared.splitlines(), *text.splitlines()]
-    own = re.compile(r"defaults:|  - |_target_|#")
-    latest: dict[str, str] = {}  # an agent's own number goes over the shared one
-    for line in lines:
-        if line.strip() and not own.match(line):
-            latest[line.partition(":")[0]] = line
-    return "\n".join(latest.values())
+    """The keys of an agent with their values and meanings, those that it shares with others first."""
+    values = read_config(conf / "agent" / f"{agent}.yaml")
+    lines = []
+    for name, default in find_defaults(values["_target_"]).items():
+        value = values.get(name, default.value)
+        line = f"{name}: {value if isinstance(value, str) else json.dumps(value)}"
+        meaning = "; ".join(filter(None, [" | ".join(default.choices), default.comment]))
+        lines.append(f"{line} # {meaning}" if meaning else line)
+    return "\n".join(lines)
 
 
 def _indented(text: str) -> str:

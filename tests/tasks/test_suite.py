@@ -17,6 +17,7 @@ import torch
 from conftest import table_reward, word_count
 from hydra import compose, initialize_config_dir
 
+import agents.train  # noqa: F401  has Hydra read conf as the commands do
 import lmgym
 from agents.algorithms.best_of_n import BestOfN, BestOfNConfig
 from agents.algorithms.optimal import Optimal

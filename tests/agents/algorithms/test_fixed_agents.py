@@ -15,6 +15,7 @@ import torch
 from conftest import TinyProblem, shifted, table_reward
 from hydra import compose, initialize_config_dir
 
+import agents.train  # noqa: F401  has Hydra read conf as the commands do
 from agents.algorithms.best_of_n import BestOfN, BestOfNConfig, best_of_n_log_probs, kl_bound, log_ratio_of_best
 from agents.algorithms.optimal import Optimal
 from agents.algorithms.reference import Reference

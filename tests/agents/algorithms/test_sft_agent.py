@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 import agents.algorithms.sft
+import agents.train
 from agents.algorithms.best_of_n import BestOfN, BestOfNConfig, best_of_n_log_probs
 from agents.algorithms.sft import SFT, SFTConfig, read_demonstrations
 from agents.finite import GRAD_NORM
