@@ -9,7 +9,12 @@ from typing import NoReturn
 
 PLAIN = "lmgym.plain"
 _LOOKALIKES = {"±": "+-", "≥": ">=", "≤": "<=", "…": "...", "█": "#"}
-_SIZES = {"WORLD_SIZE": "RANK", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK", "PMI_SIZE": "PMI_RANK"}
+_SIZES = {  # and the process's number among so many; Slurm sets its own for what srun starts, not in a batch script
+    "WORLD_SIZE": "RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
+}
 
 
 def prepare_process() -> None:
@@ -38,7 +43,7 @@ def plain(error: UnicodeError) -> tuple[str, int]:
 
 
 def refuse_ranks() -> None:
-    """Ends the process where it is one of several that torchrun, accelerate or mpirun has started.
+    """Ends the process where it is one of several that torchrun, accelerate, mpirun or srun has started.
 
     Each would train the same run into the same directory. The first of them says so in a line, the others nothing.
     """
@@ -52,5 +57,5 @@ def _refuse(found: str, rank: str) -> NoReturn:
         sys.exit(1)
     sys.exit(
         f"A run is one process, and this is one of several ({found}): start it with python instead of torchrun, "
-        "accelerate launch or mpirun. Several runs side by side: -m seed=0,1 hydra/launcher=joblib."
+        "accelerate launch or mpirun, or with srun -n 1. Several runs side by side: -m seed=0,1 hydra/launcher=joblib."
     )

@@ -13,13 +13,18 @@ import pytest
 from agents.runs.surroundings import prepare_process, refuse_ranks
 
 ROOT = Path(__file__).parents[3]
-RANKS = ("WORLD_SIZE", "RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_SIZE", "PMI_RANK")
+RANKS = {
+    "WORLD_SIZE": "RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
+}
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """An environment of the test's own."""
-    for name in RANKS:
+    for name in (*RANKS, *RANKS.values()):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
@@ -47,15 +52,21 @@ def test_pictures_need_no_backend_of_a_notebook() -> None:
     assert os.environ["OMP_WAIT_POLICY"] == "active"  # the user's own
 
 
-@pytest.mark.parametrize("size", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
-def test_one_of_several_processes_is_refused(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("size", "rank"), RANKS.items())
+def test_one_of_several_processes_is_refused(size: str, rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(size, "2")
     with pytest.raises(SystemExit, match=rf"one of several \({size}=2\): start it with python instead"):
         refuse_ranks()
-    monkeypatch.setenv(size.replace("SIZE", "RANK") if size != "WORLD_SIZE" else "RANK", "1")
+    monkeypatch.setenv(rank, "1")
     with pytest.raises(SystemExit, match=r"^1$"):  # the first has said it
         refuse_ranks()
     monkeypatch.setenv(size, "1")
+    refuse_ranks()
+
+
+def test_a_batch_script_of_slurm_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # what the job may start
+    monkeypatch.setenv("SLURM_PROCID", "0")
     refuse_ranks()
 
 
