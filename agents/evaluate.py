@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from agents.runs.command_line import run_command
 from agents.runs.config import CONF
+from agents.runs.help_page import evaluate_help_page
 from agents.runs.regrade import regrade
 from agents.runs.signals import Stoppable
 from agents.runs.surroundings import prepare_process
@@ -37,4 +38,7 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(evaluate_help_page(CONF))
+    else:
+        run_command(main)

@@ -23,7 +23,7 @@ from lmgym.errors import InvalidArgumentError, LmGymError
 CONFIG_FILE = "config.yaml"
 VERSIONS = "versions.json"
 CHECKPOINT = "checkpoint"
-OWN = (CONFIG_FILE, VERSIONS, METRICS_FILE, TENSORBOARD, CHECKPOINT, "summary.json", "samples.json", "curves.png")
+RUN_FILES = (CONFIG_FILE, VERSIONS, METRICS_FILE, TENSORBOARD, CHECKPOINT, "summary.json", "samples.json", "curves.png")
 _HEADER = "# The config of a run of lmgym. A checkpoint beside it was saved with these numbers."
 _SECTIONS = ("env", "agent", "sampler", "evaluation")
 _SCALARS = ("task", "seed", "total_timesteps", "checkpoint_every", "device")
@@ -64,7 +64,7 @@ def new_run(directory: Path, values: Mapping[str, Any]) -> Iterator[None]:
             yield
         except BaseException:
             if not _is_worth_keeping(directory):
-                for name in OWN:  # none of which was there when the block began
+                for name in RUN_FILES:  # none of which was there when the block began
                     remove(directory / name)
             raise
 
@@ -80,7 +80,7 @@ def _clear(directory: Path) -> None:
     Raises:
         InvalidArgumentError: for anything else that would be overwritten.
     """
-    there = [name for name in OWN if os.path.lexists(directory / name)]
+    there = [name for name in RUN_FILES if os.path.lexists(directory / name)]
     if not there:
         return
     if newest(directory / CHECKPOINT) is not None:
@@ -107,7 +107,7 @@ def _is_worth_keeping(directory: Path) -> bool:
 def _remove_leftovers(directory: Path) -> None:
     """Puts the newest checkpoint in its place, and removes what a kill has left of what was being written."""
     recover(directory / CHECKPOINT)
-    for name in (*OWN, "evaluation.json"):
+    for name in (*RUN_FILES, "evaluation.json"):
         if name != CHECKPOINT:
             for path in directory.glob(f".{glob.escape(name)}.*.tmp"):
                 remove(path)

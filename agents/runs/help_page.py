@@ -111,3 +111,19 @@ def _listed(rows: dict[str, str]) -> str:
 def _cut(line: str) -> str:
     line = line.rstrip()
     return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 3].rstrip()}..."
+
+
+def evaluate_help_page(conf: Path) -> str:
+    """What `python -m agents.evaluate --help` prints: every key in a line.
+
+    Args:
+        conf: the directory of configs.
+    """
+    keys = (conf / "evaluate.yaml").read_text(encoding="utf-8").partition("\nrun:")[2].partition("\nhydra:")[0]
+    parts = [
+        "python -m agents.evaluate run=DIRECTORY [evaluation.KEY=value ...]",
+        "Grades a run again from its newest checkpoint, prints the table, and writes evaluation.json into its directory.",
+        f"Keys:\n{_indented(f'run:{keys}')}",
+        "Hydra's own options: --hydra-help",
+    ]
+    return "\n\n".join(parts)

@@ -26,7 +26,7 @@ from lmgym.files import RunFileError, read_text
 from lmgym.errors import InvalidArgumentError
 
 _MAX_BYTES = 64 * 2**20  # of a config, long prompts in it included
-OWN = ("lmgym", "agents")  # imported already, wherever they lie
+OWN_PACKAGES = ("lmgym", "agents")  # imported already, wherever they lie
 
 
 class Named(NamedTuple):
@@ -192,7 +192,7 @@ def installed(module: str) -> list[ModuleSpec] | None:
         None where it is not there, and where another module of that name has been imported from elsewhere.
     """
     first, *rest = module.split(".")
-    spec = sys.modules[first].__spec__ if first in OWN else _find(first, _site_directories())
+    spec = sys.modules[first].__spec__ if first in OWN_PACKAGES else _find(first, _site_directories())
     if spec is None or not _is_free(spec):
         return None
     specs = [spec]

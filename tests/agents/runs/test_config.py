@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 import agents.runs.plan
 import agents.train
 from agents.runs.config import SYNONYMS, explained, validated
-from agents.runs.help_page import help_page
+from agents.runs.help_page import evaluate_help_page, help_page
 from agents.algorithms.ppo import PPOConfig
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
@@ -274,6 +274,13 @@ def test_the_help_has_a_line_for_every_key_agent_and_task() -> None:
     expected = {*kinds, *cfg.env, *cfg.agent, *choices("agent"), *families, *choices("sampler")} - {"_target_"}
     assert {name for name in expected if not described.get(name)} <= {"evaluation"}
     assert "group_size: 4 # responses to each prompt" in page
+
+
+def test_the_help_of_evaluate_has_a_line_for_every_key() -> None:
+    page = evaluate_help_page(CONF)
+    config = OmegaConf.load(CONF / "evaluate.yaml")
+    for name in {*config, *config.evaluation} - {"defaults", "hydra"}:
+        assert re.search(rf"^ +{name}: .*# \w", page, re.MULTILINE), name
 
 
 def test_every_synonym_leads_to_a_key() -> None:

@@ -27,7 +27,7 @@ from agents.checkpoint import MANIFEST, newest, replacing, verify
 from lmgym.files import RunFileError
 from agents.runs.recorder import Recorder, read_rows
 from agents.runs import directory as directories
-from agents.runs.directory import CHECKPOINT, CONFIG_FILE, OWN, empty_again, new_run, read_values, resumed_run
+from agents.runs.directory import CHECKPOINT, CONFIG_FILE, RUN_FILES, empty_again, new_run, read_values, resumed_run
 from agents.runs.inputs import changes, notes_of
 from agents.runs.lock import LOCK, Lock
 from agents.runs.saving import Saver
@@ -113,7 +113,7 @@ def listing(directory: Path) -> dict[str, str]:
     return {str(p.relative_to(directory)): p.read_text() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", RUN_FILES)
 def test_a_file_that_is_not_a_runs_is_neither_overwritten_nor_removed(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(InvalidArgumentError, match="must be a directory without a run"), new_run(tmp_path, VALUES):
