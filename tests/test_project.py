@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import tomllib
 import zipfile
 
 import pytest
-from sources import ROOT, imports, modules
+from sources import PACKAGES, ROOT, files_of, imports, modules
 
 import lmgym
 import lmgym.tasks
@@ -106,6 +107,13 @@ def test_lmgym_never_imports_agents() -> None:
 
 
 # --- names -------------------------------------------------------------------------------------------------------
+
+
+def test_ruff_reads_every_source_file() -> None:
+    """A name without a slash leaves out every directory of that name, `agents/runs` for `runs`."""
+    excluded = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["extend-exclude"]
+    parts = {part for file in files_of(*PACKAGES, "tests") for part in file.relative_to(ROOT).parts}
+    assert not {part for part in parts for pattern in excluded if fnmatch.fnmatch(part, pattern)}
 
 
 def test_every_module_is_called_after_what_it_holds() -> None:

@@ -103,7 +103,7 @@ def _value(field: Field[Any]) -> Any:
 
 @dataclass(frozen=True)
 class _Source:
-    """A module as text: its lines, the classes and constants it defines, and where a name that it imports comes from."""
+    """A module as text: its lines, its classes and constants, and where a name that it imports comes from."""
 
     lines: list[str]
     classes: dict[str, ast.ClassDef]

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from agents.checkpoint import Manifest, newest, read_manifest, recover, verify
-from lmgym.files import RunFileError, read_text, remove, write_atomically
-from agents.runs.recorder import METRICS_FILE, TENSORBOARD
 from agents.runs.inputs import changes
 from agents.runs.lock import Lock
+from agents.runs.recorder import METRICS_FILE, TENSORBOARD
 from agents.runs.trust import config_text, read_config
 from lmgym.errors import InvalidArgumentError, LmGymError
+from lmgym.files import RunFileError, read_text, remove, write_atomically
 
 CONFIG_FILE = "config.yaml"
 VERSIONS = "versions.json"
@@ -146,8 +146,8 @@ def read_values(directory: Path) -> dict[str, Any]:
     values = read_config(path)
     if isinstance(values.get("task"), dict):
         raise RunFileError(
-            f"`task` in {path} must be a name, got names with values: it is of an older lmgym, where `env` was a part of "
-            "`task`. Train it again."
+            f"`task` in {path} must be a name, got names with values: it is of an older lmgym, where `env` was a part "
+            "of `task`. Train it again."
         )
     for name in (*_SECTIONS, *_SCALARS):
         if name not in values:

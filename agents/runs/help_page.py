@@ -122,7 +122,7 @@ def evaluate_help_page(conf: Path) -> str:
     keys = (conf / "evaluate.yaml").read_text(encoding="utf-8").partition("\nrun:")[2].partition("\nhydra:")[0]
     parts = [
         "python -m agents.evaluate run=DIRECTORY [evaluation.KEY=value ...]",
-        "Grades a run again from its newest checkpoint, prints the table, and writes evaluation.json into its directory.",
+        "Grades a run again from its newest checkpoint, prints the table, and writes evaluation.json beside it.",
         f"Keys:\n{_indented(f'run:{keys}')}",
         "Hydra's own options: --hydra-help",
     ]

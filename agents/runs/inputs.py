@@ -14,7 +14,7 @@ from typing import Any
 
 from lmgym.files import RunFileError, checksum
 
-COMPARED = ("task", "env", "agent", "sampler", "seed")  # parts of a config; the others may change, or are of the machine
+COMPARED = ("task", "env", "agent", "sampler", "seed")  # the other parts may change, or are of the machine
 _DIRECTORIES = ("env.model", "env.reward")  # which may be directories
 _PATHS = (*_DIRECTORIES, "env.prompts")  # where a bare word may be a path
 

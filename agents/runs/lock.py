@@ -74,8 +74,8 @@ class Lock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunFileError(
-                f"`{self.path.parent}` must be written by one process at a time, and {self._owner()} is writing it: wait "
-                "until it has ended, or stop it."
+                f"`{self.path.parent}` must be written by one process at a time, and {self._owner()} is writing it: "
+                "wait until it has ended, or stop it."
             ) from error
         except (ImportError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in _WITHOUT_LOCKS:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmgym.files import write_atomically
 from agents.runs.recorder import read_rows
 from agents.runs.report import is_known, optimum_bounds, problem, reference_of, share_of_gain, two_decimals
+from lmgym.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agents.checkpoint import newest, read_manifest, replacing
-from agents.runs.recorder import Recorder
 from agents.runs.directory import CHECKPOINT, read_checkpoint
+from agents.runs.recorder import Recorder
 from agents.runs.signals import Interrupt
 from lmgym.errors import LmGymError, NotFiniteError
 

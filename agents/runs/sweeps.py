@@ -12,10 +12,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from lmgym.files import read_json
-from agents.runs.trust import read_config
-from lmgym.intervals import Interval
 from agents.runs.tasks import full_name
+from agents.runs.trust import read_config
+from lmgym.files import read_json
+from lmgym.intervals import Interval
 
 MAX_NAME = 80  # characters of a run's name, its number not counted: file systems take 255 bytes, some tools 143
 _NAMED_FIRST = ("agent", "task", "seed")

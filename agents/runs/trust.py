@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lmgym.files import RunFileError, read_text
 from lmgym.errors import InvalidArgumentError
+from lmgym.files import RunFileError, read_text
 
 _MAX_BYTES = 64 * 2**20  # of a config, long prompts in it included
 OWN_PACKAGES = ("lmgym", "agents")  # imported already, wherever they lie

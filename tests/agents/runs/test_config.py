@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import agents.runs.plan
 import agents.train
+from agents.algorithms.ppo import PPOConfig
 from agents.runs.config import SYNONYMS, explained, validated
 from agents.runs.help_page import evaluate_help_page, help_page
-from agents.algorithms.ppo import PPOConfig
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
 from lmgym.models.sampling import Sampler
@@ -131,9 +131,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones_and_the_nearest() -> No
 # -- the yaml files --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "choice", [f"{group}={name}" for group in ("agent", "sampler") for name in choices(group)]
-)
+@pytest.mark.parametrize("choice", [f"{group}={name}" for group in ("agent", "sampler") for name in choices(group)])
 @pytest.mark.usefixtures("nothing_loads")
 def test_every_file_makes_a_valid_plan(choice: str) -> None:
     plan = agents.runs.plan.check(composed(choice))

@@ -13,11 +13,11 @@ import hydra
 import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
+from shipped import AGENTS
 
 import agents.train  # noqa: F401  has Hydra read conf as the commands do
 from agents.runs.config import CONF
 from agents.runs.defaults import find_defaults
-from shipped import AGENTS
 
 ROOT = CONF.parent
 

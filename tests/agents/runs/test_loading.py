@@ -11,8 +11,8 @@ import pytest
 import torch
 from extras import needs_contrib, needs_peft
 
-import agents.train  # noqa: F401  has Hydra read conf as the commands do
 import agents
+import agents.train
 from agents.checkpoint import replacing
 from agents.runs.directory import write_config
 from agents.runs.plan import build, check, plain

@@ -153,7 +153,9 @@ def write_run(directory: Path, number: int, settings: dict[str, Any], mean: floa
         (run / "summary.json").write_text(json.dumps({"after": after}))
 
 
-def settings(task: str = "reviews", agent: str = "agents.algorithms.ppo.PPO", seed: int = 0, **numbers: Any) -> dict[str, Any]:
+def settings(
+    task: str = "reviews", agent: str = "agents.algorithms.ppo.PPO", seed: int = 0, **numbers: Any
+) -> dict[str, Any]:
     return {"task": task, "env": {"kl_coef": None}, "agent": {"_target_": agent, **numbers}, "seed": seed}
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from lmgym.files import RunFileError
 from agents.runs.recorder import METRICS_FILE, Recorder, read_rows
+from lmgym.files import RunFileError
 
 
 def lines(directory: Path) -> list[dict]:

@@ -22,18 +22,18 @@ import agents.evaluate
 import agents.runs.regrade
 import agents.runs.run
 import agents.train
-from agents.runs import recorder
 from agents.checkpoint import MANIFEST, newest, replacing, verify
-from lmgym.files import RunFileError
-from agents.runs.recorder import Recorder, read_rows
 from agents.runs import directory as directories
+from agents.runs import recorder
 from agents.runs.directory import CHECKPOINT, CONFIG_FILE, RUN_FILES, empty_again, new_run, read_values, resumed_run
 from agents.runs.inputs import changes, notes_of
 from agents.runs.lock import LOCK, Lock
+from agents.runs.recorder import Recorder, read_rows
 from agents.runs.saving import Saver
 from agents.runs.signals import Interrupt, Stoppable
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, LmGymError, NotFiniteError, RewardError
+from lmgym.files import RunFileError
 
 ROOT = Path(__file__).parents[3]
 VALUES = {"task": "stop-8", "env": {"prompts": None}, "agent": {"lr": 1e-3}, "sampler": {}, "seed": 0}
@@ -222,7 +222,9 @@ def test_an_edited_config_is_noticed_by_key(tmp_path: Path) -> None:
 
 def test_a_config_of_the_old_layout_is_refused_in_a_line(tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).write_text("task:\n  task: reviews\n  kl_coef: null\nagent: {}\n")
-    with pytest.raises(RunFileError, match=r"`task` in .* must be a name, .* of an older lmgym.* Train it again") as error:
+    with pytest.raises(
+        RunFileError, match=r"`task` in .* must be a name, .* of an older lmgym.* Train it again"
+    ) as error:
         read_values(tmp_path)
     assert "\n" not in str(error.value)
 

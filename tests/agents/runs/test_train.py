@@ -33,11 +33,9 @@ from agents.algorithms.reference import Reference
 from agents.runs.command_line import run_command
 from agents.runs.recorder import Recorder, read_rows
 from agents.runs.report import table
-from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError
 from lmgym.evaluation import Evaluation
 from lmgym.intervals import Interval
-from lmgym.models.policy import CausalPolicy
 from lmgym.optimum import best_response, solve
 from lmgym.tasks import make_task
 
@@ -410,7 +408,9 @@ def test_the_optimum_is_of_the_prompts_graded() -> None:
 
 
 def test_runs_of_other_seeds_are_graded_from_other_streams() -> None:
-    plans = [agents.runs.plan.check(composed("task=stop", f"seed={seed}", "evaluation.samples=8")) for seed in (0, 0, 1)]
+    plans = [
+        agents.runs.plan.check(composed("task=stop", f"seed={seed}", "evaluation.samples=8")) for seed in (0, 0, 1)
+    ]
     agent = Reference(gym.make_vec("lmgym/RLHF-v0", **plans[0].settings))  # type: ignore[arg-type]
     first, again, other = (agents.runs.grading.grade(plan, agent).episodes.response_ids for plan in plans)
     assert torch.equal(first, again)  # before and after of one run share their numbers
@@ -456,4 +456,5 @@ def test_a_deterministic_policy_is_told_what_it_can_earn() -> None:
     others = (agents.runs.plan.check(composed(*task, x)) for x in ("sampler.top_k=1", "sampler.greedy_tokens=8"))
     for plan, agent in ((greedy, learns), (sampled, certain), *((plan, learns) for plan in others)):
         assert agents.runs.grading.find_best_response(plan, agent) == pytest.approx(best, abs=1e-9)
-    assert agents.runs.grading.find_best_response(agents.runs.plan.check(composed("sampler=greedy")), learns) is None  # reviews
+    reviews = agents.runs.plan.check(composed("sampler=greedy"))
+    assert agents.runs.grading.find_best_response(reviews, learns) is None

@@ -19,7 +19,6 @@ import agents.evaluate
 import agents.runs.plan
 import agents.runs.run
 import agents.train
-from lmgym.files import RunFileError
 from agents.policies.actor_critic import ActorCritic
 from agents.runs.trust import (
     config_text,
@@ -31,6 +30,7 @@ from agents.runs.trust import (
     trusted_modules,
 )
 from lmgym.errors import InvalidArgumentError, LmGymError
+from lmgym.files import RunFileError
 from lmgym.models.sharing import load_causal_lm
 from lmgym.rewards.base import import_function
 
