@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from agents.runs.command_line import run_command
 from agents.runs.config import CONF
@@ -27,18 +27,13 @@ from agents.runs.help_page import help_page
 from agents.runs.run import begin, go_on
 from agents.runs.signals import Stoppable
 from agents.runs.surroundings import prepare_process
-from agents.runs.sweeps import given, register
+from agents.runs.sweeps import given, output_directory, register
 from agents.runs.trust import trusted_modules
 from lmgym.errors import LmGymError
 from lmgym.files import read_json
 
 register()
 complete_agents()
-
-
-def output_directory() -> str:
-    """Where Hydra puts this run: as it is, for Hydra has written it into its config as if "${" were its own."""
-    return str(OmegaConf.to_container(HydraConfig.get().runtime, resolve=False)["output_dir"])  # type: ignore[call-overload, index]
 
 
 def refuse(error: LmGymError, directory: Path) -> NoReturn:
@@ -58,7 +53,7 @@ def main(cfg: DictConfig) -> float:
     """
     prepare_process()  # of a process of its own, which a launcher may have made
     resume = cfg.resume is not None
-    directory = Path(cfg.resume if resume else output_directory())
+    directory = Path(cfg.resume if resume else output_directory(HydraConfig.get()))
     try:
         with Stoppable():
             if resume:

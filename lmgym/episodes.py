@@ -62,7 +62,8 @@ class Episodes:
     gold_scores: Tensor | None = None
 
     def __post_init__(self) -> None:
-        b, p, t = *self.prompt_ids.shape, self.response_ids.shape[-1]
+        b, p = self.prompt_ids.shape
+        t = self.response_ids.shape[-1]
         shapes: dict[str, tuple[int, ...]] = {
             "prompt_mask": (b, p),
             "response_ids": (b, t),

@@ -43,7 +43,7 @@ def as_trl(task: str | Task, *, split: str = "train", device: str = "auto") -> t
     def compute_scores(
         prompts: Sequence[str], completions: Sequence[str], completion_ids: Any = None, **columns: Any
     ) -> list[float]:
-        """B scores."""
+        """Scores B completions as the task does."""
         prompts = list(prompts)
         completions = list(completions)
         prompt_ids = lm.encode_all(tuple(prompts))

@@ -153,3 +153,5 @@ def short_errors() -> Iterator[None]:
         sys.exit(explained(error))
     except (LmGymError, OmegaConfBaseException) as error:  # ours: of a run of a multirun, whose other runs went on
         sys.exit(str(error))
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]

@@ -47,7 +47,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
     """
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Reads a file."""
+        """Reads a file of configs; one that names an agent gets the fields that it leaves out."""
         result = super().load_config(config_path)
         config = result.config
         if config_path.startswith("agent/") and isinstance(config, DictConfig):

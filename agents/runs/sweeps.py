@@ -54,6 +54,11 @@ def given(hydra: Any) -> list[str]:
     return OmegaConf.to_container(hydra.overrides.task, resolve=False)  # type: ignore[return-value]
 
 
+def output_directory(hydra: Any) -> str:
+    """Where Hydra puts a run: as it is, for Hydra has written it into its config as if "${" were its own."""
+    return str(OmegaConf.to_container(hydra.runtime, resolve=False)["output_dir"])  # type: ignore[call-overload, index]
+
+
 def run_directory(time: str, _root_: DictConfig) -> str:
     """Where a run goes; one that is resumed has a directory, and Hydra is to make none."""
     return "." if _root_.resume is not None else f"runs/{run_name(_root_)}-{time}"

@@ -141,7 +141,7 @@ class PromptOrder:
         return self._prompts[int(self._epoch[self._index])]
 
     def take(self) -> Prompt:
-        """The next prompt."""
+        """The next prompt, which is then used up."""
         prompt = self.peek()
         self._index += 1 if self._shuffle else self._stride
         return prompt

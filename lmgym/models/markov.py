@@ -216,7 +216,7 @@ class MarkovLM(PreTrainedModel, GenerationMixin):
         return self.trunk
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head."""
+        """The LM head, which turns hidden states into logits."""
         return self.lm_head
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -234,7 +234,7 @@ class _Run:
             self._retained_index = (self._rand(self._x) * self._s).long()  # of the retained particle in its run
 
     def finish(self, proposal: Policy, resample_at: float) -> Particles:
-        """Runs to the end."""
+        """Draws token after token, until every response has ended."""
         decoders = _Decoders(proposal, self._lm, self._prompt_ids, self._s, self._horizon)
         is_twisted = resample_at > 0 and decoders.values is not None
         uniforms = self._rand(len(self._response), self._horizon)

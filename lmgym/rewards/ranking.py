@@ -30,11 +30,11 @@ class RankedTexts(Protocol):
 
     @property
     def prompts(self) -> Sequence[str]:
-        """(B,) texts."""
+        """B texts, that of each ranking."""
 
     @property
     def completions(self) -> Sequence[Sequence[str]]:
-        """(B, K) texts."""
+        """(B, K) texts, the responses to each prompt."""
 
     @property
     def ranking(self) -> Sequence[Sequence[int]]:

@@ -106,7 +106,7 @@ class SumReward:
         return [_accepted_response("".join(symbols.get(token, "?") for token in prompt_ids))]
 
     def score_range(self, prompt_ids: Sequence[int], max_new_tokens: int) -> tuple[float, float]:
-        """0 and 1."""
+        """The least and the largest score: a sum is wrong (0) or right (1)."""
         return 0.0, 1.0
 
 

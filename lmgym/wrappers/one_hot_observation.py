@@ -142,7 +142,7 @@ class _Encoding:
 
     @property
     def space(self) -> spaces.Box:
-        """Of one row."""
+        """The observation space of one row."""
         return spaces.Box(0, 1, (self.size,), np.float32)
 
     def __call__(self, tokens: Ints) -> Floats:

@@ -59,7 +59,7 @@ class AutomatonPolicy:
 
     @property
     def device(self) -> torch.device:
-        """The CPU."""
+        """The CPU, where V* was computed."""
         return self._end_rule.is_eos.device
 
     def _key(self, prompt_ids: Sequence[int]) -> tuple[int, int]:

@@ -65,7 +65,7 @@ class ReferenceTable:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """G and K."""
+        """G groups of contexts, and K contexts in each."""
         return self.factors[0].shape[0], self.factors[0].shape[1]
 
     def locate(self, contexts: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ class TreePolicy:
 
     @property
     def device(self) -> torch.device:
-        """The CPU."""
+        """The CPU, where V* was computed."""
         return self.log_probs.device
 
     def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> TreeState:

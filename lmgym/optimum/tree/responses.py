@@ -48,7 +48,7 @@ class Responses:
 
     @property
     def per_prompt(self) -> int:
-        """R / X."""
+        """R / X, how many responses there are to each prompt."""
         return self.levels[-1].responses.stop
 
     def _enumerate(self, lm: CausalLM) -> Episodes:
