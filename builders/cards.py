@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import textwrap
 from pathlib import Path
 
@@ -51,12 +50,10 @@ def sections() -> dict[str, str]:
     found = {}
     for family, group in itertools.groupby(registered_tasks().values(), lambda task: task.name.partition("-")[0]):
         settings = list(group)
-        build = settings[0].build
-        module = sys.modules[getattr(build, "func", build).__module__]
         tasks = [registered.task() for registered in settings]
         rows = [_row(registered.env_id, task) for registered, task in zip(settings, tasks, strict=True)]
         notes = [note for task in tasks for note in _note(task)]
-        found[family] = "\n".join([f"## {family}\n", (module.__doc__ or "").strip(), "", _COLUMNS, *rows, *notes, ""])
+        found[family] = "\n".join([f"## {family}\n", settings[0].description, "", _COLUMNS, *rows, *notes, ""])
     return found
 
 

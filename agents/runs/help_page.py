@@ -8,7 +8,6 @@ import inspect
 import itertools
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,10 +54,8 @@ def _tasks() -> dict[str, str]:
     tasks = {}
     for family, group in itertools.groupby(registered_tasks().values(), lambda task: task.name.partition("-")[0]):
         settings = list(group)
-        build = settings[0].build
-        module = sys.modules[getattr(build, "func", build).__module__]
         names = ", ".join(task.name.partition("-")[2] for task in settings if "-" in task.name)
-        first = (module.__doc__ or "").strip().splitlines()[0]
+        first = settings[0].description.partition("\n")[0]
         tasks[family] = f"({names}) {first}" if names else first
     return tasks
 

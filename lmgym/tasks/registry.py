@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 from gymnasium.envs.registration import register
@@ -39,6 +39,12 @@ class Registered:
     def env_id(self) -> str:
         """The Gymnasium id: `lmgym/Name-v0`, or `lmgym/Name-setting-v0` for a task of several settings."""
         return f"lmgym/{''.join(part.capitalize() for part in self.name.split('_'))}-v{self.version}"
+
+    @property
+    def description(self) -> str:
+        """The docstring of the module that builds the task."""
+        build = self.build.func if isinstance(self.build, partial) else self.build
+        return (sys.modules[build.__module__].__doc__ or "").strip()
 
     def task(self) -> Task:
         """Builds the task, with its stored optimum."""
