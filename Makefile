@@ -5,6 +5,9 @@
 # make test-lowest  the tests alone, in .venv-lowest with the oldest versions that pyproject.toml admits
 # make test-bare    tests of the package alone, in .venv-bare without any extra
 # make test-seeds   the tests that draw from a seed, at three others
+# make lint, format  check the style and the types; mend the style
+# make test-only    the tests alone, in .venv
+# make clean   remove what builds and tools have left; .venv and runs stay
 # make gpu     on a machine with CUDA: checks and measures everything there, in runs/gpu
 #
 # Variables: PYTHON (the interpreter .venv is made from), VENV (the environment to use),
