@@ -24,11 +24,11 @@ CONF = Path(__file__).parents[2] / "conf"
 
 # What other libraries call a key, by the last part of its name.
 _OTHER_NAMES = {
-    "task": "environment env_id env_name task_name",
+    "task": "environment env_id env_name task_name setting",
     "agent": "algo algorithm method trainer",
     "total_timesteps": "steps timesteps total_steps num_steps max_steps total_tokens",
     "checkpoint_every": "save_every save_steps save_freq checkpoint_freq",
-    "resume": "resume_from resume_from_checkpoint load checkpoint",
+    "resume": "run resume_from resume_from_checkpoint load checkpoint",
     "hydra.run.dir": "out output output_dir out_dir run_dir log_dir save_dir",
     "device": "gpu cuda",
     "seed": "seeds random_seed",
@@ -53,7 +53,7 @@ _OTHER_NAMES = {
     "agent.max_grad_norm": "max_grad_norm grad_clip clip_grad_norm",
     "agent.lr_schedule": "lr_schedule lr_scheduler lr_scheduler_type scheduler",
     "agent.group_size": "group_size num_generations responses_per_prompt rloo_k",
-    "evaluation.samples": "eval_samples num_eval_samples n_eval_episodes",
+    "evaluation.samples": "samples eval_samples num_eval_samples n_eval_episodes",
     "evaluation.prompts": "eval_prompts",
 }
 SYNONYMS = {other: name for name, others in _OTHER_NAMES.items() for other in others.split()}
@@ -117,7 +117,8 @@ def explained(error: CompactHydraException) -> str:
         name = str(cause.full_key)
         if name.startswith("task."):
             return told_new_name(name)
-        meant = SYNONYMS.get(name.rpartition(".")[2].lower())
+        last = name.rpartition(".")[2].lower()
+        meant = last if last in _OTHER_NAMES else SYNONYMS.get(last)
         if meant is not None and meant != name:
             return f"`{name}` is called `{meant}` here: {meant}=..."
         known = [str(key) for key in cause.parent_node if key not in ("hydra", "_target_")]
@@ -136,7 +137,9 @@ def told_new_name(name: str) -> str:
         name: such as "task.kl_coef".
     """
     key = name.removeprefix("task.")
-    now = "task" if key == "task" else f"env.{key}"
+    if key in ("task", "name", "setting"):
+        return f"`{name}` is called `task` here, and its value is a whole name: task=keyword-32"
+    now = key if key in _OTHER_NAMES else f"env.{key}"  # `device`, for one, is a key of its own
     return f"`{name}` is called `{now}` here: {now}=..."
 
 

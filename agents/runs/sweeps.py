@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from agents.runs.tasks import full_name
+from agents.runs.tasks import USUAL_SETTINGS
 from agents.runs.trust import read_config
 from lmgym.files import read_json
 from lmgym.intervals import Interval
@@ -40,7 +40,8 @@ def run_name(_root_: DictConfig) -> str:
         _root_: the whole config, Hydra's part included.
     """
     hydra = _root_.hydra
-    words = [str(hydra.runtime.choices.agent), full_name(_root_.task), f"seed{_root_.seed}"]
+    task = str(_root_.task)  # perhaps one that does not exist: the run says so, in a line, and only that run ends
+    words = [str(hydra.runtime.choices.agent), USUAL_SETTINGS.get(task, task), f"seed{_root_.seed}"]
     fixed = hydra.job.config.override_dirname.exclude_keys
     for override in given(hydra):
         key, _, value = override.lstrip("+").partition("=")

@@ -20,7 +20,7 @@ import agents.train
 from agents.runs.plan import plain
 from agents.runs.sweeps import MAX_NAME, Multirun, file_name, multirun_table, run_name, show_multirun
 from agents.runs.tasks import USUAL_SETTINGS
-from lmgym.errors import InvalidArgumentError
+from lmgym.errors import LmGymError
 from lmgym.tasks import registered_tasks
 
 ROOT = Path(__file__).parents[3]
@@ -115,13 +115,20 @@ def test_a_sweep_over_settings_of_the_suite(command: Any, tmp_path: Path, capsys
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (["task=echo-2", "seed=-1,0"], "uniform-echo-2-seed-1-0: `seed` must be an int >= 0, got -1."),
+        (["task=ech-2,echo-2", "seed=0"], "uniform-ech-2-seed0-0: `task` must be one of "),
+    ],
+)
 def test_a_run_that_is_refused_does_not_stop_the_others(
-    command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str], refused: str
 ) -> None:
-    with pytest.raises(InvalidArgumentError, match="`seed` must be an int >= 0, got -1"):
-        command("-m", "agent=uniform", "task=echo-2", *GRADED, "device=cpu", "seed=-1,0", f"hydra.sweep.dir={tmp_path}")
+    with pytest.raises(LmGymError, match=re.escape(refused.partition(": ")[2])):
+        command("-m", "agent=uniform", *names, *GRADED, "device=cpu", f"hydra.sweep.dir={tmp_path}")
     assert [path.parent.name for path in tmp_path.glob("*/summary.json")] == ["uniform-echo-2-seed0-1"]
-    assert "uniform-echo-2-seed-1-0: `seed` must be an int >= 0, got -1." in capsys.readouterr().err
+    assert refused in capsys.readouterr().err
     show_multirun()
     assert "1 of 1 runs" in capsys.readouterr().out
 
