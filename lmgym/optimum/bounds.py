@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
+from lmgym.intervals import Interval as Interval  # also found here
 from lmgym.kl import episode_kl
 from lmgym.models.causal import token_log_probs
 from lmgym.models.policy import Policy, PolicyState
