@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,12 +26,12 @@ from lmgym.models.sampling import Sampler
 
 
 @dataclass(frozen=True)
-class LearningConfig(PolicyConfig):
+class LearningConfig(PolicyConfig, ABC):
     """What every agent has that changes weights."""
 
+    @abstractmethod
     def new_updater(self, policy: TrainablePolicy) -> Updater:
         """The optimiser of a policy at the start of a run."""
-        raise NotImplementedError
 
 
 class LearningAgent(PolicyAgent):

@@ -27,6 +27,7 @@ from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number
 from lmgym.models.causal import token_log_probs
+from lmgym.models.padding import pad_right
 from lmgym.models.sampling import Sampler
 
 Examples = TypeVar("Examples")
@@ -214,10 +215,7 @@ def unscored(engine: Engine, prompts: Sequence[Prompt], responses: Sequence[Sequ
     """Responses as episodes without a score, with the reference's log-probs; the log-probs of their author are 0."""
     b = len(prompts)
     horizon = engine.horizon
-    lengths = torch.tensor([len(response) for response in responses])
-    mask = torch.arange(horizon) < lengths.unsqueeze(1)
-    ids = torch.full((b, horizon), engine.lm.pad_token_id)
-    ids[mask] = torch.tensor([token for response in responses for token in response])
+    ids, mask = pad_right(responses, engine.lm.pad_token_id, horizon)
     prompt_ids, prompt_mask = engine.pad_prompts(prompts)
     episodes = Episodes(
         prompt_ids=prompt_ids,

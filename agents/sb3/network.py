@@ -88,7 +88,7 @@ class Trunk(BaseFeaturesExtractor):
     def _decode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(N, V + 1) logits and values from the cache."""
         if self._state is None:
-            prompts, prompt_mask = _pad_left(ids, mask)
+            prompts, prompt_mask = _close_gaps(ids, mask)
             self._state = self.policy.begin(prompts, prompt_mask, ids.shape[1] - prompts.shape[1])
             self._tokens.forward += int(mask.sum())
         else:
@@ -98,7 +98,7 @@ class Trunk(BaseFeaturesExtractor):
             self._state.step(torch.where(continues, (ids * added).sum(1), 0))
             restarted = (~continues).nonzero().squeeze(1)
             if len(restarted):
-                self._state.begin(restarted, *_pad_left(ids[restarted], mask[restarted]))
+                self._state.begin(restarted, *_close_gaps(ids[restarted], mask[restarted]))
             self._tokens.forward += int(continues.sum() + mask[restarted].sum())
         self._seen = (ids, mask)
         assert self._state.values is not None
@@ -116,7 +116,7 @@ def _check_logits(logits: Tensor) -> None:
     check_finite_log_probs(logits.detach().amax(-1))
 
 
-def _pad_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _close_gaps(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Moves the tokens of sequences (n, L) with gaps to the right, and drops the columns that are empty then."""
     longest = int(mask.sum(1).max())
     return compact_right(ids, mask, longest), compact_right(mask, mask, longest)

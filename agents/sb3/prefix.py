@@ -95,10 +95,10 @@ class PrefixState:
     def begin(self, rows: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
         """Restarts rows (n,) from prompts (n, P), left-padded."""
         width = max(self._ids.shape[1], prompt_ids.shape[1])
-        self._ids = _pad_left(self._ids, width)
-        self._mask = _pad_left(self._mask, width)
-        prompt_ids = _pad_left(prompt_ids, width)
-        prompt_mask = _pad_left(prompt_mask.bool(), width)
+        self._ids = _widen(self._ids, width)
+        self._mask = _widen(self._mask, width)
+        prompt_ids = _widen(prompt_ids, width)
+        prompt_mask = _widen(prompt_mask.bool(), width)
         self._ids[rows] = prompt_ids
         self._mask[rows] = prompt_mask
         logits, memory = self._forward(prompt_ids, prompt_mask, None)
@@ -123,6 +123,6 @@ class PrefixState:
         self._memory = None if self._memory is None else self._memory[rows]
 
 
-def _pad_left(x: Tensor, width: int) -> Tensor:
+def _widen(x: Tensor, width: int) -> Tensor:
     """(n, width): the columns (n, W) at the right, zeros before them."""
     return nn.functional.pad(x, (width - x.shape[1], 0))

@@ -81,7 +81,7 @@ def reference() -> CausalLM:
 
 
 def tiny(horizon: int = 4, **changes: Any) -> Task:
-    """Three prompts with short, ragged responses; the score rides on every token, its place and the end."""
+    """Three prompts with short, ragged responses; the score rides on every token, its position and the end."""
     fields = {"prompts": {"train": ["x", "y z", "z z x"]}, "kl_coef": 0.4, "max_new_tokens": horizon}
     return Task(**{"name": "tiny", "model": reference, "reward": table_reward, **fields, **changes})
 

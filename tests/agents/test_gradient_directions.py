@@ -35,7 +35,7 @@ from lmgym.tasks.base import Task
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    """Three prompts with 156 responses each; the score rides on every token, its place and the end."""
+    """Three prompts with 156 responses each; the score rides on every token, its position and the end."""
     return TinyProblem().task
 
 

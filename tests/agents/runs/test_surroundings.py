@@ -68,6 +68,9 @@ def test_a_batch_script_of_slurm_is_one_process(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("SLURM_NTASKS", "4")  # what the job may start
     monkeypatch.setenv("SLURM_PROCID", "0")
     refuse_ranks()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")  # what srun has started
+    with pytest.raises(SystemExit, match="one of several"):
+        refuse_ranks()
 
 
 @pytest.mark.parametrize("module", ["agents.train", "agents.evaluate", "builders.build"])
