@@ -11,9 +11,10 @@ from agents.agent import AgentConfig
 from agents.policies.actor_critic import ActorCritic, Critic
 from agents.policies.lora import ALL_LINEAR, LoRAPolicy, check_peft, module_names
 from agents.policies.networks import Network
+from agents.policies.recomputing import recompute_layers
 from agents.policies.residual import ResidualPolicy
 from lmgym.envs.vector import RLHFVectorEnv
-from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number
+from lmgym.errors import InvalidArgumentError, check_bool, check_choice, check_int, check_number
 from lmgym.rewards.classifier import ClassifierReward
 
 Kind = Literal["auto", "finetune", "lora", Network]
@@ -29,6 +30,7 @@ class PolicyConfig(AgentConfig):
     lora_rank: int = 16  # r of an adapter
     lora_alpha: float = 32.0  # of an adapter: alpha / r times B A is added to a weight
     lora_modules: str = ALL_LINEAR  # layers that get an adapter, or names separated by commas
+    gradient_checkpointing: bool = False  # runs layers again in the backward pass: less memory, a third more time
 
     def __post_init__(self) -> None:
         check_choice("policy", self.policy, ("auto", "finetune", "lora", *get_args(Network)))
@@ -36,6 +38,7 @@ class PolicyConfig(AgentConfig):
             check_int(name, getattr(self, name), 1)
         check_number("lora_alpha", self.lora_alpha, 0, open_low=True)
         module_names(self.lora_modules)
+        check_bool("gradient_checkpointing", self.gradient_checkpointing)
         if self.policy == "lora":
             check_peft()
 
@@ -50,9 +53,20 @@ def make_policy(
         critic: where the value head sits.
 
     Raises:
-        InvalidArgumentError: for a table to fine-tune or to adapt, layers that cannot be adapted, or a critic that a
-            residual does not have.
+        InvalidArgumentError: for a table to fine-tune or to adapt, layers that cannot be adapted or run again, or a
+            critic that a residual does not have.
     """
+    policy = _new_policy(envs, config, seed, critic)
+    if config.gradient_checkpointing:
+        networks = [policy.network] if isinstance(policy, ResidualPolicy) else [policy.actor, policy.critic]
+        for network in networks:
+            if network is not None:
+                recompute_layers(network)
+    return policy
+
+
+def _new_policy(envs: RLHFVectorEnv, config: PolicyConfig, seed: int, critic: Critic) -> ActorCritic | ResidualPolicy:
+    """The policy, before anything is said about how its gradients are taken."""
     lm = envs.engine.lm
     kind = config.policy
     is_table = lm.model.config.model_type == "lmgym_markov"
