@@ -73,11 +73,14 @@ def find_reading(model: Any) -> Reading:
 
 
 def _read_last_tokens(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """(n, K): the trunk over all of them, right-padded, and the score head at the last token of each."""
+    """(n, K): the trunk over all of them, right-padded, and the score head at the last token of each.
+
+    Causal attention does not see the padding. Without a mask the fastest attention of a GPU applies.
+    """
     ids, mask = pad_right(sequences, _fill(model))
-    mask = mask.long()
-    hidden = model.base_model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))[0]  # (n, L, D)
-    last = mask.sum(1).to(hidden.device) - 1
+    ids = ids.to(model.device)
+    last = mask.sum(1).to(model.device) - 1
+    hidden = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]  # (n, L, D)
     return model.score(hidden[torch.arange(len(ids), device=hidden.device), last])
 
 
