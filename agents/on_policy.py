@@ -25,6 +25,7 @@ from agents.diagnostics import check_groups, check_ratio, check_start, eos_fract
 from agents.finite import check_weights
 from agents.learning import LearningAgent
 from agents.losses import explained_variance
+from agents.memory import Sizes, check_fits, estimate, free_bytes, measure
 from agents.on_policy_config import OnPolicyConfig
 from agents.policies.actor_critic import TrainablePolicy
 from agents.policies.choice import make_policy
@@ -81,6 +82,8 @@ class OnPolicyAgent(LearningAgent):
         self.kl: KLCoefficient = FixedKL(envs.kl_coef)
         if config.kl_controller == "adaptive":
             self.kl = AdaptiveKL(envs.kl_coef, config.kl_target, config.kl_horizon)
+        if self.policy.device.type == "cuda":
+            check_fits(estimate(memory_sizes(self)), free_bytes(self.policy.device), self.policy.device)
 
     # -- what an algorithm writes --------------------------------------------------------------------------------
 
@@ -286,3 +289,19 @@ class OnPolicyAgent(LearningAgent):
         self.kl.value = state["kl_coef"]
         for name in self.carried:
             setattr(self, name, state["own"][name])
+
+
+def memory_sizes(agent: OnPolicyAgent) -> Sizes:
+    """What the memory of a run depends on, from a forward over one episode of full length."""
+    config = agent.config
+    engine = agent.envs.engine
+    return measure(
+        agent.policy,
+        engine.lm,
+        agent.sampler,
+        batch_size=config.batch_size,
+        micro_batch_size=min(config.micro_batch_size, -(-config.batch_size // config.minibatches)),
+        prompt=engine.width,
+        horizon=engine.horizon,
+        recomputes=config.gradient_checkpointing,
+    )

@@ -21,7 +21,8 @@ LAYERS = (
     "errors, episodes, forking, ending < files, kl, intervals, data < models < automata < rewards < feedback < tasks"
     " < optimum < envs < wrappers < rollout < evaluation, scores, testing, trl < sb3"
     " < agents.checkpoint, agents.seeds, agents.finite, agents.losses, agents.advantages, agents.master_weights"
-    " < agents.agent < agents.policies < agents.batch, agents.diagnostics, agents.update < agents.learning"
+    " < agents.agent < agents.policies < agents.batch, agents.diagnostics, agents.update"
+    " < agents.memory, agents.learning"
     " < agents.on_policy_config < agents.on_policy, agents.fixed, agents.supervised"
     " < agents.algorithms, agents.sb3 < agents.runs < agents < builders"
 )

@@ -1,0 +1,209 @@
+"""How much memory a training run will take, before it starts: a run that does not fit says so, and says what to lower.
+
+What autograd keeps of an episode is measured, on one episode of full length; the rest follows from sizes.
+
+Shapes: B episodes a batch, b a micro-batch, P prompt columns, T response columns, L = P + T, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from agents.batch import Batch, read_minibatch
+from agents.policies.actor_critic import TrainablePolicy
+from lmgym.episodes import Episodes
+from lmgym.errors import InvalidArgumentError
+from lmgym.kl import entropy
+from lmgym.models.caches import cache_keyword
+from lmgym.models.causal import CausalLM
+from lmgym.models.markov import MarkovLM
+from lmgym.models.sampling import Sampler
+
+_INSIDE = 24  # numbers a token that autograd keeps of one layer, by D: 17 of GPT-2, 21 of a Llama in bfloat16
+_LOGIT_COPIES = 3  # float32 (B, V) that sampling makes of the logits
+_GRADIENT_COPIES = 2  # float32 (n, V) that a backward pass makes of the gradient of n tokens' logits
+_MARGIN = 1.05  # what an allocator loses between blocks
+_GB = 1e9
+
+ADVICE = {
+    "layers": "lower `micro_batch_size`, or set `gradient_checkpointing` to true",
+    "cache": "lower `batch_size` or `max_new_tokens`",
+    "logits": "lower `batch_size`",
+    "gradients": "train an adapter with `policy`='lora'",
+    "optimiser": "train an adapter with `policy`='lora'",
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the memory of a run depends on.
+
+    Attributes:
+        batch_size: B. micro_batch_size: b. prompt: P. horizon: T. vocabulary: V.
+        trainable: numbers that learn. trainable_bytes: that they take.
+        element: bytes of a number of the model.
+        kept: bytes that autograd keeps of an episode of full length.
+        inside: bytes that one layer needs for an episode while it runs again; 0 where layers are kept.
+        cached: bytes of a token's keys and values in all layers.
+    """
+
+    batch_size: int
+    micro_batch_size: int
+    prompt: int
+    horizon: int
+    vocabulary: int
+    trainable: int
+    trainable_bytes: int
+    element: int
+    kept: int
+    inside: int
+    cached: int
+
+
+def estimate(sizes: Sizes) -> dict[str, int]:
+    """Bytes that training takes beyond the weights and their float32 copies, by what takes them.
+
+    Returns:
+        "optimiser": Adam's two moments. "gradients": of all weights, in float32 too where weights are not.
+        "layers": of a micro-batch, with its logits. "cache": keys and values of a batch. "logits": of sampling.
+    """
+    b = min(sizes.micro_batch_size, sizes.batch_size)
+    float32 = 4
+    half = sizes.trainable_bytes < float32 * sizes.trainable
+    gradients = sizes.trainable_bytes + (float32 * sizes.trainable if half else 0)
+    logit_gradients = _GRADIENT_COPIES * sizes.horizon * sizes.vocabulary * float32
+    return {
+        "optimiser": 2 * float32 * sizes.trainable,
+        "gradients": gradients,
+        "layers": b * (sizes.kept + max(sizes.inside, logit_gradients)),
+        "cache": sizes.batch_size * (sizes.prompt + sizes.horizon) * sizes.cached,
+        "logits": sizes.batch_size * sizes.vocabulary * (2 * sizes.element + _LOGIT_COPIES * float32),
+    }
+
+
+def peak(parts: dict[str, int]) -> int:
+    """Bytes at the worst moment: a batch is collected and learned from in turn, and the rest is there all the time."""
+    collecting = parts["logits"]
+    learning = parts["gradients"] + parts["layers"]
+    return round(_MARGIN * (parts["optimiser"] + parts["cache"] + max(collecting, learning)))
+
+
+def check_fits(parts: dict[str, int], free: int, device: torch.device) -> None:
+    """Raises where a run needs more than the bytes that are free.
+
+    Raises:
+        InvalidArgumentError: with what takes the memory, and what to lower.
+    """
+    needed = peak(parts)
+    if needed <= free:
+        return
+    heaviest = sorted(parts, key=lambda name: parts[name], reverse=True)
+    listed = ", ".join(f"{name} {parts[name] / _GB:.1f}" for name in heaviest)
+    advice = list(dict.fromkeys(ADVICE[name] for name in heaviest[:2]))
+    raise InvalidArgumentError(
+        f"`micro_batch_size` and `batch_size` must fit into the memory of {device}, got sizes that need about "
+        f"{needed / _GB:.1f} GB where {free / _GB:.1f} GB are free (in GB: {listed}). To need less: "
+        f"{'; or '.join(advice)}; or set `dtype` of the env to 'bfloat16'."
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a GPU can still give, the blocks included that torch has reserved and does not use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def measure(
+    policy: TrainablePolicy,
+    lm: CausalLM,
+    sampler: Sampler,
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    prompt: int,
+    horizon: int,
+    recomputes: bool,
+) -> Sizes:
+    """The sizes of a run of a policy, from a forward over one episode of full length.
+
+    Args:
+        policy: what learns. lm: the model it decodes with, or one of that shape. sampler: how tokens are drawn.
+        batch_size: B. micro_batch_size: b. prompt: P. horizon: T.
+        recomputes: whether its layers run again in the backward pass.
+    """
+    weights = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    longest = _episode_of_full_length(prompt, horizon, policy.device)
+    zeros = torch.zeros_like(longest.log_probs)
+
+    def read() -> Tensor:
+        part = Batch(longest, zeros, zeros)
+        minibatch = read_minibatch(policy, sampler, part, longest.lengths.sum(), 1)
+        return (minibatch.log_probs + minibatch.values + entropy(minibatch.log_distribution)).sum()
+
+    known = [*policy.parameters(), *lm.model.parameters(), *lm.model.buffers()]
+    element = lm.dtype.itemsize
+    width = lm.model.config.get_text_config().hidden_size
+    return Sizes(
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        prompt=prompt,
+        horizon=horizon,
+        vocabulary=lm.vocab_size,
+        trainable=sum(parameter.numel() for parameter in weights),
+        trainable_bytes=sum(parameter.nbytes for parameter in weights),
+        element=element,
+        kept=kept_bytes(read, known),
+        inside=_INSIDE * (prompt + horizon) * width * element if recomputes else 0,
+        cached=_cached_bytes(lm),
+    )
+
+
+def kept_bytes(run: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps of what a function computes, weights left out."""
+    known = {weight.untyped_storage().data_ptr() for weight in weights}
+    kept: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        result = run()  # alive, and with it all that was kept, until the bytes are counted
+    total = sum(kept.values())
+    del result
+    return total
+
+
+@torch.no_grad()
+def _cached_bytes(lm: CausalLM) -> int:
+    """Bytes of the keys and values of one token; 0 of a table, which has none."""
+    if isinstance(lm.model, MarkovLM):
+        return 0
+    cache = DynamicCache()
+    lm.model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=lm.device), **{cache_keyword(lm.model): cache})
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _episode_of_full_length(prompt: int, horizon: int, device: torch.device) -> Episodes:
+    """One episode of zeros as long as any can be."""
+    response = torch.zeros((1, horizon))
+    episode = Episodes(
+        prompt_ids=torch.zeros((1, prompt), dtype=torch.int64),
+        prompt_mask=torch.ones((1, prompt), dtype=torch.bool),
+        response_ids=torch.zeros((1, horizon), dtype=torch.int64),
+        response_mask=torch.ones((1, horizon), dtype=torch.bool),
+        log_probs=response,
+        ref_log_probs=response,
+        scores=torch.zeros(1),
+        values=response,
+        terminated=torch.ones(1, dtype=torch.bool),
+        prompt_index=torch.zeros(1, dtype=torch.int64),
+    )
+    return episode.to(device)
