@@ -147,7 +147,9 @@ def measure(
 
     known = [*policy.parameters(), *lm.model.parameters(), *lm.model.buffers()]
     element = lm.dtype.itemsize
-    width = lm.model.config.get_text_config().hidden_size
+    inside = 0
+    if recomputes:
+        inside = _INSIDE * (prompt + horizon) * lm.model.config.get_text_config().hidden_size * element
     return Sizes(
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
@@ -158,7 +160,7 @@ def measure(
         trainable_bytes=sum(parameter.nbytes for parameter in weights),
         element=element,
         kept=kept_bytes(read, known),
-        inside=_INSIDE * (prompt + horizon) * width * element if recomputes else 0,
+        inside=inside,
         cached=_cached_bytes(lm),
     )
 

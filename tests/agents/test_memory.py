@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import gymnasium as gym
 import pytest
 import torch
 from conftest import gpt2, learn, word_count, word_tokenizer
@@ -97,6 +98,13 @@ def test_a_run_on_a_gpu_takes_what_was_estimated(config: dict[str, Any]) -> None
     measured = torch.cuda.max_memory_allocated() - before
     assert 0.9 * measured <= estimated <= 2 * measured
     assert free_bytes(agent.policy.device) > 0
+
+
+def test_a_table_has_no_keys_and_its_residual_has_layers() -> None:
+    envs = gym.make_vec("lmgym/Keyword-8-v0", num_envs=1)
+    sizes = memory_sizes(PPO(envs, PPOConfig(batch_size=8)))
+    assert sizes.cached == 0
+    assert sizes.kept > 0
 
 
 # Of a linear layer (3 -> 2) autograd keeps the input, and of an exponential the output.
