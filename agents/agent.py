@@ -24,13 +24,20 @@ from lmgym.errors import InvalidArgumentError
 from lmgym.evaluation import Evaluation, evaluate
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler, check_finite_log_probs
+from lmgym.ranges import check_fields
 
 Callback = Callable[[int, dict[str, float]], bool | None]
 
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """The numbers of an agent; what they ask of the env is here."""
+    """The numbers of an agent; what they ask of the env is here.
+
+    A field's type says what it may be (`lmgym.ranges`); a subclass checks what is between fields, after these.
+    """
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def num_envs(self) -> int:

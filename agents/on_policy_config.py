@@ -3,63 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 from agents.learning import LearningConfig
 from agents.policies.actor_critic import Critic, TrainablePolicy
 from agents.update import AdamConfig, Updater
-from lmgym.errors import InvalidArgumentError, check_bool, check_choice, check_int, check_number
+from lmgym.errors import InvalidArgumentError, check_int
+from lmgym.ranges import Count, Decay, Fraction, NonNegative, Positive, Range
+
+GroupSize = Annotated[int, Range(2)]
 
 
 @dataclass(frozen=True)
 class OnPolicyConfig(LearningConfig):
     """What every on-policy agent has."""
 
-    batch_size: int = 256  # episodes a batch
-    epochs: int = 4  # passes over a batch
-    minibatches: int = 4  # optimiser steps a pass
-    micro_batch_size: int = 128  # episodes a forward; gradients of a minibatch accumulate over them
-    lr: float = 5e-4  # Adam's, at first
-    critic_lr: float | None = None  # of the value head and a critic's own trunk; null is lr
+    batch_size: Count = 256  # episodes a batch
+    epochs: Count = 4  # passes over a batch
+    minibatches: Count = 4  # optimiser steps a pass
+    micro_batch_size: Count = 128  # episodes a forward; gradients of a minibatch accumulate over them
+    lr: NonNegative = 5e-4  # Adam's, at first
+    critic_lr: NonNegative | None = None  # of the value head and a critic's own trunk; null is lr
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # over the whole run
-    lr_warmup: float = 0.0  # share of the run over which it rises to lr from 0, before the schedule begins
-    lr_end: float = 0.0  # share of lr that linear and cosine end at
+    lr_warmup: Fraction = 0.0  # share of the run over which it rises to lr from 0, before the schedule begins
+    lr_end: Fraction = 0.0  # share of lr that linear and cosine end at
     adam: Literal["pytorch", "tensorflow"] = "pytorch"  # tensorflow corrects adam_eps for bias like the second moment
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-5
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 does not clip
+    adam_beta1: Decay = 0.9
+    adam_beta2: Decay = 0.999
+    adam_eps: NonNegative = 1e-5
+    max_grad_norm: NonNegative = 1.0  # gradients are clipped to this norm; 0 does not clip
     critic: Critic = "shared"  # where the value head sits
     kl_controller: Literal["fixed", "adaptive"] = "fixed"  # adaptive: Ziegler et al. 2019, from the task's kl_coef
-    kl_target: float = 6.0  # nats an episode, for the adaptive coefficient
-    kl_horizon: float = 10_000.0  # episodes, for the adaptive coefficient
-    score_clip: float | None = None  # scores are clipped to +- this before they are learned from; null does not clip
+    kl_target: Positive = 6.0  # nats an episode, for the adaptive coefficient
+    kl_horizon: Positive = 10_000.0  # episodes, for the adaptive coefficient
+    score_clip: Positive | None = None  # scores are clipped to +- this before they are learned from; null does not clip
     recompute_log_probs: bool = False  # those that an update starts from: of one more forward, or of the sampling
     collect: Literal["episodes", "steps"] = "episodes"  # whole episodes at once, or one env step at a time
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "epochs", "minibatches", "micro_batch_size"):
-            check_int(name, getattr(self, name), 1)
         check_int("minibatches", self.minibatches, 1, self.batch_size)
-        for name in ("lr", "adam_eps", "max_grad_norm"):
-            check_number(name, getattr(self, name), 0)
-        if self.critic_lr is not None:
-            check_number("critic_lr", self.critic_lr, 0)
-        check_choice("lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
-        for name in ("lr_warmup", "lr_end"):
-            check_number(name, getattr(self, name), 0, 1)
-        check_choice("adam", self.adam, ("pytorch", "tensorflow"))
-        for name in ("adam_beta1", "adam_beta2"):
-            check_number(name, getattr(self, name), 0, 1, open_high=True)
-        check_choice("critic", self.critic, get_args(Critic))
-        check_choice("kl_controller", self.kl_controller, ("fixed", "adaptive"))
-        for name in ("kl_target", "kl_horizon"):
-            check_number(name, getattr(self, name), 0, open_low=True)
-        if self.score_clip is not None:
-            check_number("score_clip", self.score_clip, 0, open_low=True)
-        check_bool("recompute_log_probs", self.recompute_log_probs)
-        check_choice("collect", self.collect, ("episodes", "steps"))
 
     @property
     def num_envs(self) -> int:
@@ -88,11 +71,10 @@ class OnPolicyConfig(LearningConfig):
 class GroupConfig(OnPolicyConfig):
     """What an agent has that compares several responses to one prompt."""
 
-    group_size: int = 4  # responses to each prompt; a batch holds batch_size / group_size prompts
+    group_size: GroupSize = 4  # responses to each prompt; a batch holds batch_size / group_size prompts
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_int("group_size", self.group_size, 2)
         if self.batch_size % self.group_size:
             raise InvalidArgumentError(
                 f"`batch_size` must be a multiple of `group_size`={self.group_size}, got {self.batch_size}."

@@ -25,10 +25,11 @@ from lmgym.envs.engine import Engine
 from lmgym.envs.prompts import Prompt
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
-from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number
+from lmgym.errors import InvalidArgumentError
 from lmgym.models.causal import token_log_probs
 from lmgym.models.padding import pad_right
 from lmgym.models.sampling import Sampler
+from lmgym.ranges import Count, NonNegative
 
 Examples = TypeVar("Examples")
 
@@ -37,20 +38,12 @@ Examples = TypeVar("Examples")
 class SupervisedConfig(LearningConfig):
     """What every agent has that fits examples."""
 
-    batch_size: int = 64  # examples an optimiser step
-    epochs: int = 1  # sampled: passes over each batch; file: over the file
-    lr: float = 5e-4  # Adam's, at first
+    batch_size: Count = 64  # examples an optimiser step
+    epochs: Count = 1  # sampled: passes over each batch; file: over the file
+    lr: NonNegative = 5e-4  # Adam's, at first
     lr_schedule: Literal["constant", "linear"] = "linear"  # linear ends at 0 with the run, of a file with the last pass
-    adam_eps: float = 1e-5
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 does not clip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("lr_schedule", self.lr_schedule, ("constant", "linear"))
-        for name in ("batch_size", "epochs"):
-            check_int(name, getattr(self, name), 1)
-        for name in ("lr", "adam_eps", "max_grad_norm"):
-            check_number(name, getattr(self, name), 0)
+    adam_eps: NonNegative = 1e-5
+    max_grad_norm: NonNegative = 1.0  # gradients are clipped to this norm; 0 does not clip
 
     def new_updater(self, policy: TrainablePolicy) -> Updater:
         """The optimiser of all weights that learn, in one group."""

@@ -12,27 +12,21 @@ from agents.on_policy import OnPolicyAgent
 from agents.on_policy_config import OnPolicyConfig
 from agents.update import Loss
 from lmgym.episodes import Episodes
-from lmgym.errors import check_number
 from lmgym.kl import entropy
+from lmgym.ranges import Count, Fraction, NonNegative
 
 
 @dataclass(frozen=True)
 class A2CConfig(OnPolicyConfig):
     """A2C's own numbers. More than one step a batch is no longer on-policy."""
 
-    batch_size: int = 64
-    epochs: int = 1
-    minibatches: int = 1
-    lr: float = 2e-3
-    gae_lambda: float = 0.95  # 0 is one-step TD, 1 is Monte Carlo
-    vf_coef: float = 0.5  # weight of the value loss
-    entropy_coef: float = 0.0  # weight of an entropy bonus
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("gae_lambda", self.gae_lambda, 0, 1)
-        for name in ("vf_coef", "entropy_coef"):
-            check_number(name, getattr(self, name), 0)
+    batch_size: Count = 64
+    epochs: Count = 1
+    minibatches: Count = 1
+    lr: NonNegative = 2e-3
+    gae_lambda: Fraction = 0.95  # 0 is one-step TD, 1 is Monte Carlo
+    vf_coef: NonNegative = 0.5  # weight of the value loss
+    entropy_coef: NonNegative = 0.0  # weight of an entropy bonus
 
 
 class A2C(OnPolicyAgent):

@@ -28,6 +28,7 @@ from lmgym.intervals import Interval
 from lmgym.kl import episode_kl
 from lmgym.models.policy import CausalPolicy
 from lmgym.models.sampling import Sampler
+from lmgym.ranges import Count
 from lmgym.rewards.base import remove_noise
 from lmgym.rollout import collect
 
@@ -38,10 +39,7 @@ MAX_DECODED_CANDIDATES = 256  # at once
 class BestOfNConfig(FixedConfig):
     """How many to choose from."""
 
-    n: int = 16  # candidates an answer
-
-    def __post_init__(self) -> None:
-        check_int("n", self.n, 1)
+    n: Count = 16  # candidates an answer
 
 
 class BestOfN(FixedAgent):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,12 @@ from agents.update import Loss
 from lmgym.envs.engine import Engine
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
-from lmgym.errors import InvalidArgumentError, check_choice, check_number
+from lmgym.errors import InvalidArgumentError
 from lmgym.feedback.annotators import preference_probability
 from lmgym.feedback.preferences import Rankings
 from lmgym.kl import check_kl_is_plausible, discounted_return, episode_kl, token_rewards
 from lmgym.models.sampling import Sampler
+from lmgym.ranges import Positive
 from lmgym.rollout import collect
 
 Mode = Literal["online", "offline"]
@@ -38,14 +39,10 @@ class DPOConfig(SupervisedConfig):
     mode: Mode = "online"  # pairs sampled from the policy as it is, labelled by the task's score; or those of a file
     rankings: str | None = None  # a file that `lmgym.feedback.preferences.Rankings` wrote, for offline
     labels: Labels = "bradley_terry"  # online: preferred at random, with probability sigmoid(score - other), or always
-    beta: float | None = None  # units of the score a nat; null is the task's kl_coef
+    beta: Positive | None = None  # units of the score a nat; null is the task's kl_coef
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("mode", self.mode, get_args(Mode))
-        check_choice("labels", self.labels, get_args(Labels))
-        if self.beta is not None:
-            check_number("beta", self.beta, 0, open_low=True)
         if (self.rankings is None) != (self.mode == "online"):
             expected = "null where `mode` is 'online'" if self.mode == "online" else "a file where `mode` is 'offline'"
             raise InvalidArgumentError(f"`rankings` must be {expected}, got {self.rankings!r}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -12,30 +11,23 @@ from agents.advantages import group_standardised
 from agents.batch import Batch, Minibatch
 from agents.losses import KLEstimator, clipped_policy_loss, kl_estimate
 from agents.on_policy import OnPolicyAgent
-from agents.on_policy_config import GroupConfig
+from agents.on_policy_config import GroupConfig, GroupSize
 from agents.policies.actor_critic import read_logits
 from agents.update import Loss
 from lmgym.episodes import Episodes
-from lmgym.errors import check_bool, check_choice, check_number
 from lmgym.kl import discounted_return, token_rewards
+from lmgym.ranges import Positive
 
 
 @dataclass(frozen=True)
 class GRPOConfig(GroupConfig):
     """GRPO's own numbers."""
 
-    group_size: int = 8
-    clip_range: float = 0.2  # of the ratio
+    group_size: GroupSize = 8
+    clip_range: Positive = 0.2  # of the ratio
     kl_estimator: KLEstimator = "k3"  # of the KL in the loss, token by token
     scale_by_std: bool = True  # divide a group's advantages by their standard deviation; Dr. GRPO does not
     length_mean: bool = True  # mean over a response's tokens; Dr. GRPO divides by the horizon instead
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("clip_range", self.clip_range, 0, open_low=True)
-        check_choice("kl_estimator", self.kl_estimator, get_args(KLEstimator))
-        for name in ("scale_by_std", "length_mean"):
-            check_bool(name, getattr(self, name))
 
 
 class GRPO(OnPolicyAgent):

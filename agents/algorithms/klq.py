@@ -19,21 +19,18 @@ from agents.on_policy_config import OnPolicyConfig
 from agents.update import Loss
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
-from lmgym.errors import InvalidArgumentError, check_number
+from lmgym.errors import InvalidArgumentError
 from lmgym.kl import token_rewards
 from lmgym.models.sampling import Sampler
+from lmgym.ranges import Fraction, NonNegative
 
 
 @dataclass(frozen=True)
 class KLQConfig(OnPolicyConfig):
     """KLQ's own numbers."""
 
-    lr: float = 1e-3
-    td_lambda: float = 0.95  # of the lambda-return; 0 is one-step soft Q-learning, 1 is Monte Carlo
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("td_lambda", self.td_lambda, 0, 1)
+    lr: NonNegative = 1e-3
+    td_lambda: Fraction = 0.95  # of the lambda-return; 0 is one-step soft Q-learning, 1 is Monte Carlo
 
 
 class KLQ(OnPolicyAgent):

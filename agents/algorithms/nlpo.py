@@ -15,21 +15,16 @@ from agents.batch import Batch
 from agents.policies.actor_critic import MaskedState, Read, TrainablePolicy, read_logits
 from agents.policies.choice import make_policy
 from lmgym.episodes import Episodes
-from lmgym.errors import check_int, check_number
 from lmgym.models.sampling import Sampler
+from lmgym.ranges import Count, PositiveFraction
 
 
 @dataclass(frozen=True)
 class NLPOConfig(PPOConfig):
     """NLPO's own numbers."""
 
-    mask_top_p: float = 0.9  # mass of the mask policy's likeliest tokens, which alone may be chosen; 1 is PPO
-    mask_update_every: int = 5  # batches between copies of the policy into the mask policy
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("mask_top_p", self.mask_top_p, 0, 1, open_low=True)
-        check_int("mask_update_every", self.mask_update_every, 1)
+    mask_top_p: PositiveFraction = 0.9  # mass of the mask policy's likeliest tokens, the only ones allowed; 1 is PPO
+    mask_update_every: Count = 5  # batches between copies of the policy into the mask policy
 
 
 class NLPO(PPO):

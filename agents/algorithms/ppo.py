@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -22,47 +22,37 @@ from agents.update import Loss
 from lmgym.data.rows import read_texts
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
-from lmgym.errors import InvalidArgumentError, check_bool, check_choice, check_int, check_number
+from lmgym.errors import InvalidArgumentError
 from lmgym.kl import entropy
 from lmgym.models.causal import token_log_probs
 from lmgym.models.padding import pad_right
 from lmgym.models.sampling import Sampler
+from lmgym.ranges import Count, Fraction, NonNegative, Positive, Range
+
+AboveOne = Annotated[float, Range(1, open_low=True)]
 
 
 @dataclass(frozen=True)
 class PPOConfig(OnPolicyConfig):
     """PPO's own numbers."""
 
-    gae_lambda: float = 0.95  # 0 is one-step TD, 1 is Monte Carlo
-    clip_range: float = 0.2  # of the ratio
-    clip_range_high: float | None = None  # of the ratio upwards; null is clip_range
-    dual_clip: float | None = None  # times a negative advantage is the most that its token adds to the loss; null: any
-    clip_range_value: float | None = 0.2  # of the value around its old one; null does not clip
-    vf_coef: float = 0.5  # weight of the value loss
-    entropy_coef: float = 0.0  # weight of an entropy bonus
+    gae_lambda: Fraction = 0.95  # 0 is one-step TD, 1 is Monte Carlo
+    clip_range: Positive = 0.2  # of the ratio
+    clip_range_high: Positive | None = None  # of the ratio upwards; null is clip_range
+    dual_clip: AboveOne | None = None  # times a negative advantage is the most that its token adds to the loss
+    clip_range_value: Positive | None = 0.2  # of the value around its old one; null does not clip
+    vf_coef: NonNegative = 0.5  # weight of the value loss
+    entropy_coef: NonNegative = 0.0  # weight of an entropy bonus
     loss_mean: Literal["token", "episode"] = "token"  # over tokens, or over episodes of their means over tokens
     whiten_rewards: bool = False  # to standard deviation 1 over the batch, the mean stays
     whiten_advantages: Literal["batch", "minibatch", "none"] = "batch"  # to mean 0 and standard deviation 1
-    target_kl: float | None = None  # nats a token between the old policy and the new: past 1.5 times it a batch is left
-    ptx_coef: float = 0.0  # weight of -log p of texts, nats a token: InstructGPT's pre-training mix
+    target_kl: Positive | None = None  # nats a token between the old policy and the new: past 1.5 times it a batch ends
+    ptx_coef: NonNegative = 0.0  # weight of -log p of texts, nats a token: InstructGPT's pre-training mix
     ptx_texts: str | None = None  # those texts: a file, one a line, or JSON lines with "text"
-    ptx_batch_size: int = 16  # texts an optimiser step
+    ptx_batch_size: Count = 16  # texts an optimiser step
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("gae_lambda", self.gae_lambda, 0, 1)
-        check_choice("loss_mean", self.loss_mean, ("token", "episode"))
-        check_bool("whiten_rewards", self.whiten_rewards)
-        check_choice("whiten_advantages", self.whiten_advantages, ("batch", "minibatch", "none"))
-        for name in ("vf_coef", "entropy_coef", "ptx_coef"):
-            check_number(name, getattr(self, name), 0)
-        check_number("clip_range", self.clip_range, 0, open_low=True)
-        for name in ("clip_range_high", "clip_range_value", "target_kl"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), 0, open_low=True)
-        if self.dual_clip is not None:
-            check_number("dual_clip", self.dual_clip, 1, open_low=True)
-        check_int("ptx_batch_size", self.ptx_batch_size, 1)
         if (self.ptx_texts is None) != (self.ptx_coef == 0):
             expected = "null where `ptx_coef` is 0" if self.ptx_coef == 0 else "a file where `ptx_coef` is above 0"
             raise InvalidArgumentError(f"`ptx_texts` must be {expected}, got {self.ptx_texts!r}.")

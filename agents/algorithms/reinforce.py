@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from agents.on_policy import OnPolicyAgent
 from agents.on_policy_config import OnPolicyConfig
 from agents.update import Loss
 from lmgym.episodes import Episodes
-from lmgym.errors import check_choice, check_number
+from lmgym.ranges import Count, Fraction, NonNegative
 
 Baseline = Literal["none", "mean", "moving_average", "value"]
 
@@ -24,19 +24,13 @@ Baseline = Literal["none", "mean", "moving_average", "value"]
 class REINFORCEConfig(OnPolicyConfig):
     """REINFORCE's own numbers. More than one step a batch is no longer on-policy."""
 
-    batch_size: int = 64
-    epochs: int = 1
-    minibatches: int = 1
-    lr: float = 2e-3
+    batch_size: Count = 64
+    epochs: Count = 1
+    minibatches: Count = 1
+    lr: NonNegative = 2e-3
     baseline: Baseline = "value"  # what is subtracted from a return
-    baseline_decay: float = 0.9  # of the moving average, a batch
-    vf_coef: float = 0.5  # weight of the value loss, for the learned baseline
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("baseline", self.baseline, get_args(Baseline))
-        check_number("baseline_decay", self.baseline_decay, 0, 1)
-        check_number("vf_coef", self.vf_coef, 0)
+    baseline_decay: Fraction = 0.9  # of the moving average, a batch
+    vf_coef: NonNegative = 0.5  # weight of the value loss, for the learned baseline
 
 
 class REINFORCE(OnPolicyAgent):

@@ -15,16 +15,17 @@ from agents.on_policy_config import GroupConfig
 from agents.update import Loss
 from lmgym.episodes import Episodes
 from lmgym.kl import discounted_return
+from lmgym.ranges import Count, NonNegative
 
 
 @dataclass(frozen=True)
 class RLOOConfig(GroupConfig):
     """RLOO's own numbers. More than one step a batch is no longer on-policy."""
 
-    batch_size: int = 32
-    epochs: int = 1
-    minibatches: int = 1
-    lr: float = 1e-3
+    batch_size: Count = 32
+    epochs: Count = 1
+    minibatches: Count = 1
+    lr: NonNegative = 1e-3
 
 
 class RLOO(OnPolicyAgent):

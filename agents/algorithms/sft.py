@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
@@ -19,11 +19,12 @@ from lmgym.data.rows import read_rows
 from lmgym.envs.engine import Engine
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
-from lmgym.errors import InvalidArgumentError, check_choice, check_int
+from lmgym.errors import InvalidArgumentError
 from lmgym.feedback.pairs import read_demonstration
 from lmgym.kl import discounted_return, episode_kl, token_rewards
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler
+from lmgym.ranges import Count, NonNegative
 from lmgym.rollout import collect
 
 Demonstrations = Literal["best_of_n", "optimal", "file"]
@@ -33,17 +34,15 @@ Demonstrations = Literal["best_of_n", "optimal", "file"]
 class SFTConfig(SupervisedConfig):
     """Behaviour cloning's own numbers. An example is a demonstration."""
 
-    batch_size: int = 16
-    epochs: int = 4
-    lr: float = 1e-3
+    batch_size: Count = 16
+    epochs: Count = 4
+    lr: NonNegative = 1e-3
     demonstrations: Demonstrations = "best_of_n"  # the best of n responses of the reference, pi*'s, or those of a file
-    n: int = 16  # best_of_n: candidates a demonstration
+    n: Count = 16  # best_of_n: candidates a demonstration
     path: str | None = None  # file: rows with "prompt" and "completion", or "messages"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("demonstrations", self.demonstrations, get_args(Demonstrations))
-        check_int("n", self.n, 1)
         if (self.path is None) != (self.demonstrations != "file"):
             expected = "a file where" if self.demonstrations == "file" else "null unless"
             raise InvalidArgumentError(f"`path` must be {expected} `demonstrations` is 'file', got {self.path!r}.")

@@ -19,37 +19,30 @@ from agents.on_policy import OnPolicyAgent
 from agents.on_policy_config import OnPolicyConfig
 from agents.update import Loss
 from lmgym.episodes import Episodes
-from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number
+from lmgym.errors import InvalidArgumentError
 from lmgym.kl import exact
+from lmgym.ranges import Count, Fraction, NonNegative, Positive, PositiveFraction
 
 
 @dataclass(frozen=True)
 class TRPOConfig(OnPolicyConfig):
     """TRPO's own numbers. `epochs`, `minibatches`, `lr` and `max_grad_norm` are of the critic's regression."""
 
-    epochs: int = 5
-    lr: float = 5e-3
-    max_kl: float = 0.06  # nats a token between the old policy and the new, at first
+    epochs: Count = 5
+    lr: NonNegative = 5e-3
+    max_kl: Positive = 0.06  # nats a token between the old policy and the new, at first
     max_kl_schedule: Literal["constant", "linear"] = "linear"  # over the whole run; linear ends at 0
-    fisher_fraction: float = 0.25  # of the batch's episodes, that the Fisher matrix is of
-    cg_iterations: int = 10
-    cg_damping: float = 0.1  # times the identity, added to the Fisher matrix
-    line_search_steps: int = 10  # steps tried; if none will do the policy stays
-    backtrack: float = 0.8  # each is this times the one before
-    gae_lambda: float = 0.95  # 0 is one-step TD, 1 is Monte Carlo
+    fisher_fraction: PositiveFraction = 0.25  # of the batch's episodes, that the Fisher matrix is of
+    cg_iterations: Count = 10
+    cg_damping: NonNegative = 0.1  # times the identity, added to the Fisher matrix
+    line_search_steps: Count = 10  # steps tried; if none will do the policy stays
+    backtrack: PositiveFraction = 0.8  # each is this times the one before
+    gae_lambda: Fraction = 0.95  # 0 is one-step TD, 1 is Monte Carlo
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.critic_lr is not None:
             raise InvalidArgumentError(f"`critic_lr` must be null, for `lr` is the critic's, got {self.critic_lr!r}.")
-        check_number("max_kl", self.max_kl, 0, open_low=True)
-        check_choice("max_kl_schedule", self.max_kl_schedule, ("constant", "linear"))
-        check_number("fisher_fraction", self.fisher_fraction, 0, 1, open_low=True)
-        check_int("cg_iterations", self.cg_iterations, 1)
-        check_number("cg_damping", self.cg_damping, 0)
-        check_int("line_search_steps", self.line_search_steps, 1)
-        check_number("backtrack", self.backtrack, 0, 1, open_low=True)
-        check_number("gae_lambda", self.gae_lambda, 0, 1)
 
 
 class TRPO(OnPolicyAgent):

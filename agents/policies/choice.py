@@ -14,7 +14,8 @@ from agents.policies.networks import Network
 from agents.policies.recomputing import recompute_layers
 from agents.policies.residual import ResidualPolicy
 from lmgym.envs.vector import RLHFVectorEnv
-from lmgym.errors import InvalidArgumentError, check_bool, check_choice, check_int, check_number
+from lmgym.errors import InvalidArgumentError
+from lmgym.ranges import Count, Positive
 from lmgym.rewards.classifier import ClassifierReward
 
 Kind = Literal["auto", "finetune", "lora", Network]
@@ -25,20 +26,16 @@ class PolicyConfig(AgentConfig):
     """What every agent has that learns a policy."""
 
     policy: Kind = "auto"  # a copy of the reference, an adapter in it, or a residual on its logits
-    width: int = 64  # of a residual network's hidden states
-    layers: int = 2  # of a residual network
-    lora_rank: int = 16  # r of an adapter
-    lora_alpha: float = 32.0  # of an adapter: alpha / r times B A is added to a weight
+    width: Count = 64  # of a residual network's hidden states
+    layers: Count = 2  # of a residual network
+    lora_rank: Count = 16  # r of an adapter
+    lora_alpha: Positive = 32.0  # of an adapter: alpha / r times B A is added to a weight
     lora_modules: str = ALL_LINEAR  # layers that get an adapter, or names separated by commas
     gradient_checkpointing: bool = False  # runs layers again in the backward pass: less memory, a third more time
 
     def __post_init__(self) -> None:
-        check_choice("policy", self.policy, ("auto", "finetune", "lora", *get_args(Network)))
-        for name in ("width", "layers", "lora_rank"):
-            check_int(name, getattr(self, name), 1)
-        check_number("lora_alpha", self.lora_alpha, 0, open_low=True)
+        super().__post_init__()
         module_names(self.lora_modules)
-        check_bool("gradient_checkpointing", self.gradient_checkpointing)
         if self.policy == "lora":
             check_peft()
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import types
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from hydra.errors import CompactHydraException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lmgym.errors import InvalidArgumentError, LmGymError, unknown_name
+from lmgym.ranges import check_value, field_types, number_type
 
 T = TypeVar("T")
 CONF = Path(__file__).parents[2] / "conf"
@@ -69,42 +68,38 @@ def validated(kind: type[T], values: Mapping[str, Any], key: str) -> T:
         UnknownNameError: for a name that is no field.
         InvalidArgumentError: naming every value of a wrong type, what was expected and what came.
     """
+    types = field_types(kind)
+    check_values(types, values, key)
+    for name in values:
+        if name not in types:
+            raise unknown_name(f"{key}.{name}", name, types)
+    whole = {name: float(value) for name, value in values.items() if _is_whole_float(types[name], value)}
+    return kind(**{**values, **whole})
+
+
+def _is_whole_float(kind: Any, value: Any) -> bool:
+    return number_type(kind) is float and type(value) is int
+
+
+def check_values(types: Mapping[str, Any], values: Mapping[str, Any], key: str) -> None:
+    """Checks those values whose types are known.
+
+    Args:
+        types: by name. values: by name. key: where they sit in the config, for the message.
+
+    Raises:
+        InvalidArgumentError: naming every value of a wrong type, what was expected and what came.
+    """
     if not isinstance(values, Mapping):
         raise InvalidArgumentError(f"`{key}` must be names with values, got {values!r}.")
-    hints = get_type_hints(kind)
-    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    for name in values:
-        if name not in known:
-            raise unknown_name(f"{key}.{name}", name, known)
-    built = {}
     wrong = []
-    for name, value in values.items():
+    for name in [name for name in values if name in types]:
         try:
-            built[name] = _convert(hints[name], value)
-        except ValueError as error:
-            wrong.append(f"`{key}.{name}` must be {error}, got {value!r}.")
+            check_value(f"{key}.{name}", values[name], types[name])
+        except LmGymError as error:
+            wrong.append(str(error))
     if wrong:
         raise InvalidArgumentError("\n".join(wrong))
-    return kind(**built)
-
-
-def _convert(hint: Any, value: Any) -> Any:
-    """A value of the type, ints as floats where a float is wanted; raises ValueError saying what was expected."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        choices = get_args(hint)
-        if value is None and type(None) in choices:
-            return None
-        return _convert(next(c for c in choices if c is not type(None)), value)
-    if origin is Literal:
-        if value not in get_args(hint):
-            raise ValueError(f"one of {list(get_args(hint))}")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint in (float, int, bool, str) and type(value) is not hint:
-        raise ValueError({float: "a number", int: "an int", bool: "true or false", str: "a text"}[hint])
-    return value
 
 
 def explained(error: CompactHydraException) -> str:

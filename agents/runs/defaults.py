@@ -7,13 +7,9 @@ takes seconds: the source of a module that is not loaded yet is parsed.
 from __future__ import annotations
 
 import ast
-import functools
-import importlib.util
 import sys
-from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
@@ -21,19 +17,29 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
+from agents.runs.sources import Source, base_classes, find_class, resolve, resolve_constant
+from lmgym.ranges import Range, field_types
+
+_PLAIN_TYPES = {"int": int, "float": float, "bool": bool, "str": str}
+
 
 @dataclass(frozen=True)
 class Default:
     """A field of a config.
 
     Attributes:
-        value: where nobody gives one. choices: all the values there are, where these are words.
+        value: where nobody gives one. type: with its range, as `lmgym.ranges` checks it; `Any` where it is not known.
         comment: after it in the source, or "".
     """
 
     value: Any
-    choices: tuple[str, ...] = ()
+    type: Any = Any
     comment: str = ""
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """All the values there are, where these are words."""
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
 
 
 # -- what Hydra reads ------------------------------------------------------------------------------------------------
@@ -78,7 +84,7 @@ def find_defaults(target: str) -> dict[str, Default]:
         containers. Nothing for what is no agent or cannot be found; a plan says so.
     """
     module, _, name = target.rpartition(".")
-    found = _find_class(module, name)
+    found = find_class(module, name)
     if found is None:  # of no file: made in this process
         kind = getattr(getattr(sys.modules.get(module), name, None), "Config", None)
         return _of_class(kind) if is_dataclass(kind) else {}
@@ -86,8 +92,21 @@ def find_defaults(target: str) -> dict[str, Default]:
     return {} if config is None else _parsed_fields(*config)
 
 
+def find_types(target: str) -> dict[str, Any]:
+    """The types of a dataclass's fields that have a default, read as `find_defaults` reads them.
+
+    Args:
+        target: its import path.
+    """
+    module, _, name = target.rpartition(".")
+    found = find_class(module, name)
+    return {} if found is None else {name: field.type for name, field in _parsed_fields(*found).items()}
+
+
 def _of_class(kind: Any) -> dict[str, Default]:
-    return {field.name: Default(_value(field)) for field in fields(kind) if field.init and _has_default(field)}
+    types = field_types(kind)
+    found = [field for field in fields(kind) if field.init and _has_default(field)]
+    return {field.name: Default(_value(field), types[field.name]) for field in found}
 
 
 def _has_default(field: Field[Any]) -> bool:
@@ -101,80 +120,7 @@ def _value(field: Field[Any]) -> Any:
 # -- the same, of a source that is not run ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A module as text: its lines, its classes and constants, and where a name that it imports comes from."""
-
-    lines: list[str]
-    classes: dict[str, ast.ClassDef]
-    constants: dict[str, ast.expr]
-    imports: dict[str, tuple[str, str]]
-
-
-@functools.cache
-def _parse(path: str, changed: int) -> _Source:
-    """Parses a file; `changed` is its time, so that an edited one is parsed again."""
-    text = Path(path).read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    constants: dict[str, ast.expr] = {}
-    imports: dict[str, tuple[str, str]] = {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            constants[node.targets[0].id] = node.value
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            imports |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
-    return _Source(text.splitlines(), classes, constants, imports)
-
-
-def _find_source(module: str) -> _Source | None:
-    """A module as text; None where it has none."""
-    try:
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-            return None
-        return _parse(spec.origin, Path(spec.origin).stat().st_mtime_ns)
-    except (ImportError, ValueError, OSError, SyntaxError):
-        return None
-
-
-def _find_class(module: str, name: str) -> tuple[_Source, ast.ClassDef] | None:
-    """A class by its module, or by one that imports it by name; None where there is no such source."""
-    source = _find_source(module)
-    return None if source is None else _resolve(source, name)
-
-
-def _resolve(source: _Source, name: str) -> tuple[_Source, ast.ClassDef] | None:
-    if name in source.classes:
-        return source, source.classes[name]
-    if name in source.imports:
-        return _find_class(*source.imports[name])
-    return None
-
-
-def _resolve_constant(source: _Source, name: str) -> tuple[_Source, ast.expr]:
-    """What a name stands for, and where that is written; raises ValueError where it is no constant."""
-    if name in source.constants:
-        return source, source.constants[name]
-    origin = None
-    if name in source.imports:
-        module, imported = source.imports[name]
-        origin = _find_source(module)
-    if origin is None:
-        raise ValueError(name)
-    return _resolve_constant(origin, imported)
-
-
-def _bases(source: _Source, node: ast.ClassDef) -> Iterator[tuple[_Source, ast.ClassDef]]:
-    """The classes that a class extends, the last one first: the order in which dataclasses collect fields."""
-    for base in reversed(node.bases):
-        named = base.value if isinstance(base, ast.Subscript) else base  # Generic[...] of a class
-        found = _resolve(source, named.id) if isinstance(named, ast.Name) else None
-        if found is not None:
-            yield found
-
-
-def _find_config(source: _Source, node: ast.ClassDef) -> tuple[_Source, ast.ClassDef] | None:
+def _find_config(source: Source, node: ast.ClassDef) -> tuple[Source, ast.ClassDef] | None:
     """The class that an agent calls `Config`, or that the first of its bases does."""
     for statement in node.body:
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
@@ -184,17 +130,17 @@ def _find_config(source: _Source, node: ast.ClassDef) -> tuple[_Source, ast.Clas
         else:
             continue
         if name == "Config" and isinstance(statement.value, ast.Name):
-            return _resolve(source, statement.value.id)
-    for base in reversed(list(_bases(source, node))):
+            return resolve(source, statement.value.id)
+    for base in reversed(list(base_classes(source, node))):
         found = _find_config(*base)
         if found is not None:
             return found
     return None
 
 
-def _parsed_fields(source: _Source, node: ast.ClassDef) -> dict[str, Default]:
+def _parsed_fields(source: Source, node: ast.ClassDef) -> dict[str, Default]:
     found: dict[str, Default] = {}
-    for base in _bases(source, node):
+    for base in base_classes(source, node):
         found |= _parsed_fields(*base)
     for statement in node.body:
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
@@ -206,33 +152,57 @@ def _parsed_fields(source: _Source, node: ast.ClassDef) -> dict[str, Default]:
         except ValueError:
             continue
         comment = source.lines[(statement.end_lineno or 1) - 1][statement.end_col_offset or 0 :].lstrip(" #")
-        found[statement.target.id] = Default(value, _find_choices(source, statement.annotation), comment)
+        found[statement.target.id] = Default(value, _read_type(source, statement.annotation), comment)
     return found
 
 
-def _find_choices(source: _Source, node: ast.expr) -> tuple[str, ...]:
-    """The words of a `Literal`, those of a `Literal` inside it too, or of a name that stands for one; or ()."""
+def _read_type(source: Source, node: ast.expr) -> Any:
+    """The type that an annotation stands for; `Any` for one that `lmgym.ranges` does not check."""
     if isinstance(node, ast.Constant):
-        return (node.value,) if isinstance(node.value, str) else ()
+        return node.value
     if isinstance(node, ast.Name):
-        try:
-            return _find_choices(*_resolve_constant(source, node.id))
-        except ValueError:
-            return ()
-    if not isinstance(node, ast.Subscript) or ast.unparse(node.value) != "Literal":
-        return ()
+        return _PLAIN_TYPES.get(node.id) or _read_named_type(source, node.id)
+    if isinstance(node, ast.BinOp):
+        return Union[_read_type(source, node.left), _read_type(source, node.right)]  # noqa: UP007 - of a name in quotes too
+    if not isinstance(node, ast.Subscript):
+        return Any
     parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-    return tuple(word for part in parts for word in _find_choices(source, part))
+    if ast.unparse(node.value) == "Literal":
+        values = tuple(_read_type(source, part) for part in parts)
+        return Any if Any in values else Literal[values]
+    if ast.unparse(node.value) == "Annotated":
+        kind = _read_type(source, parts[0])
+        allowed = _read_range(parts[1])
+        return kind if allowed is None else Annotated[kind, allowed]
+    return Any
 
 
-def _evaluate(source: _Source, node: ast.expr) -> Any:
+def _read_named_type(source: Source, name: str) -> Any:
+    try:
+        return _read_type(*resolve_constant(source, name))
+    except ValueError:
+        return Any
+
+
+def _read_range(node: ast.expr) -> Range | None:
+    """The range that `Range(0, 1, open_low=True)` makes; None for anything else."""
+    if not isinstance(node, ast.Call) or ast.unparse(node.func) != "Range":
+        return None
+    try:
+        named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
+        return Range(*map(ast.literal_eval, node.args), **named)
+    except (ValueError, TypeError):
+        return None
+
+
+def _evaluate(source: Source, node: ast.expr) -> Any:
     """A literal, a constant, or what `field(default=...)` or `field(default_factory=dict)` is given.
 
     Raises:
         ValueError: for anything else.
     """
     if isinstance(node, ast.Name):
-        return _evaluate(*_resolve_constant(source, node.id))
+        return _evaluate(*resolve_constant(source, node.id))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "field":
         for keyword in node.keywords:
             if keyword.arg == "default":

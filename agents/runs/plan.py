@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from agents.runs.config import validated
+from agents.runs.config import check_values, validated
+from agents.runs.defaults import find_defaults, find_types
 from agents.runs.directory import CONFIG_FILE, read_values
 from agents.runs.tasks import full_name
 from agents.runs.trust import import_installed, needed_trust
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError, check_int, unknown_name
 from lmgym.files import RunFileError
+from lmgym.ranges import Count
 
 if TYPE_CHECKING:
     from agents.agent import Agent, AgentConfig
@@ -32,13 +34,8 @@ class EvaluationConfig:
     """How a policy is graded, before and after."""
 
     split: str = "test"
-    samples: int | None = None  # episodes a prompt; null is as many as make 4,096 in all
-    prompts: int | None = None  # how many prompts; null is all of the split
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "prompts"):
-            if getattr(self, name) is not None:
-                check_int(f"evaluation.{name}", getattr(self, name), 1)
+    samples: Count | None = None  # episodes a prompt; null is as many as make 4,096 in all
+    prompts: Count | None = None  # how many prompts; null is all of the split
 
 
 @dataclass(frozen=True)
@@ -75,12 +72,14 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
         check_int(name, values[name], 1)
     check_int("seed", values["seed"], 0)
     settings = check_env(values, evaluation.split)
-    agent = dict(values["agent"])  # from here on torch is loaded
-    import agents.agent
-
+    agent = dict(values["agent"])
     if "_target_" not in agent:
         raise InvalidArgumentError("`agent` must be one of the files in conf/agent, got one without a `_target_`.")
     target = agent.pop("_target_")
+    check_values({name: field.type for name, field in find_defaults(target).items()}, agent, "agent")
+    check_values(find_types("lmgym.models.sampling.Sampler"), values["sampler"], "sampler")
+    import agents.agent  # from here on torch is loaded
+
     try:
         agent_class: Any = hydra.utils.get_class(target)
     except (ImportError, ValueError) as error:

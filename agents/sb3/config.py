@@ -6,11 +6,12 @@ import importlib.util
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from agents.policies.choice import PolicyConfig
 from agents.sb3.algorithms import CONTRIB, VALUE_BASED, WITHOUT_STRETCHES, Algorithm, algorithm_class
-from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number, unknown_name
+from lmgym.errors import InvalidArgumentError, check_choice, unknown_name
+from lmgym.ranges import Count, NonNegative, PositiveFraction
 
 # Arguments of an algorithm that come from elsewhere than `kwargs`.
 _SET_BY_AGENT = (
@@ -33,27 +34,19 @@ class SB3Config(PolicyConfig):
     """The algorithm and its numbers; None leaves SB3's own default."""
 
     algorithm: Algorithm = "PPO"
-    n_envs: int = 64  # rows of the env
-    n_steps: int = 32  # steps of every row between two updates; of DQN and QRDQN, between two rows of metrics
-    learning_rate: float = 5e-4
+    n_envs: Count = 64  # rows of the env
+    n_steps: Count = 32  # steps of every row between two updates; of DQN and QRDQN, between two rows of metrics
+    learning_rate: NonNegative = 5e-4
     lr_schedule: Literal["constant", "linear"] = "linear"  # linear ends at 0
-    batch_size: int | None = None  # tokens a minibatch
-    n_epochs: int | None = None  # passes over a rollout
-    stretch: int | None = None  # successive steps of a row that stay together in a minibatch; None, as SB3: 1
-    mask_top_k: int | None = None  # of MaskablePPO: only the reference's k likeliest tokens may be chosen, and EOS
-    mask_top_p: float | None = None  # of MaskablePPO: the smallest set of likeliest tokens with this mass, and EOS
+    batch_size: Count | None = None  # tokens a minibatch
+    n_epochs: Count | None = None  # passes over a rollout
+    stretch: Count | None = None  # successive steps of a row that stay together in a minibatch; None, as SB3: 1
+    mask_top_k: Count | None = None  # of MaskablePPO: only the reference's k likeliest tokens may be chosen, and EOS
+    mask_top_p: PositiveFraction | None = None  # of MaskablePPO: the fewest likeliest tokens with this mass, and EOS
     kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the algorithm, by SB3's names
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("algorithm", self.algorithm, get_args(Algorithm))
-        check_choice("lr_schedule", self.lr_schedule, ("constant", "linear"))
-        for name in ("n_envs", "n_steps"):
-            check_int(name, getattr(self, name), 1)
-        check_number("learning_rate", self.learning_rate, 0)
-        for name in ("batch_size", "n_epochs", "stretch"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), 1)
         if self.stretch is not None and self.algorithm in WITHOUT_STRETCHES:
             raise InvalidArgumentError(f"`stretch` must be None for {self.algorithm}, got {self.stretch}.")
         self._check_mask()
@@ -65,12 +58,8 @@ class SB3Config(PolicyConfig):
         for name in ("mask_top_k", "mask_top_p"):
             if getattr(self, name) is not None and self.algorithm != "MaskablePPO":
                 raise InvalidArgumentError(f"`{name}` must be None for {self.algorithm}, got {getattr(self, name)!r}.")
-        if self.mask_top_k is not None:
-            check_int("mask_top_k", self.mask_top_k, 1)
-        if self.mask_top_p is not None:
-            check_number("mask_top_p", self.mask_top_p, 0, 1, open_low=True)
-            if self.mask_top_k is not None:
-                raise InvalidArgumentError(f"`mask_top_k` must be None beside `mask_top_p`, got {self.mask_top_k!r}.")
+        if self.mask_top_k is not None and self.mask_top_p is not None:
+            raise InvalidArgumentError(f"`mask_top_k` must be None beside `mask_top_p`, got {self.mask_top_k!r}.")
 
     def _check_kwargs(self) -> None:
         if not isinstance(self.kwargs, Mapping):

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmgym.errors import NotFiniteError, check_int, check_number
+from lmgym.errors import NotFiniteError
+from lmgym.ranges import CountOrZero, NonNegative, PositiveFraction, check_fields
 
 _BLOCK_SIZE = 256  # tokens
 _MAX_ONE_LEVEL_VOCABULARY = 4096  # vocabularies up to this are inverted without blocks, in fewer calls
@@ -31,16 +32,13 @@ class Sampler:
         greedy_tokens: the first n tokens of a response are greedy; the others are drawn as above.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    greedy_tokens: int = 0
+    temperature: NonNegative = 1.0
+    top_k: CountOrZero = 0
+    top_p: PositiveFraction = 1.0
+    greedy_tokens: CountOrZero = 0
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, 0)
-        check_int("top_k", self.top_k, 0)
-        check_number("top_p", self.top_p, 0, 1, open_low=True)
-        check_int("greedy_tokens", self.greedy_tokens, 0)
+        check_fields(self)
 
     def is_greedy(self, t: int) -> bool:
         """Whether response token t is a point mass."""

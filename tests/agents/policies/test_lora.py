@@ -427,7 +427,7 @@ def test_predict_is_of_the_adapted_model(lm: CausalLM) -> None:
         ("lora_modules", "", "`lora_modules` must be 'all-linear' or names of modules separated by commas, got ''"),
         ("lora_modules", "c_attn,,c_proj", "`lora_modules` must be .* separated by commas"),
         ("lora_modules", "all-linear,c_proj", "`lora_modules` must be .* separated by commas"),
-        ("lora_modules", ["c_attn"], "`lora_modules` must be .* separated by commas"),
+        ("lora_modules", ["c_attn"], "`lora_modules` must be a text"),
     ],
 )
 def test_bad_numbers_are_told_before_a_model_is_loaded(field: str, value: Any, message: str) -> None:
