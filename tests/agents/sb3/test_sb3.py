@@ -350,7 +350,7 @@ def test_minibatches_of_a_rollout_are_stretches_of_a_row(algorithm: str, stretch
     buffer = agent.model.rollout_buffer
     buffer.advantages[:, 0] = np.arange(64)  # row after row
     passes = []
-    for _ in range(2):
+    for _ in range(8):
         parts = list(buffer.get(32))
         assert [len(part.actions) for part in parts] == [32, 32]
         numbers = torch.cat([part.advantages for part in parts]).flatten().long()
@@ -360,8 +360,7 @@ def test_minibatches_of_a_rollout_are_stretches_of_a_row(algorithm: str, stretch
         taken = torch.from_numpy(buffer.actions[:, 0])[numbers]
         assert torch.equal(torch.cat([part.actions for part in parts]).flatten(), taken)
         passes.append(numbers.tolist())
-    assert passes[0] != passes[1]
-    assert sorted(passes[0]) != passes[0]
+    assert len({tuple(numbers) for numbers in passes}) > 1  # in a new order; four rows are in the old one by chance
     (whole,) = buffer.get(None)
     assert sorted(whole.advantages.flatten().tolist()) == list(range(64))
 
