@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,39 +11,81 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import PARTS, markdown
+from benchmarks import gpu
+from benchmarks.gpu import LIMITS, measure, run_parts
+from benchmarks.gpu_models import Setting
+from benchmarks.gpu_tables import markdown
+
+SMALL = Setting("cpu", is_small=True)
+ABOUT = {"device": "a card", "torch": "2", "transformers": "5", "date": "2026-01-01"}
 
 
 def test_the_tables_of_what_was_measured() -> None:
-    decode = {"model": "m", "batch": 2, "horizon": 8, "bytes_a_step": 100.0, "flops_a_step": 10.0, "collect": 5.0}
-    limits = [{"bytes_per_second": 1000.0, "flops_per_second": 1000.0}]
-    about = {"device": "a card", "torch": "2", "transformers": "5", "date": "2026-01-01"}
+    step = {"model": "m", "batch": 2, "horizon": 8, "bytes_a_step": 100.0, "flops_a_step": 10.0}
     results: dict[str, Any] = {
-        "machine": about,
-        "limits": limits,
-        "decode": [decode],
+        "machine": ABOUT,
+        "command": "--small",
+        "limits": [{"bytes_per_second": 1000.0, "flops_per_second": 1000.0}],
+        "decode": [
+            step | {"path": "collect", "tokens_per_second": 5.0},
+            step | {"path": "generate", "tokens_per_second": 2.0},
+            step | {"path": "continuous", "error": "RuntimeError: no room"},
+        ],
         "errors": {"ppo": "out of memory"},
     }
     text = markdown(results)
     # The floor of a step is 100 bytes at 1,000 bytes/s: 2 tokens in 0.1 s.
-    assert "| m | 2 | 20 | 5 | 0.25 |" in text
+    assert "| m | 2 | 20 | 5 | 0.25 | 2 | 2.50 |  |  |" in text
+    assert "- m, continuous, batch 2: RuntimeError: no room" in text
     assert "`ppo` failed" in text
     assert "out of memory" in text
 
 
-@pytest.mark.parametrize("part", ["limits", "decode", "ppo"])
+@pytest.mark.parametrize(("low", "answer"), [(0.85, "The intervals overlap."), (0.95, "The intervals do not overlap.")])
+def test_two_runs_are_alike_where_their_intervals_overlap(low: float, answer: str) -> None:
+    rows = [
+        {"device": "cuda", "normalised": {"mean": 0.88, "low": 0.8, "high": 0.9}, "train_seconds": 1.0},
+        {"device": "cpu", "normalised": {"mean": 0.97, "low": low, "high": 1.0}, "train_seconds": 2.0},
+    ]
+    assert answer in markdown({"machine": ABOUT, "command": "", "train": rows})
+
+
+@pytest.mark.parametrize("part", ["limits", "ppo"])
 def test_a_part_can_be_measured_without_a_gpu(part: str) -> None:
-    for row in PARTS[part](True):
-        rates = [row[name] for name in ("bytes_per_second", "collect", "tokens_per_second") if name in row]
+    rows = list(measure(part, SMALL))
+    assert not [row["error"] for row in rows if "error" in row]
+    for row in rows:
+        rates = [row[name] for name in ("bytes_per_second", "tokens_per_second") if name in row]
         assert rates
         assert min(rates) > 0
+    assert markdown({"machine": ABOUT, "command": "", part: rows})
+
+
+def test_decoding_can_be_measured_without_a_gpu() -> None:
+    rows = list(itertools.islice(measure("decode", SMALL), 2))  # continuous batching is slow to start on a CPU
+    assert [row["path"] for row in rows] == ["collect", "generate"]
+    assert all(row["tokens_per_second"] > 0 for row in rows), rows
+
+
+def test_a_part_that_fails_or_has_no_time_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(part: str, setting: Setting, out: Path, seconds: float) -> str:
+        rows = [{"bytes_per_second": 1e12, "flops_per_second": 1e12}] if part == "limits" else []
+        (out / f"{part}.json").write_text(json.dumps(rows))
+        return "it broke" if part == "decode" else ""
+
+    monkeypatch.setattr(gpu, "run_apart", fake)
+    monkeypatch.setitem(LIMITS, "ppo", 1)  # less than a part is begun with
+    results = run_parts(["decode", "ppo", "limits"], SMALL, tmp_path, budget=100)
+    assert results["errors"] == {"decode": "it broke", "ppo": "no time was left of 100 s"}
+    assert json.loads((tmp_path / "gpu.json").read_text()) == results
+    assert "moves 1.00 TB/s" in (tmp_path / "gpu.md").read_text()
 
 
 @pytest.mark.slow
-def test_parts_run_in_processes_of_their_own(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--small", "--out", str(tmp_path), "--parts", "limits"]
+def test_everything_runs_at_tiny_shapes_without_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--small", "--device", "cpu", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert results["errors"] == {}
-    assert results["limits"][0]["bytes_per_second"] > 0
+    assert not [row for part in LIMITS for row in results[part] if "error" in row]
