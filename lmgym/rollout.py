@@ -16,6 +16,7 @@ from lmgym.envs.prompts import Prompt
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_int
+from lmgym.models.drawing import Drawing, PlainSteps, Steps
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler, check_finite_log_probs
 
@@ -86,41 +87,36 @@ def _decode(
 ) -> _Decoded:
     """Draws a response to each prompt (B, P), to its end."""
     device = policy.device
-    b = len(prompt_ids)
     horizon = engine.horizon
-    uniforms = torch.rand((b, horizon), generator=generator, dtype=torch.float64).to(device)
-    response = torch.full((b, horizon), engine.lm.pad_token_id, device=device)
-    log_probs = torch.zeros((b, horizon), device=device)
-    values: Tensor | None = None
-    end_rule = engine.task.end_rule(engine.lm, device)
-    state = policy.begin(prompt_ids.to(device), prompt_mask.to(device), horizon)
-    rows = torch.arange(b, device=device)  # the episode in each slot of the batch
-    running = torch.ones(b, dtype=torch.bool, device=device)
-    for t in range(horizon):
-        tokens, drawn_log_probs = sampler.sample(state.logits, t, uniforms[rows, t])
-        tokens = tokens.to(device)
-        response[rows, t] = torch.where(running, tokens, engine.lm.pad_token_id)
-        log_probs[rows, t] = torch.where(running, drawn_log_probs.to(device), 0.0)
-        estimate = state.values
-        if estimate is not None:
-            values = torch.zeros((b, horizon), device=device) if values is None else values
-            values[rows, t] = torch.where(running, estimate.float().to(device), 0.0)
-        running &= ~end_rule.is_end_by_eos(tokens, t)
-        if t == horizon - 1:
-            break
-        if device.type == "cpu" or (t + 1) % _GPU_LOOK_EVERY == 0:
+    uniforms = torch.rand((len(prompt_ids), horizon), generator=generator, dtype=torch.float64)
+    steps = _begin(engine, policy, prompt_ids, prompt_mask, sampler, uniforms)
+    for t in range(1, horizon):
+        drawing = steps.drawing
+        if device.type == "cpu" or t % _GPU_LOOK_EVERY == 0:
+            running = drawing.running[: drawing.size]
             if not running.any():
                 break
             slots = _find_slots_to_keep(running)
             if slots is not None:
-                state.keep(slots)
-                rows = rows[slots]
-                tokens = tokens[slots]
-                running = running[slots]
-        state.step(tokens)
-    log_probs = log_probs.cpu()
+                steps.keep(slots)
+        steps.advance()
+    drawing = steps.drawing
+    log_probs = drawing.log_probs.cpu()
     check_finite_log_probs(log_probs)
-    return _Decoded(response.cpu(), log_probs, None if values is None else values.cpu())
+    return _Decoded(drawing.response_ids.cpu(), log_probs, None if drawing.values is None else drawing.values.cpu())
+
+
+def _begin(
+    engine: Engine, policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, sampler: Sampler, uniforms: Tensor
+) -> Steps:
+    """Has a policy read prompts (B, P), and draws the first token of each response, by uniforms (B, T)."""
+    device = policy.device
+    state = policy.begin(prompt_ids.to(device), prompt_mask.to(device), engine.horizon)
+    end_rule = engine.task.end_rule(engine.lm, device)
+    drawing = Drawing(sampler, end_rule, uniforms.to(device), engine.lm.pad_token_id)
+    drawing.draw(state.logits, state.values)
+    drawing.position += 1
+    return PlainSteps(state, drawing)
 
 
 def _find_slots_to_keep(running: Tensor) -> Tensor | None:
