@@ -47,10 +47,12 @@ def open_to_append(path: Path) -> TextIO:
     return open(os.open(path, flags, 0o666), "a", encoding="utf-8")
 
 
-def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file under a temporary name, then renames it: a reader sees the old content or the new, never half.
+@contextlib.contextmanager
+def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Gives a new file to write, which replaces the one of this name when the block has ended, and not before.
 
-    A link of that name is replaced, and what it points to is left alone.
+    A reader sees the old content or the new, never half. Where anything fails, the old content stays. A link of that
+    name is replaced, and what it points to is left alone.
 
     Raises:
         RunFileError: for a directory of that name.
@@ -61,12 +63,18 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     temporary = hidden_sibling(path, "tmp")
     try:
         with create(temporary) as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes the whole content of a file; a reader sees the old one or the new, never half (`replace_file`)."""
+    with replace_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager

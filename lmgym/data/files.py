@@ -118,7 +118,7 @@ def _table_lines(delimiter: str) -> Callable[[str, str], Iterator[Item]]:
 
 def _parquet_rows(argument: str, path: str) -> list[Item]:
     try:
-        from pyarrow import parquet  # type: ignore[import-not-found, unused-ignore]
+        from pyarrow import parquet
     except ImportError as error:
         raise InvalidArgumentError(
             f"`{argument}` file {path!r} needs pyarrow to be read: `pip install pyarrow`."

@@ -39,7 +39,7 @@ def _check_message(name: str, message: Any) -> Message:
     if isinstance(message, Message):
         role = message.role
         content = message.content
-    elif isinstance(message, dict) and set(message) == {"role", "content"}:
+    elif isinstance(message, dict) and {name for name in message if message[name] is not None} == {"role", "content"}:
         role = message["role"]
         content = message["content"]
     else:

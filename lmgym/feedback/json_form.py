@@ -33,7 +33,7 @@ def record_to_json(record: Record) -> dict[str, Any]:
         if value is None or (name == "columns" and not value):
             continue
         if name == "prompt":
-            value = _text_to_json(value)
+            value = text_to_json(value)
         elif name == "completions":
             value = [_completion_to_json(completion) for completion in value]
         elif name == "judgement":
@@ -48,12 +48,12 @@ def judgement_to_json(judgement: Judgement) -> dict[str, Any]:
     for item in dataclasses.fields(judgement):
         value = getattr(judgement, item.name)
         if value is not None:
-            written[item.name] = _text_to_json(value) if item.name == "text" else value
+            written[item.name] = text_to_json(value) if item.name == "text" else value
     return written
 
 
 def _completion_to_json(completion: Completion) -> Any:
-    written: dict[str, Any] = {"text": _text_to_json(completion.text)}
+    written: dict[str, Any] = {"text": text_to_json(completion.text)}
     for name in _COMPLETION_FIELDS[1:]:
         value = getattr(completion, name)
         if value is not None:
@@ -61,7 +61,8 @@ def _completion_to_json(completion: Completion) -> Any:
     return written["text"] if len(written) == 1 and isinstance(completion.text, str) else written
 
 
-def _text_to_json(text: Text) -> Any:
+def text_to_json(text: Text) -> Any:
+    """A text, or messages as objects of JSON."""
     return text if isinstance(text, str) else [message._asdict() for message in text]
 
 

@@ -119,8 +119,10 @@ class Record:
             value = getattr(self, name)
             if value is not None:
                 check_str(name, value)
-        if self.time is not None:
-            _check_time(self.time)
+        if self.time is not None and not is_time(self.time):
+            raise InvalidArgumentError(
+                f"`time` must be a time of ISO 8601 in UTC, such as '2026-11-27T03:40:00Z', got {shorten(self.time)}."
+            )
         if self.seconds is not None:
             check_number("seconds", self.seconds, 0)
         if self.order_shown is not None:
@@ -168,12 +170,9 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _check_time(time: object) -> None:
+def is_time(value: object) -> bool:
+    """Whether a value is a time of ISO 8601 in UTC."""
     try:
-        offset = datetime.fromisoformat(time).utcoffset()  # type: ignore[arg-type]
+        return datetime.fromisoformat(value).utcoffset() == timedelta(0)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        offset = None
-    if offset != timedelta(0):
-        raise InvalidArgumentError(
-            f"`time` must be a time of ISO 8601 in UTC, such as '2026-11-27T03:40:00Z', got {shorten(time)}."
-        )
+        return False
