@@ -106,8 +106,8 @@ def _pair_rows(record: Record, style: Style, losses: Losses) -> Iterator[Row]:
         if len(written) > 1 and record.id is not None:
             row["id"] = f"{record.id}/{number}"
         if record.order_shown is not None:
-            places = {pair.better: 0, pair.worse: 1}
-            row["order_shown"] = [places[index] for index in record.order_shown if index in places]
+            sides = {pair.better: 0, pair.worse: 1}
+            row["order_shown"] = [sides[index] for index in record.order_shown if index in sides]
         yield row
 
 

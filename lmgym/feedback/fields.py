@@ -58,6 +58,8 @@ def check_str(name: str, value: object) -> None:
 
 def check_unicode(name: str, text: str) -> None:
     """Raises `InvalidArgumentError` for a text with half of a surrogate pair in it, which no UTF-8 file can hold."""
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
-from lmgym.errors import InvalidArgumentError, LmGymError, shorten, unknown_name
+from lmgym.errors import InvalidArgumentError, LmGymError, check_choice, shorten, unknown_name
 from lmgym.feedback.fields import Text, check_sequence
 from lmgym.feedback.judgements import KINDS, Judgement
 from lmgym.feedback.records import Completion, Record, as_completion
@@ -23,6 +24,11 @@ _RECORD_FIELDS = (
     "columns",
 )
 _COMPLETION_FIELDS = tuple(item.name for item in dataclasses.fields(Completion))
+_JUDGEMENT_FIELDS = {name: tuple(item.name for item in dataclasses.fields(kind)) for name, kind in KINDS.items()}
+_REQUIRED = {
+    name: frozenset(item.name for item in dataclasses.fields(kind) if item.default is dataclasses.MISSING)
+    for name, kind in KINDS.items()
+}
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
@@ -45,10 +51,10 @@ def record_to_json(record: Record) -> dict[str, Any]:
 def judgement_to_json(judgement: Judgement) -> dict[str, Any]:
     """A judgement as an object of JSON, with its kind."""
     written: dict[str, Any] = {"kind": judgement.kind}
-    for item in dataclasses.fields(judgement):
-        value = getattr(judgement, item.name)
+    for name in _JUDGEMENT_FIELDS[judgement.kind]:
+        value = getattr(judgement, name)
         if value is not None:
-            written[item.name] = text_to_json(value) if item.name == "text" else value
+            written[name] = text_to_json(value) if name == "text" else value
     return written
 
 
@@ -72,7 +78,7 @@ def record_from_json(row: object) -> Record:
     Raises:
         InvalidArgumentError: naming the field that is missing, unknown, or cannot be so.
     """
-    fields = dict(_check_fields("a record", row, _RECORD_FIELDS, ("prompt", "completions"), "columns"))
+    fields = dict(_check_fields("a record", row, _RECORD_FIELDS, {"prompt", "completions"}, "columns"))
     items = check_sequence("completions", fields["completions"])
     fields["completions"] = tuple(_completion_from_json(i, item) for i, item in enumerate(items))
     if fields.get("judgement") is not None:
@@ -90,32 +96,29 @@ def judgement_from_json(row: object) -> Judgement:
     """
     if not isinstance(row, Mapping) or "kind" not in row:
         raise InvalidArgumentError(f'`judgement` must be an object with a "kind", got {shorten(row)}.')
-    if row["kind"] not in KINDS:
-        raise unknown_name("judgement.kind", row["kind"], KINDS)
-    kind = KINDS[row["kind"]]
-    fields = dataclasses.fields(kind)
-    required = [item.name for item in fields if item.default is dataclasses.MISSING]
-    rest = {name: value for name, value in row.items() if name != "kind"}
-    return kind(**_check_fields(f"a {row['kind']}", rest, [item.name for item in fields], required))
+    fields = dict(row)
+    name = fields.pop("kind")
+    check_choice("judgement.kind", name, KINDS)
+    return KINDS[name](**_check_fields(f"a {name}", fields, _JUDGEMENT_FIELDS[name], _REQUIRED[name]))
 
 
 def _completion_from_json(index: int, item: object) -> Completion:
     if not isinstance(item, Mapping):
         return as_completion(index, item)
     try:
-        return Completion(**_check_fields("a completion", item, _COMPLETION_FIELDS, ("text",)))
+        return Completion(**_check_fields("a completion", item, _COMPLETION_FIELDS, {"text"}))
     except LmGymError as error:
         raise InvalidArgumentError(f"`completions[{index}]`: {error}") from error
 
 
 def _check_fields(
-    what: str, row: object, known: Collection[str], required: Collection[str], rest: str | None = None
+    what: str, row: object, known: Collection[str], required: AbstractSet[str], rest: str | None = None
 ) -> Mapping[str, Any]:
     """An object of JSON that has the fields it must have, and no others."""
     if not isinstance(row, Mapping):
         raise InvalidArgumentError(f"{what} must be an object, got {shorten(row)}.")
-    missing = [name for name in required if name not in row]
-    if missing:
+    if not required <= row.keys():
+        missing = sorted(required - row.keys())
         raise InvalidArgumentError(f"{what} must have {missing}, got an object with {list(row)}.")
     for name in row:
         if name not in known:

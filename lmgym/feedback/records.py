@@ -67,10 +67,10 @@ class Completion:
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text.isascii():
             set_field(self, "text", check_text("text", self.text))
-        for name in ("policy", "sampler"):
-            value = getattr(self, name)
-            if value is not None:
-                check_str(name, value)
+        if self.policy is not None:
+            check_str("policy", self.policy)
+        if self.sampler is not None:
+            check_str("sampler", self.sampler)
         if self.log_prob is not None:
             check_number("log_prob", self.log_prob, -math.inf)
         if self.ended is not None:
