@@ -39,6 +39,6 @@ def main(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(evaluate_help_page(CONF))
+        print(evaluate_help_page())
     else:
-        run_command(main)
+        run_command(main, path_key="run")

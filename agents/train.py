@@ -74,6 +74,6 @@ if __name__ == "__main__":
     from agents.train import main  # under its own name, by which processes of a multirun find what they run
 
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_page(CONF, sys.argv[1:]))
+        print(help_page(sys.argv[1:]))
     else:
-        run_command(main)
+        run_command(main, path_key="resume", groups=("task", "agent", "sampler", "experiment"))

@@ -98,7 +98,7 @@ def find_tasks(names: Sequence[str]) -> list[str]:
     for name in names or known:
         matching = [task for task in known if name in (task, task.partition("-")[0])]
         if not matching:
-            raise unknown_name("task", name, known)
+            raise unknown_name("task", name, known, listed_by="`lmgym.suite()`")
         found += matching
     return found
 

@@ -59,12 +59,18 @@ def shorten(value: object, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 4 :]}"
 
 
-def unknown_name(argument: str, got: object, choices: Iterable[str]) -> UnknownNameError:
-    """Builds the error for an unknown name, with the nearest known one as a suggestion."""
+def unknown_name(argument: str, got: object, choices: Iterable[str], listed_by: str = "") -> UnknownNameError:
+    """Builds the error for an unknown name, with the nearest known one as a suggestion.
+
+    Args:
+        argument: what the message calls it. got: the name. choices: the known ones.
+        listed_by: what shows them, where they are too many for a message.
+    """
     known = sorted(choices)
     close = difflib.get_close_matches(got if isinstance(got, str) else "", known, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return UnknownNameError(f"`{argument}` must be one of {known}, got {shorten(got)}.{hint}")
+    expected = f"one of the {len(known)} names that {listed_by} lists" if listed_by else f"one of {known}"
+    return UnknownNameError(f"`{argument}` must be {expected}, got {shorten(got)}.{hint}")
 
 
 def unknown_keyword(function: str, got: str, choices: Iterable[str]) -> UnknownKeywordError:

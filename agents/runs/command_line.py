@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from agents.runs.arguments import check_forms, options_first
 from agents.runs.config import short_errors
 from agents.runs.surroundings import prepare_process
 from agents.runs.sweeps import show_multirun
@@ -24,11 +25,17 @@ RUN_DIRECTORIES = ("run", "resume")  # keys whose values are paths and nothing e
 _NEW_DIRECTORIES = ("hydra.run.dir", "hydra.sweep.dir")
 
 
-def run_command(main: Callable[[], Any]) -> None:
-    """Calls a Hydra main with the arguments of this process; ends in a line where they cannot be."""
+def run_command(main: Callable[[], Any], path_key: str | None = None, groups: Sequence[str] = ()) -> None:
+    """Calls a Hydra main with the arguments of this process; ends in a line where they cannot be.
+
+    Args:
+        main: decorated by Hydra. path_key: the key whose value is a run directory, if there is one.
+        groups: keys whose values are names; a bare word that is one of them is answered with its key.
+    """
     prepare_process()
-    sys.argv[1:] = prepared(sys.argv[1:])
     with short_errors():
+        check_forms(sys.argv[1:], path_key, groups)
+        sys.argv[1:] = prepared(options_first(sys.argv[1:]))
         try:
             main()
         finally:

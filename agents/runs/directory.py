@@ -23,6 +23,7 @@ from lmgym.files import RunFileError, read_text, remove, write_atomically
 CONFIG_FILE = "config.yaml"
 VERSIONS = "versions.json"
 CHECKPOINT = "checkpoint"
+MAX_RUNS_NAMED = 4
 RUN_FILES = (CONFIG_FILE, VERSIONS, METRICS_FILE, TENSORBOARD, CHECKPOINT, "summary.json", "samples.json", "curves.png")
 _HEADER = "# The config of a run of lmgym. A checkpoint beside it was saved with these numbers."
 _SECTIONS = ("env", "agent", "sampler", "evaluation")
@@ -130,9 +131,17 @@ def resumed_run(directory: Path) -> Iterator[None]:
 
 
 def check_is_run(directory: Path) -> None:
-    """Raises `InvalidArgumentError` unless a directory holds a config."""
-    if not (directory / CONFIG_FILE).is_file():
-        raise InvalidArgumentError(f"`{directory}` must be a run directory, and has no {CONFIG_FILE}.")
+    """Raises `InvalidArgumentError` unless a directory holds a config; the message names the runs that are near."""
+    if (directory / CONFIG_FILE).is_file():
+        return
+    found = f"has no {CONFIG_FILE}" if directory.is_dir() else "there is none"
+    inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
+    if inside:
+        more = ", ..." if len(inside) > MAX_RUNS_NAMED else ""
+        found = f"holds {len(inside)} runs: choose {', '.join(map(str, inside[:MAX_RUNS_NAMED]))}{more}"
+    elif (directory.parent / CONFIG_FILE).is_file():
+        found = f"is a part of one: give {directory.parent}"
+    raise InvalidArgumentError(f"`{directory}` must be a run directory, and {found}.")
 
 
 def read_values(directory: Path) -> dict[str, Any]:

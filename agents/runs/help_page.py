@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import inspect
 import itertools
 import json
@@ -11,10 +10,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
+from agents.runs.arguments import find_configs
+from agents.runs.config import CONF
 from agents.runs.defaults import find_defaults
 from agents.runs.plan import ENV_KEYS
+from agents.runs.sources import find_class
 from agents.runs.trust import read_config
 from lmgym.envs.settings import Settings
 from lmgym.tasks import registered_tasks
@@ -22,20 +22,22 @@ from lmgym.tasks import registered_tasks
 _WIDTH = 118
 
 
-def help_page(conf: Path, arguments: Sequence[str]) -> str:
+def help_page(arguments: Sequence[str]) -> str:
     """The whole page.
 
     Args:
-        conf: the directory of configs. arguments: of the command; the keys of the agent that they name are listed.
+        arguments: of the command; the keys of the agent that they name are listed, and what `--config-dir` adds.
     """
+    configs = {group: find_configs(group, arguments) for group in ("agent", "sampler", "experiment")}
     named = [argument.partition("=")[2] for argument in arguments if argument.startswith("agent=")]
-    agent = named[-1] if named and (conf / "agent" / f"{named[-1]}.yaml").is_file() else "ppo"
-    run_keys = (conf / "train.yaml").read_text(encoding="utf-8").partition("\nseed:")[2].partition("\nhydra:")[0]
+    agent = named[-1] if named and named[-1] in configs["agent"] else "ppo"
+    run_keys = (CONF / "train.yaml").read_text(encoding="utf-8").partition("\nseed:")[2].partition("\nhydra:")[0]
     before_env, _, rest = run_keys.partition("\nenv:")  # whose keys are listed further down, with their meanings
     run_keys = f"{before_env}\nevaluation:" + rest.partition("\nevaluation:")[2]
-    samplers = {path.stem: _comment(path) for path in sorted((conf / "sampler").glob("*.yaml"))}
-    presets = {path.stem: _comment(path) for path in sorted((conf / "experiment").glob("*.yaml"))}
-    agents = {path.stem: _blurb(path) for path in sorted((conf / "agent").glob("*.yaml"))}
+    samplers = {name: _comment(path) for name, path in configs["sampler"].items()}
+    presets = {name: _comment(path) for name, path in configs["experiment"].items()}
+    agents = {name: _blurb(path) for name, path in configs["agent"].items()}
+    keys = _indented(_agent_keys(configs["agent"][agent]))
     parts = [
         "python -m agents.train [task=NAME] [agent=NAME] [env.KEY=value] [key=value ...]     (-m key=a,b runs several)",
         f"The run:\n{_indented(f'seed:{run_keys}')}",
@@ -44,7 +46,7 @@ def help_page(conf: Path, arguments: Sequence[str]) -> str:
         f"sampler=NAME, the distribution that tokens are drawn from:\n{_listed(samplers)}",
         f"experiment=NAME, numbers of well-known code:\n{_listed(presets)}",
         f"Keys env.KEY (null keeps the task's own):\n{_listed(_env_keys())}",
-        f"Keys agent.KEY of agent={agent} (of another: agent=NAME --help):\n{_indented(_agent_keys(conf, agent))}",
+        f"Keys agent.KEY of agent={agent} (of another: agent=NAME --help):\n{keys}",
         "Hydra's own options: --hydra-help",
     ]
     return "\n\n".join(parts)
@@ -66,15 +68,10 @@ def _env_keys() -> dict[str, str]:
 
 
 def _blurb(path: Path) -> str:
-    """The first line on the class that a config names, read without importing it."""
-    module, _, name = yaml.safe_load(path.read_text(encoding="utf-8"))["_target_"].rpartition(".")
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        return ""
-    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return (ast.get_docstring(node) or "").partition("\n")[0]
-    return ""
+    """The first line on the class that a config names, read without importing it; "" where that is not found."""
+    module, _, name = str(read_config(path).get("_target_", "")).rpartition(".")
+    found = find_class(module, name)
+    return "" if found is None else (ast.get_docstring(found[1]) or "").partition("\n")[0]
 
 
 def _comment(path: Path) -> str:
@@ -84,11 +81,11 @@ def _comment(path: Path) -> str:
     return next((line for line in text if not line.startswith("@package")), "")
 
 
-def _agent_keys(conf: Path, agent: str) -> str:
-    """The keys of an agent with their values and meanings, those that it shares with others first."""
-    values = read_config(conf / "agent" / f"{agent}.yaml")
+def _agent_keys(path: Path) -> str:
+    """The keys of an agent's config with their values and meanings, those that it shares with others first."""
+    values = read_config(path)
     lines = []
-    for name, default in find_defaults(values["_target_"]).items():
+    for name, default in find_defaults(str(values.get("_target_", ""))).items():
         value = values.get(name, default.value)
         line = f"{name}: {value if isinstance(value, str) else json.dumps(value)}"
         meaning = "; ".join(filter(None, [" | ".join(default.choices), default.comment]))
@@ -110,13 +107,9 @@ def _cut(line: str) -> str:
     return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 3].rstrip()}..."
 
 
-def evaluate_help_page(conf: Path) -> str:
-    """What `python -m agents.evaluate --help` prints: every key in a line.
-
-    Args:
-        conf: the directory of configs.
-    """
-    keys = (conf / "evaluate.yaml").read_text(encoding="utf-8").partition("\nrun:")[2].partition("\nhydra:")[0]
+def evaluate_help_page() -> str:
+    """What `python -m agents.evaluate --help` prints: every key in a line."""
+    keys = (CONF / "evaluate.yaml").read_text(encoding="utf-8").partition("\nrun:")[2].partition("\nhydra:")[0]
     parts = [
         "python -m agents.evaluate run=DIRECTORY [evaluation.KEY=value ...]",
         "Grades a run again from its newest checkpoint, prints the table, and writes evaluation.json beside it.",

@@ -39,5 +39,5 @@ def full_name(task: object) -> str:
     known = registered_tasks()
     name = USUAL_SETTINGS.get(task, task) if isinstance(task, str) else task
     if not isinstance(name, str) or name not in known:
-        raise unknown_name("task", task, known)
+        raise unknown_name("task", task, known, listed_by="`lmgym.suite()`")
     return name

@@ -126,7 +126,7 @@ def make_task(task: str | Task, **changes: Any) -> Task:
     if isinstance(task, str):
         known = registered_tasks()
         if task not in known:
-            raise unknown_name("task", task, known)
+            raise unknown_name("task", task, known, listed_by="`lmgym.suite()`")
         task = known[task].task()
     elif not isinstance(task, Task):
         raise InvalidArgumentError(f"`task` must be a name or a lmgym.tasks.Task, got {task!r}.")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from agents.runs.arguments import check_forms, options_first
 from agents.runs.command_line import hydra_text, prepared, shell_command
+from agents.runs.config import CONF
+from lmgym.errors import InvalidArgumentError
 
 PARSER = OverridesParser.create()
 AWKWARD = [
@@ -141,3 +146,57 @@ def test_a_printed_command_can_be_pasted_into_a_shell(name: str) -> None:
     arguments = command.partition("agents.train ")[2]
     done = subprocess.run(["sh", "-c", f"printf %s {arguments}"], capture_output=True, check=True)
     assert done.stdout.decode() == f"resume=/nowhere/{name}"
+
+
+# -- other forms than KEY=VALUE ---------------------------------------------------------------------------------------
+
+GROUPS = ("task", "agent", "sampler", "experiment")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (["keyword-8"], ["`keyword-8` must be KEY=VALUE: task=keyword-8"]),
+        (["keyword", "ppo", "seed=1"], ["`keyword` .*: task=keyword", "`ppo` .*: agent=ppo"]),
+        (["keywrd-8"], ["`keywrd-8` must be KEY=VALUE: task=keyword-8"]),
+        (["greedy"], ["`greedy` .*: sampler=greedy"]),
+        (["openrlhf"], ["`openrlhf` .*: experiment=openrlhf"]),
+        (["nonsense"], ["`nonsense` must be KEY=VALUE, such as task=keyword-8 or seed=1."]),
+        (["conf"], ["`conf` must be KEY=VALUE: resume=conf"]),  # a directory
+        (["--seed", "3"], ["`--seed` must be KEY=VALUE without dashes: seed=3"]),
+        (["--seed=3", "-m"], ["`--seed=3` .*: seed=3"]),
+        (["--kl-coef", "task=echo-4"], [r"`--kl-coef` .*: kl_coef=\.\.\."]),
+    ],
+)
+def test_other_forms_are_answered_with_what_to_type(
+    arguments: list[str], lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(CONF.parent)
+    with pytest.raises(InvalidArgumentError) as error:
+        check_forms(arguments, "resume", GROUPS)
+    assert re.fullmatch("\n".join(lines), str(error.value)), str(error.value)
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "runs/x", "./a=b", "a, b"])
+def test_a_bare_path_is_answered_with_its_key(path: str) -> None:
+    with pytest.raises(InvalidArgumentError) as error:
+        check_forms([path], "run", ())
+    assert str(error.value) == f"`{path}` must be KEY=VALUE: {shlex.quote(f'run={path}')}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["task=keyword-8", "-m", "seed=0,1", "~experiment", "hydra/launcher=joblib", "+agent.x=1", "run=/a=b"],
+        ["--config-dir", "somewhere", "--cfg", "job", "--resolve", "--multi", "-cd", "here", "--info", "config"],
+        ["--config-dir=somewhere", "-h"],
+    ],
+)
+def test_what_hydra_takes_passes(arguments: list[str]) -> None:
+    check_forms(arguments, "resume", GROUPS)
+
+
+def test_overrides_come_behind_all_options() -> None:
+    arguments = ["task=keyword-8", "-m", "seed=0,1", "--config-dir", "a=b", "agent=ppo"]
+    assert options_first(arguments) == ["-m", "--config-dir", "a=b", "task=keyword-8", "seed=0,1", "agent=ppo"]
+    assert get_args(options_first(arguments)).overrides == ["task=keyword-8", "seed=0,1", "agent=ppo"]

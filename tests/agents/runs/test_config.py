@@ -19,6 +19,7 @@ import agents.runs.plan
 import agents.train
 from agents.algorithms.ppo import PPOConfig
 from agents.runs.config import SYNONYMS, explained, validated
+from agents.runs.directory import check_is_run
 from agents.runs.help_page import evaluate_help_page, help_page
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
@@ -261,7 +262,7 @@ def test_several_bad_values_of_an_agent_are_told_together() -> None:
 
 
 def test_the_help_has_a_line_for_every_key_agent_and_task() -> None:
-    page = help_page(CONF, ["agent=rloo", "--help"])
+    page = help_page(["agent=rloo", "--help"])
     lines = page.splitlines()
     assert max(map(len, lines)) <= 120
     rows = [line.split(maxsplit=1) for line in lines if line.startswith("  ")]
@@ -274,8 +275,24 @@ def test_the_help_has_a_line_for_every_key_agent_and_task() -> None:
     assert "group_size: 4 # responses to each prompt" in page
 
 
+def test_the_help_lists_what_a_directory_of_configs_adds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_helped.py").write_text(
+        'from agents.algorithms.ppo import PPO\nclass Mine(PPO):\n    """PPO of my own."""\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "agent").mkdir()
+    (tmp_path / "agent" / "mine.yaml").write_text("_target_: mine_helped.Mine\nepochs: 7\n")
+    (tmp_path / "agent" / "lost.yaml").write_text("_target_: nowhere_at_all.Mine\n")
+    for option in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"], ["-cd", str(tmp_path)]):
+        page = help_page(["agent=mine", *option, "--help"])
+        assert re.search(r"^  mine +PPO of my own\.$", page, re.MULTILINE)
+        assert re.search(r"^  lost$", page, re.MULTILINE)
+        assert "epochs: 7 # passes over a batch" in page
+    assert "mine" not in help_page(["agent=mine"])
+
+
 def test_the_help_of_evaluate_has_a_line_for_every_key() -> None:
-    page = evaluate_help_page(CONF)
+    page = evaluate_help_page()
     config = OmegaConf.load(CONF / "evaluate.yaml")
     for name in {*config, *config.evaluation} - {"defaults", "hydra"}:
         assert re.search(rf"^ +{name}: .*# \w", page, re.MULTILINE), name
@@ -359,6 +376,24 @@ def test_an_override_that_names_nothing_is_answered_in_a_line(overrides: list[st
     with pytest.raises(CompactHydraException) as caught:
         composed(*overrides)
     assert re.fullmatch(expected, explained(caught.value)), explained(caught.value)
+
+
+def test_what_is_near_a_run_is_answered_with_the_run(tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / "sweep" / f"ppo-{number}" / "checkpoint").mkdir(parents=True)
+        (tmp_path / "sweep" / f"ppo-{number}" / "config.yaml").touch()
+    run = tmp_path / "sweep" / "ppo-0"
+    check_is_run(run)
+    nearby = {
+        tmp_path / "sweep": f"holds 6 runs: choose {run}, .*ppo-1, .*ppo-2, .*ppo-3, \\.\\.\\.",
+        run / "checkpoint": f"is a part of one: give {run}",
+        run / "config.yaml": f"is a part of one: give {run}",
+        tmp_path: "has no config.yaml",
+        tmp_path / "nowhere": "there is none",
+    }
+    for path, expected in nearby.items():
+        with pytest.raises(InvalidArgumentError, match=f"^`{path}` must be a run directory, and {expected}.$"):
+            check_is_run(path)
 
 
 @pytest.mark.parametrize(
