@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from agents.checkpoint import replacing
 from agents.seeds import ACTIONS, torch_generator
+from lmgym.envs.prompts import Prompt
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
@@ -25,6 +26,7 @@ from lmgym.evaluation import Evaluation, evaluate
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler, check_finite_log_probs
 from lmgym.ranges import check_fields
+from lmgym.rollout import collect
 
 Callback = Callable[[int, dict[str, float]], bool | None]
 
@@ -162,6 +164,24 @@ class Agent(ABC):
             progress: called with the number of episodes of every batch that has been sampled.
         """
 
+    @abstractmethod
+    def respond(
+        self,
+        envs: RLHFVectorEnv,
+        prompts: Sequence[Prompt],
+        *,
+        sampler: Sampler | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Episodes:
+        """Answers prompts: one whole episode each, on the CPU.
+
+        Args:
+            envs: the MDP, whose own rows and stream of prompts are not touched.
+            prompts: B, one as often as it is to be answered.
+            sampler: how tokens are drawn; the agent's own if None.
+            generator: a CPU generator; the agent's own if None.
+        """
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes what a resumed run needs, under a temporary name first.
 
@@ -225,6 +245,17 @@ class PolicyAgent(Agent):
             rows = (lengths == t + 1).to(logits.device)
             logits[rows] = state.logits[rows]
         return logits
+
+    def respond(
+        self,
+        envs: RLHFVectorEnv,
+        prompts: Sequence[Prompt],
+        *,
+        sampler: Sampler | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Episodes:
+        """Answers prompts with the policy (`Agent.respond`)."""
+        return collect(envs, self.policy, list(prompts), sampler or self.sampler, generator or self.generator)
 
     def evaluate(
         self,

@@ -16,6 +16,7 @@ WEIGHTS = 2  # initial weights of a residual or an adapter
 CANDIDATES = 3  # candidates of a deterministic best-of-n
 SB3 = 4  # the process's generators of Python and torch, lent to Stable-Baselines3
 SB3_NUMPY = 5  # the process's generator of numpy, lent to Stable-Baselines3
+COMPLETIONS = 6  # tokens sampled to be judged
 EVALUATION = 20_000_003  # tokens sampled to grade a policy
 
 

@@ -58,9 +58,16 @@ class BestOfN(FixedAgent):
         super().__init__(envs, config, seed=seed, sampler=sampler)
         self._answers: dict[int, tuple[list[int], list[int]]] = {}  # prompt and response in each row of `predict`
 
-    def respond(self, prompts: Sequence[Prompt]) -> Episodes:
+    def respond(
+        self,
+        envs: RLHFVectorEnv,
+        prompts: Sequence[Prompt],
+        *,
+        sampler: Sampler | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Episodes:
         """The best of n for each prompt; its log-probs are those of the candidate, not of the choice."""
-        return self._choose(self.envs, prompts, self.sampler, self.generator)[0]
+        return self._choose(envs, prompts, sampler or self.sampler, generator or self.generator)[0]
 
     def predict(self, observation: dict[str, Any], deterministic: bool = False) -> tuple[Any, None]:
         """Tokens for a (batched or single) dict observation, as SB3's `predict`: (actions, None).

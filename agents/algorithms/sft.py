@@ -84,7 +84,7 @@ class SFT(SupervisedAgent[Episodes]):
             chooser = BestOfN(self.envs, BestOfNConfig(self.config.n), sampler=self.sampler)
             chooser.generator = self.generator
             chooser.tokens = self.tokens
-            return chooser.respond(prompts), chooser.num_timesteps
+            return chooser.respond(self.envs, prompts), chooser.num_timesteps
         episodes = collect(self.envs, self._expert, prompts, generator=self.generator)
         self.tokens.read(episodes)
         return episodes, episodes.num_tokens

@@ -117,3 +117,23 @@ def evaluate_help_page() -> str:
         "Hydra's own options: --hydra-help",
     ]
     return "\n\n".join(parts)
+
+
+def sample_help_page(conf: Path) -> str:
+    """What `python -m agents.sample --help` prints: every key in a line.
+
+    Args:
+        conf: the directory of configs.
+    """
+    keys = (conf / "sample.yaml").read_text(encoding="utf-8").partition("\ntask:")[2].partition("\nhydra:")[0]
+    samplers = {path.stem: _comment(path) for path in sorted((conf / "sampler").glob("*.yaml"))}
+    agents = {path.stem: _blurb(path) for path in sorted((conf / "agent").glob("*.yaml"))}
+    parts = [
+        "python -m agents.sample [task=NAME] [policies=NAME or DIRECTORY] [key=value ...]",
+        "Writes completions of a task's prompts, for people to judge: python -m lmgym.feedback --help.",
+        f"Keys:\n{_indented(f'task:{keys}')}",
+        f"Policies besides run directories, each as it is before it learns:\n{_listed(agents)}",
+        f"sampler=NAME, the distribution that tokens are drawn from (a run keeps its own):\n{_listed(samplers)}",
+        "Hydra's own options: --hydra-help",
+    ]
+    return "\n\n".join(parts)

@@ -247,8 +247,8 @@ def test_the_chosen_one_is_the_first_best(monkeypatch: pytest.MonkeyPatch) -> No
     envs = tiny(reward=coarse)
     agent = BestOfN(envs, BestOfNConfig(5), seed=3)
     prompts = [envs.engine.prompts[i] for i in (0, 2)]
-    chosen = agent.respond(prompts)
-    every = BestOfN(envs, BestOfNConfig(1), seed=3).respond([p for p in prompts for _ in range(5)])
+    chosen = agent.respond(envs, prompts)
+    every = BestOfN(envs, BestOfNConfig(1), seed=3).respond(envs, [p for p in prompts for _ in range(5)])
     assert agent.num_timesteps == every.num_tokens
     for row in range(2):
         scores = every.scores[5 * row : 5 * row + 5].tolist()
@@ -261,7 +261,7 @@ def test_stepping_plays_the_answers_chosen() -> None:
     agent = BestOfN(envs, BestOfNConfig(8), seed=1)
     twin = BestOfN(envs, BestOfNConfig(8), seed=1)
     observation, _ = envs.reset(seed=0)
-    answers = twin.respond([p for p in envs.engine.current if p is not None])
+    answers = twin.respond(envs, [p for p in envs.engine.current if p is not None])
     played = []
     scores = {}
     for _ in range(PROBLEM.T):

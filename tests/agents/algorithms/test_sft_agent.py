@@ -192,7 +192,7 @@ def test_the_best_candidates_are_those_of_best_of_n() -> None:
     twin = BestOfN(tiny(), BestOfNConfig(3), seed=shifted(4))
     twin.envs.reset(seed=row_seeds(shifted(4), 1))
     episodes, steps = agent.sample()
-    same = twin.respond(twin.envs.next_prompts(6))
+    same = twin.respond(twin.envs, twin.envs.next_prompts(6))
     assert torch.equal(episodes.response_ids, same.response_ids)
     assert torch.equal(episodes.scores, same.scores)
     assert steps == twin.num_timesteps > episodes.num_tokens

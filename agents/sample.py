@@ -1,0 +1,73 @@
+"""Samples completions for people to judge: `python -m agents.sample task=reviews samples=4 prompts=200`.
+
+A line of the file is a prompt with the completions that one or more policies wrote, each with its log-prob
+(`lmgym.feedback.records.Record`). `python -m lmgym.feedback serve` shows them to people, and `simulate` has simulated
+ones judge them.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to take back
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from agents.runs.command_line import run_command
+from agents.runs.completions import Request, load_writers, write_completions
+from agents.runs.config import CONF
+from agents.runs.help_page import sample_help_page
+from agents.runs.signals import Stoppable
+from agents.runs.surroundings import prepare_process
+from agents.runs.trust import trusted_modules
+from lmgym.errors import InvalidArgumentError, LmGymError
+from lmgym.feedback.files import write_records
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="sample")
+def main(cfg: DictConfig) -> None:
+    """Loads the policies, samples, and writes the file whole, or not at all."""
+    prepare_process()
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    try:
+        with Stoppable():
+            sample(values)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except LmGymError as error:
+        sys.exit(f"{error}")
+
+
+def sample(values: dict[str, Any]) -> None:
+    """Does what `conf/sample.yaml` and the command line say.
+
+    Raises:
+        LmGymError: for what cannot be, before anything loads.
+    """
+    from tqdm import tqdm
+
+    out = Path(values.pop("out"))
+    trusted = trusted_modules(values.pop("trust"))
+    if out.exists():
+        raise InvalidArgumentError(f"`out` must be a file that is not there yet, and {str(out)!r} is.")
+    if isinstance(values["policies"], str):
+        values["policies"] = [values["policies"]]
+    request = Request(**values)
+    writers = load_writers(request, trusted)
+    count = min(request.prompts or len(writers[0].envs.engine.prompts), len(writers[0].envs.engine.prompts))
+    with tqdm(total=count * request.samples * len(writers), unit="completion", leave=False) as bar:
+        written = write_records(out, write_completions(request, writers, bar.update))
+    left_out = f" {count - written:,} prompts got the same text each time, and are left out." if written < count else ""
+    print(f"{out}: {written:,} prompts with up to {request.samples * len(writers)} completions each.{left_out}")
+
+
+if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(sample_help_page(CONF))
+    else:
+        run_command(main)
