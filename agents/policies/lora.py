@@ -98,8 +98,11 @@ class LoRAPolicy(ActorCritic):
             parameter.data = parameter.data.float()
 
     def _adapt(self, actor: Any) -> None:
-        """Puts adapters into the layers."""
-        from peft import LoraConfig
+        """Puts adapters into the layers.
+
+        By peft itself: `add_adapter` of transformers 5.24 refuses every peft below 0.22.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
 
         self._check_modules(actor)
         config = LoraConfig(
@@ -112,7 +115,7 @@ class LoRAPolicy(ActorCritic):
         with torch.random.fork_rng():
             torch.manual_seed(self._seed)
             try:
-                actor.add_adapter(config)
+                inject_adapter_in_model(config, actor)
             except ValueError as error:
                 raise InvalidArgumentError(f"`lora_modules` must be layers that peft can adapt: {error}") from error
         actor.eval()

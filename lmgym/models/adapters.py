@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -141,7 +142,8 @@ def load_merged(argument: str, name: str, auto_class: Any, load_base: LoadBase) 
         raise LmGymError(f"`{argument}` {name!r} is an adapter of another kind of model ({config.task_type}).")
     options = _head_options(weights) if classifies else {}
     base = load_base({weight.removeprefix(_PREFIX) for weight in weights}, **options)
-    with loading(argument, name, "peft"), torch.random.fork_rng(devices=[]):
+    with loading(argument, name, "peft"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # which peft 0.21 reads
         _resize(base, weights)
         _untie(base, weights)
         adapted = PeftModel.from_pretrained(base, name, config=config, trust_remote_code=False)

@@ -63,7 +63,10 @@ def test_the_policy_as_a_reference_ends_where_it_ended(reference: CausalLM, tmp_
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs peft")
-def test_an_adapter_brings_its_generation_config(model_dir: str, tmp_path: Path) -> None:
+def test_an_adapter_brings_its_generation_config(
+    model_dir: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     LoRAPolicy(temper(load_causal_lm(model_dir, "cpu"), 0.5), rank=2).save(tmp_path)
     config = load_causal_lm(str(tmp_path), "cpu").model.generation_config
     assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.5, 0, 1.0)
+    assert not [warning for warning in recwarn if warning.category is FutureWarning]
