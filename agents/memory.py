@@ -87,10 +87,8 @@ def estimate(sizes: Sizes) -> dict[str, int]:
 
 
 def peak(parts: dict[str, int]) -> int:
-    """Bytes at the worst moment: a batch is collected and learned from in turn, and the rest is there all the time."""
-    collecting = parts["logits"]
-    learning = parts["gradients"] + parts["layers"]
-    return round(_MARGIN * (parts["optimiser"] + parts["cache"] + max(collecting, learning)))
+    """Bytes at the worst moment, in a backward pass: the graphs of decoding keep their rings and logits meanwhile."""
+    return round(_MARGIN * sum(parts.values()))
 
 
 def check_fits(parts: dict[str, int], free: int, device: torch.device) -> None:

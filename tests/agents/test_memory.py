@@ -148,5 +148,5 @@ def test_what_does_not_fit_is_refused_with_what_to_lower() -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         check_fits(parts, 30 * 10**9, cpu)
     message = str(caught.value)
-    assert "about 48.3 GB where 30.0 GB are free (in GB: layers 40.0, cache 3.0," in message
+    assert "about 48.4 GB where 30.0 GB are free (in GB: layers 40.0, cache 3.0," in message
     assert "lower `micro_batch_size`, or set `gradient_checkpointing` to true; or lower `batch_size`" in message
