@@ -202,11 +202,14 @@ def test_the_wheel_stays_small() -> None:
 # --- versions ----------------------------------------------------------------------------------------------------
 
 
+TESTED_EXTRAS = ("render", "agents", "feedback", "test")
+
+
 def test_the_lowest_versions_are_those_that_the_project_declares() -> None:
     """Each pin begins with the minimum; torch's is another, for its size."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *extras["render"], *extras["agents"], *extras["test"]]
+    declared = [*project["dependencies"], *(line for name in TESTED_EXTRAS for line in extras[name])]
     minima = dict(line.split(">=") for line in declared if ">=" in line)
     lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("#")[0].strip().split("==") for line in lines if not line.startswith("#"))
