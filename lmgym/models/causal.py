@@ -6,12 +6,14 @@ Shapes: B rows, P prompt columns, T response columns, L = P + T, V vocabulary, D
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor, nn
 
 from lmgym.errors import LmGymError
+from lmgym.models.lean.find import find_lean
 from lmgym.models.loading import check_embedded
 from lmgym.models.padding import pack
 from lmgym.models.positions import max_positions
@@ -168,12 +170,18 @@ class CausalLM(Texts):
 
     def _log_probs_at(self, ids: Tensor, rows: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
         """(n,) float32 log-probs of `targets` at positions of (B, L) sequences; the head runs in blocks."""
-        if not self.remember(has_separate_head):
+        lean = self.remember(find_lean)
+        head: Callable[[Tensor], Tensor]
+        if lean is not None and (lean.window is None or ids.shape[1] <= lean.window):
+            trunk, _ = lean.read(ids)
+            head = partial(lean.logits, vocab_size=self.vocab_size)
+        elif self.remember(has_separate_head):
+            trunk = self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+            head = self.model.get_output_embeddings()
+        else:
             _, logits = self.response_hidden(ids, rows, columns)
             return token_log_probs(logits, targets)
-        trunk = self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
         hidden = trunk[rows, columns]
-        head = self.model.get_output_embeddings()
         at_once = _GPU_HEAD_ROWS if self.device.type == "cuda" else _HEAD_ROWS
         blocks = zip(hidden.split(at_once), targets.split(at_once), strict=True)
         return torch.cat([token_log_probs(self.legal_logits(head(block)), tokens) for block, tokens in blocks])

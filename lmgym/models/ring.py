@@ -1,4 +1,4 @@
-"""A cache of keys and values that decodes many sequences at once, on an unmodified Hugging Face model.
+"""A cache of keys and values that decodes many sequences at once.
 
 Memory is allocated once, and a slot can be restarted at any time: the keys of its prompt are written into the columns
 just before the clock's (`ring_step.py` says what a step does with them).
@@ -18,9 +18,9 @@ from transformers import DynamicCache
 from lmgym.models.caches import cache_keyword
 from lmgym.models.causal import CausalLM, token_log_probs
 from lmgym.models.cuda_graphs import StepGraphs, borrow_graphs
+from lmgym.models.lean.find import find_lean
 from lmgym.models.padding import pad_left
-from lmgym.models.recording import Forward
-from lmgym.models.ring_step import RingStep, make_step
+from lmgym.models.ring_step import RingStep, Step, make_step
 
 TokenIds = tuple[int, ...]
 
@@ -29,11 +29,11 @@ class Prefilled(NamedTuple):
     """n prompts that have been read and wait for a slot.
 
     Attributes:
-        cache: their keys and values. logits: (n, V) of their next tokens.
+        states: their keys and values (n, heads, W, width) of every layer. logits: (n, V) of their next tokens.
         hidden: (n, D) input of the LM head, or None where it is not kept. lengths: (n,) in tokens.
     """
 
-    cache: DynamicCache
+    states: list[Tensor]
     logits: Tensor
     hidden: Tensor | None
     lengths: Tensor
@@ -53,7 +53,7 @@ class RingDecoder:
     Args:
         lm: the model. slots: N. capacity: C, the longest sequence a slot will hold.
         keep_hidden: whether to keep the input of the LM head.
-        record: whether steps may run as a recorded graph.
+        record: whether steps may run other than as the model's own code.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class RingDecoder:
         self._capacity = capacity
         self._keep_hidden = keep_hidden
         self._cache_keyword = cache_keyword(lm.model)
-        self._step: Forward = lm.remember(make_step, keep_hidden) if record else RingStep(lm, keep_hidden)
+        self._lean = lm.remember(find_lean) if record else None
+        self._step: Step = lm.remember(make_step, keep_hidden) if record else RingStep(lm, keep_hidden)
         self._captures = record and lm.device.type == "cuda"
         self._graphs: StepGraphs | None = None
         self._rings: list[Tensor] = []
@@ -83,29 +84,38 @@ class RingDecoder:
     @torch.inference_mode()
     def prefill(self, ids: Tensor, mask: Tensor) -> Prefilled:
         """Reads prompts (n, W) without touching the ring."""
+        lengths = mask.to(torch.int64).sum(-1)
+        if self._lean is not None:
+            read, states = self._lean.read(ids, None if bool(mask.all()) else mask.bool())
+            last = read[:, -1]
+            logits = self._lm.legal_logits(self._lean.logits(last, self._lm.vocab_size))
+            return Prefilled(states, logits, last if self._keep_hidden else None, lengths)
         cache = DynamicCache()
-        mask = mask.to(torch.int64)
         out = self._lm.model(
             input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp_(min=0),
+            attention_mask=mask.to(torch.int64),
+            position_ids=(mask.to(torch.int64).cumsum(-1) - 1).clamp_(min=0),
             use_cache=True,
             logits_to_keep=1,
             output_hidden_states=self._keep_hidden,
             **{self._cache_keyword: cache},
         )
+        states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
         hidden = out.hidden_states[-1][:, -1] if self._keep_hidden else None
-        return Prefilled(cache, self._lm.legal_logits(out.logits[:, -1]), hidden, mask.sum(-1))
+        return Prefilled(states, self._lm.legal_logits(out.logits[:, -1]), hidden, lengths)
 
     @torch.inference_mode()
     def insert(self, slots: Tensor, prompts: Prefilled, rows: Tensor) -> None:
         """Starts slots (n,) from rows (n,) of prompts that have been read."""
-        states = [x for layer in prompts.cache.layers for x in (layer.keys, layer.values)]
         if not self._rings:
-            self._rings = self._make_rings(states)
-        width = states[0].shape[2]
+            self._rings = self._make_rings(prompts.states)
+        width = prompts.states[0].shape[2]
+        if len(slots) == self._slots:
+            self._rewind(width)
+        elif self._clock < width:  # the prompt begins at the ring's end, from where on all columns are in use
+            self._clock += self._capacity
         columns = torch.arange(self._clock - width, self._clock, device=slots.device) % self._capacity
-        for ring, state in zip(self._rings, states, strict=True):
+        for ring, state in zip(self._rings, prompts.states, strict=True):
             ring[slots[:, None], :, columns[None, :]] = state[rows].transpose(1, 2)
         self._age[slots] = prompts.lengths[rows]
         self.logits[slots] = prompts.logits[rows]
@@ -123,8 +133,9 @@ class RingDecoder:
         return self._graphs.rings
 
     def begin(self, slots: Tensor, ids: Tensor, mask: Tensor) -> None:
-        """Restarts slots (n,) from sequences (n, W), left-padded."""
-        self.insert(slots, self.prefill(ids, mask), torch.arange(len(slots), device=slots.device))
+        """Restarts slots (n,) from sequences (n, W), left-padded; equal ones are read once."""
+        read, rows = find_distinct(ids, mask)
+        self.insert(slots, self.prefill(ids[read], mask[read]), rows)
 
     def start(self, sequences: Mapping[int, TokenIds], upcoming: Callable[[int], TokenIds] | None = None) -> None:
         """Restarts slots from a sequence each, and reads ahead what other slots will most likely start from.
@@ -134,13 +145,13 @@ class RingDecoder:
         Args:
             sequences: token ids by slot. upcoming: the sequence that a slot will most likely start from next.
         """
-        if len(sequences) == self._slots:
-            self._rewind()
         if not all(self._is_waiting(slot, ids) for slot, ids in sequences.items()):
             self._read_ahead(sequences, upcoming)
         batches: dict[int, list[int]] = {}
         for slot in sequences:
             batches.setdefault(id(self._waiting[slot].prompts), []).append(slot)
+        if len(sequences) == self._slots:
+            self._rewind(max(self._waiting[slots[0]].prompts.states[0].shape[2] for slots in batches.values()))
         for slots in batches.values():
             taken = [self._waiting.pop(slot) for slot in slots]
             rows = torch.tensor([each.row for each in taken], device=self._lm.device)
@@ -155,15 +166,19 @@ class RingDecoder:
             for slot in range(self._slots):
                 if slot not in sequences and slot not in self._waiting:
                     wanted[slot] = upcoming(slot)
-        ids, mask = pad_left(list(wanted.values()), self._lm.pad_token_id)
+        rows = {sequence: row for row, sequence in enumerate(dict.fromkeys(wanted.values()))}
+        ids, mask = pad_left(list(rows), self._lm.pad_token_id)
         prompts = self.prefill(ids.to(self._lm.device), mask.to(self._lm.device))
-        for row, (slot, sequence) in enumerate(wanted.items()):
-            self._waiting[slot] = _Waiting(sequence, prompts, row)
+        for slot, sequence in wanted.items():
+            self._waiting[slot] = _Waiting(sequence, prompts, rows[sequence])
 
-    def _rewind(self) -> None:
-        """Goes back to the first column where every slot is about to be restarted: then rounding is the same again."""
-        self._clock = 0
-        self._column = torch.zeros_like(self._column)
+    def _rewind(self, width: int) -> None:
+        """Lets prompts of W columns begin at the first column where every slot is about to be restarted.
+
+        Rounding is then the same again, and the columns that no slot has come to yet are left alone.
+        """
+        self._clock = width
+        self._column = torch.full_like(self._column, width % self._capacity)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> None:
@@ -171,23 +186,47 @@ class RingDecoder:
         if self._graphs is not None:
             self.logits, *hidden = self._graphs.run(tokens, self._age, self._column)
         else:
-            self.logits, *hidden = self._step(tokens, self._age, self._column, *self._rings)
+            self.logits, *hidden = self._step(tokens, self._age, self._column, *self._used_rings())
         self.hidden = hidden[0] if hidden else None
         self._age = (self._age + 1).clamp_(max=self._capacity - 1)
         self._clock += 1
         self._column = (self._column + 1) % self._capacity
 
+    def _used_rings(self) -> list[Tensor]:
+        """The rings up to the newest column, where they have not come round yet."""
+        used = self._clock + 1
+        return self._rings if used >= self._capacity else [ring[:, :, :used] for ring in self._rings]
+
     @torch.inference_mode()
     def keep(self, slots: Tensor) -> None:
-        """Keeps only these slots (n,), in this order."""
-        self._slots = len(slots)
+        """Keeps only these slots (n,), in this order; the rings stay where they are unless there are more than N."""
         self._waiting.clear()  # slots have other numbers now
-        if self._graphs is None:
+        if len(slots) > self._slots:
             self._rings = [ring[slots] for ring in self._rings]
-        else:  # graphs read the rings where they are
+            self._graphs = None  # which read the rings where they were
+        else:
+            moved = (slots != torch.arange(len(slots), device=slots.device)).nonzero().squeeze(1)
             for ring in self._rings:
-                ring[: self._slots] = ring[slots]
-            self._rings = [ring[: self._slots] for ring in self._rings]
+                ring[moved] = ring[slots[moved]]
+            self._rings = [ring[: len(slots)] for ring in self._rings]
+        self._slots = len(slots)
         self._age = self._age[slots]
         self.logits = self.logits[slots]
         self.hidden = None if self.hidden is None else self.hidden[slots]
+
+
+def find_distinct(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows of left-padded sequences (n, W) to read so that each sequence is read once.
+
+    Returns:
+        (m,) the first row of each sequence, and (n,) the place of each row's sequence among them.
+    """
+    first: dict[tuple[int, ...], int] = {}
+    rows: list[int] = []
+    read: list[int] = []
+    for row, sequence in enumerate(ids.masked_fill(~mask.bool(), -1).tolist()):
+        found = first.setdefault(tuple(sequence), len(first))
+        if found == len(read):
+            read.append(row)
+        rows.append(found)
+    return torch.tensor(read, device=ids.device), torch.tensor(rows, device=ids.device)

@@ -1,4 +1,4 @@
-"""One decoding step of an unmodified Hugging Face model over a ring of keys and values.
+"""One decoding step of a model over a ring of keys and values.
 
 The ring: every slot writes the keys and values of its newest token into the same column, `clock % C`; a slot that has
 seen n tokens attends to the n newest columns. Positions reach the model through `position_ids`, so the column of a key
@@ -9,18 +9,21 @@ Shapes: N slots, C ring columns, V vocabulary, D width of the model.
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from lmgym.models.caches import cache_keyword
 from lmgym.models.causal import CausalLM, legal_logits
-from lmgym.models.recording import Forward, record
+from lmgym.models.lean.find import find_lean
+from lmgym.models.lean.transformer import Transformer
+
+Step = Callable[..., tuple[Tensor, ...]]
 
 
 class _RingLayer(CacheLayerMixin):
@@ -57,7 +60,7 @@ class _RingLayer(CacheLayerMixin):
 
 
 class RingStep(nn.Module):
-    """One decoding step of the unmodified model over a ring: it runs as it is, or is recorded once and then run."""
+    """One decoding step of the unmodified model over a ring."""
 
     def __init__(self, lm: CausalLM, keep_hidden: bool) -> None:
         super().__init__()
@@ -98,43 +101,23 @@ class RingStep(nn.Module):
         return (logits, out.hidden_states[-1][:, -1]) if self._keep_hidden else (logits,)
 
 
-def make_step(lm: CausalLM, keep_hidden: bool) -> Forward:
-    """The step as a recorded graph, which spares the Python of a forward; with a warning, as it is where that fails.
+class LeanStep:
+    """The same step by the model's lean forward (`lmgym/models/lean`): fewer calls, which small models consist of."""
 
-    On a GPU it is always left as it is: there the decoder captures it (`cuda_graphs.py`).
-    """
-    step = RingStep(lm, keep_hidden)
-    if lm.device.type == "cuda":
-        return step
-    recorded = _record(lm, step)
-    if recorded is None:
-        lm.remember(_warn_that_steps_are_slow)
-        return step
-    return recorded
+    def __init__(self, lm: CausalLM, lean: Transformer, keep_hidden: bool) -> None:
+        self._lean = lean
+        self._vocab_size = lm.vocab_size
+        self._legal_logits = partial(legal_logits, vocab_size=lm.vocab_size, holes=lm.holes, temperature=lm.temperature)
+        self._keep_hidden = keep_hidden
 
-
-def _warn_that_steps_are_slow(lm: CausalLM) -> None:
-    warnings.warn(
-        f"A decoding step of {type(lm.model).__name__} could not be recorded with torch.jit.trace: each token runs the "
-        "model's own Python, with the same results and in more time.",
-        stacklevel=2,
-    )
+    def __call__(self, tokens: Tensor, age: Tensor, column: Tensor, *rings: Tensor) -> tuple[Tensor, ...]:
+        """As `RingStep.forward`."""
+        hidden = self._lean.step(tokens, age, column, rings)
+        logits = self._legal_logits(self._lean.logits(hidden, self._vocab_size))
+        return (logits, hidden) if self._keep_hidden else (logits,)
 
 
-def _record(lm: CausalLM, step: RingStep) -> Forward | None:
-    """The step's graph, for any number of slots and any capacity; None where it cannot be recorded."""
-
-    def make_example(rows: int, capacity: int) -> tuple[Tensor, ...]:
-        cache = DynamicCache()
-        ids = torch.arange(rows * 2, device=lm.device).view(rows, 2) % lm.vocab_size
-        lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{cache_keyword(lm.model): cache})
-        rings = []
-        for layer in cache.layers:
-            for state in (layer.keys, layer.values):
-                ring = state.new_zeros((rows, state.shape[1], capacity, state.shape[3]))
-                ring[:, :, :2] = state
-                rings.append(ring)
-        age = torch.full((rows,), 2, device=lm.device)
-        return ids[:, 1], age, torch.tensor([2], device=lm.device), *rings
-
-    return record(step, make_example)
+def make_step(lm: CausalLM, keep_hidden: bool) -> Step:
+    """The step by the lean forward of the model, or as the model is where there is none."""
+    lean = lm.remember(find_lean)
+    return RingStep(lm, keep_hidden) if lean is None else LeanStep(lm, lean, keep_hidden)

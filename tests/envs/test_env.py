@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import lmgym
 from lmgym.errors import InvalidActionError, InvalidArgumentError, LmGymError, UnknownNameError
+from lmgym.models.lean.transformer import Transformer
 from lmgym.models.ring import RingDecoder
 from lmgym.tasks import Task
 
@@ -303,6 +304,7 @@ def refuse_to_run(env: gym.Env[Any, Any], monkeypatch: pytest.MonkeyPatch) -> No
     model = env.unwrapped._engine.lm.model
     for module in (model, model.base_model):
         monkeypatch.setattr(module, "forward", forward)
+    monkeypatch.setattr(Transformer, "run", forward)
 
 
 def test_without_a_price_the_reference_never_runs(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:

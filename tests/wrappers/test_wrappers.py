@@ -24,9 +24,7 @@ from torch import Tensor
 from transformers import MistralConfig
 
 from lmgym.errors import InvalidActionError, InvalidArgumentError
-from lmgym.models import ring
 from lmgym.models.causal import CausalLM, freeze
-from lmgym.models.ring_step import RingStep
 from lmgym.models.sampling import Sampler
 from lmgym.models.tables import dirichlet_rows, markov_lm
 from lmgym.wrappers import (
@@ -547,9 +545,8 @@ def test_the_space_holds_every_text_of_a_tokenizer_of_bytes(parts: Parts) -> Non
 
 
 @pytest.fixture
-def counted(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> tuple[Parts, list[int]]:
-    """Parts over a model of their own whose forwards are counted: its steps are not recorded as a graph."""
-    monkeypatch.setattr(ring, "make_step", RingStep)
+def counted(parts: Parts) -> tuple[Parts, list[int]]:
+    """Parts over a model of their own whose forwards are counted by a hook, with which it runs as it is."""
     lm = CausalLM(freeze(gpt2(V)), word_tokenizer())
     calls: list[int] = []
     lm.model.transformer.register_forward_pre_hook(lambda module, args: calls.append(1))
