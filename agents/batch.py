@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from agents.policies.actor_critic import TrainablePolicy
 from lmgym.episodes import Episodes
+from lmgym.models.categorical import log_probs_and_entropies
+from lmgym.models.causal import token_log_probs
 from lmgym.models.sampling import Sampler
 
 
@@ -51,11 +54,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Chosen tokens of some episodes, flat. All are (n,), but `log_distribution` and `ref_log_distribution` (n, V).
+    """Chosen tokens of some episodes, flat. All are (n,), but `logits`, `log_distribution` and `ref_logits` (n, V).
 
     Attributes:
-        log_distribution: log-probs of every token, of the policy being updated; has a gradient.
-        log_probs: those of the chosen tokens; has a gradient.
+        logits: of the distributions that tokens are drawn from, by the policy being updated; has a gradient.
+        log_probs: of the chosen tokens, by the same; has a gradient.
+        entropies: of the same distributions, in nats; has a gradient.
         old_log_probs: those that the tokens were sampled with.
         values: of the policy being updated; has a gradient.
         old_values: before the update.
@@ -67,11 +71,12 @@ class Minibatch:
         lengths: tokens of the response that a token is of.
         positions: of the tokens in their responses, from 0.
         ref_log_probs: of the chosen tokens under the reference.
-        ref_log_distribution: log-probs of every token under the reference; None where no loss asks for them.
+        ref_logits: of the reference; None where no loss asks for them.
     """
 
-    log_distribution: Tensor
+    logits: Tensor
     log_probs: Tensor
+    entropies: Tensor
     old_log_probs: Tensor
     values: Tensor
     old_values: Tensor
@@ -82,7 +87,12 @@ class Minibatch:
     lengths: Tensor
     positions: Tensor
     ref_log_probs: Tensor
-    ref_log_distribution: Tensor | None = None
+    ref_logits: Tensor | None = None
+
+    @cached_property
+    def log_distribution(self) -> Tensor:
+        """(n, V) log-probs of every token, differentiable twice; made where a loss asks for it."""
+        return self.logits.float().log_softmax(-1)
 
 
 def read_minibatch(policy: TrainablePolicy, sampler: Sampler, part: Batch, total: Tensor, count: int) -> Minibatch:
@@ -99,10 +109,12 @@ def read_minibatch(policy: TrainablePolicy, sampler: Sampler, part: Batch, total
     chosen = episodes.response_mask.nonzero(as_tuple=True)
     row, positions = chosen
     read = policy.read(episodes)
-    log_distribution = sampler.log_distribution(read.logits, positions)
+    logits = sampler.adjust_rows(read.logits, positions)
+    log_probs, entropies = log_probs_and_entropies(logits, episodes.response_ids[chosen])
     return Minibatch(
-        log_distribution=log_distribution,
-        log_probs=log_distribution.gather(1, episodes.response_ids[chosen].unsqueeze(1)).squeeze(1),
+        logits=logits,
+        log_probs=log_probs,
+        entropies=entropies,
         old_log_probs=episodes.log_probs[chosen],
         values=read.values,
         old_values=episodes.values[chosen],
@@ -134,8 +146,8 @@ def recompute(policy: TrainablePolicy, sampler: Sampler, episodes: Episodes, siz
         few = episodes[rows]
         mask = few.response_mask
         read = policy.read(few)
-        log_distribution = sampler.log_distribution(read.logits, mask.nonzero()[:, 1])
-        found = log_distribution.gather(1, few.response_ids[mask].unsqueeze(1)).squeeze(1)
+        logits = sampler.adjust_rows(read.logits, mask.nonzero()[:, 1])
+        found = token_log_probs(logits, few.response_ids[mask])
         new_log_probs = few.log_probs.clone()
         new_log_probs[mask] = torch.where(found == -torch.inf, new_log_probs[mask], found)
         log_probs[rows] = new_log_probs

@@ -13,7 +13,7 @@ from torch import Tensor
 from agents.policies.actor_critic import TrainablePolicy, read_logits
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
-from lmgym.kl import exact
+from lmgym.models import categorical
 from lmgym.models.causal import CausalLM
 from lmgym.models.sampling import Sampler
 
@@ -22,9 +22,8 @@ from lmgym.models.sampling import Sampler
 def exact_kl(policy: TrainablePolicy, sampler: Sampler, reference: CausalLM, episodes: Episodes) -> float:
     """Nats an episode: KL(pi || pi_ref) over the whole vocabulary, summed over the states that the episodes visit."""
     positions = episodes.response_mask.nonzero()[:, 1]
-    log_distribution = sampler.log_distribution(policy.read(episodes).logits, positions)
-    ref_log_distribution = read_logits(reference, episodes).float().log_softmax(-1)
-    return exact(log_distribution, ref_log_distribution).sum().item() / len(episodes)
+    logits = sampler.adjust_rows(policy.read(episodes).logits, positions)
+    return categorical.exact_kl(logits, read_logits(reference, episodes)).sum().item() / len(episodes)
 
 
 def eos_fraction(episodes: Episodes, is_eos: npt.NDArray[np.bool_]) -> float:

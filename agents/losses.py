@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lmgym.kl import exact, k1, k2, k3
+from lmgym.kl import k1, k2, k3
+from lmgym.models.categorical import exact_kl
 
 KLEstimator = Literal["k1", "k2", "k3", "exact"]
 
@@ -68,8 +69,8 @@ def kl_estimate(
     kind: KLEstimator,
     log_probs: Tensor,
     ref_log_probs: Tensor,
-    log_distribution: Tensor,
-    ref_log_distribution: Tensor | None,
+    logits: Tensor,
+    ref_logits: Tensor | None,
 ) -> Tensor:
     """KL(pi || pi_ref) token by token, as a loss: differentiable, nats.
 
@@ -77,14 +78,15 @@ def kl_estimate(
         kind: k1, k2, k3 of the chosen tokens, or exact over the vocabulary. What their gradients estimate differs:
             docs/optimum.md has their bias, measured.
         log_probs: (n,) under the policy being updated. ref_log_probs: (n,).
-        log_distribution: (n, V). ref_log_distribution: (n, V), needed for the exact one.
+        logits: (n, V) of the policy being updated, which need not be normalised, -inf outside the support.
+        ref_logits: (n, V) of the reference, needed for the exact one.
 
     Returns:
         (n,), 0 for a chosen token that left the support of a truncated distribution.
     """
     if kind == "exact":
-        assert ref_log_distribution is not None
-        return exact(log_distribution, ref_log_distribution)
+        assert ref_logits is not None
+        return exact_kl(logits, ref_logits)
     log_ratio = (log_probs - ref_log_probs).masked_fill(log_probs == -torch.inf, 0.0)
     return {"k1": k1, "k2": k2, "k3": k3}[kind](log_ratio)
 

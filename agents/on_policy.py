@@ -39,7 +39,6 @@ from lmgym.kl import (
     KLCoefficient,
     check_kl_is_plausible,
     discounted_return,
-    entropy,
     episode_kl,
     token_rewards,
 )
@@ -168,7 +167,7 @@ class OnPolicyAgent(LearningAgent):
             read = self.read(part, total, len(minibatch), backward=1)
             loss, metrics = self.loss(read)
             with torch.no_grad():
-                metrics["train/entropy"] = (read.weights * entropy(read.log_distribution.detach())).sum()
+                metrics["train/entropy"] = (read.weights * read.entropies).sum()
                 metrics["train/ratio_error"] = (read.weights * (read.log_probs - read.old_log_probs).abs()).sum()
             yield loss, metrics
 

@@ -67,7 +67,7 @@ class Updater:
         self._config = config
         self._rates = [rate for _, rate in groups]
         parameters = [{"params": weights, "lr": rate} for weights, rate in groups]
-        is_fused = policy.device.type == "cuda" or None  # None leaves the choice to PyTorch
+        is_fused = policy.device.type in ("cpu", "cuda") or None  # one kernel a weight; None leaves it to PyTorch
         self.optimizer = torch.optim.Adam(parameters, betas=adam.betas, eps=adam.eps, fused=is_fused)
         self.masters = MasterWeights(self.optimizer)
 

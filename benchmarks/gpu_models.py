@@ -133,11 +133,11 @@ def random_prompts(vocabulary: int, count: int = 64) -> list[str]:
 def make_envs(shape: Shape, dtype: torch.dtype, horizon: int, kl_coef: float, device: str) -> Any:
     """The token MDP on a model with random weights, with a reward that costs nothing to compute."""
     from lmgym.envs.vector import RLHFVectorEnv
+    from lmgym.models.activations import fuse_activations
     from lmgym.models.causal import CausalLM, freeze
-    from lmgym.models.sharing import fuse_gelu
     from lmgym.tasks import Task
 
-    lm = CausalLM(freeze(fuse_gelu(build_model(shape, dtype, device))), word_tokenizer(shape.vocabulary))
+    lm = CausalLM(freeze(fuse_activations(build_model(shape, dtype, device))), word_tokenizer(shape.vocabulary))
     task = Task(
         name="random",
         model=lm,

@@ -12,7 +12,6 @@ from agents.on_policy import OnPolicyAgent
 from agents.on_policy_config import OnPolicyConfig
 from agents.update import Loss
 from lmgym.episodes import Episodes
-from lmgym.kl import entropy
 from lmgym.ranges import Count, Fraction, NonNegative
 
 
@@ -45,5 +44,5 @@ class A2C(OnPolicyAgent):
         value = value_loss(batch.values, batch.returns, batch.weights)
         loss = policy + self.config.vf_coef * value
         if self.config.entropy_coef:
-            loss = loss - self.config.entropy_coef * (batch.weights * entropy(batch.log_distribution)).sum()
+            loss = loss - self.config.entropy_coef * (batch.weights * batch.entropies).sum()
         return loss, {"train/policy_loss": policy.detach(), "train/value_loss": value.detach()}

@@ -58,8 +58,7 @@ class GRPO(OnPolicyAgent):
             return minibatch
         self.tokens.read(part.episodes)
         with torch.no_grad():
-            ref_log_distribution = read_logits(self.envs.engine.lm, part.episodes).float().log_softmax(-1)
-        return replace(minibatch, ref_log_distribution=ref_log_distribution)
+            return replace(minibatch, ref_logits=read_logits(self.envs.engine.lm, part.episodes))
 
     def loss(self, batch: Minibatch) -> Loss:
         """L_clip + kl_coef * KL(pi || pi_ref), means over episodes (Shao et al. 2024, eq. 3, negated)."""
@@ -69,14 +68,8 @@ class GRPO(OnPolicyAgent):
         loss = clipped_policy_loss(*ratio, weights, config.clip_range).loss
         metrics = {"train/policy_loss": loss.detach()}
         if self.envs.kl_coef > 0:  # without a price the reference is never asked
-            tokens_kl = kl_estimate(
-                config.kl_estimator,
-                batch.log_probs,
-                batch.ref_log_probs,
-                batch.log_distribution,
-                batch.ref_log_distribution,
-            )
-            kl = (weights * tokens_kl).sum()
+            logits = (batch.logits, batch.ref_logits)
+            kl = (weights * kl_estimate(config.kl_estimator, batch.log_probs, batch.ref_log_probs, *logits)).sum()
             loss = loss + self.kl.value * kl
             metrics["train/kl_loss"] = kl.detach()
         with torch.no_grad():

@@ -23,7 +23,6 @@ from lmgym.data.rows import read_texts
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
-from lmgym.kl import entropy
 from lmgym.models.causal import token_log_probs
 from lmgym.models.padding import pad_right
 from lmgym.models.sampling import Sampler
@@ -118,7 +117,7 @@ class PPO(OnPolicyAgent):
         value = clipped_value_loss(batch.values, batch.old_values, batch.returns, weights, config.clip_range_value)
         loss = policy.loss + config.vf_coef * value
         if config.entropy_coef:
-            loss = loss - config.entropy_coef * (weights * entropy(batch.log_distribution)).sum()
+            loss = loss - config.entropy_coef * (weights * batch.entropies).sum()
         return loss, {
             "train/policy_loss": policy.loss.detach(),
             "train/value_loss": value.detach(),

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM
 from agents.policies.generation import save_generation
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
+from lmgym.models.activations import fuse_activations
 from lmgym.models.causal import CausalLM
 from lmgym.models.loading import quiet_loading
-from lmgym.models.padding import pack
+from lmgym.models.padding import join, pack
 from lmgym.models.policy import CausalPolicy, PolicyState
 
 Critic = Literal["shared", "reference", "reward_model"]
@@ -103,7 +104,7 @@ class TrainablePolicy(nn.Module, ABC):
         """(B,) V of the state after each response's last token: what a truncated episode is bootstrapped with."""
         rows = torch.arange(len(episodes), device=self.device)
         columns = episodes.prompt_mask.sum(-1) + episodes.lengths - 1
-        return self.read_at(_packed(episodes)[0], rows, columns).values
+        return self.read_at(join(*_parts(episodes)), rows, columns).values
 
     def next_logits(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """(B, V) logits after sequences (B, L) that begin in column 0 and are `lengths` (B,) tokens long."""
@@ -269,13 +270,17 @@ def new_value_head(width: int, device: torch.device) -> nn.Linear:
 
 
 def _packed(episodes: Episodes) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids (B, L') of prompts and responses from column 0; row and column (n,) that predict each chosen token."""
-    return pack(episodes.prompt_ids, episodes.prompt_mask, episodes.response_ids, episodes.response_mask)[:3]
+    """Ids (B, L) of prompts and responses from column 0; row and column (n,) that predict each chosen token."""
+    return pack(*_parts(episodes))[:3]
+
+
+def _parts(episodes: Episodes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return episodes.prompt_ids, episodes.prompt_mask, episodes.response_ids, episodes.response_mask
 
 
 def _trainable(model: nn.Module) -> nn.Module:
     """A copy of a frozen model in eval mode (no dropout) whose parameters take gradients."""
-    copied = copy.deepcopy(model)
+    copied = fuse_activations(copy.deepcopy(model))
     copied.eval()
     for parameter in copied.parameters():
         parameter.requires_grad_(True)

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from agents.policies.actor_critic import ActorCritic, Critic
 from lmgym.errors import InvalidArgumentError, check_int, check_number
+from lmgym.models.activations import fuse_activations
 from lmgym.models.causal import CausalLM
 
 ALL_LINEAR = "all-linear"
@@ -168,4 +169,4 @@ def _sharing(model: Any) -> Any:
     """A model of its own, in eval mode, whose parameters and buffers are the other's tensors, frozen."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): b for b in model.buffers()}
-    return copy.deepcopy(model, memo).eval()
+    return fuse_activations(copy.deepcopy(model, memo)).eval()

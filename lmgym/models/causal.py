@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lmgym.errors import LmGymError
+from lmgym.models.categorical import log_probs_and_entropies
 from lmgym.models.lean.find import find_lean
 from lmgym.models.loading import check_embedded
 from lmgym.models.padding import pack
@@ -199,7 +200,7 @@ def legal_logits(logits: Tensor, vocab_size: int, holes: Sequence[int], temperat
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax(logits)[token] in float32, without writing the whole softmax.
+    """log softmax(logits)[token] in float32, without writing the whole softmax; differentiable.
 
     Args:
         logits: (..., V). tokens: (...) int64.
@@ -207,6 +208,8 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         (...) float32 nats.
     """
+    if logits.requires_grad and torch.is_grad_enabled() and logits.dim() == 2:
+        return log_probs_and_entropies(logits, tokens)[0]
     logits = logits.float()
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 

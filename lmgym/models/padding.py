@@ -66,21 +66,33 @@ def compact_right(ids: Tensor, mask: Tensor, width: int | None = None) -> Tensor
     return ids.gather(1, order[:, order.shape[1] - width :])
 
 
-def pack(
-    prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Joins left-padded prompts and right-padded responses into right-padded sequences.
+def join(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor) -> Tensor:
+    """Joins left-padded prompts and right-padded responses into sequences from column 0, right-padded.
 
     Args:
         prompt_ids: (B, P). prompt_mask: (B, P) bool. response_ids: (B, T). response_mask: (B, T) bool.
 
     Returns:
-        ids (B, L) with L the longest pair; and for the n chosen tokens, in row-major order of `response_mask`: the row
-        (n,) and column (n,) whose logits predict each, and the token itself (n,).
+        (B, L) with L the longest pair.
     """
     mask = torch.cat([prompt_mask, response_mask], dim=1)
     longest = max(int(mask.sum(-1).max()), 1)
-    ids = compact_left(torch.cat([prompt_ids, response_ids], dim=1), mask, longest)
+    return compact_left(torch.cat([prompt_ids, response_ids], dim=1), mask, longest)
+
+
+def pack(
+    prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a model reads to predict every chosen token: joined sequences without the last token of the longest.
+
+    Args:
+        prompt_ids: (B, P). prompt_mask: (B, P) bool. response_ids: (B, T). response_mask: (B, T) bool.
+
+    Returns:
+        ids (B, L - 1) with L the longest pair; and for the n chosen tokens, in row-major order of `response_mask`: the
+        row (n,) and column (n,) whose logits predict each, and the token itself (n,).
+    """
+    ids = join(prompt_ids, prompt_mask, response_ids, response_mask)
     rows, t = response_mask.nonzero(as_tuple=True)
     columns = prompt_mask.sum(-1)[rows] + t - 1
-    return ids, rows, columns, response_ids[rows, t]
+    return ids[:, : max(ids.shape[1] - 1, 1)], rows, columns, response_ids[rows, t]

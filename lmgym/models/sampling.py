@@ -62,20 +62,26 @@ class Sampler:
             logits = _keep_top_k(logits, self.top_k)
         return _keep_top_p(logits, self.top_p) if self.top_p < 1 else logits
 
-    def log_distribution(self, logits: Tensor, t: Tensor) -> Tensor:
-        """Log-probs of every token, each row at a position of its own; differentiable.
+    def adjust_rows(self, logits: Tensor, t: Tensor) -> Tensor:
+        """Logits of the distributions that tokens are drawn from, each row at a position of its own; differentiable.
 
         Args:
             logits: (n, V) of the model. t: (n,) positions of the tokens in their responses, from 0.
 
         Returns:
-            (n, V) float32, normalised, -inf outside the support.
+            (n, V), -inf outside the support; not normalised.
         """
+        if self == Sampler():
+            return logits
         adjusted = self.adjust_logits(logits, self.greedy_tokens)
         if self.greedy_tokens:
             greedy = self.adjust_logits(logits, 0)
             adjusted = torch.where((t < self.greedy_tokens).unsqueeze(1), greedy, adjusted)
-        return adjusted.log_softmax(-1)
+        return adjusted
+
+    def log_distribution(self, logits: Tensor, t: Tensor) -> Tensor:
+        """(n, V) float32 log-probs of every token, those of `adjust_rows` normalised; differentiable."""
+        return self.adjust_rows(logits, t).float().log_softmax(-1)
 
     def sample(self, logits: Tensor, t: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Draws a token a row.

@@ -14,11 +14,10 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.activations import NewGELUActivation
 
 from lmgym.errors import InvalidArgumentError, check_choice
+from lmgym.models.activations import fuse_activations
 from lmgym.models.adapters import load_pretrained
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.markov import MarkovLM
@@ -82,7 +81,7 @@ class SharedModels(Generic[Held]):
             held = self._held.get(key)
             if held is None:
                 model, tokenizer = load_pretrained(self._argument, name, self._auto_class, DTYPES[dtype])
-                held = self._held[key] = self._wrap(freeze(fuse_gelu(model).to(resolved)), tokenizer)
+                held = self._held[key] = self._wrap(freeze(fuse_activations(model).to(resolved)), tokenizer)
         return held
 
 
@@ -166,12 +165,3 @@ def to_device(lm: CausalLM, device: str, dtype: str) -> CausalLM:
 
 def _copy_to_device(lm: CausalLM, device: str, dtype: str) -> CausalLM:
     return CausalLM(copy.deepcopy(lm.model).to(device, DTYPES[dtype]), lm.tokenizer, lm.temperature)
-
-
-def fuse_gelu(model: nn.Module) -> nn.Module:
-    """Swaps GPT-2's GELU, written out in eight operations, for torch's one kernel of the same function."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
-    return model

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from lmgym.errors import InvalidArgumentError, check_finite, check_int, check_number
+from lmgym.models.activations import fuse_activations
 from lmgym.models.positions import max_positions
 from lmgym.rewards.sequence import sequence_logits
 
@@ -113,7 +114,7 @@ def reward_model_from(causal_lm: Any, generator: torch.Generator) -> Any:
     head = _score_head(model)
     with torch.no_grad():
         head.weight.normal_(std=1 / math.sqrt(head.in_features + 1), generator=generator)
-    return model.to(causal_lm.device).eval()
+    return fuse_activations(model).to(causal_lm.device).eval()
 
 
 def train_reward_model(

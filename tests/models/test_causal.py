@@ -23,7 +23,7 @@ from transformers.utils import logging as hf_logging
 from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
 from lmgym.models.causal import CausalLM, freeze, token_log_probs
 from lmgym.models.decoding import make_decoder
-from lmgym.models.padding import pack
+from lmgym.models.padding import join, pack
 from lmgym.models.sharing import load_causal_lm, resolve_device, temper
 from lmgym.models.tables import dirichlet_rows, markov_lm
 
@@ -258,11 +258,13 @@ def test_token_log_probs_are_log_softmax() -> None:
 def test_pack_joins_prompts_and_responses() -> None:
     prompt_ids, prompt_mask, response_ids, response_mask = data = batch(9)
     ids, rows, columns, targets = pack(*data)
-    assert ids.shape[1] == int((prompt_mask.sum(-1) + response_mask.sum(-1)).max())
+    whole = join(*data)
+    assert whole.shape[1] == int((prompt_mask.sum(-1) + response_mask.sum(-1)).max())
+    assert torch.equal(ids, whole[:, :-1])  # the last token of the longest predicts nothing
     expected = []
     for row in range(9):
         both = [*prompt_ids[row][prompt_mask[row]].tolist(), *response_ids[row][response_mask[row]].tolist()]
-        assert ids[row, : len(both)].tolist() == both
+        assert whole[row, : len(both)].tolist() == both
         prompt = int(prompt_mask[row].sum())
         expected += [(row, column, both[column + 1]) for column in range(prompt - 1, len(both) - 1)]
     assert list(zip(rows.tolist(), columns.tolist(), targets.tolist(), strict=True)) == expected

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmgym.models.padding import compact_left, compact_right, pack, pad_left, pad_right
+from lmgym.models.padding import compact_left, compact_right, join, pack, pad_left, pad_right
 
 ROWS = [[7, 8, 9], [5], [], [4, 3]]
 PAD = 0
@@ -63,10 +63,13 @@ def test_compacting_undoes_padding() -> None:
 def test_packing_joins_prompts_and_responses() -> None:
     prompts = [[1, 2], [3], [4, 5, 6]]
     responses = [[7], [8, 9, 10], [11, 12]]
-    packed, rows, columns, targets = pack(*pad_left(prompts, PAD, 4), *pad_right(responses, PAD, 4))
+    parts = (*pad_left(prompts, PAD, 4), *pad_right(responses, PAD, 4))
+    joined = join(*parts)
+    packed, rows, columns, targets = pack(*parts)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         whole = prompt + response
-        assert packed[row].tolist() == whole + [PAD] * (5 - len(whole))
+        assert packed[row].tolist() == (whole + [PAD] * 5)[:4]  # the last token of the longest predicts nothing
+        assert joined[row].tolist() == (whole + [PAD] * 5)[:5]
         at = columns[rows == row].tolist()
         assert at == list(range(len(prompt) - 1, len(whole) - 1))  # the column before each response token
         assert [whole[column + 1] for column in at] == response == targets[rows == row].tolist()

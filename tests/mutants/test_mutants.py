@@ -356,15 +356,13 @@ MUTANTS = [
     ),
     Mutant(
         "temperature forgotten in the update",
-        rewrite(
-            Sampler.log_distribution, "adjusted = self.adjust_logits(logits, self.greedy_tokens)", "adjusted = logits"
-        ),
+        rewrite(Sampler.adjust_rows, "adjusted = self.adjust_logits(logits, self.greedy_tokens)", "adjusted = logits"),
         the_update_reads_the_log_probs_that_were_sampled,
     ),
     Mutant("stale log-probs", policy_moved_after_sampling, the_update_reads_the_log_probs_that_were_sampled),
     Mutant(
         "logits of the token itself",
-        rewrite(lmgym.models.padding.pack, "+ t - 1", "+ t"),
+        rewrite(lmgym.models.padding.pack, "+ t - 1", "+ t.clamp(max=ids.shape[1] - 2 - prompt_mask.sum(-1)[rows])"),
         the_update_reads_the_log_probs_that_were_sampled,
     ),
     Mutant(
