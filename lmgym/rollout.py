@@ -16,13 +16,15 @@ from lmgym.envs.prompts import Prompt
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_int
-from lmgym.models.drawing import Drawing, PlainSteps, Steps
-from lmgym.models.policy import Policy
+from lmgym.models.cuda_graphs import is_captured
+from lmgym.models.drawing import Drawing
+from lmgym.models.policy import CausalState, PlainSteps, Policy, Steps
 from lmgym.models.sampling import Sampler, check_finite_log_probs
+from lmgym.models.transfer import to_device
 
 _COMPACT_AT = 0.25  # share of finished rows at which the batch is worth compacting
-_GPU_LOOK_EVERY = 8  # tokens between two looks at which rows have ended, on a GPU, which a look has wait
-_MIN_GPU_ROWS = 8  # of a batch on a GPU, which a smaller one would not make faster
+_LOOK_EVERY = 8  # tokens between two looks at which rows have ended, where a look has a GPU wait
+_MIN_ROWS = 8  # of a batch there, which a smaller one would not make faster
 
 
 @torch.no_grad()
@@ -92,7 +94,7 @@ def _decode(
     steps = _begin(engine, policy, prompt_ids, prompt_mask, sampler, uniforms)
     for t in range(1, horizon):
         drawing = steps.drawing
-        if device.type == "cpu" or t % _GPU_LOOK_EVERY == 0:
+        if not is_captured(device) or t % _LOOK_EVERY == 0:
             running = drawing.running[: drawing.size]
             if not running.any():
                 break
@@ -101,9 +103,10 @@ def _decode(
                 steps.keep(slots)
         steps.advance()
     drawing = steps.drawing
-    log_probs = drawing.log_probs.cpu()
+    # Copies also on a CPU: the next batch may be drawn in the same tensors.
+    response_ids, log_probs = (x.to("cpu", copy=True) for x in (drawing.response_ids, drawing.log_probs))
     check_finite_log_probs(log_probs)
-    return _Decoded(drawing.response_ids.cpu(), log_probs, None if drawing.values is None else drawing.values.cpu())
+    return _Decoded(response_ids, log_probs, None if drawing.values is None else drawing.values.to("cpu", copy=True))
 
 
 def _begin(
@@ -111,27 +114,28 @@ def _begin(
 ) -> Steps:
     """Has a policy read prompts (B, P), and draws the first token of each response, by uniforms (B, T)."""
     device = policy.device
-    state = policy.begin(prompt_ids.to(device), prompt_mask.to(device), engine.horizon)
+    state = policy.begin(to_device(prompt_ids, device), to_device(prompt_mask, device), engine.horizon)
     end_rule = engine.task.end_rule(engine.lm, device)
-    drawing = Drawing(sampler, end_rule, uniforms.to(device), engine.lm.pad_token_id)
+    key = (engine.task.min_new_tokens, *sorted(engine.lm.eos_token_ids))
+    drawing = Drawing(sampler, end_rule, to_device(uniforms, device), engine.lm.pad_token_id, key)
     drawing.draw(state.logits, state.values)
     drawing.position += 1
-    return PlainSteps(state, drawing)
+    drawing.column += 1
+    return state.steps(drawing) if isinstance(state, CausalState) else PlainSteps(state, drawing)
 
 
 def _find_slots_to_keep(running: Tensor) -> Tensor | None:
     """The slots (n,) that a batch goes on with, given which of them (B,) still run; None where it stays as it is.
 
-    On a CPU they are those that run, once a quarter have ended. On a GPU the batch is halved, so that few sizes come up
-    and each is captured once; slots that have ended fill it up.
+    They are those that run, once a quarter have ended. Where steps are captured they are filled up to a power of two
+    with slots that have ended, so that few sizes come up.
     """
     alive = int(running.sum())
     size = len(running)
-    if running.device.type == "cpu":
+    if not is_captured(running.device):
         return running.nonzero().squeeze(1) if alive <= (1 - _COMPACT_AT) * size else None
-    while size >= 2 * _MIN_GPU_ROWS and alive <= size // 2:
-        size //= 2
-    return running.to(torch.uint8).argsort(descending=True, stable=True)[:size] if size < len(running) else None
+    target = max(_MIN_ROWS, 1 << (alive - 1).bit_length())
+    return running.to(torch.uint8).argsort(descending=True, stable=True)[:target] if target < size else None
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from lmgym.models.loading import check_embedded
 from lmgym.models.padding import pack
 from lmgym.models.positions import max_positions
 from lmgym.models.texts import Texts
+from lmgym.models.transfer import to_device
 
 _SCORING_ROWS = 16  # episodes in a teacher-forced forward: larger batches only fault more pages in
 _HEAD_ROWS = 256  # hidden states that the LM head takes at once, so that (rows, V) stays in the processor's cache
@@ -162,11 +163,10 @@ class CausalLM(Texts):
         order = (prompt_mask.sum(-1) + response_mask.sum(-1)).argsort()
         for chunk in order.split(_GPU_SCORING_ROWS if self.device.type == "cuda" else _SCORING_ROWS):
             packed = pack(prompt_ids[chunk], prompt_mask[chunk], response_ids[chunk], response_mask[chunk])
-            ids, rows, columns, targets = (x.to(self.device) for x in packed)
+            positions = response_mask[chunk].nonzero()[:, 1]
+            ids, rows, columns, targets, at = (to_device(x, self.device) for x in (*packed, positions))
             log_probs = self._log_probs_at(ids, rows, columns, targets)
-            part = torch.zeros((len(chunk), response_ids.shape[1]), device=self.device)
-            part[response_mask[chunk].to(self.device)] = log_probs
-            result[chunk.to(self.device)] = part
+            result[to_device(chunk, self.device)[rows], at] = log_probs
         return result.to(response_ids.device)
 
     def _log_probs_at(self, ids: Tensor, rows: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
@@ -188,14 +188,16 @@ class CausalLM(Texts):
         return torch.cat([token_log_probs(self.legal_logits(head(block)), tokens) for block, tokens in blocks])
 
 
-def legal_logits(logits: Tensor, vocab_size: int, holes: Sequence[int], temperature: float = 1.0) -> Tensor:
-    """(..., model vocabulary) logits cut to (..., V) and divided by `temperature`, with -inf on the ids in `holes`."""
+def legal_logits(logits: Tensor, vocab_size: int, holes: Sequence[int] | Tensor, temperature: float = 1.0) -> Tensor:
+    """(..., model vocabulary) logits cut to (..., V) and divided by `temperature`, with -inf on the ids in `holes`.
+
+    Ids in a tensor on the device of the logits are not copied there.
+    """
     logits = logits[..., :vocab_size]
     if temperature != 1:
         logits = logits / temperature
-    if holes:
-        logits = logits.clone()
-        logits[..., list(holes)] = -torch.inf
+    if len(holes):
+        logits = logits.index_fill(-1, torch.as_tensor(holes, device=logits.device), -torch.inf)
     return logits
 
 

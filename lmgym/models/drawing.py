@@ -9,13 +9,11 @@ Shapes: B responses, T response columns, n slots that go on, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lmgym.ending import EndRule
-from lmgym.models.policy import PolicyState
 from lmgym.models.sampling import Sampler
 
 
@@ -98,35 +96,3 @@ class Drawing:
             mine.copy_(theirs)
         self.position = other.position
         self.size = other.size
-
-
-class Steps(Protocol):
-    """What runs a policy over a drawing."""
-
-    drawing: Drawing
-
-    def advance(self) -> None:
-        """Has the policy read the newest tokens, and draws the next."""
-
-    def keep(self, slots: Tensor) -> None:
-        """Goes on with these slots (n,) alone, in this order."""
-
-
-class PlainSteps:
-    """A forward of the policy, then a draw: `Steps` of any policy."""
-
-    def __init__(self, state: PolicyState, drawing: Drawing) -> None:
-        self._state = state
-        self.drawing = drawing
-
-    def advance(self) -> None:
-        """Has the policy read the newest tokens, and draws the next."""
-        drawing = self.drawing
-        self._state.step(drawing.tokens[: drawing.size])
-        drawing.draw(self._state.logits, self._state.values)
-        drawing.position += 1
-
-    def keep(self, slots: Tensor) -> None:
-        """Goes on with these slots (n,) alone, in this order."""
-        self._state.keep(slots)
-        self.drawing.keep(slots)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lmgym.models.causal import CausalLM
 from lmgym.models.decoding import make_decoder
+from lmgym.models.drawing import Drawing
+from lmgym.models.ring import RingDecoder
 
 
 class PolicyState(Protocol):
@@ -46,6 +48,56 @@ class Policy(Protocol):
         """Reads prompts (B, P) int64, left-padded, mask True on tokens; at most `max_new_tokens` steps follow."""
 
 
+class Steps(Protocol):
+    """What runs a policy over a drawing."""
+
+    drawing: Drawing
+
+    def advance(self) -> None:
+        """Has the policy read the newest tokens, and draws the next."""
+
+    def keep(self, slots: Tensor) -> None:
+        """Goes on with these slots (n,) alone, in this order."""
+
+
+class PlainSteps:
+    """A forward of the policy, then a draw: `Steps` of any policy."""
+
+    def __init__(self, state: PolicyState, drawing: Drawing) -> None:
+        self._state = state
+        self.drawing = drawing
+
+    def advance(self) -> None:
+        """Has the policy read the newest tokens, and draws the next."""
+        drawing = self.drawing
+        self._state.step(drawing.tokens[: drawing.size])
+        drawing.draw(self._state.logits, self._state.values)
+        drawing.position += 1
+
+    def keep(self, slots: Tensor) -> None:
+        """Goes on with these slots (n,) alone, in this order."""
+        self._state.keep(slots)
+        self.drawing.keep(slots)
+
+
+class CapturedSteps:
+    """A forward and a draw in one launch: `Steps` of a decoder that has taken the drawing over."""
+
+    def __init__(self, decoder: RingDecoder, drawing: Drawing, value_head: torch.nn.Module | None) -> None:
+        self.drawing = drawing
+        self._decoder = decoder
+        self._value_head = value_head
+
+    def advance(self) -> None:
+        """Has the model read the newest tokens, and draws the next."""
+        self._decoder.step_and_draw(self.drawing, self._value_head)
+
+    def keep(self, slots: Tensor) -> None:
+        """Goes on with these slots (n,) alone, in this order."""
+        self._decoder.keep(slots)
+        self.drawing.keep(slots)
+
+
 class CausalState:
     """Running responses of a causal LM, with a value head on its hidden state if it has one."""
 
@@ -66,6 +118,14 @@ class CausalState:
         with torch.inference_mode():
             values: Tensor = self._value_head(self._decoder.hidden.float()).squeeze(-1)
         return values
+
+    def steps(self, drawing: Drawing) -> Steps:
+        """What runs this model over a drawing whose first tokens have been drawn."""
+        if isinstance(self._decoder, RingDecoder):
+            taken = self._decoder.take_over(drawing, self._value_head)
+            if taken is not None:
+                return CapturedSteps(self._decoder, taken, self._value_head)
+        return PlainSteps(self, drawing)
 
     def begin(self, rows: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
         """Restarts rows (n,) from prompts (n, P), left-padded."""

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lmgym.models.caches import cache_keyword
 from lmgym.models.causal import CausalLM, token_log_probs
-from lmgym.models.cuda_graphs import StepGraphs, borrow_graphs
+from lmgym.models.cuda_graphs import StepGraphs, borrow_graphs, is_captured, round_up_capacity, round_up_columns
+from lmgym.models.drawing import Drawing
 from lmgym.models.lean.find import find_lean
 from lmgym.models.padding import pad_left
 from lmgym.models.ring_step import RingStep, Step, make_step
@@ -61,12 +62,12 @@ class RingDecoder:
     ) -> None:
         self._lm = lm
         self._slots = slots
-        self._capacity = capacity
+        self._capacity = round_up_capacity(capacity) if record and is_captured(lm.device) else capacity
         self._keep_hidden = keep_hidden
         self._cache_keyword = cache_keyword(lm.model)
         self._lean = lm.remember(find_lean) if record else None
         self._step: Step = lm.remember(make_step, keep_hidden) if record else RingStep(lm, keep_hidden)
-        self._captures = record and lm.device.type == "cuda"
+        self._captures = record and is_captured(lm.device)
         self._graphs: StepGraphs | None = None
         self._rings: list[Tensor] = []
         self._clock = 0
@@ -130,6 +131,8 @@ class RingDecoder:
             return [x.new_zeros((self._slots, x.shape[1], self._capacity, x.shape[3])) for x in states]
         name = f"hidden={self._keep_hidden}"
         self._graphs = borrow_graphs(self, self._lm, self._step, self._slots, self._capacity, states, name)
+        self._age = self._graphs.age.zero_()
+        self._column = self._graphs.column.zero_()
         return self._graphs.rings
 
     def begin(self, slots: Tensor, ids: Tensor, mask: Tensor) -> None:
@@ -172,30 +175,46 @@ class RingDecoder:
         for slot, sequence in wanted.items():
             self._waiting[slot] = _Waiting(sequence, prompts, rows[sequence])
 
+    @torch.inference_mode()
     def _rewind(self, width: int) -> None:
         """Lets prompts of W columns begin at the first column where every slot is about to be restarted.
 
         Rounding is then the same again, and the columns that no slot has come to yet are left alone.
         """
         self._clock = width
-        self._column = torch.full_like(self._column, width % self._capacity)
+        self._column.fill_(width % self._capacity)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> None:
         """Appends a token (N,) to every slot: one forward."""
+        columns = self._used_columns()
         if self._graphs is not None:
-            self.logits, *hidden = self._graphs.run(tokens, self._age, self._column)
+            self.logits, *hidden = self._graphs.run(tokens, columns)
         else:
-            self.logits, *hidden = self._step(tokens, self._age, self._column, *self._used_rings())
+            rings = [ring[:, :, :columns] for ring in self._rings]
+            self.logits, *hidden = self._step(tokens, self._age, self._column, *rings)
+            self._age = (self._age + 1).clamp_(max=self._capacity - 1)
+            self._column = (self._column + 1) % self._capacity
         self.hidden = hidden[0] if hidden else None
-        self._age = (self._age + 1).clamp_(max=self._capacity - 1)
         self._clock += 1
-        self._column = (self._column + 1) % self._capacity
 
-    def _used_rings(self) -> list[Tensor]:
-        """The rings up to the newest column, where they have not come round yet."""
+    def take_over(self, drawing: Drawing, value_head: nn.Module | None) -> Drawing | None:
+        """A drawing with the contents of this one, for `step_and_draw`; None where steps are not captured."""
+        return None if self._graphs is None else self._graphs.take_over(drawing, value_head)
+
+    def step_and_draw(self, drawing: Drawing, value_head: nn.Module | None) -> None:
+        """Appends the newest tokens of a drawing that was taken over, and draws the next: one launch.
+
+        `logits` and `hidden` are not kept.
+        """
+        assert self._graphs is not None
+        self._graphs.draw(drawing, value_head, self._used_columns())
+        self._clock += 1
+
+    def _used_columns(self) -> int:
+        """Columns that the next step reads: up to the newest, where the clock has not come round yet."""
         used = self._clock + 1
-        return self._rings if used >= self._capacity else [ring[:, :, :used] for ring in self._rings]
+        return round_up_columns(used, self._capacity) if self._captures else min(used, self._capacity)
 
     @torch.inference_mode()
     def keep(self, slots: Tensor) -> None:
@@ -203,14 +222,15 @@ class RingDecoder:
         self._waiting.clear()  # slots have other numbers now
         if len(slots) > self._slots:
             self._rings = [ring[slots] for ring in self._rings]
+            self._age = self._age[slots]
             self._graphs = None  # which read the rings where they were
         else:
             moved = (slots != torch.arange(len(slots), device=slots.device)).nonzero().squeeze(1)
-            for ring in self._rings:
-                ring[moved] = ring[slots[moved]]
+            for state in (*self._rings, self._age):
+                state[moved] = state[slots[moved]]
             self._rings = [ring[: len(slots)] for ring in self._rings]
+            self._age = self._age[: len(slots)]
         self._slots = len(slots)
-        self._age = self._age[slots]
         self.logits = self.logits[slots]
         self.hidden = None if self.hidden is None else self.hidden[slots]
 

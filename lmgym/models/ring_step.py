@@ -66,7 +66,7 @@ class RingStep(nn.Module):
         super().__init__()
         self.model = lm.model
         # Not a method of `lm`, which remembers its steps: neither must keep the other alive.
-        self._legal_logits = partial(legal_logits, vocab_size=lm.vocab_size, holes=lm.holes, temperature=lm.temperature)
+        self._legal_logits = _legal_logits(lm)
         self._keep_hidden = keep_hidden
         self._dtype = lm.dtype
         self._cache_keyword = cache_keyword(lm.model)
@@ -101,13 +101,19 @@ class RingStep(nn.Module):
         return (logits, out.hidden_states[-1][:, -1]) if self._keep_hidden else (logits,)
 
 
+def _legal_logits(lm: CausalLM) -> Callable[[Tensor], Tensor]:
+    """`lm.legal_logits`, by ids on the device: a CUDA graph cannot copy them there."""
+    holes = torch.tensor(lm.holes, dtype=torch.int64, device=lm.device)
+    return partial(legal_logits, vocab_size=lm.vocab_size, holes=holes, temperature=lm.temperature)
+
+
 class LeanStep:
     """The same step by the model's lean forward (`lmgym/models/lean`): fewer calls, which small models consist of."""
 
     def __init__(self, lm: CausalLM, lean: Transformer, keep_hidden: bool) -> None:
         self._lean = lean
         self._vocab_size = lm.vocab_size
-        self._legal_logits = partial(legal_logits, vocab_size=lm.vocab_size, holes=lm.holes, temperature=lm.temperature)
+        self._legal_logits = _legal_logits(lm)
         self._keep_hidden = keep_hidden
 
     def __call__(self, tokens: Tensor, age: Tensor, column: Tensor, *rings: Tensor) -> tuple[Tensor, ...]:
