@@ -13,8 +13,8 @@ from builders.models import Built
 from builders.reward_models import collect_rankings, learn_reward_model, measure_reward_model, standardise
 from builders.seeds import derive_seeds
 from builders.settings import ARTEFACTS
-from lmgym.feedback.preferences import Rankings
 from lmgym.models.causal import CausalLM
+from lmgym.rewards.ranking import RankedTexts
 from lmgym.tasks import reviews
 
 
@@ -39,7 +39,7 @@ def build_proxy(settings: dict[str, Any]) -> Built:
     for size in chosen["prompts"]:
         name = f"reward-{size}"
         generator.manual_seed(torch_seed)
-        first = Rankings(rankings.prompts[:size], rankings.completions[:size], rankings.ranking[:size])
+        first = RankedTexts(rankings.prompts[:size], rankings.completions[:size], rankings.ranking[:size])
         reward, accuracy = learn_reward_model(reference, first, chosen, generator, name, settings["progress"])
         standardise(reward, tokenizer, seen)
         reward.half().float()  # what is measured is what float16 keeps

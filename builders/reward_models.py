@@ -16,9 +16,15 @@ from tqdm import tqdm
 from builders.completions import gold_scores, join_texts, sample_completions
 from builders.models import EOS
 from lmgym.feedback.annotators import plackett_luce_ranking, true_ranking
-from lmgym.feedback.preferences import Rankings
 from lmgym.models.causal import CausalLM
-from lmgym.rewards.ranking import normalise, ranking_accuracy, reward_model_from, score_texts, train_reward_model
+from lmgym.rewards.ranking import (
+    RankedTexts,
+    normalise,
+    ranking_accuracy,
+    reward_model_from,
+    score_texts,
+    train_reward_model,
+)
 from lmgym.tasks import reviews
 
 
@@ -29,7 +35,7 @@ def collect_rankings(
     prompt_seed: int,
     annotator_seed: int,
     generator: torch.Generator,
-) -> tuple[Rankings, float]:
+) -> tuple[RankedTexts, float]:
     """Has simulated annotators rank completions of fresh prompts.
 
     Args:
@@ -48,12 +54,12 @@ def collect_rankings(
     gold = gold_scores(prompts, completions)
     ranking = plackett_luce_ranking(gold, settings["temperature"], np.random.default_rng(annotator_seed))
     agreement = ranking_accuracy(torch.from_numpy(gold), torch.from_numpy(ranking))
-    return Rankings(prompts, completions, ranking.tolist()), agreement
+    return RankedTexts(prompts, completions, ranking.tolist()), agreement
 
 
 def learn_reward_model(
     reference: CausalLM,
-    rankings: Rankings,
+    rankings: RankedTexts,
     settings: dict[str, Any],
     generator: torch.Generator,
     name: str,
@@ -73,7 +79,7 @@ def learn_reward_model(
         The model, and its accuracy on the rankings in the last epoch.
     """
     model = reward_model_from(reference.model, generator)
-    updates = settings["epochs"] * math.ceil(len(rankings) / settings["batch_size"])
+    updates = settings["epochs"] * math.ceil(len(rankings.prompts) / settings["batch_size"])
     hidden = None if visible else True  # None: hidden unless on a terminal
     with tqdm(total=updates, unit="update", desc=name, disable=hidden) as bar:
 

@@ -42,7 +42,8 @@ from builders.pages import add_agent_rows, missing_agents
 from lmgym.envs.options import RESET_OPTIONS
 from lmgym.envs.settings import Settings
 from lmgym.envs.vector import RLHFVectorEnv
-from lmgym.feedback.preferences import Rankings
+from lmgym.feedback.files import write_records
+from lmgym.feedback.records import Choice, Record
 from lmgym.tasks import registry
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -262,11 +263,11 @@ def test_the_metrics_of_an_agent_are_those_it_logs(agent: str, tmp_path: Path) -
 
 
 def test_the_metrics_of_dpo_are_those_it_logs(tmp_path: Path) -> None:
-    path = tmp_path / "rankings.jsonl"
-    Rankings(["the film"], [[" was", " is"]], [[0, 1]]).save(path)
+    path = tmp_path / "preferences.jsonl"
+    write_records(path, [Record("the film", (" was", " is"), Choice(0, 1))])
     assert logged(DPO, DPOConfig(batch_size=2)) == metrics_on("dpo")
     rollout = {name for name in metrics_on("dpo") if name.startswith("rollout/")}
-    offline = logged(DPO, DPOConfig(mode="offline", rankings=str(path)), prompts=["the film"])
+    offline = logged(DPO, DPOConfig(mode="offline", preferences=str(path)), prompts=["the film"])
     assert offline == metrics_on("dpo") - rollout
 
 

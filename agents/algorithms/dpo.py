@@ -5,7 +5,6 @@ Shapes: B responses, n pairs, K ranked completions a prompt.
 
 from __future__ import annotations
 
-import itertools
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -18,11 +17,14 @@ from agents.diagnostics import share_prompts
 from agents.supervised import SupervisedAgent, SupervisedConfig, named_row, response_ids, unscored, with_reference
 from agents.update import Loss
 from lmgym.envs.engine import Engine
+from lmgym.envs.prompts import Prompt
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
 from lmgym.feedback.annotators import preference_probability
-from lmgym.feedback.preferences import Rankings
+from lmgym.feedback.comparisons import pairs_of, ranked
+from lmgym.feedback.files import locate_records
+from lmgym.feedback.rendering import render_record
 from lmgym.kl import check_kl_is_plausible, discounted_return, episode_kl, token_rewards
 from lmgym.models.sampling import Sampler
 from lmgym.ranges import Positive
@@ -37,17 +39,17 @@ class DPOConfig(SupervisedConfig):
     """DPO's own numbers. An example is a pair."""
 
     mode: Mode = "online"  # pairs sampled from the policy as it is, labelled by the task's score; or those of a file
-    rankings: str | None = None  # a file that `lmgym.feedback.preferences.Rankings` wrote, for offline
+    preferences: str | None = None  # a file of feedback (`lmgym.feedback.files`), for offline
     labels: Labels = "bradley_terry"  # online: preferred at random, with probability sigmoid(score - other), or always
     beta: Positive | None = None  # units of the score a nat; null is the task's kl_coef
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.rankings is None) != (self.mode == "online"):
+        if (self.preferences is None) != (self.mode == "online"):
             expected = "null where `mode` is 'online'" if self.mode == "online" else "a file where `mode` is 'offline'"
-            raise InvalidArgumentError(f"`rankings` must be {expected}, got {self.rankings!r}.")
-        if self.rankings is not None and not os.path.isfile(self.rankings):
-            raise InvalidArgumentError(f"`rankings` must be a file, and there is none at {self.rankings!r}.")
+            raise InvalidArgumentError(f"`preferences` must be {expected}, got {self.preferences!r}.")
+        if self.preferences is not None and not os.path.isfile(self.preferences):
+            raise InvalidArgumentError(f"`preferences` must be a file, and there is none at {self.preferences!r}.")
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,13 @@ class Pairs:
     Attributes:
         episodes: B responses; one may be in several pairs. `ref_log_probs` are those of the reference.
         chosen: (n,) int64 rows of the preferred ones. rejected: (n,) of the others.
+        tied: (n,) bool, True where neither was preferred.
     """
 
     episodes: Episodes
     chosen: Tensor
     rejected: Tensor
+    tied: Tensor
 
     def __post_init__(self) -> None:
         both = torch.stack([self.chosen, self.rejected], dim=1).flatten()
@@ -80,7 +84,7 @@ class DPO(SupervisedAgent[Pairs]):
     """Learns from pairs of responses, one of which was preferred; no reward model and no critic.
 
     Raises:
-        InvalidArgumentError: for a file of rankings that does not fit the task, and at a beta of 0.
+        InvalidArgumentError: for a file of preferences that does not fit the task, and at a beta of 0.
     """
 
     Config = DPOConfig
@@ -93,8 +97,8 @@ class DPO(SupervisedAgent[Pairs]):
         self.beta = envs.kl_coef if self.config.beta is None else self.config.beta
         if self.beta == 0:
             raise InvalidArgumentError("`beta` must be given where the task's `kl_coef` is 0, got null.")
-        rankings = self.config.rankings
-        self._file = None if rankings is None else pairs_of(Rankings.load(rankings, envs.tokenizer), envs.engine)
+        preferences = self.config.preferences
+        self._file = None if preferences is None else read_pairs(preferences, envs.engine)
         if self._file is not None:
             self.tokens.read(self._file.episodes)  # by the reference
 
@@ -120,12 +124,13 @@ class DPO(SupervisedAgent[Pairs]):
             first = torch.from_numpy(preference_probability(scores[:, 0], scores[:, 1], 1.0))
         uniforms = torch.rand(len(first), generator=self.generator, dtype=torch.float64)
         chosen = 2 * torch.arange(len(first)) + (uniforms >= first)
-        return Pairs(episodes, chosen, chosen ^ 1), episodes.num_tokens
+        return Pairs(episodes, chosen, chosen ^ 1, torch.zeros_like(chosen, dtype=torch.bool)), episodes.num_tokens
 
     def select(self, rows: Tensor) -> tuple[Pairs, int]:
         """Pairs of the file, and the tokens of both sides."""
         assert self._file is not None
-        pairs = Pairs(self._file.episodes, self._file.chosen[rows], self._file.rejected[rows])
+        file = self._file
+        pairs = Pairs(file.episodes, file.chosen[rows], file.rejected[rows], file.tied[rows])
         return pairs, int(pairs.episodes.lengths[torch.cat([pairs.chosen, pairs.rejected])].sum())
 
     def describe(self, examples: Pairs) -> dict[str, float]:
@@ -142,14 +147,16 @@ class DPO(SupervisedAgent[Pairs]):
         return metrics | {"rollout/length": episodes.lengths.float().mean().item()}
 
     def loss(self, examples: Pairs) -> Loss:
-        """The mean of `dpo_loss` over pairs."""
+        """The mean of `dpo_loss` over pairs; of a tie, each of the two is the preferred one by half."""
         both = examples.episodes[torch.cat([examples.chosen, examples.rejected])]
         chosen, rejected = self.log_ratios(both).chunk(2)
         self.tokens.read(both, backward=1)
         margins = self.beta * (chosen - rejected).detach()
         accuracy = ((margins.sign() + 1) / 2).mean()
         metrics = {"train/accuracy": accuracy, "train/margin": margins.mean()}
-        return dpo_loss(chosen, rejected, self.beta).mean(), metrics
+        losses = dpo_loss(chosen, rejected, self.beta)
+        both_ways = (losses + dpo_loss(rejected, chosen, self.beta)) / 2
+        return torch.where(examples.tied.to(losses.device), both_ways, losses).mean(), metrics
 
     def log_ratios(self, episodes: Episodes) -> Tensor:
         """(B,) log pi(y|x) / pi_ref(y|x), nats a response; differentiable."""
@@ -171,32 +178,32 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     return -F.logsigmoid(beta * (chosen - rejected))
 
 
-def pairs_of(rankings: Rankings, engine: Engine) -> Pairs:
-    """Every pair of every ranking, as token ids, with the reference's log-probs.
+def read_pairs(source: object, engine: Engine) -> Pairs:
+    """Every pair that the judgements of a file compare, as token ids, with the reference's log-probs.
 
     Args:
-        rankings: K completions to each prompt; all K (K - 1) / 2 pairs count alike.
+        source: records of feedback, in any layout (`lmgym.feedback.files.read_records`); all pairs count alike.
         engine: of the task.
 
     Raises:
-        InvalidArgumentError: for a prompt or a completion that is none of the task's.
+        InvalidArgumentError: for a source that cannot be read or compares nothing, and for a prompt or a completion
+            that is none of the task's.
     """
-    if not len(rankings):
-        raise InvalidArgumentError("`rankings` must hold at least one prompt, got none.")
-    prompts = []
-    responses = []
-    for row, (text, completions) in enumerate(zip(rankings.prompts, rankings.completions, strict=True), 1):
-        with named_row(f"Row {row} of `rankings`"):
-            prompt = engine.prompts.of_text(text)
-            prompts += [prompt] * len(completions)
-            responses += [response_ids(engine, text, prompt, completion) for completion in completions]
-    k = rankings.num_ranked
-    chosen, rejected = zip(
-        *(
-            (k * row + order[better], k * row + order[worse])
-            for row, order in enumerate(rankings.ranking)
-            for better, worse in itertools.combinations(range(k), 2)
-        ),
-        strict=True,
-    )
-    return Pairs(unscored(engine, prompts, responses), torch.tensor(chosen), torch.tensor(rejected))
+    prompts: list[Prompt] = []
+    responses: list[list[int]] = []
+    compared: list[tuple[int, int, bool]] = []
+    for location, record in locate_records(source, "preferences"):
+        order = ranked(record)
+        if order is None:
+            continue
+        where = f"{location} of `preferences`"
+        texts = render_record("preferences", order, engine.lm.tokenizer, where)
+        compared += [(len(responses) + pair.better, len(responses) + pair.worse, pair.tie) for pair in pairs_of(record)]
+        with named_row(where[:1].upper() + where[1:]):
+            prompt = engine.prompts.of_text(str(texts.prompt))
+            prompts += [prompt] * len(texts.completions)
+            responses += [response_ids(engine, str(texts.prompt), prompt, str(c.text)) for c in texts.completions]
+    if not compared:
+        raise InvalidArgumentError("`preferences` must hold at least one judgement that compares, got none.")
+    chosen, rejected, tied = (torch.tensor(column) for column in zip(*compared, strict=True))
+    return Pairs(unscored(engine, prompts, responses), chosen, rejected, tied)

@@ -15,12 +15,11 @@ from agents.algorithms.best_of_n import BestOfN, BestOfNConfig
 from agents.algorithms.optimal import Optimal
 from agents.supervised import SupervisedAgent, SupervisedConfig, named_row, response_ids, unscored
 from agents.update import Loss
-from lmgym.data.rows import read_rows
 from lmgym.envs.engine import Engine
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
-from lmgym.feedback.pairs import read_demonstration
+from lmgym.feedback.demonstrations import read_demonstrations
 from lmgym.kl import discounted_return, episode_kl, token_rewards
 from lmgym.models.policy import Policy
 from lmgym.models.sampling import Sampler
@@ -39,7 +38,7 @@ class SFTConfig(SupervisedConfig):
     lr: NonNegative = 1e-3
     demonstrations: Demonstrations = "best_of_n"  # the best of n responses of the reference, pi*'s, or those of a file
     n: Count = 16  # best_of_n: candidates a demonstration
-    path: str | None = None  # file: rows with "prompt" and "completion", or "messages"
+    path: str | None = None  # file: feedback, or rows with "prompt" and "completion", or "messages"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +67,7 @@ class SFT(SupervisedAgent[Episodes]):
     ) -> None:
         super().__init__(envs, config, seed=seed, sampler=sampler)
         self._expert: Policy | None = Optimal(envs).policy if self.config.demonstrations == "optimal" else None
-        self._file = None if self.config.path is None else read_demonstrations(self.config.path, envs.engine)
+        self._file = None if self.config.path is None else episodes_of(self.config.path, envs.engine)
         if self._file is not None:
             self.tokens.read(self._file)  # by the reference
 
@@ -117,15 +116,14 @@ class SFT(SupervisedAgent[Episodes]):
         return metrics
 
 
-def read_demonstrations(path: str | os.PathLike[str], engine: Engine) -> Episodes:
+def episodes_of(source: object, engine: Engine) -> Episodes:
     """Demonstrations of a file, as token ids, with the reference's log-probs; nobody has scored them.
 
-    A row has "prompt" and "completion", texts or conversations, or "messages" of which the last is the answer. Of texts
-    `prompt + completion` is what is learned, as in `lmgym.feedback.preferences.Rankings`: a completion carries its own
-    leading space, and the EOS token as text where the response ends by itself.
+    Of texts `prompt + completion` is what is learned: a completion carries its own leading space, and the EOS token as
+    text where the response ends by itself. What people corrected or preferred is complete where the record says so.
 
     Args:
-        path: the file (`lmgym.data.files`).
+        source: the file, or rows (`lmgym.feedback.demonstrations`).
         engine: of the task.
 
     Raises:
@@ -134,9 +132,10 @@ def read_demonstrations(path: str | os.PathLike[str], engine: Engine) -> Episode
     """
     prompts = []
     responses = []
-    for row in read_rows("path", path, "prompt"):
-        text, completion = read_demonstration("path", row, engine.lm.tokenizer)
-        with named_row(row.location[:1].upper() + row.location[1:]):
+    for text, completion, location in read_demonstrations("path", source, engine.lm.tokenizer):
+        with named_row(location[:1].upper() + location[1:]):
             prompts.append(engine.prompts.of_text(text))
             responses.append(response_ids(engine, text, prompts[-1], completion))
+    if not prompts:
+        raise InvalidArgumentError("`path` must hold at least one demonstration, got none: nothing is preferred in it.")
     return unscored(engine, prompts, responses)

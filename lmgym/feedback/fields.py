@@ -74,9 +74,13 @@ def check_sequence(name: str, value: Any) -> tuple[Any, ...]:
     Raises:
         InvalidArgumentError: for anything else, a text too.
     """
-    if isinstance(value, (str, bytes, dict)) or not hasattr(value, "__iter__"):
+    try:
+        items = None if isinstance(value, (str, bytes, dict)) else tuple(value)
+    except TypeError:
+        items = None
+    if items is None:
         raise InvalidArgumentError(f"`{name}` must be a list, got {shorten(value)}.")
-    return tuple(value)
+    return items
 
 
 def check_index(name: str, value: Any) -> int:

@@ -50,12 +50,21 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 }
 
 
+def is_record(row: object) -> bool:
+    """Whether a row is meant as a record of feedback, in any layout."""
+    if isinstance(row, Record):
+        return True
+    return isinstance(row, Mapping) and ("completions" in row or set(PAIR) <= row.keys() or set(LABEL) <= row.keys())
+
+
 def record_from_row(row: object) -> Record:
-    """The record of a row of lmgym's own form, or of a pair.
+    """The record of a row of lmgym's own form, or of a pair; a record is its own.
 
     Raises:
         LmGymError: naming what is wrong with it.
     """
+    if isinstance(row, Record):
+        return row
     if not isinstance(row, Mapping):
         raise InvalidArgumentError(f"must be an object with named fields, got {shorten(row)}.")
     if "completions" not in row and set(PAIR) <= row.keys():
@@ -153,7 +162,7 @@ def record_from_labels(rows: Sequence[Mapping[str, Any]]) -> Record:
     for row in rows:
         columns = dict(row)
         label = columns.pop("label")
-        if label not in (0, 1) or not isinstance(label, int):
+        if not isinstance(label, int) or label not in (0, 1):
             raise InvalidArgumentError(f"`label` must be true or false, got {shorten(label)}.")
         labels.append(int(label))
         completions.append(_take_completion(columns, "completion", columns.pop("completion")))

@@ -13,6 +13,7 @@ from lmgym.data.files import LFS_POINTER
 from lmgym.data.rows import read_rows
 from lmgym.errors import InvalidArgumentError
 from lmgym.feedback.parquet import iterate_parquet
+from lmgym.feedback.records import Record
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 MAX_LINE_BYTES = 64 * 2**20
@@ -65,7 +66,8 @@ def iterate_items(argument: str, source: object) -> Iterator[Item]:
         if ending == ".parquet":
             yield from (Item("row", number, row) for number, row in enumerate(iterate_parquet(argument, path), 1))
             return
-    elif isinstance(source, (list, tuple)) and not source:
+    elif isinstance(source, (list, tuple)) and (not source or isinstance(source[0], Record)):
+        yield from (Item("record", number, row) for number, row in enumerate(source, 1))
         return
     for number, row in enumerate(read_rows(argument, source, "prompt"), 1):
         yield Item("row", number, row.columns)

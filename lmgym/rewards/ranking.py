@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +27,18 @@ _MAX_GRAD_NORM = 1.0
 _WARM_UP = 0.05  # share of the updates
 
 
-class RankedTexts(Protocol):
-    """What training reads; `lmgym.feedback.preferences.Rankings` is one."""
+@dataclass(frozen=True)
+class RankedTexts:
+    """What training reads: completions of prompts, and an order of them without ties.
 
-    @property
-    def prompts(self) -> Sequence[str]:
-        """B texts, that of each ranking."""
+    Attributes:
+        prompts: (B,) texts. completions: (B, K) texts, the responses to each prompt. ranking: (B, K) indices into the
+            completions, best first.
+    """
 
-    @property
-    def completions(self) -> Sequence[Sequence[str]]:
-        """(B, K) texts, the responses to each prompt."""
-
-    @property
-    def ranking(self) -> Sequence[Sequence[int]]:
-        """(B, K) indices into the completions, best first."""
+    prompts: Sequence[str]
+    completions: Sequence[Sequence[str]]
+    ranking: Sequence[Sequence[int]]
 
 
 def kwise_loss(scores: Tensor, ranking: Tensor) -> Tensor:

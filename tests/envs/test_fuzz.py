@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -18,7 +19,8 @@ from lmgym.data.prompts import read_prompts
 from lmgym.envs.options import RESET_OPTIONS
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidActionError, InvalidArgumentError, LmGymError
-from lmgym.feedback.preferences import Rankings
+from lmgym.feedback.files import read_records
+from lmgym.feedback.judgements import KINDS
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.tasks import Task
 
@@ -205,14 +207,22 @@ def test_files_of_any_content(tmp_path_factory: pytest.TempPathFactory, content:
     path = tmp_path_factory.getbasetemp() / f"fuzz.{ending}"
     path.write_bytes(content)
     passes(read_prompts, path)
-    passes(Rankings.load, path)
+    passes(load_records, path)
 
 
 @FEW
 @given(source=anything)
 def test_rows_of_any_kind(source: Any) -> None:
     passes(read_prompts, source)
-    passes(Rankings.load, source)
+    passes(load_records, source)
     passes(read_prompts, [{"prompt": source, "answer": source}])
-    passes(Rankings.load, [{"prompt": "a", "chosen": source, "rejected": source}])
-    passes(Rankings.load, [{"prompt": "a", "completions": source, "ranking": source}])
+    passes(load_records, [{"prompt": "a", "chosen": source, "rejected": source}])
+    passes(load_records, [{"prompt": "a", "completion": source, "label": source}])
+    passes(load_records, [{"prompt": source, "completions": source, "judgement": source}])
+    for kind in KINDS.values():
+        judgement = {"kind": kind.kind} | {item.name: source for item in dataclasses.fields(kind)}
+        passes(load_records, [{"prompt": "a", "completions": ["b", "c"], "judgement": judgement}])
+
+
+def load_records(source: Any) -> None:
+    list(read_records(source))

@@ -1,11 +1,9 @@
-"""Simulated annotators and the format of rankings."""
+"""Simulated annotators, conversations and demonstrations."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +12,10 @@ from conftest import word_tokenizer
 from lmgym.data.rows import Row
 from lmgym.errors import InvalidArgumentError
 from lmgym.feedback.annotators import plackett_luce_ranking, preference_probability, true_ranking
-from lmgym.feedback.pairs import read_demonstration
-from lmgym.feedback.preferences import Rankings
+from lmgym.feedback.demonstrations import read_demonstration, read_demonstrations
+from lmgym.feedback.files import read_records
+from lmgym.feedback.records import Choice, Completion, Correction, Record
+from lmgym.feedback.rendering import render_record
 
 SCORES = np.array([0.3, -1.2, 0.9, 0.1])
 DRAWS = 40_000
@@ -95,118 +95,7 @@ def test_scores_must_be_finite() -> None:
         true_ranking([[1.0, math.nan]])
 
 
-# --- the format
-
-RANKINGS = Rankings(
-    ["the film was", "the café was"],
-    [[" good . <eos>", " bad . <eos>", ' "so" so'], [" 💥 . <eos>", " dull\n.", " <eos>"]],
-    [[0, 2, 1], [2, 0, 1]],
-)
-
-
-def test_rankings_survive_the_disk(tmp_path: Path) -> None:
-    path = tmp_path / "rankings.jsonl"
-    RANKINGS.save(path)
-    assert Rankings.load(path) == RANKINGS
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert [sorted(json.loads(line)) for line in lines] == [["completions", "prompt", "ranking"]] * 2
-    assert [entry.name for entry in tmp_path.iterdir()] == ["rankings.jsonl"]
-
-
-def test_rankings_do_not_change_with_the_lists_they_were_made_from() -> None:
-    prompts = ["a"]
-    completions = [[" b", " c"]]
-    ranking = np.array([[1, 0]])
-    rankings = Rankings(prompts, completions, ranking)
-    prompts.append("x")
-    completions[0][0] = "x"
-    ranking[0, 0] = 0
-    assert rankings == Rankings(["a"], [[" b", " c"]], [[1, 0]])
-    assert (len(rankings), rankings.num_ranked) == (1, 2)
-    assert (len(Rankings([], [], [])), Rankings([], [], []).num_ranked) == (0, 0)
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "rankings.jsonl"
-    RANKINGS.save(path)
-
-    def fail(*_: object, **__: object) -> str:
-        raise RuntimeError("disk full")
-
-    monkeypatch.setattr(json, "dumps", fail)
-    with pytest.raises(RuntimeError, match="disk full"):
-        Rankings(["a"], [[" b", " c"]], [[0, 1]]).save(path)
-    monkeypatch.undo()
-    assert Rankings.load(path) == RANKINGS
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.parametrize(
-    ("prompts", "completions", "ranking", "message"),
-    [
-        (["a"], [], [[0, 1]], "`prompts`, `completions` and `ranking` must have one entry a prompt, got 1, 0 and 1."),
-        (["a"], [["b"]], [[0]], r"`completions\[0\]` must hold at least 2 texts, got 1."),
-        ([1], [["b", "c"]], [[0, 1]], r"`prompts\[0\]` must be a str, got 1."),
-        (["a"], [["b", None]], [[0, 1]], r"`completions\[0\]` must be a list of str, got None in it."),
-        (["a"], [["b", "c"]], [[0, 0]], r"`ranking\[0\]` must order the indices 0 to 1, got \[0, 0\]."),
-        (["a"], [["b", "c"]], [[0, 1, 2]], r"`ranking\[0\]` must order the indices 0 to 1, got \[0, 1, 2\]."),
-        (["a", "d"], [["b", "c"], ["b", "c", "e"]], [[0, 1], [0, 1, 2]], r"`completions\[1\]` must hold 2 texts"),
-    ],
-)
-def test_rankings_that_do_not_fit_are_rejected(prompts: list, completions: list, ranking: list, message: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=message):
-        Rankings(prompts, completions, ranking)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("not json", ".*, line 3, is not JSON"),
-        ("[1]", "must hold texts or rows .* line 3 of"),
-        ('{"prompt": "a"}', r"must hold rows with .* or with \['chosen', 'rejected'\], and line 3 of"),
-        ('{"prompt": "a", "completions": "bc", "ranking": [0, 1]}', "must hold lists .* unlike line 3 of"),
-        ('{"prompt": "a", "completions": ["b", "c"], "ranking": [0, 1.5]}', "must hold integers .* line 3 of"),
-        ('{"prompt": "a", "completions": ["b", 3], "ranking": [0, 1]}', "must hold non-empty texts, and line 3 of"),
-        ('{"prompt": "a", "chosen": "b", "rejected": null}', "must hold non-empty texts, and line 3 of"),
-        ('{"prompt": " ", "chosen": "b", "rejected": "c"}', "must hold non-empty texts, and line 3 of"),
-    ],
-)
-def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "rankings.jsonl"
-    RANKINGS.save(path)
-    path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
-    with pytest.raises(InvalidArgumentError, match=f"`rankings` {message}"):
-        Rankings.load(path)
-
-
-# --- preferences and demonstrations as others write them
-
-CHOSEN = "\n\nHuman: hi\n\nAssistant: hello"
-REJECTED = "\n\nHuman: hi\n\nAssistant: go away"
-
-
-def write(path: Path, *rows: dict) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_pairs_of_texts_are_rankings(tmp_path: Path) -> None:
-    row = {"prompt": "the film was", "chosen": " good", "rejected": " bad", "annotator": 3}
-    pairs = Rankings.load(write(tmp_path / "pairs.ndjson", row))
-    assert pairs == Rankings(["the film was"], [[" good", " bad"]], [[0, 1]], {"annotator": [3]})
-    assert Rankings.load([row]) == pairs
-    tokenizer = word_tokenizer()
-    ended = Rankings.load([row | {"rejected": " bad<eos>"}], tokenizer)
-    assert ended.completions == ((" good<eos>", " bad<eos>"),)
-
-
-def test_a_prompt_that_both_sides_begin_with_is_taken_off() -> None:
-    pairs = Rankings.load([{"chosen": CHOSEN, "rejected": REJECTED}])
-    assert pairs.prompts == ("\n\nHuman: hi\n\nAssistant:",)
-    assert pairs.completions == ((" hello", " go away"),)
-    with pytest.raises(InvalidArgumentError, match="must hold non-empty texts, and item 0 is ''"):
-        Rankings.load([{"chosen": "a", "rejected": "b"}])
-
+# --- conversations and demonstrations
 
 USER, GOOD, BAD = (
     {"role": role, "content": text}
@@ -214,49 +103,58 @@ USER, GOOD, BAD = (
 )
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
-        {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-        {"prompt": "the film was", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
-    ],
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' <eos> \n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant :' }}{% endif %}"
 )
-def test_pairs_of_conversations_go_through_the_chat_template(row: dict) -> None:
+
+
+def test_conversations_go_through_the_chat_template() -> None:
     tokenizer = word_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' <eos> \n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant :' }}{% endif %}"
-    )
-    pairs = Rankings.load([row], tokenizer)
-    assert pairs.prompts == ("user : the film was <eos> \nassistant :",)
-    assert pairs.completions == ((" good <eos>", " bad <eos>"),)
+    tokenizer.chat_template = TEMPLATE
+    (record,) = read_records([{"chosen": [USER, GOOD], "rejected": [USER, BAD], "rejected_ended": False}])
+    texts = render_record("source", record, tokenizer, "row 1")
+    assert texts.prompt == "user : the film was <eos> \nassistant :"
+    assert [completion.text for completion in texts.completions] == [" good <eos>", " bad "]
     with pytest.raises(InvalidArgumentError, match="must be texts where there is no tokenizer"):
-        Rankings.load([row])
+        render_record("source", record, None, "row 1")
+
+
+def test_a_complete_text_ends_with_the_eos_once() -> None:
+    completions = (
+        Completion(" a", ended=True),
+        Completion(" b <eos>", ended=True),
+        " c",
+        Completion(" d", ended=False),
+    )
+    record = Record("p", completions)
+    texts = [completion.text for completion in render_record("source", record, word_tokenizer(), "").completions]
+    assert texts == [" a<eos>", " b <eos>", " c", " d"]
+    assert render_record("source", record, None, "").completions == record.completions
 
 
 def test_a_template_that_rewrites_the_question_is_refused() -> None:
     tokenizer = word_tokenizer()
     tokenizer.chat_template = "{{ messages | length }} {% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(InvalidArgumentError, match="in the same way with and without its answer, and item 0 becomes"):
-        Rankings.load([{"chosen": [USER, GOOD], "rejected": [USER, BAD]}], tokenizer)
+    (record,) = read_records([{"chosen": [USER, GOOD], "rejected": [USER, BAD]}])
+    with pytest.raises(InvalidArgumentError, match="in the same way with and without its answer, and row 1 becomes"):
+        render_record("source", record, tokenizer, "row 1")
 
 
-@pytest.mark.parametrize(
-    "row", [{"chosen": [USER], "rejected": [USER, BAD]}, {"prompt": [USER], "chosen": [USER], "rejected": [BAD]}]
-)
-def test_conversations_without_an_answer_are_refused(row: dict) -> None:
-    with pytest.raises(InvalidArgumentError, match="share a question and have an answer each, and item 0 has"):
-        Rankings.load([row], word_tokenizer())
-
-
-def test_other_columns_are_kept_on_disk(tmp_path: Path) -> None:
-    rankings = Rankings(["a"], [[" b", " c"]], [[1, 0]], {"annotator": [3], "notes": [["x"]]})
-    rankings.save(tmp_path / "r.jsonl")
-    assert Rankings.load(tmp_path / "r.jsonl") == rankings
-    with pytest.raises(InvalidArgumentError, match=r"`columns\['id'\]` must have one value a prompt, 1, got 2"):
-        Rankings(["a"], [[" b", " c"]], [[1, 0]], {"id": [1, 2]})
+def test_what_people_prefer_is_a_demonstration() -> None:
+    tokenizer = word_tokenizer()
+    (pair,) = read_records([{"prompt": "s", "chosen": " d", "rejected": " e"}])
+    records = [
+        Record("p", (" a", " b"), Choice(1, 0)),
+        Record("q", (" a", " b"), Choice(1, 0, strength=0)),
+        Record("r", (" a",), Correction(0, " c")),
+        pair,
+    ]
+    assert list(read_demonstrations("path", records, tokenizer)) == [
+        ("p", " b", "record 1 of `path`"),
+        ("r", " c<eos>", "record 3 of `path`"),
+        ("s", " d<eos>", "record 4 of `path`"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -269,10 +167,7 @@ def test_other_columns_are_kept_on_disk(tmp_path: Path) -> None:
 )
 def test_demonstrations_are_texts_or_conversations(row: dict, read: tuple[str, str]) -> None:
     tokenizer = word_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' <eos> \n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant :' }}{% endif %}"
-    )
+    tokenizer.chat_template = TEMPLATE
     assert read_demonstration("path", Row(row, "line 1"), tokenizer) == read
 
 

@@ -13,10 +13,10 @@ from conftest import WORDS, gpt2, word_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
-from agents.algorithms.dpo import pairs_of
-from agents.algorithms.sft import read_demonstrations
+from agents.algorithms.dpo import read_pairs
+from agents.algorithms.sft import episodes_of
 from lmgym.errors import InvalidArgumentError
-from lmgym.feedback.preferences import Rankings
+from lmgym.feedback.records import Choice, Record
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.texts import Texts
 from lmgym.rewards.classifier import ClassifierReward
@@ -142,7 +142,7 @@ def test_a_prompt_of_which_nothing_is_left_is_refused_wherever_it_comes_from(tmp
     path = tmp_path / "demonstrations.jsonl"
     path.write_text('{"prompt": "the", "completion": " book"}\n\n{"prompt": "film", "completion": " book"}\n')
     with pytest.raises(InvalidArgumentError, match=rf"Line 3 of '.*{path.name}': {message}"):
-        read_demonstrations(path, env.unwrapped.engine)
+        episodes_of(path, env.unwrapped.engine)
 
 
 @pytest.mark.parametrize(
@@ -170,15 +170,14 @@ def test_a_completion_that_no_tokens_have_is_named_with_its_line(tmp_path: Path)
     engine = make(lm_of(wordpiece()), ["the book"]).unwrapped.engine
     path = tmp_path / "demonstrations.jsonl"
     path.write_text('{"prompt": "the book", "completion": " was"}\n{"prompt": "the film", "completion": "ing"}\n')
-    assert len(read_demonstrations(path, make(lm_of(bpe()), ["the book"]).unwrapped.engine)) == 2
+    assert len(episodes_of(path, make(lm_of(bpe()), ["the book"]).unwrapped.engine)) == 2
     engine.lm.tokenizer.backend_tokenizer.model = models.WordPiece(
         {piece: i for piece, i in engine.lm.tokenizer.get_vocab().items() if piece != "##ing"}, unk_token="[UNK]"
     )
     with pytest.raises(InvalidArgumentError, match=r"Line 2 of .*'ing' after 'the film' is not: the tokenizer merges"):
-        read_demonstrations(path, engine)
-    rankings = Rankings(["the film"], [["ing", " was"]], [[0, 1]])
-    with pytest.raises(InvalidArgumentError, match=r"Row 1 of `rankings`: .*'ing' after 'the film' is not"):
-        pairs_of(rankings, engine)
+        episodes_of(path, engine)
+    with pytest.raises(InvalidArgumentError, match=r"Record 1 of `preferences`: .*'ing' after 'the film' is not"):
+        read_pairs([Record("the film", ("ing", " was"), Choice(0, 1))], engine)
 
 
 # -- to texts --------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lmgym.errors import InvalidArgumentError
 from lmgym.feedback.annotators import true_ranking
-from lmgym.feedback.preferences import Rankings
 from lmgym.rewards import ranking as module
 from lmgym.rewards.ranking import (
+    RankedTexts,
     bucketed_batches,
     kwise_loss,
     normalise,
@@ -245,7 +245,7 @@ def test_statistics_that_cannot_be_are_rejected(causal_lm: GPT2LMHeadModel, mean
 # --- training
 
 
-def toy_rankings(size: int, k: int = 4, *, sign: int = 1) -> Rankings:
+def toy_rankings(size: int, k: int = 4, *, sign: int = 1) -> RankedTexts:
     """Completions ranked by the valence of their words."""
     rng = np.random.default_rng(3)
     prompts = [f"the {rng.choice(['film', 'soup'])} was" for _ in range(size)]
@@ -253,11 +253,11 @@ def toy_rankings(size: int, k: int = 4, *, sign: int = 1) -> Rankings:
         [f" {' '.join(rng.choice(list(VALENCE), rng.integers(1, 4)))} . <eos>" for _ in range(k)] for _ in prompts
     ]
     scores = [[sign * sum(VALENCE.get(word, 0) for word in text.split()) for text in texts] for texts in completions]
-    return Rankings(prompts, completions, true_ranking(scores).tolist())
+    return RankedTexts(prompts, completions, true_ranking(scores).tolist())
 
 
 def train(
-    causal_lm: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, rankings: Rankings, **changes: object
+    causal_lm: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, rankings: RankedTexts, **changes: object
 ) -> tuple[torch.nn.Module, dict[str, float]]:
     model = reward_model_from(causal_lm, generator())
     settings = {"epochs": 4, "learning_rate": 1e-2, "batch_size": 16, "generator": generator()} | changes
@@ -326,7 +326,7 @@ def test_dropout_is_off_while_training(causal_lm: GPT2LMHeadModel, tokenizer: Pr
         ({"epochs": 0}, "`epochs` must be an int >= 1, got 0."),
         ({"batch_size": 1.5}, "`batch_size` must be an int >= 1, got 1.5."),
         ({"learning_rate": 0.0}, "`learning_rate` must be a finite number > 0, got 0.0."),
-        ({"rankings": Rankings([], [], [])}, "`rankings` must hold at least one prompt, got none."),
+        ({"rankings": RankedTexts([], [], [])}, "`rankings` must hold at least one prompt, got none."),
     ],
 )
 def test_settings_that_cannot_train_are_rejected(

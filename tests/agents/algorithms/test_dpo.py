@@ -1,4 +1,4 @@
-"""DPO: its loss and its optimum against enumeration of every response, and the files of rankings that it reads."""
+"""DPO: its loss and its optimum against enumeration of every response, and the files of feedback that it reads."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from conftest import TinyProblem, learn, shifted, weights
 from torch import Tensor
 
 import agents.algorithms.dpo
-from agents.algorithms.dpo import DPO, DPOConfig, Pairs, dpo_loss, pairs_of
+from agents.algorithms.dpo import DPO, DPOConfig, Pairs, dpo_loss, read_pairs
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError, LmGymError
 from lmgym.feedback.annotators import preference_probability
-from lmgym.feedback.preferences import Rankings
+from lmgym.feedback.files import read_records, write_records
+from lmgym.feedback.records import Choice, Completion, Correction, Ranking, Ratings, Record, Skip
 from lmgym.optimum.tree import Tree, make_episode_logits
 from lmgym.rollout import collect
 from lmgym.tasks.base import Task
@@ -151,7 +152,7 @@ def test_a_pair_of_two_prompts_is_refused() -> None:
     ids = pairs.episodes.prompt_index
     assert ids[rejected[0]] != ids[pairs.chosen[0]]
     with pytest.raises(InvalidArgumentError, match="must be responses to one prompt, and in 2 of 8 pairs they are not"):
-        Pairs(pairs.episodes, pairs.chosen, rejected)
+        Pairs(pairs.episodes, pairs.chosen, rejected, pairs.tied)
 
 
 @pytest.mark.slow
@@ -177,21 +178,23 @@ def test_beta_is_the_price_of_the_task_unless_it_is_given() -> None:
 # -- offline ---------------------------------------------------------------------------------------------------------
 
 
-def rankings() -> Rankings:
+def rankings() -> list[Record]:
     """Of the tiny problem's own texts: the more z, the better."""
-    completions = [[" z z", " x<eos>", " z<eos>"], [" x y", " z z", " x z"]]
-    return Rankings(["x", "y z"], completions, [[0, 2, 1], [1, 2, 0]])
+    return [
+        Record("x", (" z z", " x<eos>", " z<eos>"), Ranking.of_order([0, 2, 1])),
+        Record("y z", (" x y", " z z", " x z"), Ranking.of_order([1, 2, 0])),
+    ]
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> str:
-    rankings().save(tmp_path / "rankings.jsonl")
-    return str(tmp_path / "rankings.jsonl")
+    write_records(tmp_path / "preferences.jsonl", rankings())
+    return str(tmp_path / "preferences.jsonl")
 
 
 def test_every_pair_of_a_ranking_is_read() -> None:
     engine = tiny().engine
-    pairs = pairs_of(rankings(), engine)
+    pairs = read_pairs(rankings(), engine)
     episodes = pairs.episodes
     decode = engine.lm.tokenizer.decode
     words = [decode(ids[mask]) for ids, mask in zip(episodes.response_ids, episodes.response_mask, strict=True)]
@@ -215,17 +218,64 @@ def test_every_pair_of_a_ranking_is_read() -> None:
 )
 def test_a_completion_that_is_none_of_the_tasks_is_named(completions: list[str], expected: str) -> None:
     with pytest.raises(InvalidArgumentError, match=expected) as error:
-        pairs_of(Rankings(["x"], [completions], [[0, 1]]), tiny().engine)
+        read_pairs([Record("x", tuple(completions), Choice(0, 1))], tiny().engine)
     assert repr(completions[0]) in str(error.value)
 
 
-def test_no_rankings_are_too_few() -> None:
-    with pytest.raises(InvalidArgumentError, match="at least one prompt"):
-        pairs_of(Rankings([], [], []), tiny().engine)
+def test_every_kind_of_judgement_is_learned_from() -> None:
+    engine = tiny().engine
+    texts = (" z z", Completion(" x", ended=True), " z<eos>")
+    records = [
+        Record("x", texts, judgement)
+        for judgement in (
+            Ratings((5, None, 1), 1, 5),
+            Skip(),
+            Choice(1, 2, strength=0),
+            Correction(1, " z"),
+            Ranking(((2,), (0, 1))),
+        )
+    ]
+    (pair,) = read_records([{"prompt": "x", "chosen": " z", "rejected": " y"}])
+    pairs = read_pairs([*records, pair], engine)
+    episodes = pairs.episodes
+    decode = engine.lm.tokenizer.decode
+    words = [decode(ids[mask]) for ids, mask in zip(episodes.response_ids, episodes.response_mask, strict=True)]
+    found = [
+        (words[c], words[r], t)
+        for c, r, t in zip(pairs.chosen.tolist(), pairs.rejected.tolist(), pairs.tied.tolist(), strict=True)
+    ]
+    assert found == [
+        ("z z", "z <eos>", False),
+        ("x <eos>", "z <eos>", True),
+        ("z <eos>", "x <eos>", False),
+        ("z <eos>", "z z", False),
+        ("z <eos>", "x <eos>", False),
+        ("z z", "x <eos>", True),
+        ("z <eos>", "y <eos>", False),
+    ]
+
+
+def test_a_tie_counts_by_half_in_each_direction(tmp_path: Path) -> None:
+    losses = []
+    for name, judgement in (("a", Choice(0, 1)), ("b", Choice(1, 0)), ("tie", Choice(0, 1, strength=0))):
+        path = tmp_path / f"{name}.jsonl"
+        write_records(path, [Record("x", (" z z", " x y"), judgement)])
+        agent = tiny_dpo(mode="offline", preferences=str(path), batch_size=1)
+        pairs, _ = agent.select(torch.tensor([0]))
+        pairs.episodes.ref_log_probs[0] += 1.0  # as if one of the two had become less likely
+        losses.append(float(agent.loss(pairs)[0].detach()))
+    assert losses[2] == pytest.approx((losses[0] + losses[1]) / 2)
+    assert abs(losses[0] - losses[1]) > 0.01
+
+
+def test_no_comparison_is_too_few() -> None:
+    for records in ([], [Record("x", (" z", " x"), Skip())]):
+        with pytest.raises(InvalidArgumentError, match="at least one judgement that compares"):
+            read_pairs(records, tiny().engine)
 
 
 def test_offline_every_pair_is_used_once_a_pass(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    agent = tiny_dpo(mode="offline", rankings=file, batch_size=4, epochs=3)
+    agent = tiny_dpo(mode="offline", preferences=file, batch_size=4, epochs=3)
     seen: list[int] = []
     step = agent.step
 
@@ -247,7 +297,7 @@ def test_offline_every_pair_is_used_once_a_pass(file: str, monkeypatch: pytest.M
 
 
 def test_offline_the_preferred_gains_on_the_rejected(file: str) -> None:
-    agent = tiny_dpo(mode="offline", rankings=file, batch_size=6, epochs=60, lr=1e-2)
+    agent = tiny_dpo(mode="offline", preferences=file, batch_size=6, epochs=60, lr=1e-2)
     history = learn(agent, 60)
     assert history[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert history[-1]["train/accuracy"] == 1
@@ -261,7 +311,7 @@ def test_offline_the_preferred_gains_on_the_rejected(file: str) -> None:
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_a_resumed_run_is_the_uninterrupted_one(mode: Any, policy: Any, file: str, tmp_path: Path) -> None:
     config = {"mode": mode, "policy": policy, "batch_size": 4, "epochs": 3}
-    config |= {"rankings": file} if mode == "offline" else {}
+    config |= {"preferences": file} if mode == "offline" else {}
     whole_run, first, second = (tiny_dpo(seed=seed, **config) for seed in (1, 1, 9))
     history = learn(whole_run, 4)
     start = learn(first, 1)
@@ -277,7 +327,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(mode: Any, policy: Any, file: st
 def test_what_is_saved_where_a_batch_fails_goes_on_to_the_same_curve(
     mode: Any, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = {"mode": mode, "batch_size": 4, "epochs": 3} | ({"rankings": file} if mode == "offline" else {})
+    config = {"mode": mode, "batch_size": 4, "epochs": 3} | ({"preferences": file} if mode == "offline" else {})
     whole_run, first, second = (tiny_dpo(seed=seed, **config) for seed in (1, 1, 9))
     history = learn(whole_run, 4)
     start = learn(first, 2)
@@ -315,9 +365,9 @@ def test_a_loaded_agent_acts_as_the_saved_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        ({"mode": "offline"}, "`rankings` must be a file where"),
-        ({"rankings": "x.jsonl"}, "`rankings` must be null where"),
-        ({"mode": "offline", "rankings": "nowhere.jsonl"}, "there is none at 'nowhere.jsonl'"),
+        ({"mode": "offline"}, "`preferences` must be a file where"),
+        ({"preferences": "x.jsonl"}, "`preferences` must be null where"),
+        ({"mode": "offline", "preferences": "nowhere.jsonl"}, "there is none at 'nowhere.jsonl'"),
         ({"beta": 0.0}, "`beta`"),
         ({"labels": "soft"}, "`labels`"),
         ({"batch_size": 0}, "`batch_size`"),

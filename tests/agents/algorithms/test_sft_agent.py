@@ -21,7 +21,7 @@ from torch import Tensor
 import agents.algorithms.sft
 import agents.train
 from agents.algorithms.best_of_n import BestOfN, BestOfNConfig, best_of_n_log_probs
-from agents.algorithms.sft import SFT, SFTConfig, read_demonstrations
+from agents.algorithms.sft import SFT, SFTConfig, episodes_of
 from agents.finite import GRAD_NORM
 from agents.seeds import row_seeds
 from agents.update import sum_gradients
@@ -336,13 +336,13 @@ def test_a_line_that_is_no_demonstration_is_named(line: str, match: str, tmp_pat
     path = tmp_path / "demonstrations.jsonl"
     path.write_text('{"prompt": "x", "completion": " y y"}\n' + line + "\n")
     with pytest.raises(InvalidArgumentError, match=match):
-        read_demonstrations(path, tiny().engine)
+        episodes_of(path, tiny().engine)
 
 
 def test_no_demonstrations_are_too_few(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(InvalidArgumentError, match="`path` must be a non-empty list of texts or rows"):
-        read_demonstrations(tmp_path / "empty.jsonl", tiny().engine)
+    with pytest.raises(InvalidArgumentError, match="`path` must hold at least one demonstration, got none"):
+        episodes_of(tmp_path / "empty.jsonl", tiny().engine)
 
 
 # -- its page --------------------------------------------------------------------------------------------------------
