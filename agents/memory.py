@@ -18,9 +18,9 @@ from agents.batch import Batch, read_minibatch
 from agents.policies.actor_critic import TrainablePolicy
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
-from lmgym.kl import entropy
 from lmgym.models.caches import cache_keyword
 from lmgym.models.causal import CausalLM
+from lmgym.models.cuda_graphs import round_up_capacity
 from lmgym.models.markov import MarkovLM
 from lmgym.models.sampling import Sampler
 
@@ -81,7 +81,7 @@ def estimate(sizes: Sizes) -> dict[str, int]:
         "optimiser": 2 * float32 * sizes.trainable,
         "gradients": gradients,
         "layers": b * (sizes.kept + max(sizes.inside, logit_gradients)),
-        "cache": sizes.batch_size * (sizes.prompt + sizes.horizon) * sizes.cached,
+        "cache": sizes.batch_size * round_up_capacity(sizes.prompt + sizes.horizon) * sizes.cached,
         "logits": sizes.batch_size * sizes.vocabulary * (2 * sizes.element + _LOGIT_COPIES * float32),
     }
 
@@ -141,7 +141,7 @@ def measure(
     def read() -> Tensor:
         part = Batch(longest, zeros, zeros)
         minibatch = read_minibatch(policy, sampler, part, longest.lengths.sum(), 1)
-        return (minibatch.log_probs + minibatch.values + entropy(minibatch.log_distribution)).sum()
+        return (minibatch.log_probs + minibatch.values + minibatch.entropies).sum()
 
     known = [*policy.parameters(), *lm.model.parameters(), *lm.model.buffers()]
     element = lm.dtype.itemsize
@@ -187,7 +187,8 @@ def _cached_bytes(lm: CausalLM) -> int:
     if isinstance(lm.model, MarkovLM):
         return 0
     cache = DynamicCache()
-    lm.model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=lm.device), **{cache_keyword(lm.model): cache})
+    ids = torch.zeros((1, 1), dtype=torch.int64, device=lm.device)
+    lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), **{cache_keyword(lm.model): cache})
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
