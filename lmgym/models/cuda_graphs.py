@@ -90,7 +90,7 @@ class StepGraphs:
 
     Args:
         step: maps tokens (n,), age (n,), column (1,) and rings (n, heads, c, width), written in place, to outputs.
-        slots: N. capacity: C.
+        slots: N. longest: the longest sequence a slot will hold, in tokens.
         like: keys and values (any, heads, any, width) of every layer, for the shapes of the rings.
 
     Attributes:
@@ -98,9 +98,11 @@ class StepGraphs:
         age: (N,) int64 tokens that each slot has seen. column: (1,) int64, the one that is written next.
     """
 
-    def __init__(self, step: Step, slots: int, capacity: int, like: Sequence[Tensor]) -> None:
+    def __init__(self, step: Step, slots: int, longest: int, like: Sequence[Tensor]) -> None:
         device = like[0].device
+        capacity = round_up_capacity(longest)
         self._step = step
+        self._longest = longest
         self._capacity = capacity
         self.rings = [x.new_zeros((slots, x.shape[1], capacity, x.shape[3])) for x in like]
         self.age = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -133,7 +135,7 @@ class StepGraphs:
         age = self.age[: len(tokens)]
         rings = [ring[: len(tokens), :, :columns] for ring in self.rings]
         outputs = self._step(tokens, age, self.column, *rings)
-        age.add_(1).clamp_(max=self._capacity - 1)
+        age.add_(1).clamp_(max=self._longest - 1)
         self.column.add_(1).remainder_(self._capacity)
         return outputs
 
@@ -180,21 +182,21 @@ def _waiting_graphs(lm: CausalLM) -> list[tuple[Key, StepGraphs]]:
 
 
 def borrow_graphs(
-    borrower: object, lm: CausalLM, step: Step, slots: int, capacity: int, like: Sequence[Tensor], name: str
+    borrower: object, lm: CausalLM, step: Step, slots: int, longest: int, like: Sequence[Tensor], name: str
 ) -> StepGraphs:
     """Rings and graphs for a decoder, given back when the decoder is no more.
 
     Args:
-        borrower: the decoder. lm: its model. step: what is captured. slots: N. capacity: C.
-        like: keys and values of every layer.
+        borrower: the decoder. lm: its model. step: what is captured. slots: N.
+        longest: sequence that a slot will hold, in tokens. like: keys and values of every layer.
         name: tells steps of one model apart.
     """
     # A model that was moved has its parameters elsewhere, where its graphs do not look.
-    key = (name, slots, capacity, tuple(parameter.data_ptr() for parameter in lm.model.parameters()))
+    key = (name, slots, longest, tuple(parameter.data_ptr() for parameter in lm.model.parameters()))
     waiting = lm.remember(_waiting_graphs)
     found = next((graphs for known, graphs in waiting if known == key), None)
     if found is None:
-        found = StepGraphs(step, slots, capacity, like)
+        found = StepGraphs(step, slots, longest, like)
     else:
         waiting[:] = [(known, graphs) for known, graphs in waiting if graphs is not found]
     weakref.finalize(borrower, _give_back, waiting, key, found).atexit = False

@@ -52,7 +52,7 @@ class RingDecoder:
     """The ring cache. Memory: 2 * layers * N * C * width of all key-value heads, plus the logits N * V.
 
     Args:
-        lm: the model. slots: N. capacity: C, the longest sequence a slot will hold.
+        lm: the model. slots: N. capacity: C, the longest sequence a slot will hold; rings of graphs may have more.
         keep_hidden: whether to keep the input of the LM head.
         record: whether steps may run other than as the model's own code.
     """
@@ -62,12 +62,13 @@ class RingDecoder:
     ) -> None:
         self._lm = lm
         self._slots = slots
-        self._capacity = round_up_capacity(capacity) if record and is_captured(lm.device) else capacity
+        self._longest = capacity
         self._keep_hidden = keep_hidden
         self._cache_keyword = cache_keyword(lm.model)
         self._lean = lm.remember(find_lean) if record else None
         self._step: Step = lm.remember(make_step, keep_hidden) if record else RingStep(lm, keep_hidden)
         self._captures = record and is_captured(lm.device)
+        self._capacity = round_up_capacity(capacity) if self._captures else capacity
         self._graphs: StepGraphs | None = None
         self._rings: list[Tensor] = []
         self._clock = 0
@@ -130,7 +131,7 @@ class RingDecoder:
         if not self._captures:
             return [x.new_zeros((self._slots, x.shape[1], self._capacity, x.shape[3])) for x in states]
         name = f"hidden={self._keep_hidden}"
-        self._graphs = borrow_graphs(self, self._lm, self._step, self._slots, self._capacity, states, name)
+        self._graphs = borrow_graphs(self, self._lm, self._step, self._slots, self._longest, states, name)
         self._age = self._graphs.age.zero_()
         self._column = self._graphs.column.zero_()
         return self._graphs.rings
@@ -193,7 +194,7 @@ class RingDecoder:
         else:
             rings = [ring[:, :, :columns] for ring in self._rings]
             self.logits, *hidden = self._step(tokens, self._age, self._column, *rings)
-            self._age = (self._age + 1).clamp_(max=self._capacity - 1)
+            self._age = (self._age + 1).clamp_(max=self._longest - 1)
             self._column = (self._column + 1) % self._capacity
         self.hidden = hidden[0] if hidden else None
         self._clock += 1

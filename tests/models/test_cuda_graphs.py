@@ -133,6 +133,21 @@ def test_a_captured_step_is_the_step(lm: CausalLM, machine: Machine) -> None:
     assert captured == machine.captured == 3
 
 
+def test_a_slot_that_is_full_stays_within_the_positions_of_its_model(lm: CausalLM, machine: Machine) -> None:
+    ids = torch.full((SLOTS, 55), 4, device=machine.device)
+    logits = []
+    for is_on in (False, True):
+        machine.switch(is_on)
+        decoder = RingDecoder(lm, SLOTS, 60)  # as many as the model has positions for; the rings have 64 columns
+        decoder.begin(torch.arange(SLOTS, device=machine.device), ids, torch.ones_like(ids, dtype=torch.bool))
+        for _ in range(5):
+            decoder.step(ids[:, 0])
+        logits.append(decoder.logits.clone())
+        for _ in range(6):  # of a response that has ended
+            decoder.step(ids[:, 0])
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=TOLERANCE)
+
+
 def test_two_decoders_of_a_model_do_not_share_rings(machine: Machine) -> None:
     lm = make_lm("GPT-2", machine)
     machine.switch(False)
