@@ -28,7 +28,9 @@ import argparse
 import datetime
 import importlib
 import json
+import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -81,11 +83,25 @@ def run_apart(part: str, setting: Setting, out: Path, seconds: float) -> str:
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", part, "--out", str(out), "--device", setting.device]
     command += ["--small"] if setting.is_small else []
     (out / f"{part}.json").unlink(missing_ok=True)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired as error:
-        return f"took more than {seconds:.0f} s\n{_text(error.stdout)[-2000:]}"
-    return "" if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
+    return run_within(command, seconds)
+
+
+def run_within(command: Sequence[str], seconds: float) -> str:
+    """Runs a command, and ends it with all that it has started when its time is over.
+
+    Returns:
+        "", or the end of what it printed where it failed.
+    """
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            return f"took more than {seconds:.0f} s\n{output[-2000:]}"
+    return "" if process.returncode == 0 else output[-3000:]
 
 
 def run_parts(parts: Sequence[str], setting: Setting, out: Path, budget: float) -> dict[str, Any]:
@@ -127,12 +143,6 @@ def machine(setting: Setting) -> dict[str, str]:
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-
-
-def _text(output: bytes | str | None) -> str:
-    if output is None:
-        return ""
-    return output if isinstance(output, str) else output.decode(errors="replace")
 
 
 def main() -> None:

@@ -81,6 +81,18 @@ def test_a_part_that_fails_or_has_no_time_leaves_the_others(tmp_path: Path, monk
     assert "moves 1.00 TB/s" in (tmp_path / "gpu.md").read_text()
 
 
+def test_a_part_that_takes_too_long_ends_with_all_that_it_has_started() -> None:
+    inner = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    failure = gpu.run_within([sys.executable, "-c", outer], 2)
+    first, pid = failure.splitlines()
+    assert first == "took more than 2 s"
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"  # ended, and not yet waited for
+    assert gpu.run_within([sys.executable, "-c", "raise SystemExit('no card')"], 10) == "no card\n"
+    assert not gpu.run_within([sys.executable, "-c", "print('fine')"], 10)
+
+
 @pytest.mark.slow
 def test_everything_runs_at_tiny_shapes_without_a_gpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--small", "--device", "cpu", "--out", str(tmp_path)]
