@@ -119,11 +119,13 @@ class ClassifierReward:
             sequences = [self._own.once(ids) for ids in self.tokenizer(texts)["input_ids"]]
         self._check_lengths(sequences)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-        scores = torch.zeros(len(sequences))
+        parts = [torch.zeros(0, device=self.model.device)]
         for start in range(0, len(order), _FORWARD_ROWS):
             rows = order[start : start + _FORWARD_ROWS]
-            logits = sequence_logits(self.model, [sequences[i] for i in rows]).float().cpu()
-            scores[rows] = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+            logits = sequence_logits(self.model, [sequences[i] for i in rows]).float()
+            parts.append(logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0])
+        scores = torch.zeros(len(sequences))
+        scores[order] = torch.cat(parts).cpu()  # all at once: each look has a GPU wait
         return scores.tolist()
 
     def _join(self, prompt: Sequence[int], completion: Sequence[int]) -> list[int]:

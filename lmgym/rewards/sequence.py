@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lmgym.models.padding import pad_right
 from lmgym.models.positions import first_position
+from lmgym.models.transfer import to_device
 
 _NO_TOKEN = -1  # as the pad token: then every token is one to be read
 _PROBE_TOKENS = 6
@@ -78,8 +79,8 @@ def _read_last_tokens(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
     Causal attention does not see the padding. Without a mask the fastest attention of a GPU applies.
     """
     ids, mask = pad_right(sequences, _fill(model))
-    ids = ids.to(model.device)
-    last = mask.sum(1).to(model.device) - 1
+    ids = to_device(ids, model.device)
+    last = to_device(mask.sum(1) - 1, model.device)
     hidden = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]  # (n, L, D)
     return model.score(hidden[torch.arange(len(ids), device=hidden.device), last])
 
