@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import platform
@@ -31,7 +32,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMH
 
 import lmgym  # noqa: F401 - registers the ids
 from lmgym.models.caches import cache_keyword
-from lmgym.models.causal import token_log_probs
+from lmgym.models.causal import CausalLM, token_log_probs
 from lmgym.models.policy import CausalPolicy
 from lmgym.rollout import collect
 
@@ -108,6 +109,7 @@ class Bench:
         self.plain: Any = (
             AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False).eval().to(device)
         )  # as Hugging Face loads it
+        self.policy: CausalPolicy | None = None
 
     def envs(self, name: str) -> Any:
         """The vector env of a path, made once and warm."""
@@ -198,11 +200,17 @@ class Bench:
         )
         return self.n * self.horizon
 
+    def learner(self) -> CausalPolicy:
+        """A policy with weights of its own: what samples from the reference itself would spare its pass."""
+        if self.policy is None:
+            self.policy = CausalPolicy(CausalLM(copy.deepcopy(self.lm.model), self.lm.tokenizer))
+        return self.policy
+
     def decode(self) -> int:
-        return collect(self.envs("bookkeeping"), CausalPolicy(self.lm), self.n, None, self.generator).num_tokens
+        return collect(self.envs("bookkeeping"), self.learner(), self.n, None, self.generator).num_tokens
 
     def collect(self) -> int:
-        return collect(self.envs("native"), CausalPolicy(self.lm), self.n, None, self.generator).num_tokens
+        return collect(self.envs("native"), self.learner(), self.n, None, self.generator).num_tokens
 
     @torch.inference_mode()
     def bare_forced(self) -> int:

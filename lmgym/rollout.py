@@ -18,7 +18,7 @@ from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_int
 from lmgym.models.cuda_graphs import is_captured
 from lmgym.models.drawing import Drawing
-from lmgym.models.policy import CausalState, PlainSteps, Policy, Steps
+from lmgym.models.policy import CausalPolicy, CausalState, PlainSteps, Policy, Steps
 from lmgym.models.sampling import Sampler, check_finite_log_probs
 from lmgym.models.transfer import to_device
 
@@ -54,7 +54,10 @@ def collect(
     engine = envs.engine
     prompt_ids, prompt_mask = engine.pad_prompts(prompts)
     decoded = _decode(engine, policy, prompt_ids, prompt_mask, sampler or Sampler(), generator or fresh_generator())
-    replay = envs.replay(prompts, decoded.response_ids.numpy())
+    # What samples from the reference itself has just given the reference's log-probs.
+    is_reference = isinstance(policy, CausalPolicy) and policy.lm is engine.lm and sampler in (None, Sampler())
+    given = decoded.log_probs.numpy() if is_reference else None
+    replay = envs.replay(prompts, decoded.response_ids.numpy(), given)
     gold = replay.outcomes.gold_scores
     return Episodes(
         prompt_ids=prompt_ids,

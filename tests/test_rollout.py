@@ -285,14 +285,23 @@ def test_rewards_and_returns_are_those_of_the_env(parts: Parts, policy: CausalPo
     torch.testing.assert_close(returns.tolist(), replay.outcomes.discounted_returns, rtol=0, atol=1e-5)
 
 
-def test_the_reference_as_a_policy_has_no_kl(parts: Parts) -> None:
+def test_the_reference_as_a_policy_has_no_kl(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not read again: what it sampled with are its log-probs. Under another sampler they are not."""
     envs = native(parts)
     reference = CausalPolicy(envs.engine.lm)
-    episodes = collect(envs, reference, 60, None, rng(7))
+    reads: list[int] = []
+    read = CausalLM.response_log_probs
+    monkeypatch.setattr(CausalLM, "response_log_probs", lambda *args: reads.append(1) or read(*args))
+    prompts = envs.next_prompts(60)
+    episodes = collect(envs, reference, prompts, None, rng(7))
+    assert not reads
     assert episodes.values is None
-    torch.testing.assert_close(episodes.log_probs, episodes.ref_log_probs, rtol=0, atol=1e-5)
+    known = envs.replay(prompts, episodes.response_ids.numpy())
+    torch.testing.assert_close(episodes.log_probs, torch.from_numpy(known.ref_log_probs).float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(episodes.ref_log_probs, episodes.log_probs, rtol=0, atol=0)
     check_kl_is_plausible(episode_kl(episodes))
     sharp = collect(envs, reference, 60, Sampler(temperature=0.5), rng(7))
+    assert len(reads) == 2
     assert episode_kl(sharp).mean() > 0.5  # another distribution, and its log-probs say so
 
 

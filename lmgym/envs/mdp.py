@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -125,8 +126,17 @@ class TokenMDP:
         """(B, P) int64 ids and bool mask of prompts, left-padded."""
         return pad_left([prompt.ids for prompt in prompts], self.lm.pad_token_id, self.width)
 
-    def replay(self, prompts: Sequence[Prompt], response_ids: Ints) -> Replay:
+    def replay(
+        self,
+        prompts: Sequence[Prompt],
+        response_ids: Ints,
+        ref_log_probs: npt.NDArray[np.floating[Any]] | None = None,
+    ) -> Replay:
         """What stepping responses (B, T) after prompts would have given; no row is touched.
+
+        Args:
+            prompts: B of them. response_ids: (B, T).
+            ref_log_probs: (B, T) nats of the tokens under the reference, where they are known: it is then not run.
 
         Raises:
             InvalidActionError: for a number before the end of a response that is no token id.
@@ -140,8 +150,11 @@ class TokenMDP:
         lengths, by_eos = self.end_rule.find_ends(response_ids)
         mask: Bools = columns < lengths[:, None]
         self.check_actions(response_ids.ravel(), mask.ravel())
-        ref_log_probs = self._read_reference(prompts, response_ids, mask)
-        rewards = self.task.kl_coef * ref_log_probs
+        if ref_log_probs is None or self.task.kl_coef == 0:
+            charged = self._read_reference(prompts, response_ids, mask)
+        else:
+            charged = np.where(mask, ref_log_probs, 0.0).astype(np.float64)
+        rewards = self.task.kl_coef * charged
         last = (np.arange(b), lengths - 1)
         if not self.task.dense_kl:
             total = rewards.sum(1)
@@ -153,7 +166,7 @@ class TokenMDP:
         discounted = (rewards * self.task.gamma**columns).sum(1)
         truncated = ~by_eos & self.task.truncate
         outcomes = replace(outcomes, discounted_returns=discounted.tolist())
-        return Replay(mask, rewards, ref_log_probs, ~truncated, truncated, outcomes)
+        return Replay(mask, rewards, charged, ~truncated, truncated, outcomes)
 
     def _read_reference(self, prompts: Sequence[Prompt], response_ids: Ints, mask: Bools) -> Floats:
         """(B, T) nats: log pi_ref of the tokens on the mask, 0 elsewhere and at `kl_coef=0`."""

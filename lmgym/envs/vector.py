@@ -205,14 +205,20 @@ class RLHFVectorEnv(SharedAttributes, EngineBacked, VectorEnv[Any, Any, Any]):
     def _observe(self) -> Any:
         return observe(self._engine, self.settings.obs_format, slice(None))
 
-    def replay(self, prompts: Sequence[Prompt], response_ids: npt.NDArray[np.int64]) -> Replay:
+    def replay(
+        self,
+        prompts: Sequence[Prompt],
+        response_ids: npt.NDArray[np.int64],
+        ref_log_probs: npt.NDArray[np.floating[Any]] | None = None,
+    ) -> Replay:
         """What stepping whole responses would have returned, from one teacher-forced pass; no row is touched.
 
         Args:
             prompts: B of them (`prompts[i]` of the env's `prompts`).
             response_ids: (B, T) int64; tokens after the end of a response do not matter.
+            ref_log_probs: (B, T) nats of the tokens under the reference, where they are known: it is then not run.
         """
-        return self._engine.replay(prompts, response_ids)
+        return self._engine.replay(prompts, response_ids, ref_log_probs)
 
     def next_prompts(self, episodes: int) -> list[Prompt]:
         """Takes the next prompts of the rows' own streams, row by row: what `episodes` resets would start from."""

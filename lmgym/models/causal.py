@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lmgym.errors import LmGymError
 from lmgym.models.categorical import log_probs_and_entropies
 from lmgym.models.lean.find import find_lean
+from lmgym.models.lean.scoring import score_by_columns
 from lmgym.models.loading import check_embedded
 from lmgym.models.padding import pack
 from lmgym.models.positions import max_positions
@@ -23,6 +24,8 @@ from lmgym.models.transfer import to_device
 
 _SCORING_ROWS = 16  # episodes in a teacher-forced forward: larger batches only fault more pages in
 _HEAD_ROWS = 256  # hidden states that the LM head takes at once, so that (rows, V) stays in the processor's cache
+_MIN_WIDE_VOCABULARY = 8192  # from which the head goes through its columns in blocks on a CPU
+_WIDE_HEAD_ROWS = 512  # hidden states at once, where the columns are in blocks
 _GPU_SCORING_ROWS = 128  # the same on a GPU, which small products leave idle
 _GPU_HEAD_ROWS = 2048
 _PROBE_TOKENS = 8  # of the sequence that tells whether a model has a separate head
@@ -175,6 +178,10 @@ class CausalLM(Texts):
         head: Callable[[Tensor], Tensor]
         if lean is not None and (lean.window is None or ids.shape[1] <= lean.window):
             trunk, _ = lean.read(ids)
+            if self.vocab_size > _MIN_WIDE_VOCABULARY and self.dtype == torch.float32 and self.device.type == "cpu":
+                shape = (self.vocab_size, self.holes, self.temperature)
+                blocks = zip(trunk[rows, columns].split(_WIDE_HEAD_ROWS), targets.split(_WIDE_HEAD_ROWS), strict=True)
+                return torch.cat([score_by_columns(lean.head, block, tokens, *shape) for block, tokens in blocks])
             head = partial(lean.logits, vocab_size=self.vocab_size)
         elif self.remember(has_separate_head):
             trunk = self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]

@@ -120,25 +120,26 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         total = cumulative[:, -1:]
         tokens = _first_beyond(cumulative, uniforms * total)
     else:
-        tokens, total = _two_levels(logits, top, uniforms)
+        tokens, total = _two_levels(logits, uniforms)
     log_probs = logits.gather(1, tokens) - top - total.log().float()
     return tokens.squeeze(1), log_probs.squeeze(1)
 
 
-def _two_levels(logits: Tensor, top: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 1) tokens and (B, 1) total weight exp(logits - top) of (B, V) logits with maxima (B, 1)."""
-    rows, vocabulary = logits.shape
-    weights = logits.new_empty((rows, vocabulary + -vocabulary % _BLOCK_SIZE))  # whole blocks, without a padded copy
-    weights[:, vocabulary:] = 0.0
-    torch.sub(logits.detach(), top.detach(), out=weights[:, :vocabulary]).exp_()
-    blocks = weights.view(rows, -1, _BLOCK_SIZE)
-    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    total = cumulative[:, -1:]
-    target = uniforms * total
+def _two_levels(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1) tokens and (B, 1) total weight exp(logits - their maximum) of (B, V) logits."""
+    vocabulary = logits.shape[1]
+    probs = logits.detach().softmax(-1)  # in one pass, where exp(logits - top) and its sum are three
+    whole = vocabulary - vocabulary % _BLOCK_SIZE
+    sums = probs[:, :whole].unflatten(1, (-1, _BLOCK_SIZE)).sum(-1, dtype=torch.float64)
+    rest = probs[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
+    cumulative = torch.cat([sums, rest], dim=1).cumsum(-1)
+    target = uniforms * cumulative[:, -1:]
     block = _first_beyond(cumulative, target)
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = blocks[torch.arange(rows, device=weights.device), block.squeeze(1)].cumsum(-1, dtype=torch.float64)
-    tokens = block * _BLOCK_SIZE + _first_beyond(inside, target - before)
+    columns = block * _BLOCK_SIZE + torch.arange(_BLOCK_SIZE, device=logits.device)
+    inside = probs.gather(1, columns.clamp(max=vocabulary - 1)).masked_fill(columns >= vocabulary, 0.0)
+    tokens = block * _BLOCK_SIZE + _first_beyond(inside.cumsum(-1, dtype=torch.float64), target - before)
+    total = 1 / probs.amax(-1, keepdim=True).double()
     return tokens.clamp_(max=vocabulary - 1), total  # it would be larger where the logits are NaN
 
 

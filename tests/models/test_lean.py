@@ -12,10 +12,12 @@ from conftest import tiny_lm
 from test_decoding import CAPACITY, SLOTS, config, drive_with_restarts, left_padded
 from torch import Tensor, nn
 
+from lmgym.models import causal
 from lmgym.models.causal import CausalLM
-from lmgym.models.lean import parts, products
+from lmgym.models.lean import parts, products, scoring
 from lmgym.models.lean.find import find_lean
 from lmgym.models.lean.products import affine, affine_gelu
+from lmgym.models.lean.scoring import score_by_columns
 from lmgym.models.lean.transformer import Transformer
 from lmgym.models.ring import RingDecoder, find_distinct
 from lmgym.models.ring_step import LeanStep, RingStep, make_step
@@ -190,6 +192,38 @@ def test_products_are_those_of_torch(rows: int, with_bias: bool, monkeypatch: py
             for kind in ("none", "tanh"):
                 expected = nn.functional.gelu(plain, approximate=kind)
                 assert_alike(affine_gelu(x, transposed, bias, kind), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("GPT-2", {}), ("GPT-2", {"tie_word_embeddings": False}), ("Llama", {})], ids=str
+)
+def test_scores_by_columns_are_those_of_the_whole_vocabulary(
+    name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut at the tokenizer's end, divided by the temperature, without the ids that no token has."""
+    lm = drawn(name, changes)
+    lean = lean_of(lm)
+    hidden = torch.randn((9, 32), generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([0, 3, 4, 7, 8, 9, 13, 14, 1])
+    holes = [2, 5, 6, 11]
+    monkeypatch.setattr(scoring, "_COLUMNS", 4)
+    with torch.inference_mode():
+        logits = lm.model.lm_head(hidden)[:, :15] / 0.7
+        logits[:, holes] = -torch.inf
+        expected = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+        assert_alike(score_by_columns(lean.head, hidden, tokens, 15, holes, 0.7), expected)
+
+
+def test_a_wide_head_scores_responses_by_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = drawn("GPT-2", {})
+    prompt_mask = torch.tensor([[False, True, True], [True, True, True]])
+    response_mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    arguments = (IDS[:, :3], prompt_mask, IDS[:, 3:7], response_mask)
+    expected = lm.response_log_probs(*arguments)
+    monkeypatch.setattr(causal, "_MIN_WIDE_VOCABULARY", 1)
+    monkeypatch.setattr(causal, "_WIDE_HEAD_ROWS", 4)
+    monkeypatch.setattr(scoring, "_COLUMNS", 5)
+    assert_alike(lm.response_log_probs(*arguments), expected)
 
 
 # --- sequences that are read once ------------------------------------------------------------------------------------
