@@ -56,6 +56,7 @@ def is_same_function(activation: nn.Module, kernel: nn.Module) -> bool:
     return _is_near(value, kernel_value) and _is_near(slope, kernel_slope)
 
 
+@torch.inference_mode(False)  # a model may be loaded where gradients are off, in either way
 @torch.enable_grad()
 def _probe(function: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and derivatives of an elementwise function on a grid."""

@@ -101,3 +101,9 @@ def test_a_policy_is_prepared_and_a_model_that_was_given_is_not() -> None:
         assert isinstance(trunk, nn.Module)
         assert any(isinstance(module, nn.GELU) for module in trunk.modules())
     assert not any(isinstance(module, nn.GELU) for module in lm.model.modules())
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_they_are_found_where_gradients_are_off(without_gradients: type) -> None:
+    with without_gradients():
+        assert isinstance(fuse_activations(Holder(ACT2FN["gelu_new"])).activation, nn.GELU)
