@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,7 @@ def test_a_cut_compressed_file_is_reported(tmp_path: Path) -> None:
         ("f.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
         ("f.parquet", b"PAR1....", "is no Parquet file, or is cut or damaged"),
         ("f.xlsx", b"", "must have one of the endings"),
+        ("f.db", b"SQLite format 3\0 and then nothing of it", "`labels`"),
     ],
 )
 def test_a_file_of_another_kind_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -313,6 +315,20 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_record(tmp_pat
     path = tmp_path / "f.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")
     assert read(path) == [Record("p", ("a", "b"), Choice(0, 1))]
+
+
+@pytest.mark.parametrize("name", ["f.jsonl", "f.parquet"])
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(parquet, "BATCH", 50)
+    peaks = []
+    for size in (200, 1200):
+        tracemalloc.start()
+        write_records(tmp_path / name, (Record(f"p{i}", ("a" * 500, "b" * 500)) for i in range(size)))
+        write_records(tmp_path / f"again-{name}", read_records(tmp_path / name))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0] + 100_000
 
 
 def test_nothing_is_half_written(tmp_path: Path) -> None:
