@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from benchmarks.gpu import word_tokenizer
+from benchmarks.gpu_models import word_tokenizer
 from lmgym.tasks import make_task
 
 SIZES: dict[str, dict[str, int]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,18 @@ from benchmarks.peers.worker import (
     read_report,
     spec_of,
 )
-from benchmarks.ppo_speed import OURS, Process, Row, add_run, command_of, main_table, measure, parts_table, read_runs
+from benchmarks.ppo_speed import (
+    OURS,
+    Process,
+    Row,
+    add_run,
+    command_of,
+    main,
+    main_table,
+    measure,
+    parts_table,
+    read_runs,
+)
 
 SMALL: dict[str, Any] = {"batch": 8, "epochs": 2, "minibatches": 2, "iterations": 1}
 
@@ -184,7 +194,10 @@ def test_trl_does_the_work_of_its_spec(algorithm: str, inputs: dict[str, Any], t
     assert lap["learned"] == 8 * 16 * 2
 
 
-def test_it_prints_what_is_there(tmp_path: Path) -> None:
+def test_it_prints_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     add_run(tmp_path / "runs.jsonl", run_of("ppo", OURS, 0.5))
-    command = [sys.executable, "-m", "benchmarks.ppo_speed", "--rounds", "0", "--only", "ppo", "--out", str(tmp_path)]
-    assert "| PPO, 2 x 128 | 0.5 |" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    monkeypatch.setattr(sys, "argv", ["ppo_speed", "--rounds", "0", "--out", str(tmp_path)])
+    main()
+    assert "| PPO, 2 x 128 | 0.5 |" in capsys.readouterr().out
