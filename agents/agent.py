@@ -225,7 +225,7 @@ class PolicyAgent(Agent):
             for t in positions.unique().tolist():
                 rows = positions == t
                 tokens[rows], log_probs = self.sampler.sample(logits[rows], t, uniforms[rows.cpu()])
-                check_finite_log_probs(log_probs)
+                check_finite_log_probs(log_probs, logits.dtype)
         actions = tokens.cpu().numpy()
         return (actions if np.ndim(observation["input_ids"]) == 2 else actions[0]), None
 

@@ -40,6 +40,7 @@ def check_step(metrics: Mapping[str, float], policy: nn.Module, config: Any, inp
     tips = []
     if wrong[0] == "train/kl_loss" and getattr(config, "kl_estimator", "") == "k3":
         tips.append("`agent.kl_estimator=exact` (k3 is exp of a log-ratio, beyond float32 at 88 nats)")
+    tips += _advice_on_dtype(policy)
     if "scores" in inputs and bool((inputs["scores"].abs() > LARGE_SCORE).any()):
         tips.append("a reward of smaller numbers")
     diverged(causes[0], config, tips)
@@ -49,7 +50,7 @@ def check_weights(policy: nn.Module, config: Any) -> None:
     """Raises `NotFiniteError` where a step has left a weight that is not finite."""
     weights = [weight for _, weight in _weights(policy) if weight.requires_grad]
     if not all_finite(weights):
-        diverged(next(_not_finite(_weights(policy))), config)
+        diverged(next(_not_finite(_weights(policy))), config, _advice_on_dtype(policy))
 
 
 def check_saving(policy: nn.Module, optimizer: torch.optim.Optimizer, config: Any) -> None:
@@ -79,6 +80,13 @@ def _advice(config: Any) -> Iterator[str]:
         yield "`agent.max_grad_norm=1` (gradients are not clipped)"
     name = "lr" if hasattr(config, "lr") else "learning_rate"  # the latter of Stable-Baselines3
     yield f"a lower `agent.{name}` (it is {getattr(config, name):g})"
+
+
+def _advice_on_dtype(policy: nn.Module) -> list[str]:
+    """What to try where weights are in float16."""
+    if any(weight.dtype == torch.float16 for _, weight in _weights(policy)):
+        return ["`env.dtype=bfloat16` (the largest number of float16 is 65,504)"]
+    return []
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -108,7 +108,7 @@ def _decode(
     drawing = steps.drawing
     # Copies also on a CPU: the next batch may be drawn in the same tensors.
     response_ids, log_probs = (x.to("cpu", copy=True) for x in (drawing.response_ids, drawing.log_probs))
-    check_finite_log_probs(log_probs)
+    check_finite_log_probs(log_probs, drawing.dtype)
     return _Decoded(response_ids, log_probs, None if drawing.values is None else drawing.values.to("cpu", copy=True))
 
 
@@ -206,7 +206,7 @@ def _play_round(envs: Any, policy: Policy, horizon: int, sampler: Sampler, gener
         if t == horizon - 1 or not played.running.any():
             break
         state.step(tokens)
-    check_finite_log_probs(played.log_probs)
+    check_finite_log_probs(played.log_probs, state.logits.dtype)
     return played.episodes().with_tokenizer(getattr(envs.unwrapped, "tokenizer", None))
 
 

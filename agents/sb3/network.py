@@ -113,7 +113,7 @@ def _join_heads(logits: Tensor, values: Tensor) -> list[Tensor]:
 
 def _check_logits(logits: Tensor) -> None:
     """Raises `NotFiniteError` for logits (N, V) that define no distribution, before SB3 draws from them."""
-    check_finite_log_probs(logits.detach().amax(-1))
+    check_finite_log_probs(logits.detach().amax(-1), logits.dtype)
 
 
 def _close_gaps(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

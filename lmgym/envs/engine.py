@@ -20,6 +20,7 @@ from lmgym.envs.prompts import Prompt
 from lmgym.envs.reader import Reader
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidActionError, InvalidArgumentError
+from lmgym.models.probes import check_log_probs
 
 _MAX_TOKEN_IDS = 2**28  # that the rows of an env hold: 2 GiB
 
@@ -123,7 +124,7 @@ class Engine(TokenMDP):
 
     @contextlib.contextmanager
     def _abandoned_on_error(self) -> Iterator[None]:
-        """Abandons every episode where a reward raises: half of a step has then been taken."""
+        """Abandons every episode where a reward or the reference fails: half of a step has then been taken."""
         try:
             yield
         except InvalidActionError:  # no step has been taken
@@ -147,7 +148,9 @@ class Engine(TokenMDP):
         rewards = np.zeros(self.num_rows)
         charged: Floats | None = None
         if self._reader is not None:
-            charged = np.where(live, self._reader.log_probs(np.where(live, actions, 0)), 0.0)
+            with self._abandoned_on_error():
+                charged = np.where(live, self._reader.log_probs(np.where(live, actions, 0)), 0.0)
+                check_log_probs(self.lm, charged)
             self.ref_log_probs[rows, t[rows]] = charged[rows]
             rewards = self.task.kl_coef * charged
         self._append(rows, tokens)
@@ -160,10 +163,10 @@ class Engine(TokenMDP):
         if len(ended):
             with self._abandoned_on_error():
                 outcomes = self._grade_rows(ended, by_eos[ended])
-            if self.task.kl_coef > 0 and not self.task.dense_kl:
-                charged = np.zeros(self.num_rows)
-                charged[ended] = self._read_whole_rows(ended)
-                rewards += self.task.kl_coef * charged
+                if self.task.kl_coef > 0 and not self.task.dense_kl:
+                    charged = np.zeros(self.num_rows)
+                    charged[ended] = self._read_whole_rows(ended)
+                    rewards += self.task.kl_coef * charged
             rewards[ended] += outcomes.scores
         self.returns += rewards
         self.discounted += self._discounts[t] * rewards
@@ -219,6 +222,7 @@ class Engine(TokenMDP):
         mask = torch.from_numpy(self.attention_mask[rows]).bool()
         p = self.width
         log_probs = self.lm.response_log_probs(ids[:, :p], mask[:, :p], ids[:, p:], mask[:, p:]).numpy()
+        check_log_probs(self.lm, log_probs)
         charged = np.where(mask[:, p:].numpy(), log_probs, np.nan)
         charged[np.arange(self.horizon) < self.starts[rows, None]] = np.nan
         self.ref_log_probs[rows] = charged

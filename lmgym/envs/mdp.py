@@ -24,7 +24,7 @@ from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidActionError, InvalidArgumentError, RewardError
 from lmgym.models.causal import CausalLM
 from lmgym.models.padding import pad_left
-from lmgym.models.probes import check_language_model, check_prompts_are_finite
+from lmgym.models.probes import check_language_model, check_log_probs, check_prompts_are_finite
 from lmgym.rewards.base import RewardFunction, bind_tokenizer, remove_noise, score
 from lmgym.rewards.classifier import ClassifierReward
 from lmgym.rewards.probe import find_leaves, try_out
@@ -174,7 +174,9 @@ class TokenMDP:
             return np.zeros(response_ids.shape)
         response = torch.from_numpy(np.where(mask, response_ids, 0))
         log_probs = self.lm.response_log_probs(*self.pad_prompts(prompts), response, torch.from_numpy(mask))
-        return log_probs.numpy().astype(np.float64)
+        found = log_probs.numpy().astype(np.float64)
+        check_log_probs(self.lm, found)
+        return found
 
     def grade(self, prompts: Sequence[Prompt], responses: list[list[int]], by_eos: Bools) -> Outcomes:
         """Scores whole responses; their discounted returns are left empty.

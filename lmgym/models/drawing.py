@@ -32,6 +32,7 @@ class Drawing:
         values: (B, T) float32, the critic's estimates, 0 after an end; None until one is given.
         rows: (B,) int64, the response that each slot draws. tokens: (B,) int64, the newest of each slot.
         running: (B,) bool, whether the response of a slot goes on. Of all three the first n are in use.
+        dtype: of the logits drawn from; None before the first.
         position: of the next token, from 0, and column: (1,) int64, the same on the device. size: n.
     """
 
@@ -49,6 +50,7 @@ class Drawing:
         self.rows = torch.arange(b, device=device)
         self.tokens = torch.zeros(b, dtype=torch.int64, device=device)
         self.running = torch.ones(b, dtype=torch.bool, device=device)
+        self.dtype: torch.dtype | None = None
         self.position = 0
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
         self.size = b
@@ -63,6 +65,7 @@ class Drawing:
             column: the position, where it is to be read from a tensor (1,) when this is replayed.
         """
         t: int | Tensor = self.position if column is None else column
+        self.dtype = logits.dtype
         rows = self.rows[: self.size]
         running = self.running[: self.size]
         tokens, log_probs = self.sampler.sample(logits, self.position, self.uniforms[rows, t])
@@ -95,4 +98,5 @@ class Drawing:
         for mine, theirs in zip(self.state(), other.state(), strict=True):
             mine.copy_(theirs)
         self.position = other.position
+        self.dtype = other.dtype
         self.size = other.size

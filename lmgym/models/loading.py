@@ -200,7 +200,7 @@ def _find_damage(directory: Path) -> str | None:
     for path in sorted(directory.iterdir()):
         reason = None
         if path.suffix == ".json":
-            reason = _find_fault_of_json(path)
+            reason = _find_fault_of_json(path) or _find_missing_part(path)
         elif path.suffix in (".safetensors", ".bin", ".model"):
             reason = _find_fault_of_weights(path)
         if reason is not None:
@@ -215,6 +215,19 @@ def _find_fault_of_json(path: Path) -> str | None:
     except (ValueError, RecursionError) as error:
         return f"{path.name} is not JSON ({error}). Copy or download it again."
     return None if isinstance(found, dict) else f"{path.name} must hold a JSON object, and holds {found!r}."
+
+
+def _find_missing_part(path: Path) -> str | None:
+    """Why an index of weights does not lead to all of them, with what to do; None where it does, or is none."""
+    if not path.name.endswith(".index.json"):
+        return None
+    parts = json.loads(path.read_bytes()).get("weight_map")
+    if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+        return f"{path.name} does not say which file a weight is in (`weight_map`): copy or download it again."
+    missing = sorted({part for part in parts.values() if not (path.parent / part).is_file()})
+    if missing:
+        return f"{path.name} names {_first(missing)}, which is not there: copy or download all parts of the model."
+    return None
 
 
 def _find_fault_of_weights(path: Path) -> str | None:

@@ -6,8 +6,10 @@ Shapes: L columns, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -65,8 +67,23 @@ def _check_prompts_are_finite(lm: CausalLM, prompts: tuple[tuple[int, ...], ...]
 
 def check_finite(lm: CausalLM, logits: Tensor) -> None:
     """Raises unless logits of legal tokens are finite, saying whether weights or dtype are the cause."""
-    if bool(logits.isfinite().all()):
+    if not bool(logits.isfinite().all()):
+        _refuse(lm)
+
+
+def check_log_probs(lm: CausalLM, log_probs: npt.NDArray[np.floating]) -> None:
+    """Raises as `check_finite` where log-probs of a reference overflow at a token that no check has read.
+
+    They are NaN, or -inf where one logit is inf; the tokens that a table leaves out are at -inf by right.
+    """
+    if np.isfinite(log_probs.sum()):
         return
+    may_be_infinite = lm.dtype != torch.float16 or isinstance(lm.model, MarkovLM)
+    if np.isnan(log_probs).any() or not may_be_infinite:
+        _refuse(lm)
+
+
+def _refuse(lm: CausalLM) -> NoReturn:
     check_finite_weights("model", lm.model.name_or_path or "given", lm.model)
     dtype = str(lm.dtype).removeprefix("torch.")
     if lm.dtype == torch.float16:

@@ -149,11 +149,11 @@ def _first_beyond(cumulative: Tensor, target: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, inside, right=True).clamp_(max=cumulative.shape[1] - 1)  # NaN exceeds all
 
 
-def check_finite_log_probs(log_probs: Tensor) -> None:
+def check_finite_log_probs(log_probs: Tensor, dtype: torch.dtype | None = None) -> None:
     """Raises where tokens were drawn from logits that define no distribution: NaN, inf, or -inf everywhere.
 
     Args:
-        log_probs: of the tokens drawn, any shape.
+        log_probs: of the tokens drawn, any shape. dtype: of the logits, where that is known.
 
     Raises:
         NotFiniteError: with the usual cause, and what to try.
@@ -162,8 +162,16 @@ def check_finite_log_probs(log_probs: Tensor) -> None:
     if len(wrong):
         raise NotFiniteError(
             f"A policy must give finite log-probs, and {len(wrong):,} of {log_probs.numel():,} are {wrong[0].item()}: "
-            "its weights are not finite, or its logits overflow. Where it is in training, try a lower learning rate."
+            f"its weights are not finite, or its logits overflow{_limit_of(dtype)}. Where it is in training, "
+            "try a lower learning rate."
         )
+
+
+def _limit_of(dtype: torch.dtype | None) -> str:
+    """What ends the numbers of a dtype so soon that it is worth a word, as a part of a sentence."""
+    if dtype != torch.float16:
+        return ""
+    return " (the largest number of float16 is 65,504: take dtype='bfloat16' or dtype='float32')"
 
 
 def _keep_top_k(logits: Tensor, k: int) -> Tensor:

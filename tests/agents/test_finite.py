@@ -78,6 +78,8 @@ def test_what_was_not_finite_first_is_named_and_what_to_try() -> None:
     )
     with pytest.raises(NotFiniteError, match=r"is inf\. Try a reward of smaller numbers, or"):
         check_step(wrong, policy, config, {"scores": huge})
+    with pytest.raises(NotFiniteError, match=r"Try `env.dtype=bfloat16` \(.*65,504\), or a reward .*, or a lower"):
+        check_step(wrong, torch.nn.Linear(3, 1, dtype=torch.float16), PPOConfig(), {"scores": huge})
     with pytest.raises(NotFiniteError, match=r"`returns` has 4 of 4 numbers that are not finite \(inf\)"):
         check_step(wrong, policy, config, {"scores": fine, "returns": huge * 1e30})
     with pytest.raises(NotFiniteError, match="the log-probs that the policy gives are nan"):

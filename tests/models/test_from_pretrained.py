@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from conftest import gpt2, word_tokenizer
@@ -28,11 +29,14 @@ from transformers import (
 
 from agents.policies.actor_critic import ActorCritic
 from agents.policies.lora import LoRAPolicy
-from lmgym.errors import InvalidArgumentError, LmGymError
+from lmgym.errors import InvalidArgumentError, LmGymError, NotFiniteError
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.policy import CausalPolicy
+from lmgym.models.probes import check_log_probs
 from lmgym.models.sharing import load_causal_lm
 from lmgym.rewards.classifier import load_reward_model
+from lmgym.rollout import collect, collect_steps
+from lmgym.tasks import make_task
 
 TOKENIZER = word_tokenizer()
 V = len(TOKENIZER)
@@ -169,6 +173,47 @@ def test_a_damaged_reward_model_is_one_error(
     assert str(caught.value).startswith(f"`reward` {str(own)!r} ")
 
 
+def remove_a_part(directory: Path) -> None:
+    next(iter(sorted(directory.glob("model-*.safetensors")))).unlink()
+
+
+def change_index(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        index = json.loads((directory / "model.safetensors.index.json").read_text())
+        change(index)
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return damage
+
+
+NO_MAP = r"model.safetensors.index.json does not say which file a weight is in \(`weight_map`\)"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            remove_a_part,
+            r"model.safetensors.index.json names model-00001-of-.*, which is not there: copy or",
+        ),
+        (lambda directory: sorted(directory.glob("model-*"))[1].write_bytes(b""), r"model-00002-of-.* is empty"),
+        (change_index(lambda index: index.pop("weight_map")), NO_MAP),
+        (change_index(lambda index: index["weight_map"].update({"lm_head.weight": 3})), NO_MAP),
+    ],
+)
+def test_a_model_in_parts_that_lacks_one_is_one_error(
+    damage: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    save(gpt2(V), tmp_path)
+    gpt2(V).save_pretrained(tmp_path, max_shard_size="8KB")
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    load_causal_lm(str(tmp_path), "cpu")
+    damage(tmp_path)
+    with pytest.raises(LmGymError, match=f"`model` '{tmp_path}' .*{message}"):
+        load_causal_lm(str(tmp_path), "cpu")
+
+
 def test_a_whole_model_loads_without_a_word(causal_dir: Path, recwarn: pytest.WarningsRecorder) -> None:
     lm = load_causal_lm(str(causal_dir), "cpu")
     assert lm.vocab_size == V
@@ -253,6 +298,61 @@ def test_float16_that_overflows_on_a_prompt_alone_names_the_dtype(tmp_path: Path
     gym.make("lmgym/RLHF-v0", prompts=["the hated"], **kwargs)
     with pytest.raises(InvalidArgumentError, match="`dtype` must be"):
         gym.make("lmgym/RLHF-v0", prompts=["the hated"], dtype="float16", **kwargs)
+
+
+def overflow(model: Any) -> None:
+    """Makes the logits larger than float16 has numbers, as training might."""
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(6e4)
+
+
+@pytest.mark.parametrize("dense_kl", [True, False])
+def test_a_reference_that_overflows_later_names_the_dtype(dense_kl: bool, tmp_path: Path) -> None:
+    """Probes read the prompts; the rewards of a response come from logits that nothing has read before."""
+    settings = {
+        "model": str(save(gpt2(V), tmp_path / "own")),
+        "dtype": "float16",
+        "dense_kl": dense_kl,
+        "prompts": ["the hated"],
+    }
+    env = gym.make("lmgym/RLHF-v0", task="keyword-8", max_new_tokens=2, device="cpu", **settings)
+    engine = env.unwrapped.engine  # type: ignore[attr-defined]
+    env.reset(seed=0)
+    overflow(engine.lm.model)
+    try:
+        with pytest.raises(InvalidArgumentError, match="`dtype` must be .*'float16'.*65,504.*dtype='bfloat16'"):
+            for _ in range(2):
+                env.step(4)
+        with pytest.raises(gym.error.ResetNeeded):
+            env.step(4)
+        with pytest.raises(InvalidArgumentError, match="`dtype` must be"):
+            engine.replay([engine.prompts[0]], np.array([[4, 4]]))
+    finally:
+        with torch.no_grad():  # the model is shared
+            engine.lm.model.transformer.ln_f.weight.div_(6e4)
+
+
+def test_what_a_table_leaves_out_is_at_minus_infinity_by_right() -> None:
+    table = make_task("keyword-8").reference("cpu")
+    check_log_probs(table, np.array([-np.inf, -1.0]))
+    with pytest.raises(LmGymError, match="must give finite logits, and does not in float32"):
+        check_log_probs(table, np.array([np.nan, -1.0]))
+
+
+def test_a_policy_that_overflows_names_the_dtype(tmp_path: Path) -> None:
+    own = str(save(gpt2(V), tmp_path / "own"))
+    settings: dict[str, Any] = {"max_new_tokens": 3, "device": "cpu", "kl_coef": 0.0, "model": own}
+    settings |= {"prompts": ["the hated"], "reward": lambda prompts, completions, **_: [0.0] * len(completions)}
+    for dtype, message in (("float16", r"overflow \(the largest number of float16 is 65,504"), ("bfloat16", None)):
+        envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=2, dtype=dtype, autoreset_mode="SameStep", **settings)
+        policy = ActorCritic(envs.unwrapped.engine.lm)
+        overflow(policy.actor)
+        for draw in (collect, collect_steps):
+            if message is None:
+                assert len(draw(envs, policy, 2)) == 2
+                continue
+            with pytest.raises(NotFiniteError, match=message):
+                draw(envs, policy, 2)
 
 
 @pytest.mark.slow
