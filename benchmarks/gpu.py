@@ -9,6 +9,7 @@ its own rows alone; what it has measured before that stays:
 - `ppo`: a PPO iteration: tokens/s, share of the measured matrix rate, peak memory and what was estimated of it.
 - `trl`: the same iteration by TRL's PPOTrainer, where TRL is installed.
 - `train`: the default training run on the GPU and on the CPU of the same machine.
+- `seeds`: 32 runs of `keyword-32` in one process, beside one of them alone.
 - `tests`: the tests marked `gpu`.
 - `profile`: the ten kernels that take the most time in decoding and in an update of each model.
 
@@ -52,6 +53,7 @@ LIMITS = {
     "ppo": 120,
     "trl": 60,
     "train": 120,
+    "seeds": 90,
     "tests": 120,
     "profile": 90,
 }  # seconds a part may take; in the order in which they run

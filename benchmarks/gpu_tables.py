@@ -28,6 +28,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines += _decode_table(results.get("decode", []), bandwidth, rate)
     lines += _ppo_table(results.get("ppo", []), results.get("trl", []), rate)
     lines += _train_table(results.get("train", []))
+    lines += _seeds_table(results.get("seeds", []))
     lines += _profile_tables(results.get("profile", []))
     for row in results.get("tests", []):
         lines += [f"Tests marked `gpu`: {row['tail'].strip().splitlines()[-1].strip('= ')}.", ""]
@@ -129,6 +130,22 @@ def _train_table(rows: list[Row]) -> list[str]:
         overlap = max(x["low"] for x in intervals) <= min(x["high"] for x in intervals)
         lines += [f"The intervals {'overlap' if overlap else 'do not overlap'}.", ""]
     return lines
+
+
+def _seeds_table(rows: list[Row]) -> list[str]:
+    """How much more is trained a second where seeds train together than one after the other."""
+    rows = [row for row in rows if "skipped" not in row]
+    cells = []
+    for row in rows:
+        if "error" in row:
+            cells.append([f"{row['seeds']}", "failed", "", "", ""])
+            continue
+        ratio = row["seeds"] * row["alone_seconds"] / row["together_seconds"]
+        line = [f"{row['seeds']}", f"{row['together_seconds']:.1f}", f"{row['alone_seconds']:.1f}", f"{ratio:.1f}"]
+        cells.append([*line, f"{row['together_return']:.3f}, {row['alone_return']:.3f}"])
+    head = ["seeds", "together, s", "one alone, s", "throughput, times", "return of the first, together and alone"]
+    text = f"Runs of `keyword-32` at once, {rows[0]['timesteps']:,} tokens each:" if rows else ""
+    return [text, "", *_table(head, cells)] if rows else []
 
 
 def _profile_tables(rows: list[Row]) -> list[str]:

@@ -67,6 +67,35 @@ def measure_train(setting: Setting) -> Iterator[Row]:
         }
 
 
+def measure_seeds(setting: Setting) -> Iterator[Row]:
+    """Many runs of `keyword-32` in one process, beside one of them alone."""
+    if importlib.util.find_spec("agents.many_seeds") is None:
+        yield {"skipped": "This version trains one seed at a time"}
+        return
+    seeds = 3 if setting.is_small else 32
+    steps = 1_024 if setting.is_small else 30_000
+    out = Path(os.environ.get("GPU_RUNS", "runs/gpu"))
+    row: Row = {"seeds": seeds, "timesteps": steps}
+    for name, count in (("together", seeds), ("alone", 1)):
+        directory = out / f"seeds-{count}-{time.time_ns()}"
+        command = [sys.executable, "-m", "agents.train", "task=keyword-32", f"seeds={count}"]
+        command += [
+            f"device={setting.device}",
+            f"total_timesteps={steps}",
+            "evaluation.samples=4",
+            "evaluation.prompts=4",
+        ]
+        done = subprocess.run([*command, f"hydra.run.dir={directory}"], capture_output=True, text=True)
+        if done.returncode:
+            yield row | {"error": (done.stdout + done.stderr)[-1500:]}
+            return
+        first = directory if count == 1 else directory / "seed0"
+        summary = json.loads((first / "summary.json").read_text())
+        row[f"{name}_seconds"] = summary["train_seconds"]
+        row[f"{name}_return"] = summary["after"]["return"]["mean"]
+    yield row
+
+
 def measure_ppo(setting: Setting) -> Iterator[Row]:
     """A PPO iteration, 4 epochs of 4 minibatches with a shared trunk: by model, dtype, and with layers run again."""
     runs: list[tuple[str, str, dict[str, Any]]] = [

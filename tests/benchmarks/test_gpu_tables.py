@@ -50,6 +50,13 @@ def test_two_runs_are_alike_where_their_intervals_overlap(low: float, answer: st
     assert answer in markdown({"machine": ABOUT, "command": "", "train": rows})
 
 
+def test_seeds_at_once_are_compared_with_as_many_in_turn() -> None:
+    row = {"seeds": 32, "timesteps": 1000, "together_seconds": 8.0, "alone_seconds": 4.0}
+    row |= {"together_return": 0.25, "alone_return": 0.25}
+    text = markdown({"machine": ABOUT, "command": "", "seeds": [row]})
+    assert "| 32 | 8.0 | 4.0 | 16.0 | 0.250, 0.250 |" in text
+
+
 @pytest.mark.parametrize("part", ["limits", "ppo"])
 def test_a_part_can_be_measured_without_a_gpu(part: str) -> None:
     rows = list(measure(part, SMALL))
