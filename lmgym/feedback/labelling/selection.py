@@ -48,12 +48,17 @@ def _choose_gold(connection: sqlite3.Connection, annotator: str) -> tuple[int, i
 
 def _choose_repeat(connection: sqlite3.Connection, annotator: str) -> tuple[int, int, str] | None:
     """The oldest item that the annotator has judged once, and not just now."""
+    last = connection.execute(
+        "SELECT id FROM assignments WHERE annotator = ? ORDER BY id DESC LIMIT 1 OFFSET ?",
+        (annotator, REPEAT_AFTER - 1),
+    ).fetchone()
+    if last is None:
+        return None
     return connection.execute(
-        "SELECT i.id, i.size, 'repeat' FROM assignments a JOIN items i ON i.id = a.item"
-        " WHERE a.annotator = ?1 AND a.verdict = 'judged' AND NOT i.is_gold"
-        " AND (SELECT count(*) FROM assignments WHERE annotator = ?1 AND id > a.id) >= ?2"
-        " AND (SELECT count(*) FROM assignments WHERE annotator = ?1 AND item = i.id) = 1 ORDER BY a.id LIMIT 1",
-        (annotator, REPEAT_AFTER),
+        "SELECT item, (SELECT size FROM items WHERE id = item), 'repeat' FROM assignments WHERE annotator = ?"
+        " GROUP BY item HAVING count(*) = 1 AND max(verdict) = 'judged' AND max(chosen_by) <> 'gold' AND max(id) < ?"
+        " ORDER BY max(id) LIMIT 1",
+        (annotator, last[0]),
     ).fetchone()
 
 
