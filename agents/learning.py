@@ -70,6 +70,10 @@ class LearningAgent(PolicyAgent):
         """(B, V) logits of each row's next token, from one forward over (B, L) ids; mask (B, L) is True on tokens."""
         return self.policy.next_logits(compact_left(ids, mask), mask.sum(-1))
 
+    def note_state(self) -> None:
+        """Notes the state before a batch is collected: `save` writes that until the weights change."""
+        self._before_batch = self.state()
+
     @contextlib.contextmanager
     def changing_weights(self) -> Iterator[None]:
         """The block in which a batch is learned from: where it fails, the agent is not at rest."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, final
 
@@ -155,10 +155,7 @@ class OnPolicyAgent(LearningAgent):
             history.append(self.updater.step(self.losses(minibatch), inputs))
             if self.stop_early(history[-1]):
                 break
-        metrics = {name: float(np.mean([row[name] for row in history])) for name in history[0]}
-        metrics["train/ratio_error"] = history[0]["train/ratio_error"]  # of the first step: nothing has changed yet
-        metrics["train/updates"] = len(history)
-        return metrics
+        return average_steps(history)
 
     def losses(self, minibatch: Batch) -> Iterator[Loss]:
         """Yields the losses of one optimiser step: one of each micro-batch, whose sum is that of the minibatch."""
@@ -198,12 +195,12 @@ class OnPolicyAgent(LearningAgent):
         """
         while self.num_timesteps < total_timesteps:
             started = time.perf_counter()
-            self._before_batch = self.state()
+            self.note_state()
             episodes = self.collect()
             collected = time.perf_counter()
             progress = self.num_timesteps / total_timesteps
             self.updater.set_lr(progress, (self.num_timesteps + episodes.num_tokens) / total_timesteps)
-            metrics = self.describe(episodes)
+            metrics = self.describe(episodes) | measure_exact_kl(self, episodes)
             with self.changing_weights():
                 metrics |= self.learn_from(self.shape(episodes, progress))
                 self.num_timesteps += episodes.num_tokens
@@ -220,12 +217,7 @@ class OnPolicyAgent(LearningAgent):
         """Samples a batch, on the policy's device, and checks that its log-probs are those of the sampling."""
         gather = collect if self.config.collect == "episodes" else collect_steps
         episodes = gather(self.envs, self.policy, self.config.batch_size, self.sampler, self.generator)
-        check_groups(episodes, self.config.responses)
-        self.tokens.read(episodes)
-        if self.envs.kl_coef > 0:
-            check_kl_is_plausible(episode_kl(episodes))
-            if self.num_timesteps == 0 and self.sampler == Sampler():
-                check_start(episodes, self.start_log_probs(episodes), self.policy.dtype)
+        check_collected(self, episodes)
         return episodes.to(self.policy.device)
 
     def describe(self, episodes: Episodes) -> dict[str, float]:
@@ -238,9 +230,6 @@ class OnPolicyAgent(LearningAgent):
             metrics["rollout/gold_score"] = episodes.gold_scores.mean().item()
         if task.kl_coef > 0:
             metrics["rollout/kl"] = episode_kl(episodes).mean().item()
-            few = episodes[:MAX_EXACT_KL_EPISODES].trimmed()
-            self.tokens.read(few, forward=2)
-            metrics["rollout/exact_kl"] = exact_kl(self.policy, self.sampler, self.envs.engine.lm, few)
         metrics["rollout/length"] = episodes.lengths.float().mean().item()
         metrics["rollout/eos_fraction"] = eos_fraction(episodes, self.envs.engine.is_eos)
         metrics["train/kl_coef"] = self.kl.value
@@ -269,11 +258,7 @@ class OnPolicyAgent(LearningAgent):
         metrics = self.update(batch)
         check_weights(self.policy, self.config)
         check_ratio(metrics["train/ratio_error"], self.policy.dtype)
-        if self.uses_critic:
-            mask = batch.episodes.response_mask
-            before = self.estimates(batch.episodes)[mask]
-            metrics["train/explained_variance"] = explained_variance(before, batch.returns[mask])
-        return metrics
+        return metrics | measure_critic(self, batch)
 
     # -- saving and loading --------------------------------------------------------------------------------------
 
@@ -304,3 +289,39 @@ def memory_sizes(agent: OnPolicyAgent) -> Sizes:
         horizon=engine.horizon,
         recomputes=config.gradient_checkpointing,
     )
+
+
+def average_steps(history: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The metrics of a batch: means over its optimiser steps, and how many there were."""
+    metrics = {name: float(np.mean([row[name] for row in history])) for name in history[0]}
+    metrics["train/ratio_error"] = history[0]["train/ratio_error"]  # of the first step: nothing has changed yet
+    metrics["train/updates"] = len(history)
+    return metrics
+
+
+def check_collected(agent: OnPolicyAgent, episodes: Episodes) -> None:
+    """Counts the tokens of a batch, and checks that its log-probs are those of the sampling."""
+    check_groups(episodes, agent.config.responses)
+    agent.tokens.read(episodes)
+    if agent.envs.kl_coef > 0:
+        check_kl_is_plausible(episode_kl(episodes))
+        if agent.num_timesteps == 0 and agent.sampler == Sampler():
+            check_start(episodes, agent.start_log_probs(episodes), agent.policy.dtype)
+
+
+def measure_exact_kl(agent: OnPolicyAgent, episodes: Episodes) -> dict[str, float]:
+    """`rollout/exact_kl` of a few episodes of a batch, where the KL has a price."""
+    if agent.envs.kl_coef == 0:
+        return {}
+    few = episodes[:MAX_EXACT_KL_EPISODES].trimmed()
+    agent.tokens.read(few, forward=2)
+    return {"rollout/exact_kl": exact_kl(agent.policy, agent.sampler, agent.envs.engine.lm, few)}
+
+
+def measure_critic(agent: OnPolicyAgent, batch: Batch) -> dict[str, float]:
+    """`train/explained_variance` of a batch, where values are learned."""
+    if not agent.uses_critic:
+        return {}
+    mask = batch.episodes.response_mask
+    before = agent.estimates(batch.episodes)[mask]
+    return {"train/explained_variance": explained_variance(before, batch.returns[mask])}

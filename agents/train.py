@@ -2,7 +2,7 @@
 
 A run directory holds `config.yaml`, `versions.json`, `metrics.jsonl`, TensorBoard files, `checkpoint/` (the actor loads
 with `AutoModelForCausalLM`), `summary.json`, `samples.json` and `curves.png`. Ctrl-C leaves a checkpoint, and
-`resume=<run directory>` goes on from it to the same curve.
+`resume=<run directory>` goes on from it to the same curve. `seeds=32` trains 32 seeds at once, each in `seed<k>/`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from agents.runs.command_line import run_command
 from agents.runs.config import CONF
 from agents.runs.defaults import complete_agents
 from agents.runs.help_page import help_page
+from agents.runs.many import begin_many, go_on_with_many, mean_return, seed_directories
 from agents.runs.run import begin, go_on
 from agents.runs.signals import Stoppable
 from agents.runs.surroundings import prepare_process
@@ -49,7 +50,7 @@ def main(cfg: DictConfig) -> float:
     """Hydra's entry: checks, then trains.
 
     Returns:
-        J of the trained policy, which sweepers such as Optuna's maximise.
+        J of the trained policy, which sweepers such as Optuna's maximise; the mean over seeds where there are several.
     """
     prepare_process()  # of a process of its own, which a launcher may have made
     resume = cfg.resume is not None
@@ -58,15 +59,18 @@ def main(cfg: DictConfig) -> float:
         with Stoppable():
             if resume:
                 overrides = given(HydraConfig.get()) if HydraConfig.initialized() else []
-                code = go_on(directory, overrides, trusted_modules(cfg.get("trust")))
+                proceed = go_on_with_many if seed_directories(directory) else go_on
+                code = proceed(directory, overrides, trusted_modules(cfg.get("trust")))
             else:
-                code = begin(cfg, directory)
+                code = begin(cfg, directory) if cfg.get("seeds", 1) == 1 else begin_many(cfg, directory)
     except KeyboardInterrupt:
         code = 130
     except LmGymError as error:
         refuse(error, directory)
     if code:
         sys.exit(code)
+    if seed_directories(directory):
+        return mean_return(directory)
     return float(read_json(directory / "summary.json")["after"]["return"]["mean"])
 
 

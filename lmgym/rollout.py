@@ -5,8 +5,11 @@ Shapes: B episodes, P prompt columns, T response columns, N envs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
@@ -51,13 +54,51 @@ def collect(
         Episodes on the CPU.
     """
     prompts = envs.next_prompts(episodes) if isinstance(episodes, int) else episodes
+    uniforms = _draw_uniforms(len(prompts), envs.engine.horizon, generator or fresh_generator())
+    decoded = _decode(envs.engine, policy, prompts, sampler or Sampler(), uniforms)
+    # What samples from the reference itself has just given the reference's log-probs.
+    is_reference = isinstance(policy, CausalPolicy) and policy.lm is envs.engine.lm and sampler in (None, Sampler())
+    return _pay(envs, prompts, decoded, decoded.log_probs.numpy() if is_reference else None)
+
+
+@torch.no_grad()
+def collect_side_by_side(
+    envs: Sequence[RLHFVectorEnv],
+    policy: Policy,
+    episodes: int,
+    sampler: Sampler,
+    generators: Sequence[torch.Generator],
+) -> list[Episodes]:
+    """A batch from each of several envs of one task, decoded together; each is what `collect` gives of its env.
+
+    Args:
+        envs: S of them, equal but for their streams.
+        policy: decodes S * `episodes` rows, env by env.
+        episodes: of each env. sampler: how tokens are drawn.
+        generators: S CPU generators.
+    """
+    engine = envs[0].engine
+    prompts = [each.next_prompts(episodes) for each in envs]
+    uniforms = torch.cat([_draw_uniforms(episodes, engine.horizon, generator) for generator in generators])
+    decoded = _decode(engine, policy, [prompt for batch in prompts for prompt in batch], sampler, uniforms)
+    parts = decoded.split(episodes)
+    return [_pay(each, batch, part) for each, batch, part in zip(envs, prompts, parts, strict=True)]
+
+
+def _pay(
+    envs: RLHFVectorEnv,
+    prompts: list[Prompt],
+    decoded: _Decoded,
+    ref_log_probs: npt.NDArray[np.float32] | None = None,
+) -> Episodes:
+    """Episodes of responses that were drawn to B prompts of an env, with what the env pays for them.
+
+    Args:
+        envs: pays. prompts: B. decoded: what was drawn. ref_log_probs: (B, T) where they are known already.
+    """
     engine = envs.engine
     prompt_ids, prompt_mask = engine.pad_prompts(prompts)
-    decoded = _decode(engine, policy, prompt_ids, prompt_mask, sampler or Sampler(), generator or fresh_generator())
-    # What samples from the reference itself has just given the reference's log-probs.
-    is_reference = isinstance(policy, CausalPolicy) and policy.lm is engine.lm and sampler in (None, Sampler())
-    given = decoded.log_probs.numpy() if is_reference else None
-    replay = envs.replay(prompts, decoded.response_ids.numpy(), given)
+    replay = envs.replay(prompts, decoded.response_ids.numpy(), ref_log_probs)
     gold = replay.outcomes.gold_scores
     return Episodes(
         prompt_ids=prompt_ids,
@@ -81,21 +122,22 @@ class _Decoded(NamedTuple):
     log_probs: Tensor
     values: Tensor | None
 
+    def split(self, size: int) -> list[_Decoded]:
+        """Parts of `size` rows."""
+        columns = [[None] * (len(self.log_probs) // size) if x is None else x.split(size) for x in self]
+        return [_Decoded(*part) for part in zip(*columns, strict=True)]
 
-def _decode(
-    engine: Engine,
-    policy: Policy,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    sampler: Sampler,
-    generator: torch.Generator,
-) -> _Decoded:
-    """Draws a response to each prompt (B, P), to its end."""
+
+def _draw_uniforms(count: int, horizon: int, generator: torch.Generator) -> Tensor:
+    """(B, T) float64: all the randomness of so many responses."""
+    return torch.rand((count, horizon), generator=generator, dtype=torch.float64)
+
+
+def _decode(engine: Engine, policy: Policy, prompts: list[Prompt], sampler: Sampler, uniforms: Tensor) -> _Decoded:
+    """Draws a response to each of B prompts, to its end, by uniforms (B, T)."""
     device = policy.device
-    horizon = engine.horizon
-    uniforms = torch.rand((len(prompt_ids), horizon), generator=generator, dtype=torch.float64)
-    steps = _begin(engine, policy, prompt_ids, prompt_mask, sampler, uniforms)
-    for t in range(1, horizon):
+    steps = _begin(engine, policy, *engine.pad_prompts(prompts), sampler, uniforms)
+    for t in range(1, engine.horizon):
         drawing = steps.drawing
         if not is_captured(device) or t % _LOOK_EVERY == 0:
             running = drawing.running[: drawing.size]

@@ -18,13 +18,13 @@ import lmgym.tasks
 
 # A module imports from its own layer and from lower ones (to the left).
 LAYERS = (
-    "errors, episodes, forking, ending < ranges, files, kl, intervals, data < models < automata < rewards < tasks"
-    " < feedback < optimum < envs < wrappers < rollout < evaluation, scores, testing, trl < sb3"
+    "errors, episodes, forking, ending < ranges, files, kl, intervals, data < models < automata < rewards < feedback"
+    " < tasks < optimum < envs < wrappers < rollout < evaluation, scores, testing, trl < sb3"
     " < agents.checkpoint, agents.seeds, agents.finite, agents.losses, agents.advantages, agents.master_weights"
     " < agents.agent < agents.policies < agents.batch, agents.diagnostics, agents.update"
-    " < agents.memory, agents.learning"
+    " < agents.memory, agents.learning, agents.stacked_adam, agents.stacked_batch"
     " < agents.on_policy_config < agents.on_policy, agents.fixed, agents.supervised"
-    " < agents.algorithms, agents.sb3 < agents.runs < agents < builders"
+    " < agents.algorithms, agents.sb3 < agents.stack, agents.many_seeds < agents.runs < agents < builders"
 )
 HEIGHT = {name.strip(): height for height, layer in enumerate(LAYERS.split("<")) for name in layer.split(",")}
 NAMES_OF_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc"}

@@ -42,18 +42,18 @@ class Transformer(nn.Module):
             eos_token_id=None,
         )
         self.model = GPT2LMHeadModel(config).eval()
-        self._lm = CausalLM(self.model, reference.tokenizer)
-        self._lm.holes = []  # the reference rules ids out, for the sum
+        self.lm = CausalLM(self.model, reference.tokenizer)
+        self.lm.holes = []  # the reference rules ids out, for the sum
 
     @property
     def head(self) -> nn.Linear:
         return self.model.lm_head
 
     def hidden_at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        return self._lm.response_hidden(ids, rows, columns)
+        return self.lm.response_hidden(ids, rows, columns)
 
     def decoder(self, slots: int, capacity: int) -> Decoder:
-        return make_decoder(self._lm, slots, capacity, keep_hidden=True)
+        return make_decoder(self.lm, slots, capacity, keep_hidden=True)
 
 
 class Stateful(nn.Module, ABC):

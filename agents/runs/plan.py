@@ -71,6 +71,7 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
     for name in ("total_timesteps", "checkpoint_every"):
         check_int(name, values[name], 1)
     check_int("seed", values["seed"], 0)
+    check_int("seeds", values.get("seeds", 1), 1)
     settings = check_env(values, evaluation.split)
     agent = dict(values["agent"])
     if "_target_" not in agent:

@@ -8,7 +8,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from omegaconf import DictConfig
@@ -36,6 +36,10 @@ from agents.runs.signals import Interrupt
 from agents.runs.trust import trust_argument
 from lmgym.errors import InvalidArgumentError
 from lmgym.files import RunFileError
+
+if TYPE_CHECKING:
+    from agents.agent import Agent
+    from lmgym.evaluation import Evaluation
 
 RESUMABLE = ("total_timesteps", "checkpoint_every")  # and evaluation.*
 PACKAGES = ("torch", "transformers", "gymnasium", "numpy", "hydra-core", "tokenizers")
@@ -65,17 +69,32 @@ def go_on(directory: Path, overrides: list[str], trusted: Sequence[str]) -> int:
         LmGymError: for one that cannot.
     """
     with resumed_run(directory):
-        saved = saved_config(directory, trusted)
-        values = with_overrides(saved, overrides)
-        notes = notes_of(saved)
-        changed = changes_since(directory, read_checkpoint(directory), notes)
-        if (directory / METRICS_FILE).exists():
-            read_rows(directory / METRICS_FILE)  # a damaged row is named before anything loads
-        if changed is not None:
-            raise RunFileError(f"{changed} Put back what was there, or begin a new run.")
+        values, notes = read_unchanged(directory, overrides, trusted)
         plan = check_saved(directory, values)
         write_config(directory, values)
         return train(plan, directory, resume=True, notes=notes)
+
+
+def read_unchanged(
+    directory: Path, overrides: list[str], trusted: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config of a run that goes on, with what is to change in it, and the notes of its checkpoints.
+
+    Args:
+        directory: of the run. overrides: as for `with_overrides`. trusted: as for `saved_config`.
+
+    Raises:
+        LmGymError: where something that the run depends on is not as it was.
+    """
+    saved = saved_config(directory, trusted)
+    values = with_overrides(saved, overrides)
+    notes = notes_of(saved)
+    changed = changes_since(directory, read_checkpoint(directory), notes)
+    if (directory / METRICS_FILE).exists():
+        read_rows(directory / METRICS_FILE)  # a damaged row is named before anything loads
+    if changed is not None:
+        raise RunFileError(f"{changed} Put back what was there, or begin a new run.")
+    return values, notes
 
 
 def train(plan: Plan, directory: Path, resume: bool, notes: dict[str, Any] | None = None) -> int:
@@ -105,17 +124,30 @@ def train(plan: Plan, directory: Path, resume: bool, notes: dict[str, Any] | Non
         if stop.asked and agent.num_timesteps < plan.total_timesteps:
             print(f"Stopped after {agent.num_timesteps:,} tokens. Go on with: {command}")
             return 130
-        after = grade(plan, agent)
-        summary = summarise(plan, before, after, train_seconds, agent)
-        rows = samples(agent.envs.engine.lm, before, after)
-        write_json(directory / "summary.json", summary)
-        write_json(directory / "samples.json", rows)
-        curves(directory / METRICS_FILE, summary, directory / "curves.png")
+        summary, rows = write_result(plan, directory, agent, before, train_seconds)
     except KeyboardInterrupt:
         print(f"\nStopped at once. {saver.what_is_saved()}", file=sys.stderr)
         raise
     print(f"\n{samples_table(rows)}\n\n{table(summary)}\n\n{directory / 'curves.png'}")
     return 0
+
+
+def write_result(
+    plan: Plan, directory: Path, agent: Agent, before: Evaluation, train_seconds: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Grades a trained agent and writes what came of it; returns the summary and the samples.
+
+    Args:
+        plan: of the run. directory: its own. agent: that has been trained.
+        before: the reference's grade. train_seconds: that training has taken.
+    """
+    after = grade(plan, agent)
+    summary = summarise(plan, before, after, train_seconds, agent)
+    rows = samples(agent.envs.engine.lm, before, after)
+    write_json(directory / "summary.json", summary)
+    write_json(directory / "samples.json", rows)
+    curves(directory / METRICS_FILE, summary, directory / "curves.png")
+    return summary, rows
 
 
 def with_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

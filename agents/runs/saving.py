@@ -16,7 +16,7 @@ from agents.runs.signals import Interrupt
 from lmgym.errors import LmGymError, NotFiniteError
 
 if TYPE_CHECKING:
-    from agents.agent import Agent
+    from agents.agent import Agent, Callback
 
 
 class Saver:
@@ -57,10 +57,9 @@ class Saver:
         Returns:
             The seconds that training has taken, in all processes of the run.
         """
-        self._started = time.perf_counter()
         try:
-            self.agent.learn(total_timesteps, partial(self._after_batch, recorder, stop))
-            return self._save()
+            self.agent.learn(total_timesteps, self.start(recorder, stop))
+            return self.save()
         except NotFiniteError as error:  # what training had reached is worth nothing
             steps = self._steps_of_checkpoint()
             kept = "" if steps is None else f" The checkpoint of {steps:,} tokens stays as it was."
@@ -68,6 +67,11 @@ class Saver:
         except Exception as error:
             self._rescue(error)
             raise
+
+    def start(self, recorder: Recorder, stop: Interrupt) -> Callback:
+        """What the agent is to call after every batch, from now on."""
+        self._started = time.perf_counter()
+        return partial(self._after_batch, recorder, stop)
 
     def what_is_saved(self) -> str:
         """A sentence for somebody whose run has ended early."""
@@ -85,10 +89,11 @@ class Saver:
         recorder.record(step, metrics)
         self._is_recorded = True
         if step - self._saved_at >= self.every:
-            self._save()
+            self.save()
         return not stop.asked
 
-    def _save(self) -> float:
+    def save(self) -> float:
+        """Writes a checkpoint; returns the seconds that training has taken so far."""
         seconds = self._seconds + time.perf_counter() - self._started
         steps = self.agent.num_timesteps
         notes = {**self.notes, "train_seconds": seconds, "num_timesteps": steps}
@@ -105,14 +110,18 @@ class Saver:
         than nothing.
         """
         print(f"\nTraining failed after {self.agent.num_timesteps:,} tokens.", file=sys.stderr)
+        self.save_before(error)
+        print(self.what_is_saved(), file=sys.stderr)
+
+    def save_before(self, error: Exception) -> None:
+        """Saves what training had reached before an error, where that is right; says so where it is not all of it."""
         is_whole = self.agent.at_rest
         is_usable = self._is_recorded and (is_whole or not isinstance(error, LmGymError))
         if is_usable and self.agent.num_timesteps > self._saved_at:
             try:
-                self._save()
+                self.save()
             except Exception as second:
                 print(f"It could not be saved: {type(second).__name__}: {second}", file=sys.stderr)
             else:
                 if not is_whole:
                     print("That was within an update: the curve will not be that of an unbroken run.", file=sys.stderr)
-        print(self.what_is_saved(), file=sys.stderr)

@@ -18,7 +18,8 @@ from lmgym.files import read_json
 from lmgym.intervals import Interval
 
 MAX_NAME = 80  # characters of a run's name, its number not counted: file systems take 255 bytes, some tools 143
-_NAMED_FIRST = ("agent", "task", "seed")
+SEED_DIRECTORY = "seed"  # and the seed's number: where one of many seeds goes, in the directory of all
+_NAMED_FIRST = ("agent", "task", "seed", "seeds")
 _KEPT_FIXED = "hydra.job.config.override_dirname.exclude_keys"
 
 
@@ -42,6 +43,8 @@ def run_name(_root_: DictConfig) -> str:
     hydra = _root_.hydra
     task = str(_root_.task)  # perhaps one that does not exist: the run says so, in a line, and only that run ends
     words = [str(hydra.runtime.choices.agent), USUAL_SETTINGS.get(task, task), f"seed{_root_.seed}"]
+    if _root_.get("seeds", 1) != 1:
+        words.append(f"seeds{_root_.seeds}")
     fixed = hydra.job.config.override_dirname.exclude_keys
     for override in given(hydra):
         key, _, value = override.lstrip("+").partition("=")
@@ -97,12 +100,13 @@ def show_multirun() -> None:
 
 
 def multirun_table(directory: Path) -> str:
-    """What the runs of a multirun reached: a line a run with what tells it from the others, and means over seeds.
+    """What several runs reached: a line a run with what tells it from the others, and means over seeds.
 
     Args:
-        directory: of the multirun, with a folder a run.
+        directory: of a multirun, with a folder a run; or of a run of many seeds, with a folder a seed.
     """
-    runs = [_read(path.parent) for path in directory.glob("*/config.yaml")]
+    found = (path for pattern in ("*", f"*/{SEED_DIRECTORY}*") for path in directory.glob(f"{pattern}/config.yaml"))
+    runs = [_read(path.parent, directory) for path in found]
     runs.sort(key=lambda run: (run["number"], run["name"]))
     ended = sum(run["summary"] is not None for run in runs)
     heading = f"{ended} of {len(runs)} runs in {directory} ended (return: mean ± 95 % interval)"
@@ -117,12 +121,13 @@ def multirun_table(directory: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _read(directory: Path) -> dict[str, Any]:
+def _read(directory: Path, parent: Path) -> dict[str, Any]:
     summary = directory / "summary.json"
-    number = re.search(r"-(\d+)$", directory.name)
+    name = directory.relative_to(parent).as_posix()
+    numbers = re.findall(rf"(?:-|{SEED_DIRECTORY})(\d+)(?=/|$)", name)
     return {
-        "name": directory.name,
-        "number": int(number[1]) if number else math.inf,
+        "name": name,
+        "number": [int(number) for number in numbers] or [math.inf],
         "settings": _flat(read_config(directory / "config.yaml")),
         "summary": read_json(summary) if summary.is_file() else None,
     }
