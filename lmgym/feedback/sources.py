@@ -15,6 +15,7 @@ from lmgym.errors import InvalidArgumentError
 from lmgym.feedback.parquet import iterate_parquet
 from lmgym.feedback.records import Record
 
+DATABASES = (".db", ".sqlite", ".sqlite3")  # of the labelling page
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 MAX_LINE_BYTES = 64 * 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -63,6 +64,9 @@ def iterate_items(argument: str, source: object) -> Iterator[Item]:
         if ending in JSON_LINES:
             yield from _json_lines(argument, path)
             return
+        if ending in DATABASES:
+            yield from (Item("answer", number, record) for number, record in enumerate(_answers(path), 1))
+            return
         if ending == ".parquet":
             yield from (Item("row", number, row) for number, row in enumerate(iterate_parquet(argument, path), 1))
             return
@@ -71,6 +75,14 @@ def iterate_items(argument: str, source: object) -> Iterator[Item]:
         return
     for number, row in enumerate(read_rows(argument, source, "prompt"), 1):
         yield Item("row", number, row.columns)
+
+
+def _answers(path: str) -> Iterator[Record]:
+    """The answers in a database of the labelling page, in the order in which they came."""
+    from lmgym.feedback.store import Store
+
+    with Store(path) as store:
+        yield from store.records()
 
 
 def _json_lines(argument: str, path: str) -> Iterator[Item]:
