@@ -231,9 +231,7 @@ def about(runs: Runs) -> str:
     libraries = ", ".join(f"{library} {' and '.join(sorted(numbers))}" for library, numbers in sorted(found.items()))
     dates = sorted({run["date"] for run in runs})
     threads = " and ".join(sorted({str(run["threads"]) for run in runs}))
-    return (
-        f"{' and '.join(map(str, threads))} threads; {libraries}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
-    )
+    return f"{threads} threads; {libraries}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
 
 
 def tables(runs: Runs) -> list[str]:

@@ -30,6 +30,7 @@ from benchmarks.ppo_speed import (
     OURS,
     Process,
     Row,
+    about,
     add_run,
     command_of,
     main,
@@ -61,6 +62,13 @@ def test_ratios_are_of_the_peers_time_over_ours() -> None:
     assert head.count("|") == rule.count("|") == line.count("|")
     assert [cell.strip() for cell in line.split("|")][1:7] == ["PPO, 2 x 128", "0.5", "TRL", "2", "4.00", "4.00"]
     assert parts_table(runs)[-1] == "| PPO, 2 x 128 | 0.1 | 0.4 | 0.5 | 1.5 |"
+
+
+def test_the_head_of_the_tables_names_every_thread_count_version_and_day() -> None:
+    runs = [run_of("ppo", OURS, 0.5), {**run_of("ppo", "TRL", 0.5), "threads": 1, "date": "2026-01-03"}]
+    head = about(runs)
+    assert head.startswith("1 and 2 threads; torch 2, trl TRL and lmgym;")
+    assert head.endswith("2026-01-01 to 2026-01-03.")
 
 
 def test_a_side_that_was_not_measured_is_left_out() -> None:
