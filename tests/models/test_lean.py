@@ -175,7 +175,7 @@ def test_a_copy_shares_the_weights_and_a_pickle_brings_its_own(gpt2_lm: CausalLM
 # --- products --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 9, 64])
+@pytest.mark.parametrize("rows", [1, 9, 64, 130])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_products_are_those_of_torch(rows: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)

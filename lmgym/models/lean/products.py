@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _MIN_ROWS = 8  # with fewer rows a product only reads the matrix, at the speed of the memory
+_ROWS_STEP = 16  # rows are filled up to a multiple of it, and many rows to a multiple of the next
+_MANY_ROWS = 128
+_MANY_ROWS_STEP = 64
 _MIN_NUMBERS = 2**19  # of a matrix, from which oneDNN is faster
 _MIN_GELU_PRODUCTS = 2**21  # n * a * b, from which it is faster with a GELU
 
@@ -45,15 +48,24 @@ _onednn = _find_onednn()
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(n, b): x (n, a) @ weight (a, b) + bias (b,)."""
     if _onednn is not None and _is_large(x, weight):
-        return _onednn(x, weight.t(), bias, "none", [], "")
+        return _multiply(x, weight, bias, "none", "")
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 
 def affine_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """(n, b): the GELU of `affine`; `approximate` as in `torch.nn.GELU`."""
     if _onednn is not None and _is_float_on_cpu(x) and len(x) * weight.numel() >= _MIN_GELU_PRODUCTS:
-        return _onednn(x, weight.t(), bias, "gelu", [], approximate)
+        return _multiply(x, weight, bias, "gelu", approximate)
     return F.gelu(affine(x, weight, bias), approximate=approximate)
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, function: str, approximate: str) -> Tensor:
+    """By oneDNN, which writes a program for each number of rows and keeps it: few numbers come up."""
+    assert _onednn is not None
+    n = len(x)
+    step = _ROWS_STEP if n <= _MANY_ROWS else _MANY_ROWS_STEP
+    filled = F.pad(x, (0, 0, 0, -n % step)) if n % step else x
+    return _onednn(filled, weight.t(), bias, function, [], approximate)[:n]
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:
