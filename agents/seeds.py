@@ -20,14 +20,14 @@ COMPLETIONS = 6  # tokens sampled to be judged
 EVALUATION = 20_000_003  # tokens sampled to grade a policy
 
 
-def stream_seed(seed: int, key: int) -> int:
+def stream_seed(seed: int, *key: int) -> int:
     """The seed of one stream of a run, below 2^32: as much as torch's CPU generator takes.
 
     Args:
         seed: of the run, >= 0.
-        key: what the stream is for, one of the constants above.
+        key: what the stream is for, one of the constants above; and a number after it where there are several of them.
     """
-    return int(np.random.SeedSequence(seed, spawn_key=(key,)).generate_state(1)[0])
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0])
 
 
 def row_seeds(seed: int, num_rows: int) -> list[int]:
@@ -42,6 +42,6 @@ def row_seeds(seed: int, num_rows: int) -> list[int]:
     return np.random.SeedSequence(seed, spawn_key=(ROWS,)).generate_state(num_rows, np.uint64).tolist()
 
 
-def torch_generator(seed: int, key: int) -> torch.Generator:
+def torch_generator(seed: int, *key: int) -> torch.Generator:
     """A CPU generator at the start of one stream of a run; arguments as for `stream_seed`."""
-    return torch.Generator().manual_seed(stream_seed(seed, key))
+    return torch.Generator().manual_seed(stream_seed(seed, *key))

@@ -30,6 +30,7 @@ class Range:
             check_number(argument, got, self.low, self.high, open_low=self.open_low, open_high=self.open_high)
 
 
+Finite = Annotated[float, Range(-math.inf)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, open_low=True)]
 Fraction = Annotated[float, Range(0, 1)]

@@ -165,8 +165,8 @@ class StackedState:
         return self._values.flatten()[self._slots]
 
     def begin(self, rows: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
-        """Is not there: rows of several seeds begin together, by `StackedPolicy.begin`."""
-        raise NotImplementedError
+        """Raises: rows of several seeds begin together, by `StackedPolicy.begin`."""
+        raise NotImplementedError("`begin` must be `StackedPolicy.begin`: the rows of all seeds begin together.")
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> None:

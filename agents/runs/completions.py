@@ -180,7 +180,7 @@ def write_completions(
     """
     from agents.seeds import COMPLETIONS, torch_generator
 
-    generators = [torch_generator(request.seed + i, COMPLETIONS) for i in range(len(writers))]
+    generators = [torch_generator(request.seed, COMPLETIONS, i) for i in range(len(writers))]
     prompts = _prompts(writers[0].envs, request)
     size = max(1, BATCH_SIZE // request.samples)
     for start in range(0, len(prompts), size):

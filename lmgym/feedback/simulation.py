@@ -9,18 +9,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lmgym.errors import InvalidArgumentError, check_choice, check_int, check_number
+from lmgym.errors import InvalidArgumentError, check_choice, check_int
 from lmgym.feedback.json_form import text_to_json
 from lmgym.feedback.records import Choice, Judgement, Ranking, Ratings, Record
+from lmgym.ranges import Count, CountOrZero, Finite, Fraction, NonNegative, Positive, Range, check_fields
 
 ASK = ("ranking", "choice", "rating")
-_SHARES = ("lapse", "intransitive")
-_AMOUNTS = ("temperature", "annotator_bias", "tie_threshold")
 
 
 @dataclass(frozen=True)
@@ -44,34 +43,25 @@ class Annotators:
         seed: of everything that is drawn. Another number of annotators leaves those before it as they are.
     """
 
-    annotators: int = 1
+    annotators: Count = 1
     ask: str = "ranking"
-    temperature: float = 1.0
-    lapse: float = 0.0
-    position_bias: float = 0.0
-    length_bias: float = 0.0
-    annotator_bias: float = 0.0
-    intransitive: float = 0.0
-    tie_threshold: float = 0.0
-    low: int = 1
+    temperature: NonNegative = 1.0
+    lapse: Fraction = 0.0
+    position_bias: Finite = 0.0
+    length_bias: Finite = 0.0
+    annotator_bias: NonNegative = 0.0
+    intransitive: Fraction = 0.0
+    tie_threshold: NonNegative = 0.0
+    low: Annotated[int, Range(-(10**6))] = 1
     high: int = 7
-    rating_center: float = 0.0
-    rating_step: float = 1.0
-    seed: int = 0
+    rating_center: Finite = 0.0
+    rating_step: Positive = 1.0
+    seed: CountOrZero = 0
 
     def __post_init__(self) -> None:
-        check_int("annotators", self.annotators, 1)
         check_choice("ask", self.ask, ASK)
-        for name in _SHARES:
-            check_number(name, getattr(self, name), 0, 1)
-        for name in _AMOUNTS:
-            check_number(name, getattr(self, name), 0)
-        for name in ("position_bias", "length_bias", "rating_center"):
-            check_number(name, getattr(self, name), -float("inf"))
-        check_number("rating_step", self.rating_step, 0, open_low=True)
-        check_int("low", self.low, -(10**6))
+        check_fields(self)
         check_int("high", self.high, self.low + 1)
-        check_int("seed", self.seed, 0)
         if self.intransitive and self.ask != "choice":
             raise InvalidArgumentError(
                 f"`intransitive` must be 0 where `ask` is {self.ask!r}, which cannot go round in a circle, got "

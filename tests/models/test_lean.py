@@ -185,8 +185,8 @@ def test_products_are_those_of_torch(rows: int, with_bias: bool, monkeypatch: py
     plain = x @ weight + (0.0 if bias is None else bias)
     monkeypatch.setattr(products, "_MIN_NUMBERS", 1000)
     monkeypatch.setattr(products, "_MIN_GELU_PRODUCTS", 1000)
-    for onednn in (products._onednn, None):
-        monkeypatch.setattr(products, "_onednn", onednn)
+    for onednn in (products.find_onednn(), None):
+        monkeypatch.setattr(products, "find_onednn", lambda onednn=onednn: onednn)
         for transposed in (weight, weight.t().contiguous().t()):
             assert_alike(affine(x, transposed, bias), plain)
             for kind in ("none", "tanh"):

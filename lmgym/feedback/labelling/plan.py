@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass
+from typing import Annotated
 
-from lmgym.errors import check_choice, check_int, check_number
+from lmgym.errors import check_choice
+from lmgym.ranges import Count, CountOrZero, Fraction, Range, check_fields
 
 ORDERS = ("random", "disagreement")
+_UpToHalf = Annotated[float, Range(0, 0.5)]
 REPEAT_AFTER = 5  # items between an item and its repetition, at least
 
 
@@ -28,21 +31,16 @@ class Plan:
     """
 
     order: str = "random"
-    control: float = 0.5
-    overlap: int = 1
-    shared: float = 1.0
-    gold: float = 0.1
-    repeats: float = 0.0
-    seed: int = 0
+    control: Fraction = 0.5
+    overlap: Count = 1
+    shared: Fraction = 1.0
+    gold: _UpToHalf = 0.1
+    repeats: _UpToHalf = 0.0
+    seed: CountOrZero = 0
 
     def __post_init__(self) -> None:
         check_choice("order", self.order, ORDERS)
-        check_int("overlap", self.overlap, 1)
-        check_int("seed", self.seed, 0)
-        for name in ("control", "shared"):
-            check_number(name, getattr(self, name), 0, 1)
-        for name in ("gold", "repeats"):
-            check_number(name, getattr(self, name), 0, 0.5)
+        check_fields(self)
 
     def priority(self, key: str) -> float:
         """The place of an item in the random order, uniform on [0, 1); everybody has the same order."""

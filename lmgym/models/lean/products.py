@@ -9,6 +9,7 @@ Shapes: n rows, a inputs, b outputs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,8 @@ _MIN_NUMBERS = 2**19  # of a matrix, from which oneDNN is faster
 _MIN_GELU_PRODUCTS = 2**21  # n * a * b, from which it is faster with a GELU
 
 
-def _find_onednn() -> Callable[..., Tensor] | None:
+@functools.cache  # at the first product: an import computes nothing
+def find_onednn() -> Callable[..., Tensor] | None:
     """oneDNN's product; None in a build of torch that has none."""
     if not torch.backends.mkldnn.is_available():
         return None
@@ -42,30 +44,29 @@ def _find_onednn() -> Callable[..., Tensor] | None:
     return product if torch.allclose(found, expected, atol=1e-5) else None
 
 
-_onednn = _find_onednn()
-
-
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(n, b): x (n, a) @ weight (a, b) + bias (b,)."""
-    if _onednn is not None and _is_large(x, weight):
+    if _is_large(x, weight) and find_onednn() is not None:
         return _multiply(x, weight, bias, "none", "")
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 
 def affine_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """(n, b): the GELU of `affine`; `approximate` as in `torch.nn.GELU`."""
-    if _onednn is not None and _is_float_on_cpu(x) and len(x) * weight.numel() >= _MIN_GELU_PRODUCTS:
+    is_large = _is_float_on_cpu(x) and len(x) * weight.numel() >= _MIN_GELU_PRODUCTS
+    if is_large and find_onednn() is not None:
         return _multiply(x, weight, bias, "gelu", approximate)
     return F.gelu(affine(x, weight, bias), approximate=approximate)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, function: str, approximate: str) -> Tensor:
     """By oneDNN, which writes a program for each number of rows and keeps it: few numbers come up."""
-    assert _onednn is not None
+    onednn = find_onednn()
+    assert onednn is not None
     n = len(x)
     step = _ROWS_STEP if n <= _MANY_ROWS else _MANY_ROWS_STEP
     filled = F.pad(x, (0, 0, 0, -n % step)) if n % step else x
-    return _onednn(filled, weight.t(), bias, function, [], approximate)[:n]
+    return onednn(filled, weight.t(), bias, function, [], approximate)[:n]
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:

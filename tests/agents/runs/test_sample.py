@@ -73,6 +73,17 @@ def test_the_seed_decides_what_is_written() -> None:
     assert written(seed=1) == written(seed=1) != written(seed=2)
 
 
+def texts_of(policy: str, **changes: Any) -> list[object]:
+    records = written(task="keyword-32", prompts=3, **changes)
+    return [each.text for record in records for each in record.completions if each.policy == policy]
+
+
+def test_the_second_policy_of_a_seed_has_not_the_numbers_of_the_next_seeds_first() -> None:
+    of_the_next_seed = texts_of("reference", seed=1)
+    assert texts_of("best_of_n:1", policies=["best_of_n:1"], seed=1) == of_the_next_seed  # from the same numbers
+    assert texts_of("best_of_n:1", policies=["reference", "best_of_n:1"], seed=0) != of_the_next_seed
+
+
 def test_a_prompt_with_one_text_alone_is_left_out() -> None:
     assert written(samples=1) == []
     assert written(samples=4, sampler={**SAMPLER, "temperature": 0.0}) == []
