@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.errors import CompactHydraException, MissingConfigException
+from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lmgym.errors import InvalidArgumentError, LmGymError, unknown_name
@@ -109,16 +110,16 @@ def explained(error: CompactHydraException) -> str:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return str(unknown_name(group, name, error.options))
     cause = error.__cause__
-    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and isinstance(cause.parent_node, Mapping):
+    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and isinstance(cause.parent_node, DictConfig):
         name = str(cause.full_key)
         if name.startswith("task."):
             return told_new_name(name)
         last = name.rpartition(".")[2].lower()
         meant = last if last in _OTHER_NAMES else SYNONYMS.get(last)
-        if meant is not None and meant != name:
+        if meant is not None and meant != name and meant.partition(".")[0] in cause.parent_node._get_root():
             return f"`{name}` is called `{meant}` here: {meant}=..."
         known = [str(key) for key in cause.parent_node if key not in ("hydra", "_target_")]
-        if "sampler" in known:  # at the top, where a choice that stands at null has no key
+        if "agent" in known:  # of training, where a choice that stands at null has no key
             known.append("experiment")
         more = f" To add it, write +{name}=..." if name.count(".") > 1 else ""
         if known:

@@ -378,6 +378,15 @@ def test_an_override_that_names_nothing_is_answered_in_a_line(overrides: list[st
     assert re.fullmatch(expected, explained(caught.value)), explained(caught.value)
 
 
+@pytest.mark.parametrize(("command", "override"), [("sample", "run=runs/x"), ("sample", "lr=1"), ("evaluate", "lr=1")])
+def test_a_command_answers_with_keys_of_its_own(command: str, override: str) -> None:
+    with pytest.raises(CompactHydraException) as caught:
+        hydra.compose(command, overrides=[override])
+    answer = explained(caught.value)
+    assert " is called " not in answer
+    assert "'experiment'" not in answer
+
+
 def test_what_is_near_a_run_is_answered_with_the_run(tmp_path: Path) -> None:
     for number in range(6):
         (tmp_path / "sweep" / f"ppo-{number}" / "checkpoint").mkdir(parents=True)
