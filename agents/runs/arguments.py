@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import itertools
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ def check_forms(arguments: Sequence[str], path_key: str | None, groups: Sequence
     known = {name: group for group in groups for name in find_names(group, arguments)}
     wrong = []
     is_value = False  # of the option before it
-    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, after in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         if is_value:
             is_value = False
         elif _is_unknown_option(argument):
