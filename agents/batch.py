@@ -18,6 +18,8 @@ from lmgym.models.categorical import log_probs_and_entropies
 from lmgym.models.causal import token_log_probs
 from lmgym.models.sampling import Sampler
 
+_CPU_EPISODES = 32  # in a forward with gradients on a CPU: more at once is slower, by the memory that it touches
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -47,7 +49,9 @@ class Batch:
         return self[self.episodes.lengths.argsort()]
 
     def split(self, size: int) -> Iterator[Batch]:
-        """Yields parts of at most `size` episodes, in their order."""
+        """Yields parts of at most `size` episodes, in their order; on a CPU of no more than stay in its cache."""
+        if not self.advantages.is_cuda:
+            size = min(size, _CPU_EPISODES)
         for rows in _chunks(self.episodes, size):
             yield self[rows]
 

@@ -21,7 +21,7 @@ class OnPolicyConfig(LearningConfig):
     batch_size: Count = 256  # episodes a batch
     epochs: Count = 4  # passes over a batch
     minibatches: Count = 4  # optimiser steps a pass
-    micro_batch_size: Count = 128  # episodes a forward; gradients of a minibatch accumulate over them
+    micro_batch_size: Count = 128  # episodes a forward, at most (32 on a CPU); gradients of a minibatch add up
     lr: NonNegative = 5e-4  # Adam's, at first
     critic_lr: NonNegative | None = None  # of the value head and a critic's own trunk; null is lr
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # over the whole run

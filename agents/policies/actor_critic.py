@@ -22,6 +22,8 @@ from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.activations import fuse_activations
 from lmgym.models.causal import CausalLM
+from lmgym.models.lean.find import find_trained_trunk
+from lmgym.models.lean.training import read_at
 from lmgym.models.loading import quiet_loading
 from lmgym.models.padding import join, pack
 from lmgym.models.policy import CausalPolicy, PolicyState
@@ -145,6 +147,7 @@ class ActorCritic(TrainablePolicy):
                     "`critic` must be 'shared' or 'reference': the task's reward is no model over the policy's tokens."
                 )
             self.critic = _trainable(cast(nn.Module, reward_model.base_model))
+        self._lean_critic = None if self.critic is None else find_trained_trunk(self.critic)
         trunk = self.actor if self.critic is None else self.critic
         width = trunk.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
         self.value_head = new_value_head(width, reference.device)
@@ -167,11 +170,19 @@ class ActorCritic(TrainablePolicy):
         return CausalPolicy(self.lm, head).begin(prompt_ids, prompt_mask, max_new_tokens)
 
     def read_at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Read:
-        hidden, logits = self.lm.response_hidden(ids, rows, columns)
+        hidden, logits = self.lm.read_at(ids, rows, columns)
         if self.critic is not None:
-            hidden = self.critic(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0][rows, columns]
+            hidden = self._read_critic(ids, rows, columns)
         hidden = hidden.float()
         return Read(logits, self.value_head(hidden).squeeze(-1), hidden)
+
+    def _read_critic(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """(n, D) hidden states of the critic's own trunk."""
+        assert self.critic is not None
+        if self._lean_critic is not None and ids.shape[1] <= (self._lean_critic.window or ids.shape[1]):
+            return read_at(self._lean_critic, ids, rows, columns)
+        hidden: Tensor = self.critic(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+        return hidden[rows, columns]
 
     def critic_parameters(self) -> list[nn.Parameter]:
         trunk = [] if self.critic is None else list(self.critic.parameters())

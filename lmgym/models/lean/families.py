@@ -21,12 +21,23 @@ _STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do 
 
 
 def describe(model: Any) -> Transformer | None:
-    """The model in the parts of a lean forward; None where it is not known to be made of them."""
-    family = _FAMILIES.get(type(model).__name__)
-    if family is None or not type(model).__module__.startswith("transformers.") or _has_hooks(model):
+    """A causal LM in the parts of a lean forward; None where it is not known to be made of them."""
+    if type(model).__name__ not in _LANGUAGE_MODELS or not type(model).__module__.startswith("transformers."):
+        return None
+    return _describe(model, model.base_model, model.get_output_embeddings())
+
+
+def describe_trunk(trunk: Any) -> Transformer | None:
+    """The same of a model without a head, such as a critic's."""
+    return _describe(trunk, trunk, None)
+
+
+def _describe(model: nn.Module, trunk: Any, head: nn.Module | None) -> Transformer | None:
+    family = _FAMILIES.get(type(trunk).__name__)
+    if family is None or not type(trunk).__module__.startswith("transformers.") or _has_hooks(model):
         return None
     try:
-        return family(model)
+        return family(trunk, None if head is None else Linear.of(head))
     except (UnknownPartError, AttributeError, KeyError, TypeError):
         return None
 
@@ -42,9 +53,8 @@ def _require(condition: bool, what: str) -> None:
         raise UnknownPartError(what)
 
 
-def _gpt2(model: Any) -> Transformer:
-    trunk = model.transformer
-    config = model.config
+def _gpt2(trunk: Any, head: Linear | None) -> Transformer:
+    config = trunk.config
     _require(not config.add_cross_attention, "cross-attention")
     layers = []
     for i, block in enumerate(trunk.h):
@@ -64,15 +74,14 @@ def _gpt2(model: Any) -> Transformer:
         )
     tokens = _embedding(trunk.wte)
     positions = _embedding(trunk.wpe)
-    return Transformer(tokens, positions, None, layers, Norm.of(trunk.ln_f), Linear.of(model.lm_head))
+    return Transformer(tokens, positions, None, layers, Norm.of(trunk.ln_f), head)
 
 
-def _gpt_neox(model: Any) -> Transformer:
-    trunk = model.gpt_neox
+def _gpt_neox(trunk: Any, head: Linear | None) -> Transformer:
     layers = []
     for block in trunk.layers:
         attention = block.attention
-        heads = model.config.num_attention_heads
+        heads = trunk.config.num_attention_heads
         layers.append(
             Layer(
                 attention_norm=Norm.of(block.input_layernorm),
@@ -86,12 +95,10 @@ def _gpt_neox(model: Any) -> Transformer:
         )
     tokens = _embedding(trunk.embed_in)
     rope = _rope(trunk.rotary_emb)
-    head = Linear.of(model.get_output_embeddings())
     return Transformer(tokens, None, rope, layers, Norm.of(trunk.final_layer_norm), head)
 
 
-def _llama(model: Any) -> Transformer:
-    trunk = model.model
+def _llama(trunk: Any, head: Linear | None) -> Transformer:
     layers = []
     for block in trunk.layers:
         attention = block.self_attn
@@ -106,30 +113,40 @@ def _llama(model: Any) -> Transformer:
                 mlp=GatedMLP(Linear.of(mlp.gate_proj), Linear.of(mlp.up_proj), Linear.of(mlp.down_proj), mlp.act_fn),
             )
         )
-    window = getattr(model.config, "sliding_window", None)
+    window = getattr(trunk.config, "sliding_window", None)
     return Transformer(
         tokens=_embedding(trunk.embed_tokens),
         positions=None,
         rope=_rope(trunk.rotary_emb),
         layers=layers,
         norm=Norm.of(trunk.norm),
-        head=Linear.of(model.lm_head),
+        head=head,
         window=window,
+        padding_idx=trunk.embed_tokens.padding_idx,
     )
 
 
-_FAMILIES: dict[str, Callable[[Any], Transformer]] = {
-    "GPT2LMHeadModel": _gpt2,
-    "GPTNeoXForCausalLM": _gpt_neox,
-    "LlamaForCausalLM": _llama,
-    "MistralForCausalLM": _llama,
-    "Qwen2ForCausalLM": _llama,
-    "Qwen3ForCausalLM": _llama,
+_LANGUAGE_MODELS = (
+    "GPT2LMHeadModel",
+    "GPTNeoXForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+_FAMILIES: dict[str, Callable[[Any, Linear | None], Transformer]] = {
+    "GPT2Model": _gpt2,
+    "GPTNeoXModel": _gpt_neox,
+    "LlamaModel": _llama,
+    "MistralModel": _llama,
+    "Qwen2Model": _llama,
+    "Qwen3Model": _llama,
 }
 
 
 def _embedding(module: nn.Module) -> dict[str, Any]:
-    _require(type(module) is nn.Embedding and module.max_norm is None, type(module).__name__)
+    is_plain = type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
+    _require(is_plain, type(module).__name__)
     return module._parameters
 
 

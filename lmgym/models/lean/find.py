@@ -5,11 +5,14 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
-from lmgym.models.lean.families import describe
+from lmgym.models.lean.families import describe, describe_trunk
+from lmgym.models.lean.training import read_at
 from lmgym.models.lean.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -43,3 +46,59 @@ def find_lean(lm: CausalLM) -> Transformer | None:
     tolerance = _TOLERANCE if is_full else _COARSE_TOLERANCE
     gap = (found - expected).abs().max()
     return lean if bool(gap <= tolerance * expected.abs().max().clamp(min=1.0)) else None
+
+
+def find_trained(lm: CausalLM) -> Transformer | None:
+    """The lean forward for `training.read_at`, for `lm.remember`; None where its values or gradients are not equal."""
+    lean = lm.remember(find_lean)
+    return lean if lean is not None and has_equal_gradients(lm.model.base_model, lean) else None
+
+
+def find_trained_trunk(trunk: Any) -> Transformer | None:
+    """The same of a model without a head."""
+    lean = describe_trunk(trunk)
+    return lean if lean is not None and has_equal_gradients(trunk, lean) else None
+
+
+@torch.inference_mode(False)
+def has_equal_gradients(trunk: Any, lean: Transformer) -> bool:
+    """Whether a lean forward gives the hidden states and the gradients of a trunk, probed on rows of unlike lengths.
+
+    Gradients are compared at norms and biases. They are small, and what reaches them has come through all that follows.
+    """
+    if any(not type(module).__module__.startswith(("transformers.", "torch.")) for module in trunk.modules()):
+        return False  # a layer that somebody has changed, such as one that runs again in the backward pass
+    weight = lean.tokens["weight"]
+    small = [x for x in trunk.parameters() if x.dim() == 1]
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return False
+    length = min(_PROBE_TOKENS, lean.window or _PROBE_TOKENS)
+    ids = torch.arange(_PROBE_ROWS * length).view(_PROBE_ROWS, length) % len(weight)
+    rows = torch.tensor([0, 0, *[1] * (length - 2)])
+    columns = torch.tensor([length // 2 - 1, length // 2, *range(1, length - 1)])
+
+    def plain() -> Tensor:
+        hidden: Tensor = trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+        return hidden[rows, columns]
+
+    expected = _values_and_gradients(plain, small)
+    found = _values_and_gradients(lambda: read_at(lean, ids, rows, columns), small)
+    return all(
+        bool((x - y).abs().max() <= _TOLERANCE * y.abs().max().clamp(min=1.0))
+        for x, y in zip(found, expected, strict=True)
+    )
+
+
+@torch.enable_grad()
+def _values_and_gradients(read: Callable[[], Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Hidden states, and the gradients of a sum of them that weighs each number differently."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        hidden = read()
+        weights = torch.linspace(-1.0, 1.0, hidden.numel()).view_as(hidden)
+        return [hidden.detach(), *torch.autograd.grad((weights * hidden).sum(), parameters, materialize_grads=True)]
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Matrix products without gradients, by the library that is quickest for their shape.
+"""Matrix products, by the library that is quickest for their shape.
 
 torch multiplies float32 matrices on a CPU with MKL. oneDNN, which comes with torch too, is up to twice as fast where
 the matrix is large (an LM head over 50,000 tokens), and applies a GELU while the product is in the processor's cache.
@@ -47,6 +47,9 @@ def find_onednn() -> Callable[..., Tensor] | None:
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(n, b): x (n, a) @ weight (a, b) + bias (b,)."""
     if _is_large(x, weight) and find_onednn() is not None:
+        if _needs_gradient(x, weight, bias):
+            product: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
+            return product if bias is None else product + bias
         return _multiply(x, weight, bias, "none", "")
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
@@ -54,7 +57,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def affine_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """(n, b): the GELU of `affine`; `approximate` as in `torch.nn.GELU`."""
     is_large = _is_float_on_cpu(x) and len(x) * weight.numel() >= _MIN_GELU_PRODUCTS
-    if is_large and find_onednn() is not None:
+    if is_large and not _needs_gradient(x, weight, bias) and find_onednn() is not None:
         return _multiply(x, weight, bias, "gelu", approximate)
     return F.gelu(affine(x, weight, bias), approximate=approximate)
 
@@ -67,6 +70,27 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, function: str, app
     step = _ROWS_STEP if n <= _MANY_ROWS else _MANY_ROWS_STEP
     filled = F.pad(x, (0, 0, 0, -n % step)) if n % step else x
     return onednn(filled, weight.t(), bias, function, [], approximate)[:n]
+
+
+class _Product(torch.autograd.Function):
+    """oneDNN's product, which torch knows no gradient of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _multiply(x, weight, None, "none", "")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        by_x = gradient @ weight.t() if ctx.needs_input_grad[0] else None
+        # In the layout of the weight itself, which may be stored as (b, a).
+        by_weight = (gradient.t() @ x).t() if weight.t().is_contiguous() else x.t() @ gradient
+        return by_x, by_weight if ctx.needs_input_grad[1] else None
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:

@@ -39,6 +39,14 @@ class Layer:
     mlp: MLP | GatedMLP
     parallel: bool = False
 
+    def heads(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> Heads:
+        """What attention reads of x (n, D) before the layer."""
+        queries, keys, values = self.project(self.attention_norm(x))
+        if angles is not None:
+            queries = rotate(queries, *angles)
+            keys = rotate(keys, *angles)
+        return queries, keys, values
+
     def finish(self, x: Tensor, found: Tensor) -> Tensor:
         """(n, D) after the layer, of x (n, D) before it and of what its queries found (n, H * h)."""
         attended = self.out(found).add_(x)
@@ -49,11 +57,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Transformer:
-    """The model, without dropout and without gradients.
+    """The model, without dropout.
 
     Attributes:
         tokens, positions: the dicts with the "weight" of the embeddings; None where positions are rotary.
-        head: the LM head. window: the longest sequence that it attends to all of, in tokens; None without a limit.
+        head: the LM head; None of a trunk alone.
+        window: the longest sequence that it attends to all of, in tokens; None without a limit.
+        padding_idx: the token whose embedding takes no gradient, as in `nn.Embedding`.
     """
 
     tokens: dict[str, Any]
@@ -61,28 +71,30 @@ class Transformer:
     rope: Rope | None
     layers: Sequence[Layer]
     norm: Norm
-    head: Linear
+    head: Linear | None
     window: int | None = None
+    padding_idx: int | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Transformer:
         return self  # the weights are the model's, which is not copied by accident either
 
     def run(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """(n, D) hidden states after the last norm, of tokens (n,) at positions (n,)."""
-        x = F.embedding(ids, self.tokens["weight"])
+        x, angles = self.embed(ids, positions)
+        for i, layer in enumerate(self.layers):
+            x = layer.finish(x, attend(i, layer.heads(x, angles)))
+        return self.norm(x)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """(n, D) embeddings of tokens (n,) at positions (n,), and the angles of the positions where they are rotary."""
+        x = F.embedding(ids, self.tokens["weight"], self.padding_idx)
         if self.positions is not None:
             x = x + F.embedding(positions, self.positions["weight"])
-        angles = None if self.rope is None else self.rope.angles(positions, x.dtype)
-        for i, layer in enumerate(self.layers):
-            queries, keys, values = layer.project(layer.attention_norm(x))
-            if angles is not None:
-                queries = rotate(queries, *angles)
-                keys = rotate(keys, *angles)
-            x = layer.finish(x, attend(i, (queries, keys, values)))
-        return self.norm(x)
+        return x, None if self.rope is None else self.rope.angles(positions, x.dtype)
 
     def logits(self, hidden: Tensor, vocab_size: int) -> Tensor:
         """(n, V) of hidden states (n, D): the head's first V columns."""
+        assert self.head is not None
         weight = self.head.weight
         bias = self.head.parameters["bias"]
         if weight.shape[1] > vocab_size:
