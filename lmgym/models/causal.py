@@ -190,6 +190,7 @@ class CausalLM(Texts):
             if self.vocab_size > _MIN_WIDE_VOCABULARY and self.dtype == torch.float32 and self.device.type == "cpu":
                 shape = (self.vocab_size, self.holes, self.temperature)
                 blocks = zip(trunk[rows, columns].split(_WIDE_HEAD_ROWS), targets.split(_WIDE_HEAD_ROWS), strict=True)
+                assert lean.head is not None
                 return torch.cat([score_by_columns(lean.head, block, tokens, *shape) for block, tokens in blocks])
             head = partial(lean.logits, vocab_size=self.vocab_size)
         elif self.remember(has_separate_head):
