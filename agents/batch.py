@@ -49,11 +49,13 @@ class Batch:
         return self[self.episodes.lengths.argsort()]
 
     def split(self, size: int) -> Iterator[Batch]:
-        """Yields parts of at most `size` episodes, in their order; on a CPU of no more than stay in its cache."""
-        if not self.advantages.is_cuda:
-            size = min(size, _CPU_EPISODES)
+        """Yields parts of at most `size` episodes, in their order."""
         for rows in _chunks(self.episodes, size):
             yield self[rows]
+
+    def split_for_gradients(self, size: int) -> Iterator[Batch]:
+        """The same for gradients that are added up; on a CPU of no more than stay in its cache."""
+        return self.split(size if self.advantages.is_cuda else min(size, _CPU_EPISODES))
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ class OnPolicyAgent(LearningAgent):
     def losses(self, minibatch: Batch) -> Iterator[Loss]:
         """Yields the losses of one optimiser step: one of each micro-batch, whose sum is that of the minibatch."""
         total = minibatch.episodes.lengths.sum()
-        for part in minibatch.split(self.config.micro_batch_size):
+        for part in minibatch.split_for_gradients(self.config.micro_batch_size):
             read = self.read(part, total, len(minibatch), backward=1)
             loss, metrics = self.loss(read)
             with torch.no_grad():

@@ -13,7 +13,6 @@ from directions import DISCOUNT, agent_of, alone, as_collected, direction, gradi
 from torch import Tensor
 
 import agents.algorithms.trpo
-import agents.batch
 import agents.on_policy
 from agents.advantages import returns_to_go
 from agents.agent import TokenCount
@@ -243,12 +242,12 @@ def test_what_an_update_reads(fraction: float, monkeypatch: pytest.MonkeyPatch) 
     """The graphs that conjugate gradients need are made once, of the fraction; a trial is a forward of the batch."""
     agent = moved(tiny_trpo(max_kl=0.01, backtrack=0.5, cg_iterations=3, cg_damping=0.01, fisher_fraction=fraction))
     prices = iter([0.02, 0.02, 0.0])
-    monkeypatch.setattr(agents.batch, "_CPU_EPISODES", 48)  # one forward
     solve = torch.autograd.grad
     solves = []
     monkeypatch.setattr(agents.algorithms.trpo, "exact", lambda old, new: torch.full((len(old),), next(prices)))
-    monkeypatch.setattr(torch.autograd, "grad", lambda *xs, **kinds: solves.append(0) or solve(*xs, **kinds))
     episodes = agent.collect()
+    agent.policy.read(episodes)  # once before, for the gradients by which the forward is chosen
+    monkeypatch.setattr(torch.autograd, "grad", lambda *xs, **kinds: solves.append(0) or solve(*xs, **kinds))
     generator = torch.Generator()
     generator.set_state(agent.generator.get_state())
     few = episodes[torch.randperm(48, generator=generator)[: math.ceil(48 * fraction)]]
