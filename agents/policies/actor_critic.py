@@ -9,6 +9,7 @@ import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -24,6 +25,7 @@ from lmgym.models.activations import fuse_activations
 from lmgym.models.causal import CausalLM
 from lmgym.models.lean.find import find_trained_trunk
 from lmgym.models.lean.training import read_at
+from lmgym.models.lean.transformer import Transformer
 from lmgym.models.loading import quiet_loading
 from lmgym.models.padding import join, pack
 from lmgym.models.policy import CausalPolicy, PolicyState
@@ -147,7 +149,6 @@ class ActorCritic(TrainablePolicy):
                     "`critic` must be 'shared' or 'reference': the task's reward is no model over the policy's tokens."
                 )
             self.critic = _trainable(cast(nn.Module, reward_model.base_model))
-        self._lean_critic = None if self.critic is None else find_trained_trunk(self.critic)
         trunk = self.actor if self.critic is None else self.critic
         width = trunk.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
         self.value_head = new_value_head(width, reference.device)
@@ -179,10 +180,15 @@ class ActorCritic(TrainablePolicy):
     def _read_critic(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """(n, D) hidden states of the critic's own trunk."""
         assert self.critic is not None
-        if self._lean_critic is not None and ids.shape[1] <= (self._lean_critic.window or ids.shape[1]):
-            return read_at(self._lean_critic, ids, rows, columns)
+        lean = self._lean_critic
+        if lean is not None and ids.shape[1] <= (lean.window or ids.shape[1]):
+            return read_at(lean, ids, rows, columns)
         hidden: Tensor = self.critic(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
         return hidden[rows, columns]
+
+    @cached_property  # at the first read: layers may have been told to run again in the backward pass
+    def _lean_critic(self) -> Transformer | None:
+        return find_trained_trunk(self.critic)
 
     def critic_parameters(self) -> list[nn.Parameter]:
         trunk = [] if self.critic is None else list(self.critic.parameters())

@@ -12,7 +12,7 @@ from transformers import GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
 
 from agents.algorithms.ppo import PPO, PPOConfig
 from agents.algorithms.trpo import TRPO, TRPOConfig
-from agents.policies.actor_critic import ActorCritic
+from agents.policies.actor_critic import ActorCritic, Critic
 from agents.policies.recomputing import recompute_layers
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError
@@ -78,20 +78,25 @@ def kept_bytes(policy: ActorCritic, ids: Tensor) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    everywhere = torch.arange(len(ids))
+    ends = (torch.arange(len(ids)), torch.full((len(ids),), ids.shape[1] - 1))
+    policy.read_at(ids, *ends)  # the first read tries out which forward to use
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        read = policy.read_at(ids, everywhere, everywhere)
+        read = policy.read_at(ids, *ends)
     assert read.logits.requires_grad
     return sum(kept.values())
 
 
-def test_little_is_kept_of_a_forward() -> None:
+@pytest.mark.parametrize("critic", ["shared", "reference"])
+def test_little_is_kept_of_a_forward(critic: Critic) -> None:
     lm = tiny_lm(SHAPES["GPT-2"])
-    policy = ActorCritic(lm)
-    light = ActorCritic(lm)
+    policy = ActorCritic(lm, critic)
+    light = ActorCritic(lm, critic)
     recompute_layers(light.actor)
+    if light.critic is not None:
+        recompute_layers(light.critic)
     ids = torch.randint(2, V, (8, 20), generator=torch.Generator().manual_seed(0))
-    inputs = 3 * 8 * 20 * 16 * 4  # of the three layers, which are kept besides
+    trunks = 1 if light.critic is None else 2
+    inputs = trunks * 3 * 8 * 20 * 16 * 4  # of the three layers, which are kept besides
     assert kept_bytes(light, ids) + inputs < kept_bytes(policy, ids) / 4
 
 
