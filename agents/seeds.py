@@ -17,6 +17,7 @@ CANDIDATES = 3  # candidates of a deterministic best-of-n
 SB3 = 4  # the process's generators of Python and torch, lent to Stable-Baselines3
 SB3_NUMPY = 5  # the process's generator of numpy, lent to Stable-Baselines3
 COMPLETIONS = 6  # tokens sampled to be judged
+REFERENCE_SAMPLES = 7  # tokens sampled to centre a reward model
 EVALUATION = 20_000_003  # tokens sampled to grade a policy
 
 

@@ -18,7 +18,7 @@ from agents.finite import GRAD_NORM
 from agents.update import sum_gradients
 from lmgym.errors import InvalidArgumentError, check_finite, check_int, check_number
 from lmgym.models.padding import pad_right
-from lmgym.rewards.ranking import bucketed_batches, warm_up_cosine
+from lmgym.reward_models.batches import bucketed_batches, warm_up_cosine
 
 IGNORED = -100  # the target of a padding column
 

@@ -14,7 +14,6 @@ from builders.reward_models import collect_rankings, learn_reward_model, measure
 from builders.seeds import derive_seeds
 from builders.settings import ARTEFACTS
 from lmgym.models.causal import CausalLM
-from lmgym.rewards.ranking import RankedTexts
 from lmgym.tasks import reviews
 
 
@@ -39,8 +38,7 @@ def build_proxy(settings: dict[str, Any]) -> Built:
     for size in chosen["prompts"]:
         name = f"reward-{size}"
         generator.manual_seed(torch_seed)
-        first = RankedTexts(rankings.prompts[:size], rankings.completions[:size], rankings.ranking[:size])
-        reward, accuracy = learn_reward_model(reference, first, chosen, generator, name, settings["progress"])
+        reward, accuracy = learn_reward_model(reference, rankings[:size], chosen, generator, name, settings["progress"])
         standardise(reward, tokenizer, seen)
         reward.half().float()  # what is measured is what float16 keeps
         facts = {"parameters": reward.num_parameters(), "training_accuracy": accuracy}

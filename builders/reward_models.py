@@ -5,7 +5,6 @@ Shapes: B prompts, K completions of each.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,15 +15,14 @@ from tqdm import tqdm
 from builders.completions import gold_scores, join_texts, sample_completions
 from builders.models import EOS
 from lmgym.feedback.annotators import plackett_luce_ranking, true_ranking
+from lmgym.feedback.records import Completion, Ranking, Record
 from lmgym.models.causal import CausalLM
-from lmgym.rewards.ranking import (
-    RankedTexts,
-    normalise,
-    ranking_accuracy,
-    reward_model_from,
-    score_texts,
-    train_reward_model,
-)
+from lmgym.reward_models.config import RewardConfig
+from lmgym.reward_models.scorer import score_texts
+from lmgym.reward_models.starting import reward_model_from
+from lmgym.reward_models.training import fit_model, prepare_lesson
+from lmgym.rewards.normalisation import normalise
+from lmgym.rewards.ranking import ranking_accuracy
 from lmgym.tasks import reviews
 
 
@@ -35,7 +33,7 @@ def collect_rankings(
     prompt_seed: int,
     annotator_seed: int,
     generator: torch.Generator,
-) -> tuple[RankedTexts, float]:
+) -> tuple[list[Record], float]:
     """Has simulated annotators rank completions of fresh prompts.
 
     Args:
@@ -54,22 +52,26 @@ def collect_rankings(
     gold = gold_scores(prompts, completions)
     ranking = plackett_luce_ranking(gold, settings["temperature"], np.random.default_rng(annotator_seed))
     agreement = ranking_accuracy(torch.from_numpy(gold), torch.from_numpy(ranking))
-    return RankedTexts(prompts, completions, ranking.tolist()), agreement
+    records = [
+        Record(prompt, tuple(map(Completion, texts)), Ranking.of_order(order))
+        for prompt, texts, order in zip(prompts, completions, ranking.tolist(), strict=True)
+    ]
+    return records, agreement
 
 
 def learn_reward_model(
     reference: CausalLM,
-    rankings: RankedTexts,
+    records: Sequence[Record],
     settings: dict[str, Any],
     generator: torch.Generator,
     name: str,
     visible: bool,
 ) -> tuple[Any, float]:
-    """Trains a reward model on rankings.
+    """Trains a reward model on rankings, as `python -m agents.reward` does.
 
     Args:
         reference: its trunk is what the reward model starts from.
-        rankings: what it learns from.
+        records: what it learns from; nothing is held out, for there is no end of fresh ones to measure it on.
         settings: of the reward model.
         generator: draws its head and the order of the prompts.
         name: beside the progress bar.
@@ -78,26 +80,24 @@ def learn_reward_model(
     Returns:
         The model, and its accuracy on the rankings in the last epoch.
     """
+    config = RewardConfig(
+        epochs=settings["epochs"], batch_size=settings["batch_size"], lr=settings["learning_rate"], held_out=0
+    )
     model = reward_model_from(reference.model, generator)
-    updates = settings["epochs"] * math.ceil(len(rankings.prompts) / settings["batch_size"])
+    lesson = prepare_lesson(records, model, reference.tokenizer, config)
+    accuracies: list[float] = []
     hidden = None if visible else True  # None: hidden unless on a terminal
-    with tqdm(total=updates, unit="update", desc=name, disable=hidden) as bar:
+    with tqdm(total=config.updates(len(records)), unit="update", desc=name, disable=hidden) as bar:
 
-        def progress(metrics: dict[str, float]) -> None:
-            bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()}, refresh=False)
+        def progress(_: int, metrics: dict[str, float]) -> None:
+            shown = {key.removeprefix("train/"): f"{value:.3f}" for key, value in metrics.items()}
+            bar.set_postfix(shown, refresh=False)
             bar.update()
+            accuracies.append(metrics["train/accuracy"])
 
-        trained = train_reward_model(
-            model,
-            reference.tokenizer,
-            rankings,
-            epochs=settings["epochs"],
-            learning_rate=settings["learning_rate"],
-            batch_size=settings["batch_size"],
-            generator=generator,
-            progress=progress,
-        )
-    return model, trained["accuracy"]
+        member = fit_model(model, lesson, generator, progress)
+    last = accuracies[-len(accuracies) // config.epochs :]
+    return member.model, float(np.mean(last))
 
 
 def standardise(model: Any, tokenizer: Any, texts: Sequence[str]) -> None:

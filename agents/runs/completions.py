@@ -13,7 +13,8 @@ from agents.runs.plan import Plan, build, check, check_saved, saved_config
 from agents.runs.tasks import full_name
 from agents.runs.trust import read_config
 from lmgym.errors import InvalidArgumentError, unknown_name
-from lmgym.feedback.records import Completion, Record
+from lmgym.feedback.records import Completion, Record, Skip
+from lmgym.feedback.rendering import render_completion
 from lmgym.ranges import Count, CountOrZero, check_fields
 
 if TYPE_CHECKING:
@@ -224,3 +225,32 @@ def in_words(sampler: Sampler) -> str:
     """The numbers of a sampler that are not those of the policy's own distribution: "temperature=0.7, top_p=0.9"."""
     changed = [f"{f.name}={getattr(sampler, f.name)}" for f in fields(sampler) if getattr(sampler, f.name) != f.default]
     return ", ".join(changed) or "temperature=1"
+
+
+# -- samples of a reference ------------------------------------------------------------------------------------------
+
+
+def sample_texts(task: str, count: int, seed: int, device: str, tokenizer: Any) -> list[str]:
+    """Whole texts, prompt and completion, of the reference of a task on its training prompts.
+
+    Args:
+        task: by its whole name. count: how many at least, as many of each prompt; of the first prompts alone where
+            there are more. seed: of the tokens drawn. device: where. tokenizer: whose EOS ends a text that ended.
+    """
+    from agents.seeds import REFERENCE_SAMPLES, torch_generator
+
+    request = Request(["reference"], read_config(CONF / "sampler" / "policy.yaml"), task, device=device, seed=seed)
+    (writer,) = load_writers(request)
+    prompts = min(count, len(writer.envs.engine.prompts))
+    samples = -(-count // prompts)
+    generator = torch_generator(seed, REFERENCE_SAMPLES)
+    size = max(1, BATCH_SIZE // samples)
+    texts = []
+    for start in range(0, prompts, size):
+        rows = range(start, min(start + size, prompts))
+        for row, completions in zip(rows, _write(writer, rows, samples, generator), strict=True):
+            record = Record(str(writer.envs.engine.prompts[row].text), tuple(completions), Skip())
+            for completion in completions:
+                rendered = render_completion("prompts", record, completion, tokenizer, f"prompt {row}")
+                texts.append(f"{record.prompt}{rendered.text}")
+    return texts

@@ -58,6 +58,27 @@ _OTHER_NAMES = {
     "evaluation.prompts": "eval_prompts",
 }
 SYNONYMS = {other: name for name, others in _OTHER_NAMES.items() for other in others.split()}
+# The same for `python -m agents.reward`, where it is not as above.
+_OTHER_NAMES_OF_REWARDS = {
+    "preferences": "dataset dataset_name train_dataset data feedback labels prefs",
+    "model": "model_name model_name_or_path base_model policy sft_model_path",
+    "reward.objective": "objective loss loss_type",
+    "reward.lr": "lr learning_rate step_size",
+    "reward.batch_size": "batch_size per_device_train_batch_size",
+    "reward.micro_batch_size": "micro_batch_size",
+    "reward.epochs": "epochs n_epochs num_epochs num_train_epochs",
+    "reward.max_grad_norm": "max_grad_norm grad_clip",
+    "reward.held_out": "held_out eval_split val_split test_size eval_dataset",
+    "reward.lora_rank": "lora_rank lora_r lora use_peft",
+    "reward.precision": "precision dtype fp16 bf16",
+    "reward.ensemble": "ensemble ensemble_size num_models members",
+    "reward.centre": "centre center normalize normalise center_rewards_coefficient",
+    "reward.ties": "ties",
+    "reward.margin": "margin",
+    "reward.patience": "patience early_stopping_patience",
+    "reward.eval_every": "eval_every eval_steps",
+}
+SYNONYMS_OF_REWARDS = {other: name for name, others in _OTHER_NAMES_OF_REWARDS.items() for other in others.split()}
 
 
 def validated(kind: type[T], values: Mapping[str, Any], key: str) -> T:
@@ -114,9 +135,8 @@ def explained(error: CompactHydraException) -> str:
         name = str(cause.full_key)
         if name.startswith("task."):
             return told_new_name(name)
-        last = name.rpartition(".")[2].lower()
-        meant = last if last in _OTHER_NAMES else SYNONYMS.get(last)
-        if meant is not None and meant != name and meant.partition(".")[0] in cause.parent_node._get_root():
+        meant = _meant(name, cause.parent_node._get_root())
+        if meant is not None and meant != name:
             return f"`{name}` is called `{meant}` here: {meant}=..."
         known = [str(key) for key in cause.parent_node if key not in ("hydra", "_target_")]
         if "agent" in known:  # of training, where a choice that stands at null has no key
@@ -125,6 +145,14 @@ def explained(error: CompactHydraException) -> str:
         if known:
             return f"{unknown_name(name, str(cause.key), known)}{more}"
     return str(error) if cause is None else f"{error}\n{cause}"
+
+
+def _meant(name: str, root: Any) -> str | None:
+    """The key of a command that a name of other libraries stands for; None where there is none."""
+    last = name.rpartition(".")[2].lower()
+    own = {**SYNONYMS, **SYNONYMS_OF_REWARDS} if "preferences" in root else SYNONYMS
+    meant = last if last in _OTHER_NAMES else own.get(last)
+    return meant if meant is not None and meant.partition(".")[0] in root else None
 
 
 def told_new_name(name: str) -> str:

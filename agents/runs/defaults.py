@@ -1,5 +1,7 @@
 """The defaults of an agent are written once, in its dataclass: a yaml of an agent gets every field that it leaves out.
 
+So does one of the group `reward`, from the numbers of a reward model's training.
+
 Hydra then shows them all (`--cfg job`), and takes `agent.lr=1e-3` without a "+". Nothing is imported for it, for that
 takes seconds: the source of a module that is not loaded yet is parsed.
 """
@@ -20,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from agents.runs.sources import Source, base_classes, find_class, resolve, resolve_constant
 from lmgym.ranges import Range, field_types
 
+REWARD_CONFIG = "lmgym.reward_models.config.RewardConfig"
 _PLAIN_TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 
 
@@ -61,6 +64,9 @@ class FileConfigSource(file_config_source.FileConfigSource):
             if isinstance(target, str):
                 values = {name: default.value for name, default in find_defaults(target).items()}
                 result.config = OmegaConf.merge({"_target_": target}, values, config)
+        elif config_path.startswith("reward/") and isinstance(config, DictConfig):
+            values = {name: default.value for name, default in find_fields(REWARD_CONFIG).items()}
+            result.config = OmegaConf.merge(values, config)
         return result
 
 
@@ -92,15 +98,20 @@ def find_defaults(target: str) -> dict[str, Default]:
     return {} if config is None else _parsed_fields(*config)
 
 
-def find_types(target: str) -> dict[str, Any]:
-    """The types of a dataclass's fields that have a default, read as `find_defaults` reads them.
+def find_fields(target: str) -> dict[str, Default]:
+    """The fields of a dataclass that have a default, read as `find_defaults` reads them.
 
     Args:
         target: its import path.
     """
     module, _, name = target.rpartition(".")
     found = find_class(module, name)
-    return {} if found is None else {name: field.type for name, field in _parsed_fields(*found).items()}
+    return {} if found is None else _parsed_fields(*found)
+
+
+def find_types(target: str) -> dict[str, Any]:
+    """The types of these fields by name."""
+    return {name: field.type for name, field in find_fields(target).items()}
 
 
 def _of_class(kind: Any) -> dict[str, Default]:

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +47,28 @@ def empty_again(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_run(directory: Path, values: Mapping[str, Any]) -> Iterator[None]:
+def new_run(directory: Path, values: Mapping[str, Any], files: Sequence[str] = RUN_FILES) -> Iterator[None]:
     """Holds a directory for a new run and writes its config there.
 
     Where the block fails before there is a row of metrics or a checkpoint, what it has made is removed, and nothing
     else. A run that was killed so early, or before its first checkpoint, is begun anew.
+
+    Args:
+        directory: of the run. values: of its config. files: what a run of this command writes.
 
     Raises:
         LmGymError: for a directory that another process writes, or that holds a run or a file of such a name.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with Lock(directory):
-        _clear(directory)
-        _remove_leftovers(directory)
+        _clear(directory, files)
+        _remove_leftovers(directory, files)
         try:
             write_config(directory, values)
             yield
         except BaseException:
             if not _is_worth_keeping(directory):
-                for name in RUN_FILES:  # none of which was there when the block began
+                for name in files:  # none of which was there when the block began
                     remove(directory / name)
             raise
 
@@ -75,13 +78,13 @@ def write_config(directory: Path, values: Mapping[str, Any]) -> None:
     write_atomically(directory / CONFIG_FILE, f"{_HEADER}\n{config_text(values)}")
 
 
-def _clear(directory: Path) -> None:
+def _clear(directory: Path, files: Sequence[str]) -> None:
     """Sees to it that nothing of a run lies in a directory; what is left of one that has no checkpoint goes away.
 
     Raises:
         InvalidArgumentError: for anything else that would be overwritten.
     """
-    there = [name for name in RUN_FILES if os.path.lexists(directory / name)]
+    there = [name for name in files if os.path.lexists(directory / name)]
     if not there:
         return
     if newest(directory / CHECKPOINT) is not None:
@@ -105,10 +108,10 @@ def _is_worth_keeping(directory: Path) -> bool:
     return os.path.lexists(directory / CHECKPOINT) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
-def _remove_leftovers(directory: Path) -> None:
+def _remove_leftovers(directory: Path, files: Sequence[str]) -> None:
     """Puts the newest checkpoint in its place, and removes what a kill has left of what was being written."""
     recover(directory / CHECKPOINT)
-    for name in (*RUN_FILES, "evaluation.json"):
+    for name in (*files, "evaluation.json"):
         if name != CHECKPOINT:
             for path in directory.glob(f".{glob.escape(name)}.*.tmp"):
                 remove(path)
@@ -118,7 +121,7 @@ def _remove_leftovers(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def resumed_run(directory: Path) -> Iterator[None]:
+def resumed_run(directory: Path, files: Sequence[str] = RUN_FILES) -> Iterator[None]:
     """Holds the directory of a run that goes on, its newest checkpoint put in its place.
 
     Raises:
@@ -126,7 +129,7 @@ def resumed_run(directory: Path) -> Iterator[None]:
     """
     check_is_run(directory)
     with Lock(directory):
-        _remove_leftovers(directory)
+        _remove_leftovers(directory, files)
         yield
 
 

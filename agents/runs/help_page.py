@@ -7,12 +7,13 @@ import inspect
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from agents.runs.arguments import find_configs
 from agents.runs.config import CONF
-from agents.runs.defaults import find_defaults
+from agents.runs.defaults import REWARD_CONFIG, Default, find_defaults, find_fields
 from agents.runs.plan import ENV_KEYS
 from agents.runs.sources import find_class
 from agents.runs.trust import read_config
@@ -84,8 +85,13 @@ def _comment(path: Path) -> str:
 def _agent_keys(path: Path) -> str:
     """The keys of an agent's config with their values and meanings, those that it shares with others first."""
     values = read_config(path)
+    return _lines_of(find_defaults(str(values.get("_target_", ""))), values)
+
+
+def _lines_of(defaults: Mapping[str, Default], values: Mapping[str, Any]) -> str:
+    """Keys with their values and meanings; `values` are those that are not the default."""
     lines = []
-    for name, default in find_defaults(str(values.get("_target_", ""))).items():
+    for name, default in defaults.items():
         value = values.get(name, default.value)
         line = f"{name}: {value if isinstance(value, str) else json.dumps(value)}"
         meaning = "; ".join(filter(None, [" | ".join(default.choices), default.comment]))
@@ -134,6 +140,25 @@ def sample_help_page(conf: Path) -> str:
         f"Keys:\n{_indented(f'task:{keys}')}",
         f"Policies besides run directories, each as it is before it learns:\n{_listed(agents)}",
         f"sampler=NAME, the distribution that tokens are drawn from (a run keeps its own):\n{_listed(samplers)}",
+        "Hydra's own options: --hydra-help",
+    ]
+    return "\n\n".join(parts)
+
+
+def reward_help_page(conf: Path) -> str:
+    """What `python -m agents.reward --help` prints: every key in a line.
+
+    Args:
+        conf: the directory of configs.
+    """
+    keys = (conf / "reward.yaml").read_text(encoding="utf-8").partition("\ntask:")[2].partition("\nhydra:")[0]
+    choices = {path.stem: _comment(path) for path in sorted((conf / "reward").glob("*.yaml"))}
+    parts = [
+        "python -m agents.reward preferences=FILE [task=NAME] [model=DIRECTORY] [reward=NAME] [reward.KEY=value ...]",
+        "Trains a reward model on feedback; env.reward=DIRECTORY/reward then pays its score.",
+        f"The run:\n{_indented(f'task:{keys}')}",
+        f"reward=NAME, what is fitted:\n{_listed(choices)}",
+        f"Keys reward.KEY:\n{_indented(_lines_of(find_fields(REWARD_CONFIG), {}))}",
         "Hydra's own options: --hydra-help",
     ]
     return "\n\n".join(parts)

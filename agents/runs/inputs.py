@@ -14,9 +14,10 @@ from typing import Any
 
 from lmgym.files import RunFileError, checksum
 
-COMPARED = ("task", "env", "agent", "sampler", "seed")  # the other parts may change, or are of the machine
-_DIRECTORIES = ("env.model", "env.reward")  # which may be directories
-_PATHS = (*_DIRECTORIES, "env.prompts")  # where a bare word may be a path
+# The other parts may change, or are of the machine. The last three are of a reward model's training.
+COMPARED = ("task", "env", "agent", "sampler", "seed", "model", "preferences", "reward")
+_DIRECTORIES = ("env.model", "env.reward", "model")  # which may be directories
+_PATHS = (*_DIRECTORIES, "env.prompts", "preferences")  # where a bare word may be a path
 
 
 def notes_of(config: Mapping[str, Any]) -> dict[str, Any]:

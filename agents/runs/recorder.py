@@ -17,6 +17,7 @@ GROUPS = ("rollout/", "train/", "cost/", "time/", "eval/")
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 _SHOWN = {"rollout/return": "return", "rollout/score": "score", "rollout/kl": "kl", "train/loss": "loss"}
+_SHOWN |= {"eval/accuracy": "held-out accuracy"}
 _BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
@@ -35,6 +36,7 @@ class Recorder:
         resume_at: The env step a resumed run goes on from. Rows past it were written after the checkpoint was, will
             be written again, and are dropped here. None starts a new run.
         progress: False shows no bar.
+        unit: what the bar counts; where it is not tokens, steps are of something else.
 
     Raises:
         ValueError: If `total` is not positive or `resume_at` is not in `[0, total]`.
@@ -43,7 +45,12 @@ class Recorder:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], total: int, resume_at: int | None = None, progress: bool = True
+        self,
+        directory: str | os.PathLike[str],
+        total: int,
+        resume_at: int | None = None,
+        progress: bool = True,
+        unit: str = "tok",
     ) -> None:
         if total <= 0:
             raise ValueError(f"`total` must be a positive number of env steps, got {total}.")
@@ -65,7 +72,7 @@ class Recorder:
             )
         self._file = open_to_append(self.path)
         self._writer = _summary_writer(self.directory / TENSORBOARD, resume_at)
-        self._bar = _progress_bar(total, resume_at or 0, progress)
+        self._bar = _progress_bar(total, resume_at or 0, progress, unit)
         self._shown: dict[str, str] = {}
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -166,14 +173,14 @@ def grading_bar(total: int) -> Any:
     return tqdm(total=total, desc="grading", unit="ep", leave=False, dynamic_ncols=True, mininterval=_seconds_between())
 
 
-def _progress_bar(total: int, initial: int, progress: bool) -> Any:
+def _progress_bar(total: int, initial: int, progress: bool, unit: str) -> Any:
     from tqdm import tqdm
 
     return tqdm(
         total=total,
         initial=initial,
         disable=not progress,
-        unit="tok",
+        unit=unit,
         unit_scale=True,
         dynamic_ncols=True,
         bar_format=_BAR_FORMAT,

@@ -42,7 +42,9 @@ def run_name(_root_: DictConfig) -> str:
     """
     hydra = _root_.hydra
     task = str(_root_.task)  # perhaps one that does not exist: the run says so, in a line, and only that run ends
-    words = [str(hydra.runtime.choices.agent), USUAL_SETTINGS.get(task, task), f"seed{_root_.seed}"]
+    choices = hydra.runtime.choices
+    kind = str(choices.agent) if "agent" in choices else f"reward-{choices.reward}"
+    words = [kind, USUAL_SETTINGS.get(task, task), f"seed{_root_.seed}"]
     if _root_.get("seeds", 1) != 1:
         words.append(f"seeds{_root_.seeds}")
     fixed = hydra.job.config.override_dirname.exclude_keys

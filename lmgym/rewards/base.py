@@ -47,6 +47,8 @@ def check_reward_name(name: object) -> None:
         if not module or not function:
             raise InvalidArgumentError(f"`reward` must be an import path 'package.module:function', got {name!r}.")
         return
+    if isinstance(name, str) and os.path.isfile(os.path.join(name, "ensemble.json")):  # `lmgym.rewards.ensemble`
+        return
     check_model_name("reward", name)
 
 

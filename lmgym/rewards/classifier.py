@@ -15,6 +15,7 @@ from lmgym.models.loading import check_finite_weights
 from lmgym.models.positions import max_positions
 from lmgym.models.segmentation import SpecialTokens, compare
 from lmgym.models.sharing import SharedModels
+from lmgym.rewards.normalisation import apply_normalisation, read_normalisation
 from lmgym.rewards.sequence import probe_sequences, sequence_logits
 
 _FORWARD_ROWS = 64  # episodes a forward
@@ -126,7 +127,7 @@ class ClassifierReward:
             parts.append(logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0])
         scores = torch.zeros(len(sequences))
         scores[order] = torch.cat(parts).cpu()  # all at once: each look has a GPU wait
-        return scores.tolist()
+        return apply_normalisation(self.model.config, scores).tolist()
 
     def _join(self, prompt: Sequence[int], completion: Sequence[int]) -> list[int]:
         """Ids of an episode, with the special tokens of this tokenizer in place of those of the policy's."""
@@ -151,6 +152,7 @@ class ClassifierReward:
 def _check_model(model: Any, tokenizer: Any) -> ClassifierReward:
     """The reward of a model that has just been loaded, once it has given finite scores."""
     reward = ClassifierReward(model, tokenizer)
+    read_normalisation(model.config)
     with torch.no_grad():
         logits = sequence_logits(model, probe_sequences(model))
     if not bool(logits.isfinite().all()):

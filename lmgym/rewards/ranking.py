@@ -1,67 +1,177 @@
-"""Reward models learned from rankings, as in InstructGPT (Ouyang et al. 2022, section 3.5).
+"""Losses of a reward model that learns from judgements of several completions of a prompt. Pure functions of scores.
 
-Shapes: B prompts, K ranked completions each, L columns of tokens, V vocabulary.
+Shapes: B prompts with K completions each (K may differ from prompt to prompt), N completions in all, M pairs of them.
 """
 
 from __future__ import annotations
 
-import copy
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from torch import Tensor
 
-from lmgym.errors import InvalidArgumentError, check_finite, check_int, check_number
-from lmgym.models.activations import fuse_activations
-from lmgym.models.positions import max_positions
-from lmgym.rewards.sequence import sequence_logits
+from lmgym.errors import InvalidArgumentError
 
-_BUCKET_BATCHES = 16  # batches that are sorted by length together
-_WEIGHT_DECAY = 0.01
-_MAX_GRAD_NORM = 1.0
-_WARM_UP = 0.05  # share of the updates
+MAX_TIED = 10  # completions in one tie under Plackett-Luce, whose exact average is over 2 ** tied subsets
+
+Tiers = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class RankedTexts:
-    """What training reads: completions of prompts, and an order of them without ties.
+class Comparisons:
+    """Pairs of completions that were compared, of several prompts.
 
     Attributes:
-        prompts: (B,) texts. completions: (B, K) texts, the responses to each prompt. ranking: (B, K) indices into the
-            completions, best first.
+        better: (M,) int64, which of the N completions was preferred. worse: (M,) int64, to which.
+        tied: (M,) bool, True where neither was preferred; which of the two is called the better one means nothing.
+        strength: (M,) float, how much better, in the units of the judgement; 0 where it does not say.
+        prompt: (M,) int64, of which of the B prompts.
+        num_prompts: B; each has a pair at least.
     """
 
-    prompts: Sequence[str]
-    completions: Sequence[Sequence[str]]
-    ranking: Sequence[Sequence[int]]
+    better: Tensor
+    worse: Tensor
+    tied: Tensor
+    strength: Tensor
+    prompt: Tensor
+    num_prompts: int
+
+    def to(self, device: torch.device | str) -> Comparisons:
+        """The same on a device."""
+        tensors = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "num_prompts"}
+        return Comparisons(**{name: x.to(device) for name, x in tensors.items()}, num_prompts=self.num_prompts)
+
+    @classmethod
+    def of_rankings(cls, rankings: Sequence[Tiers], sizes: Sequence[int]) -> Comparisons:
+        """Every pair of completions that rankings compare.
+
+        Args:
+            rankings: a prompt each: indices of its completions in groups, the best group first. Those of a group are
+                tied; those in no group are unranked, and in no pair.
+            sizes: K of each prompt.
+
+        Raises:
+            InvalidArgumentError: for a ranking of fewer than two completions.
+        """
+        rows: list[tuple[int, int, bool, int]] = []
+        start = 0
+        for prompt, (tiers, size) in enumerate(zip(rankings, sizes, strict=True)):
+            pairs = list(_pairs_of(tiers))
+            if not pairs:
+                raise InvalidArgumentError(f"`rankings` must rank two completions at least, got {tiers!r}.")
+            rows += [(start + better, start + worse, tied, prompt) for better, worse, tied in pairs]
+            start += size
+        better, worse, tied, prompts = (torch.tensor(column) for column in zip(*rows, strict=True))
+        return cls(better, worse, tied, torch.zeros(len(rows)), prompts, len(rankings))
 
 
-def kwise_loss(scores: Tensor, ranking: Tensor) -> Tensor:
-    """Loss of a ranking: the mean over its K(K-1)/2 pairs of -log sigmoid(r_better - r_worse).
+def _pairs_of(tiers: Tiers) -> list[tuple[int, int, bool]]:
+    """(better, worse, tied) of every pair of ranked completions: first those of the best completion."""
+    order = [(index, position) for position, group in enumerate(tiers) for index in group]
+    return [(first, second, above == below) for (first, above), (second, below) in itertools.combinations(order, 2)]
 
-    Equation 1 of Ouyang et al. 2022. All pairs of a prompt sit in one batch, so a completion is one row of one forward
-    however many pairs it is in.
+
+# -- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def kwise_loss(
+    scores: Tensor, comparisons: Comparisons, margin: float = 0.0, tie_log_odds: Tensor | None = None
+) -> Tensor:
+    """The mean over prompts of the mean over the pairs of each (Ouyang et al. 2022, equation 1).
+
+    All pairs of a prompt are of one forward, and a prompt counts once however many completions it has. For K = 2 it is
+    `pairwise_loss`.
 
     Args:
-        scores: (B, K) rewards.
-        ranking: (B, K) int64, indices best first.
+        scores: (N,) rewards. comparisons: of them. margin, tie_log_odds: as for `pair_losses`.
 
     Returns:
-        Scalar, nats; log 2 when all scores are equal.
+        Scalar, nats a pair; log 2 where all scores are equal and nothing is tied.
+    """
+    losses = pair_losses(scores, comparisons, margin, tie_log_odds)
+    return mean_over_prompts(losses, comparisons.prompt, comparisons.num_prompts).mean()
+
+
+def pairwise_loss(
+    scores: Tensor, comparisons: Comparisons, margin: float = 0.0, tie_log_odds: Tensor | None = None
+) -> Tensor:
+    """The mean over all pairs alike, so that a prompt with K completions counts K (K - 1) / 2 times.
+
+    Args:
+        scores: (N,) rewards. comparisons: of them. margin, tie_log_odds: as for `pair_losses`.
+
+    Returns:
+        Scalar, nats a pair.
+    """
+    return pair_losses(scores, comparisons, margin, tie_log_odds).mean()
+
+
+def pair_losses(
+    scores: Tensor, comparisons: Comparisons, margin: float = 0.0, tie_log_odds: Tensor | None = None
+) -> Tensor:
+    """-log of the probability of what was said of each pair.
+
+    Of a preference that is sigmoid(r_better - r_worse - margin * strength) (Bradley & Terry 1952; the margin: Touvron
+    et al. 2023, Llama 2). A tie is half a preference for the one and half for the other. With `tie_log_odds`, ties
+    have a probability of their own (Davidson 1970): with d = r_better - r_worse,
+
+        P(preferred) = e^(d / 2) / (e^(d / 2) + e^(-d / 2) + nu),    P(tie) = nu / (the same).
+
+    Args:
+        scores: (N,) rewards.
+        comparisons: of them.
+        margin: units of the score that a unit of strength is worth at least; 0 leaves it out.
+        tie_log_odds: scalar, log nu, which may be learned.
+
+    Returns:
+        (M,) nats.
 
     Raises:
-        InvalidArgumentError: If the shapes differ, or K < 2.
+        InvalidArgumentError: for scores that are no vector.
     """
-    return -F.logsigmoid(_margins(scores, ranking)).mean()
+    gaps = score_gaps(scores, comparisons)
+    if margin:
+        gaps = gaps - margin * comparisons.strength.to(gaps.dtype)
+    if tie_log_odds is None:
+        losses = -F.logsigmoid(gaps)
+        return torch.where(comparisons.tied, (losses - F.logsigmoid(-gaps)) / 2, losses)
+    log_odds = tie_log_odds.to(gaps.dtype).expand_as(gaps)
+    total = torch.stack([gaps / 2, -gaps / 2, log_odds]).logsumexp(0)
+    return total - torch.where(comparisons.tied, log_odds, gaps / 2)
+
+
+def score_gaps(scores: Tensor, comparisons: Comparisons) -> Tensor:
+    """(M,) r_better - r_worse of (N,) scores.
+
+    Raises:
+        InvalidArgumentError: for scores that are no vector.
+    """
+    if scores.ndim != 1:
+        raise InvalidArgumentError(f"`scores` must have shape (N,), got {tuple(scores.shape)}.")
+    return scores[comparisons.better] - scores[comparisons.worse]
+
+
+def mean_over_prompts(numbers: Tensor, prompt: Tensor, num_prompts: int) -> Tensor:
+    """(B,) means of (M,) numbers, each of the prompt (M,) that it belongs to; NaN for a prompt that has none."""
+    counts = torch.bincount(prompt, minlength=num_prompts)
+    return numbers.new_zeros(num_prompts).index_add(0, prompt, numbers) / counts
+
+
+def pair_accuracy(scores: Tensor, comparisons: Comparisons) -> Tensor:
+    """(M,) 1 where the scores order a pair as it was judged, 0 where the other way round, 0.5 where they are equal.
+
+    Of a tie it is NaN: there is nothing to be right about.
+    """
+    right = (score_gaps(scores.detach(), comparisons).double().sign() + 1) / 2
+    return right.masked_fill(comparisons.tied, math.nan)
 
 
 def ranking_accuracy(scores: Tensor, ranking: Tensor) -> float:
-    """Share of the pairs that the scores order as the ranking does; a tie counts one half.
+    """Share of the pairs that the scores order as rankings without ties do; a tie of scores counts one half.
 
     Args:
         scores: (B, K) rewards.
@@ -69,12 +179,10 @@ def ranking_accuracy(scores: Tensor, ranking: Tensor) -> float:
 
     Returns:
         A number in [0, 1]; chance is 0.5.
+
+    Raises:
+        InvalidArgumentError: If the shapes differ, or K < 2.
     """
-    return float((_margins(scores, ranking).sign() + 1).mean() / 2)
-
-
-def _margins(scores: Tensor, ranking: Tensor) -> Tensor:
-    """r_better - r_worse of every pair, (B, K(K-1)/2)."""
     if scores.ndim != 2 or scores.shape != ranking.shape or scores.shape[1] < 2:
         raise InvalidArgumentError(
             "`scores` and `ranking` must both have shape (B, K) with K >= 2, "
@@ -82,228 +190,89 @@ def _margins(scores: Tensor, ranking: Tensor) -> Tensor:
         )
     best_first = scores.gather(1, ranking)
     better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1, device=scores.device)
-    return best_first[:, better] - best_first[:, worse]
+    margins = best_first[:, better] - best_first[:, worse]
+    return float((margins.sign() + 1).mean() / 2)
 
 
-def reward_model_from(causal_lm: Any, generator: torch.Generator) -> Any:
-    """Makes a reward model out of a language model: its trunk with a scalar head instead of the LM head.
+# -- whole rankings --------------------------------------------------------------------------------------------------
+
+
+def plackett_luce_loss(scores: Tensor, rankings: Sequence[Tiers], sizes: Sequence[int]) -> Tensor:
+    """-log of the probability of rankings when the best is chosen first, then the best of the rest, and so on.
+
+    Each choice among the completions that are left has probability softmax(scores) (Luce 1959, Plackett 1975). Of tied
+    completions every order counts alike: the loss is the mean over all the orders that the ties allow. Completions
+    that were not ranked are left out. It is divided by the number of choices, ranked completions less one, and averaged
+    over prompts, so that for K = 2 it is `pairwise_loss`.
 
     Args:
-        causal_lm: A Hugging Face causal LM whose config has a pad token other than its EOS.
-        generator: Draws the head, from N(0, 1/(D+1)) with D the width of the trunk (Stiennon et al. 2020).
+        scores: (N,) rewards.
+        rankings: of each prompt, as for `Comparisons.of_rankings`.
+        sizes: K of each prompt.
 
     Returns:
-        A Hugging Face sequence-classification model with one label, the trunk copied.
+        Scalar, nats a choice.
 
     Raises:
-        InvalidArgumentError: If the config has no pad token, or EOS is it.
+        InvalidArgumentError: where more than `MAX_TIED` completions are tied.
     """
-    config = copy.deepcopy(causal_lm.config)
-    pad = config.pad_token_id
-    eos = config.eos_token_id
-    if pad is None or pad == eos:  # lmgym would read it all the same, and transformers' own forward would not
+    losses = []
+    for own, tiers in zip(scores.split(list(sizes)), rankings, strict=True):
+        losses.append(_loss_of_ranking(own, tiers))
+    return torch.stack(losses).mean()
+
+
+def _loss_of_ranking(scores: Tensor, tiers: Tiers) -> Tensor:
+    """Nats a choice of one ranking; scores (K,)."""
+    count = sum(map(len, tiers))
+    if count == len(tiers):  # without ties
+        order = scores[[index for group in tiers for index in group]]
+        rest = order.flip(0).logcumsumexp(0).flip(0)
+        return (rest - order)[:-1].sum() / (count - 1)
+    total = scores.new_zeros(())
+    below = scores.new_full((1,), -math.inf)
+    for group in reversed(tiers):
+        own = scores[list(group)]
+        total = total + _mean_over_orders(own, below) - own.sum()
+        below = torch.cat([own, below]).logsumexp(0, keepdim=True)
+    return total / (count - 1)
+
+
+def _mean_over_orders(scores: Tensor, below: Tensor) -> Tensor:
+    """The sum of log(sum of e^score of those left) over the choices among t tied completions, on average over orders.
+
+    After t - n choices in random order, every subset of n tied completions is left with the same probability.
+
+    Args:
+        scores: (t,) of those that are tied. below: (1,) logsumexp of all that are worse; -inf where there are none.
+    """
+    tied = len(scores)
+    if tied > MAX_TIED:
         raise InvalidArgumentError(
-            "`pad_token_id` must be set and differ from EOS, or the end of a response is invisible to transformers; "
-            f"got {pad}, EOS {eos}."
+            f"`rankings` must have at most {MAX_TIED} completions in a tie under Plackett-Luce, got {tied}: take "
+            "another objective."
         )
-    config.num_labels = 1
-    with torch.random.fork_rng(devices=[]):  # the weights drawn here are all replaced below
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    model.base_model.load_state_dict(causal_lm.base_model.state_dict())
-    head = _score_head(model)
-    with torch.no_grad():
-        head.weight.normal_(std=1 / math.sqrt(head.in_features + 1), generator=generator)
-    return fuse_activations(model).to(causal_lm.device).eval()
+    subsets = [left for n in range(1, tied + 1) for left in itertools.combinations(range(tied), n)]
+    weights = scores.new_tensor([1 / math.comb(tied, len(left)) for left in subsets])
+    sums = [torch.cat([scores[list(left)], below]).logsumexp(0) for left in subsets]
+    return (weights * torch.stack(sums)).sum()
 
 
-def train_reward_model(
-    model: Any,
-    tokenizer: Any,
-    rankings: RankedTexts,
-    *,
-    epochs: int,
-    learning_rate: float,
-    batch_size: int,
-    generator: torch.Generator,
-    progress: Callable[[dict[str, float]], None] | None = None,
-) -> dict[str, float]:
-    """Trains a reward model on rankings; the K completions of a prompt always share one forward.
+# -- ratings ---------------------------------------------------------------------------------------------------------
 
-    AdamW, linear warm-up, cosine decay to zero, gradients clipped at norm 1, dropout off.
+
+def regression_loss(scores: Tensor, targets: Tensor, prompt: Tensor, num_prompts: int) -> Tensor:
+    """The mean over prompts of the mean squared difference between scores and ratings.
 
     Args:
-        model: A sequence-classification model with one label; changed in place.
-        tokenizer: Its tokenizer.
-        rankings: B prompts with K completions each. `prompt + completion` is what the model reads, EOS included where
-            the response has one.
-        epochs: Passes over the prompts.
-        learning_rate: Peak learning rate.
-        batch_size: Prompts an update; a forward has K times as many rows.
-        generator: CPU generator that shuffles the prompts.
-        progress: Called after every update with its `loss` (nats a pair) and `accuracy`.
+        scores: (N,) rewards.
+        targets: (N,) ratings, NaN where a completion was not rated.
+        prompt: (N,) int64, of which of the B prompts.
+        num_prompts: B; each has a rating at least.
 
     Returns:
-        `loss` (nats a pair) and `accuracy` on the rankings as given, means over the last epoch.
-
-    Raises:
-        InvalidArgumentError: If a setting is out of range, there is no prompt, or a text does not fit the model.
+        Scalar, in the square of the targets' unit.
     """
-    check_int("epochs", epochs, 1)
-    check_int("batch_size", batch_size, 1)
-    check_number("learning_rate", learning_rate, 0, open_low=True)
-    if not rankings.prompts:
-        raise InvalidArgumentError("`rankings` must hold at least one prompt, got none.")
-    sequences = [
-        encode(model, tokenizer, [prompt + completion for completion in completions])
-        for prompt, completions in zip(rankings.prompts, rankings.completions, strict=True)
-    ]
-    ranking = torch.tensor([list(order) for order in rankings.ranking])
-    lengths = [max(map(len, completions)) for completions in sequences]
-    updates = epochs * math.ceil(len(sequences) / batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=_WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_cosine(step, updates, _WARM_UP))
-    model.eval()
-    totals = {"loss": 0.0, "accuracy": 0.0}
-    for _ in range(epochs):
-        totals = dict.fromkeys(totals, 0.0)
-        for batch in bucketed_batches(lengths, batch_size, generator):
-            rows = [sequence for prompt in batch for sequence in sequences[prompt]]
-            metrics = _update(model, rows, ranking[batch], optimizer)
-            schedule.step()
-            totals = {name: totals[name] + metrics[name] * len(batch) / len(sequences) for name in totals}
-            if progress is not None:
-                progress(metrics)
-    return totals
-
-
-def _update(
-    model: Any, rows: Sequence[Sequence[int]], ranking: Tensor, optimizer: torch.optim.Optimizer
-) -> dict[str, float]:
-    """One step of the optimiser on B prompts.
-
-    Args:
-        model: changed in place.
-        rows: B * K sequences of tokens, prompt by prompt.
-        ranking: (B, K).
-        optimizer: of the model's weights.
-
-    Returns:
-        `loss` and `accuracy` before the step.
-    """
-    scores = _forward(model, rows).view(len(ranking), -1)  # (B*K,) -> (B, K)
-    ranking = ranking.to(scores.device)
-    loss = kwise_loss(scores, ranking)
-    optimizer.zero_grad()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
-    check_finite("loss", loss.item())
-    check_finite("norm of the gradient", norm.item())
-    optimizer.step()
-    return {"loss": loss.item(), "accuracy": ranking_accuracy(scores.detach(), ranking)}
-
-
-@torch.no_grad()
-def normalise(model: Any, mean: float, std: float) -> None:
-    """Absorbs (score - mean) / std into the weights of a reward model, in place.
-
-    The checkpoint itself is then centred: whoever loads it needs no statistics beside it. The head has no bias, so the
-    shift goes into the bias of the final LayerNorm: moving it by c * w / |w|^2 moves every score w . h by exactly c.
-
-    Args:
-        model: A sequence-classification model with one label.
-        mean: Mean of its scores on reference responses.
-        std: Their standard deviation, > 0.
-
-    Raises:
-        InvalidArgumentError: If neither the head nor the final norm has a bias to put the shift in.
-    """
-    check_number("mean", mean, -math.inf)
-    check_number("std", std, 0, open_low=True)
-    head = _score_head(model)
-    norm = _final_norm(model)
-    if head.bias is None and getattr(norm, "bias", None) is None:
-        raise InvalidArgumentError(
-            "`model` must have a bias in its score head or its final norm to be centred, "
-            f"and {type(model).__name__} has none."
-        )
-    head.weight /= std
-    if head.bias is not None:
-        head.bias.copy_((head.bias - mean) / std)
-    else:
-        w = head.weight[0]
-        norm.bias -= (mean / std) * w / w.dot(w)
-
-
-@torch.no_grad()
-def score_texts(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-    """Scores of texts under a reward model.
-
-    Args:
-        model: A sequence-classification model with one label.
-        tokenizer: Its tokenizer.
-        texts: N texts, prompt + completion, EOS included where the response has one.
-        batch_size: Rows a forward; texts of like length share one.
-
-    Returns:
-        (N,) float32 on the CPU.
-    """
-    model.eval()
-    sequences = encode(model, tokenizer, texts)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    scores = torch.empty(len(sequences))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        scores[rows] = _forward(model, [sequences[i] for i in rows]).cpu().float()
-    return scores
-
-
-def encode(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts, checked to fit the model.
-
-    Raises:
-        InvalidArgumentError: If a text has no token or more than the model has positions.
-    """
-    sequences: list[list[int]] = tokenizer(list(texts))["input_ids"]
-    limit = max_positions(model)
-    for text, ids in zip(texts, sequences, strict=True):
-        if not ids or (limit is not None and len(ids) > limit):
-            most = "" if limit is None else f" to {limit}"
-            raise InvalidArgumentError(f"`texts` must have 1{most} tokens each, got {len(ids)} in {text!r}.")
-    return sequences
-
-
-def bucketed_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Yields the indices 0..B-1 once, shuffled, in batches whose members are of like length: less padding."""
-    order: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
-    window = _BUCKET_BATCHES * batch_size
-    batches: list[list[int]] = []
-    for start in range(0, len(order), window):
-        bucket = sorted(order[start : start + window], key=lambda i: lengths[i])
-        batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
-    for i in torch.randperm(len(batches), generator=generator).tolist():
-        yield batches[i]
-
-
-def warm_up_cosine(step: int, total: int, warm_up: float) -> float:
-    """Factor of the learning rate at update `step` of `total`: linear up over the share `warm_up`, then cosine to 0."""
-    rise = warm_up * total
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(total - rise, 1)))
-
-
-def _forward(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """(n,) scores of n sequences."""
-    return sequence_logits(model, sequences)[:, 0]
-
-
-def _score_head(model: Any) -> nn.Linear:
-    head = getattr(model, "score", None) or getattr(model, "classifier", None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise InvalidArgumentError(f"`model` must have a scalar linear head, and {type(model).__name__} has {head}.")
-    return head
-
-
-def _final_norm(model: Any) -> Any:
-    names = ("ln_f", "final_layer_norm", "norm")
-    return next((norm for name in names if (norm := getattr(model.base_model, name, None)) is not None), None)
+    rated = ~targets.isnan()
+    errors = (scores[rated] - targets[rated].to(scores.dtype)).square()
+    return mean_over_prompts(errors, prompt[rated], num_prompts).mean()

@@ -232,8 +232,9 @@ def _load_reward(reward: str | RewardFunction, device: str) -> RewardFunction:
     if ":" in reward and not os.path.exists(reward):
         return import_function(reward)
     from lmgym.rewards.classifier import load_reward_model
+    from lmgym.rewards.ensemble import is_ensemble, load_ensemble
 
-    return load_reward_model(reward, device)
+    return load_ensemble(reward, device) if is_ensemble(reward) else load_reward_model(reward, device)
 
 
 def load_tokenizer_of(model: object) -> Any:

@@ -27,7 +27,8 @@ from builders.settings import ARTEFACTS, check_settings
 from lmgym.errors import LmGymError
 from lmgym.feedback.annotators import true_ranking
 from lmgym.models.causal import CausalLM
-from lmgym.rewards.ranking import ranking_accuracy, score_texts
+from lmgym.reward_models.scorer import score_texts
+from lmgym.rewards.ranking import ranking_accuracy
 from lmgym.tasks import reviews
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,59 @@
+"""Trains a reward model on feedback: `python -m agents.reward task=reviews preferences=prefs.jsonl`.
+
+A run directory holds `reward/`, which `env.reward=` takes, with a model card; `summary.json`, `reward.png` with the
+calibration, `predictions.jsonl` with the held-out scores, and what every run has (`agents.train`). Ctrl-C leaves a
+checkpoint, and `resume=<run directory>` goes on from it.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word, until there is something to take back
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from agents.runs.command_line import run_command
+from agents.runs.config import CONF
+from agents.runs.defaults import complete_agents
+from agents.runs.help_page import reward_help_page
+from agents.runs.reward_run import begin_reward, go_on_with_reward
+from agents.runs.signals import Stoppable
+from agents.runs.surroundings import prepare_process
+from agents.runs.sweeps import given, output_directory, register
+from lmgym.errors import LmGymError
+
+register()
+complete_agents()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="reward")
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry: checks, then trains."""
+    prepare_process()
+    try:
+        with Stoppable():
+            if cfg.resume is not None:
+                code = go_on_with_reward(Path(cfg.resume), given(HydraConfig.get()))
+            else:
+                code = begin_reward(cfg, Path(output_directory(HydraConfig.get())))
+    except KeyboardInterrupt:
+        code = 130
+    except LmGymError as error:
+        sys.exit(str(error))
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    from agents.reward import main  # under its own name, by which processes of a multirun find what they run
+
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(reward_help_page(CONF))
+    else:
+        run_command(main, path_key="resume", groups=("task", "reward"))
