@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from agents.sb3.buffers import load_replay, save_replay
 from agents.sb3.config import SB3Config
 from agents.sb3.episodes import describe_episodes, lstm_states, restore_episodes, restore_lstm_states
 from agents.sb3.masks import MaskedPolicy, mask_envs
-from agents.sb3.metrics import MetricsCallback, TrainingStopped
+from agents.sb3.metrics import MetricsCallback, RolloutCallback, TrainingStopped
 from agents.sb3.network import Trunk, critic_parameters, policy_class
 from agents.sb3.prefix import PrefixPolicy
 from agents.sb3.randomness import GeneratorStates, OwnGenerators
@@ -53,6 +53,8 @@ class SB3Agent(PolicyAgent):
 
     Attributes:
         model: SB3's object.
+        at_rest: False while the weights change. Where the collecting of a rollout fails, the agent is at rest, and
+            `save` writes the state before that rollout.
         tokens: what its networks have read to learn. The products of TRPO with the Fisher matrix are not counted.
         deterministic: whether it is certain of every token (DQN, QRDQN).
         policy: the policy, as `lmgym.evaluation.evaluate` takes it; of DQN and QRDQN the greedy one, of MaskablePPO
@@ -76,6 +78,7 @@ class SB3Agent(PolicyAgent):
         self._check(sampler)
         self._generators = OwnGenerators()
         self.model: Any = self._make_model(algorithm, masked, seed)
+        self.model.train = partial(self._change_weights, self.model.train)
         networks = self.model.policy
         if self.config.algorithm == "TRPO":  # its optimiser is the critic's, and must not move the policy
             critic = critic_parameters(networks)
@@ -84,6 +87,7 @@ class SB3Agent(PolicyAgent):
         networks.optimizer.register_step_pre_hook(self._check_gradient)
         self.masters = MasterWeights(networks.optimizer)
         networks.set_training_mode(False)
+        self._before_rollout: dict[str, Any] | None = None  # the state there, while a rollout is collected
         self._actor: TrainablePolicy | None = None  # the part that writes a checkpoint of its own
         if self._has_own_network():
             self.policy = PrefixPolicy(self.model, self.tokens)
@@ -95,6 +99,7 @@ class SB3Agent(PolicyAgent):
         self._kl = PolicyKLCallback(task.kl_coef, task.dense_kl)
         check = partial(check_weights, networks, self.config)
         self._metrics = MetricsCallback(task.gamma, self.config.n_steps * self.config.n_envs, self.tokens, check)
+        self._notes = RolloutCallback(self._note_state, self._forget_state)
 
     def _check(self, sampler: Sampler | None) -> None:
         if sampler not in (None, Sampler()):
@@ -150,6 +155,12 @@ class SB3Agent(PolicyAgent):
         model.env.seed_rows(row_seeds(seed, config.n_envs))
         return model
 
+    def _change_weights(self, train: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """SB3's own `train`: where it fails, the agent is not at rest."""
+        self.at_rest = False
+        train(*args, **kwargs)
+        self.at_rest = True
+
     def _check_gradient(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before SB3 steps: raises `NotFiniteError` for a gradient that would make NaN of the weights."""
         gradients = [x.grad for group in optimizer.param_groups for x in group["params"] if x.grad is not None]
@@ -163,8 +174,9 @@ class SB3Agent(PolicyAgent):
 
     @property
     def num_timesteps(self) -> int:
-        """Env steps (tokens) so far."""
-        return int(self.model.num_timesteps)
+        """Env steps (tokens) so far; those of an unfinished rollout do not count."""
+        steps = self.model.num_timesteps if self._before_rollout is None else self._before_rollout["num_timesteps"]
+        return int(steps)
 
     @num_timesteps.setter
     def num_timesteps(self, steps: int) -> None:
@@ -184,13 +196,50 @@ class SB3Agent(PolicyAgent):
         self._metrics.receiver = callback
         # TRPO differentiates twice, and the fused kernels of attention cannot.
         kernels = sdpa_kernel(SDPBackend.MATH) if self.config.algorithm == "TRPO" else contextlib.nullcontext()
-        callbacks = [self._kl, self._metrics]
+        callbacks = [self._kl, self._metrics, self._notes]
         with self._generators.in_use(), kernels, contextlib.suppress(TrainingStopped):
             self.model.learn(remaining, callbacks, log_interval=None, reset_num_timesteps=False)
         check_weights(self.model.policy, self.config)
         self.model.policy.set_training_mode(False)
 
     # -- saving and loading ----------------------------------------------------------------------------------------
+
+    def _note_state(self) -> None:
+        """Before a rollout: `save` writes this state until the rollout is whole."""
+        # A target network that moves by parts while a rollout is collected would move twice.
+        if not self.deterministic or self.model.tau == 1:
+            self._before_rollout = self._state()
+
+    def _forget_state(self) -> None:
+        self._before_rollout = None
+
+    def _state(self) -> dict[str, Any]:
+        """What changes from rollout to rollout, but for the weights, their optimiser and what a replay buffer holds.
+
+        Tensors, arrays, the generators' states, and JSON values.
+        """
+        model = self.model
+        state = {
+            "num_timesteps": int(model.num_timesteps),
+            "tokens": asdict(self.tokens),
+            "config": asdict(self.config),
+            "env": self._inner.streams(),
+            "randomness": self._generators.get_state(),
+            "actions": model.action_space.np_random.bit_generator.state,
+            "generator": self.generator.get_state().tolist(),
+            "seeds": list(model.env._seeds),  # of the first reset, where that is still to come
+            "updates": model._n_updates,
+            "episodes": describe_episodes(self._inner) if model._last_obs is not None else None,
+            "report": self._metrics.get_state(),
+            "owed": self._kl.owed.tolist(),
+            "memory": lstm_states(model),
+        }
+        if self.deterministic:
+            state["replay_position"] = model.replay_buffer.pos
+            state["replay_size"] = model.replay_buffer.size()
+            state["calls"] = model._n_calls  # they decide when the target network is updated
+            state["exploration_rate"] = model.exploration_rate
+        return state
 
     def write(self, directory: Path) -> None:
         """Writes the weights, the optimiser and a replay buffer as safetensors, and the rest as JSON.
@@ -204,29 +253,15 @@ class SB3Agent(PolicyAgent):
         else:
             save_model(model.policy, str(directory / "policy.safetensors"))
         save_file(_flatten_moments(model.policy.optimizer.state_dict()["state"]), directory / "optimizer.safetensors")
-        state = {
-            "num_timesteps": self.num_timesteps,
-            "tokens": asdict(self.tokens),
-            "config": asdict(self.config),
-            "env": self._inner.get_state(),
-            "randomness": self._generators.get_state(),
-            "actions": model.action_space.np_random.bit_generator.state,
-            "generator": self.generator.get_state().tolist(),
-            "seeds": list(model.env._seeds),  # of the first reset, where that is still to come
-            "updates": model._n_updates,
-            "episodes": describe_episodes(self._inner) if model._last_obs is not None else None,
-            "report": self._metrics.get_state(),
-            "owed": self._kl.owed.tolist(),
-        }
+        state = dict(self._before_rollout or self._state())
+        memory = state.pop("memory")
+        state["randomness"] = state["randomness"].as_json()
         if self.deterministic:
-            save_replay(model.replay_buffer, directory / "replay.safetensors")
-            state["replay_position"] = model.replay_buffer.pos
-            state["calls"] = model._n_calls  # they decide when the target network is updated
-            state["exploration_rate"] = model.exploration_rate
-        lstm = lstm_states(model)
-        if lstm:
-            save_file(lstm, directory / "memory.safetensors")
-        (directory / "state.json").write_text(json.dumps(state))
+            # An unfinished rollout may have overwritten the oldest steps; a run that resumes overwrites the same.
+            save_replay(model.replay_buffer, directory / "replay.safetensors", state.pop("replay_size"))
+        if memory:
+            save_file(memory, directory / "memory.safetensors")
+        (directory / "state.json").write_text(json.dumps(state, default=np.ndarray.tolist))
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Goes on from what `save` wrote, to the same curve as if there had been no break.
@@ -250,6 +285,8 @@ class SB3Agent(PolicyAgent):
             load_replay(model.replay_buffer, directory / "replay.safetensors", state["replay_position"])
             model._n_calls = state["calls"]
             model.exploration_rate = state["exploration_rate"]
+        self._forget_state()
+        self.at_rest = True
         self.num_timesteps = state["num_timesteps"]
         model._n_updates = state["updates"]
         model.env._seeds = state["seeds"]

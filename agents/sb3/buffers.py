@@ -84,9 +84,8 @@ class StretchRolloutBuffer(Stretches, DictRolloutBuffer):
     """The rollout buffer of PPO and TRPO, in stretches."""
 
 
-def save_replay(buffer: DictReplayBuffer, path: Path) -> None:
-    """Writes what a replay buffer holds as safetensors; `buffer.pos` is not in the file."""
-    size = buffer.size()
+def save_replay(buffer: DictReplayBuffer, path: Path, size: int) -> None:
+    """Writes the first `size` steps of a replay buffer as safetensors; `buffer.pos` is not in the file."""
     save_file({name: array[:size] for name, array in _replay_arrays(buffer).items()}, path)
 
 

@@ -50,7 +50,8 @@ class MetricsCallback(BaseCallback):
 
     def get_state(self) -> dict[str, Any]:
         """What has not been reported, as JSON values."""
-        return {"rows": self._running, "ended": self._ended, "steps": self._steps}
+        rows = [dict(row) for row in self._running]
+        return {"rows": rows, "ended": list(self._ended), "steps": self._steps}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on from what `get_state` gave."""
@@ -102,6 +103,24 @@ class MetricsCallback(BaseCallback):
         self._started = time.perf_counter()
         if self.receiver is not None and self.receiver(self.num_timesteps, metrics) is False:
             raise TrainingStopped
+
+
+class RolloutCallback(BaseCallback):
+    """Calls one function before every rollout, and another when it is whole."""
+
+    def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        super().__init__()
+        self.before = before
+        self.after = after
+
+    def _on_rollout_start(self) -> None:
+        self.before()
+
+    def _on_rollout_end(self) -> None:
+        self.after()
+
+    def _on_step(self) -> bool:
+        return True
 
 
 def _zero_sums() -> dict[str, float]:

@@ -82,10 +82,10 @@ class OwnGenerators:
             outside.write()
             random.setstate(python)
 
-    def get_state(self) -> dict[str, Any]:
-        """The states of the agent's generators, as JSON values; within `in_use` too."""
-        return (self._states or GeneratorStates.read()).as_json()
+    def get_state(self) -> GeneratorStates:
+        """The states of the agent's generators; within `in_use` too."""
+        return self._states or GeneratorStates.read()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `get_state` gave."""
+        """Goes on from what `get_state` gave, `as_json`."""
         self._states = GeneratorStates.from_json(state)

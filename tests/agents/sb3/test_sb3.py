@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import math
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -831,7 +832,11 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
         SB3Agent(tiny_envs(2), config)
 
 
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "PPO, paid at the end", "DQN, with a full buffer"])
+RESUMED: list[Any] = [pytest.param(f"{p.values[0]}, where collecting fails", marks=p.marks) for p in ALGORITHMS]
+RESUMED += ["PPO, between two rollouts", "PPO, paid at the end", "DQN, with a full buffer"]
+
+
+@pytest.mark.parametrize("algorithm", RESUMED)
 def test_an_interrupted_run_goes_on_to_the_same_curve(algorithm: str, tmp_path: Path) -> None:
     """Rollouts of 8 steps end within episodes of up to 32 tokens, which the resumed run goes on with."""
     algorithm, _, variant = algorithm.partition(", ")
@@ -847,29 +852,49 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(algorithm: str, tmp_path: 
         envs = RLHFVectorEnv(4, autoreset_mode="SameStep", task=task, device="cpu")
         return make(algorithm, envs, seed=seed, policy="mlp", width=8, layers=1, n_steps=8, **sizes)
 
-    def learn_until(made: SB3Agent, batches: int) -> list[dict[str, float]]:
+    def learn_until(made: SB3Agent, batches: int, fails: bool = False) -> list[dict[str, float]]:
         history: list[dict[str, float]] = []
 
         def keep(step: int, metrics: dict[str, float]) -> bool:
             history.append({k: x for k, x in metrics.items() if not k.startswith("time/")} | {"step": step})
-            return len(history) < batches
+            if fails and len(history) == batches:
+                made.envs.unwrapped.step = fail_after_the_fourth(made.envs.unwrapped.step)  # type: ignore[method-assign]
+            return fails or len(history) < batches
 
         made.learn(200, keep)
         return history
 
     whole = learn_until(agent(0), 6)
     first = agent(0)
-    before = learn_until(first, 3)
-    lengths = first.envs.unwrapped.engine.lengths
-    assert bool((lengths > 0).any())  # there are episodes in hand
+    if variant == "where collecting fails":
+        with pytest.raises(KeyError):
+            learn_until(first, 3, fails=True)
+        assert first.at_rest
+        whole_rollouts = 8 if algorithm in algorithms.VALUE_BASED else 0  # steps: DQN's rollouts have 2 of each row
+        assert first.num_timesteps == whole[2]["step"] + whole_rollouts
+    else:
+        learn_until(first, 3)
+    assert bool((first.envs.unwrapped.engine.lengths > 0).any())  # there are episodes in hand
     first.save(tmp_path / "checkpoint")
     second = agent(1)
     second.load(tmp_path / "checkpoint")
-    assert np.array_equal(second.envs.unwrapped.engine.lengths, lengths)
     after = learn_until(second, 3)
-    assert [row.keys() for row in [*before, *after]] == [row.keys() for row in whole]
-    for found, expected in zip([*before, *after], whole, strict=True):
+    assert [row.keys() for row in after] == [row.keys() for row in whole[3:]]
+    for found, expected in zip(after, whole[3:], strict=True):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-6, nan_ok=True)
+
+
+def fail_after_the_fourth(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """An env's `step` that raises after its fourth step, within a rollout."""
+    calls = itertools.count(1)
+
+    def failing(actions: Any) -> Any:
+        transition = step(actions)
+        if next(calls) == 4:
+            raise KeyError("the reward failed")
+        return transition
+
+    return failing
 
 
 def test_a_replay_buffer_of_another_size_is_refused(tmp_path: Path) -> None:
