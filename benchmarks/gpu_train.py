@@ -42,14 +42,14 @@ def measure_tests(setting: Setting) -> Iterator[Row]:
 
 def measure_train(setting: Setting) -> Iterator[Row]:
     """The default training run on the GPU, and beside it on the CPU."""
-    steps = 4_096 if setting.is_small else 150_000
+    steps = 512 if setting.is_small else 150_000
     out = Path(os.environ.get("GPU_RUNS", "runs/gpu"))
     running = []
     for device in dict.fromkeys((setting.device, "cpu")):
         directory = out / f"train-{device}-{time.time_ns()}"
         command = [sys.executable, "-m", "agents.train", f"device={device}", f"total_timesteps={steps}"]
         if setting.is_small:
-            command.append("evaluation.samples=2")
+            command += ["evaluation.samples=2", "evaluation.prompts=8"]
         command.append(f"hydra.run.dir={directory}")
         log = subprocess.PIPE
         running.append((device, directory, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)))
@@ -74,8 +74,8 @@ def measure_seeds(setting: Setting) -> Iterator[Row]:
     if importlib.util.find_spec("agents.many_seeds") is None:
         yield {"skipped": "This version trains one seed at a time"}
         return
-    seeds = 3 if setting.is_small else 32
-    steps = 1_024 if setting.is_small else 30_000
+    seeds = 2 if setting.is_small else 32
+    steps = 256 if setting.is_small else 30_000
     out = Path(os.environ.get("GPU_RUNS", "runs/gpu"))
     row: Row = {"seeds": seeds, "timesteps": steps}
     for name, count in (("together", seeds), ("alone", 1)):

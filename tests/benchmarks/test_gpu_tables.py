@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from commands import run_command_here
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_train
 from benchmarks.gpu import LIMITS, measure, run_parts
 from benchmarks.gpu_models import Setting
 from benchmarks.gpu_tables import markdown
@@ -58,12 +59,12 @@ def test_seeds_at_once_are_compared_with_as_many_in_turn() -> None:
     assert "| 32 | 8.0 | 4.0 | 16.0 | 0.250, 0.250 |" in text
 
 
-@pytest.mark.parametrize("part", ["limits", "ppo"])
+@pytest.mark.parametrize("part", ["limits", "ppo", "profile"])
 def test_a_part_can_be_measured_without_a_gpu(part: str) -> None:
     rows = list(measure(part, SMALL))
     assert not [row["error"] for row in rows if "error" in row]
     for row in rows:
-        rates = [row[name] for name in ("bytes_per_second", "tokens_per_second") if name in row]
+        rates = [row[name] for name in ("bytes_per_second", "tokens_per_second", "share") if name in row]
         assert rates
         assert min(rates) > 0
     assert markdown({"machine": ABOUT, "command": "", part: rows})
@@ -112,11 +113,38 @@ def test_a_part_that_takes_too_long_ends_with_all_that_it_has_started() -> None:
     assert not gpu.run_within([sys.executable, "-c", "print('fine')"], 10)
 
 
+class Here:
+    """A process whose command has run in this one."""
+
+    returncode = 0
+    stdout = ""
+    stderr = ""
+
+    def __init__(self, command: list[str], **_: object) -> None:
+        run_command_here(command[2], *command[3:])
+
+    def communicate(self) -> tuple[str, str]:
+        return "", ""
+
+
 @pytest.mark.slow
-def test_everything_runs_at_tiny_shapes_without_a_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--small", "--device", "cpu", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("part", ["train", "seeds"])
+def test_a_part_that_trains_can_be_measured_without_a_gpu(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPU_RUNS", str(tmp_path))
+    monkeypatch.setattr(gpu_train, "subprocess", SimpleNamespace(run=Here, Popen=Here, PIPE=None, STDOUT=None))
+    (row,) = measure(part, SMALL)
+    assert "error" not in row
+    assert row["timesteps"] >= 256
+    assert markdown({"machine": ABOUT, "command": "", part: [row]})
+
+
+@pytest.mark.slow
+def test_the_command_runs_a_part_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu", "--small", "--device", "cpu", "--parts", "limits", "--out", str(tmp_path)])
+    gpu.main()
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert results["errors"] == {}
-    assert not [row for part in LIMITS for row in results[part] if "error" in row]
+    assert results["limits"] == json.loads((tmp_path / "limits.json").read_text())
+    assert not [row for row in results["limits"] if "error" in row]

@@ -191,7 +191,7 @@ def test_every_output_is_that_of_single_envs(parts: Parts, config: Parts, mode: 
     assert one.single_action_space == other.single_action_space
     assert data_equivalence(one.reset(seed=1), other.reset(seed=1))
     rng = np.random.default_rng(2)
-    for t in range(16):
+    for t in range(6):
         action = responses(rng, N)
         left = one.step(action)
         right = other.step(action)

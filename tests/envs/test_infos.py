@@ -214,7 +214,7 @@ import gymnasium as gym, torch, lmgym
 settings = dict(device="cpu", max_new_tokens=4)
 env = gym.make("lmgym/RLHF-v0", **settings)
 env.reset(seed=0), env.step(5)
-envs = gym.make_vec("lmgym/RLHF-v0", num_envs=2, vectorization_mode="async", **settings)
+envs = gym.make_vec("lmgym/RLHF-v0", num_envs=1, vectorization_mode="async", **settings)
 envs.reset(seed=0)
 for _ in range(6):
     envs.step(envs.action_space.sample())

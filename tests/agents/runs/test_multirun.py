@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
 import numpy as np
 import pytest
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
+from commands import run_command_here
 from omegaconf import OmegaConf
 
-import agents.train
 from agents.runs.plan import plain
 from agents.runs.sweeps import MAX_NAME, Multirun, file_name, multirun_table, run_name, show_multirun
 from agents.runs.tasks import USUAL_SETTINGS
@@ -41,16 +37,22 @@ def composed(*overrides: str, **kwargs: Any) -> Any:
 
 
 def test_every_task_of_the_suite_can_be_chosen() -> None:
+    config = composed()
     for name in registered_tasks():
-        assert plain(composed(f"task={name}"))["task"] == name
+        config.task = name
+        assert plain(config)["task"] == name
 
 
 def test_a_family_stands_for_its_usual_setting() -> None:
     families = {name.partition("-")[0] for name in registered_tasks() if "-" in name}
     assert set(USUAL_SETTINGS) <= families
-    for family in USUAL_SETTINGS:
-        assert plain(composed(f"task={family}"))["task"] == USUAL_SETTINGS[family]
-        assert run_name(composed(f"task={family}", return_hydra_config=True)) == f"ppo-{USUAL_SETTINGS[family]}-seed0"
+    config = composed()
+    with_hydra = composed(return_hydra_config=True)
+    for family, usual in USUAL_SETTINGS.items():
+        config.task = family
+        with_hydra.task = family
+        assert plain(config)["task"] == usual
+        assert run_name(with_hydra) == f"ppo-{usual}-seed0"
     assert set(USUAL_SETTINGS.values()) <= set(registered_tasks())
 
 
@@ -88,15 +90,11 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`python -m agents.train ...` in this process."""
 
     def run(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["agents.train", *arguments])
-        agents.train.main()
+        run_command_here("agents.train", *arguments)
         show_multirun()
 
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr(Multirun, "directory", None)
-    yield run
-    GlobalHydra.instance().clear()
-    HydraConfig.instance().cfg = None
+    return run
 
 
 @pytest.mark.slow
@@ -134,18 +132,15 @@ def test_a_run_that_is_refused_does_not_stop_the_others(
 
 
 @pytest.mark.slow
-def test_joblib_runs_them_side_by_side(tmp_path: Path) -> None:
+def test_joblib_runs_them_side_by_side(command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In processes of their own, which get the run handed over and hand its result back."""
     names = ["agent=uniform", "task=echo-2", *GRADED, "device=cpu", "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
-    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    process = [sys.executable, "-m", "agents.train", "-m", *names, *launcher]
-    done = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
+    command("-m", *names, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     assert sorted(path.parent.name for path in tmp_path.glob("*/summary.json")) == [
         "uniform-echo-2-seed0-0",
         "uniform-echo-2-seed1-1",
     ]
-    assert multirun_table(tmp_path) in done.stdout
+    assert multirun_table(tmp_path) in capsys.readouterr().out
 
 
 # -- the table -------------------------------------------------------------------------------------------------------
