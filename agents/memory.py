@@ -1,6 +1,6 @@
 """How much memory a training run will take, before it starts: a run that does not fit says so, and says what to lower.
 
-What autograd keeps of an episode is measured, on one episode of full length; the rest follows from sizes.
+What autograd keeps of an episode is measured, on episodes of full length; the rest follows from sizes.
 
 Shapes: B episodes a batch, b a micro-batch, P prompt columns, T response columns, L = P + T, V vocabulary, D width.
 """
@@ -48,6 +48,7 @@ class Sizes:
         trainable: numbers that learn. trainable_bytes: that they take.
         element: bytes of a number of the model.
         kept: bytes that autograd keeps of an episode of full length.
+        cast: bytes that it keeps once: weights in another type.
         inside: bytes that one layer needs for an episode while it runs again; 0 where layers are kept.
         cached: bytes of a token's keys and values in all layers.
     """
@@ -63,6 +64,7 @@ class Sizes:
     kept: int
     inside: int
     cached: int
+    cast: int = 0
 
 
 def estimate(sizes: Sizes) -> dict[str, int]:
@@ -80,7 +82,7 @@ def estimate(sizes: Sizes) -> dict[str, int]:
     return {
         "optimiser": 2 * float32 * sizes.trainable,
         "gradients": gradients,
-        "layers": b * (sizes.kept + max(sizes.inside, logit_gradients)),
+        "layers": sizes.cast + b * (sizes.kept + max(sizes.inside, logit_gradients)),
         "cache": sizes.batch_size * round_up_capacity(sizes.prompt + sizes.horizon) * sizes.cached,
         "logits": sizes.batch_size * sizes.vocabulary * (2 * sizes.element + _LOGIT_COPIES * float32),
     }
@@ -127,7 +129,7 @@ def measure(
     horizon: int,
     recomputes: bool,
 ) -> Sizes:
-    """The sizes of a run of a policy, from a forward over one episode of full length.
+    """The sizes of a run of a policy, from forwards over one episode of full length and over two.
 
     Args:
         policy: what learns. lm: the model it decodes with, or one of that shape. sampler: how tokens are drawn.
@@ -135,15 +137,23 @@ def measure(
         recomputes: whether its layers run again in the backward pass.
     """
     weights = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    longest = _episode_of_full_length(prompt, horizon, policy.device)
-    zeros = torch.zeros_like(longest.log_probs)
-
-    def read() -> Tensor:
-        part = Batch(longest, zeros, zeros)
-        minibatch = read_minibatch(policy, sampler, part, longest.lengths.sum(), 1)
-        return (minibatch.log_probs + minibatch.values + minibatch.entropies).sum()
-
     known = [*policy.parameters(), *lm.model.parameters(), *lm.model.buffers()]
+
+    def kept_of(count: int) -> int:
+        episodes = _episodes_of_full_length(count, prompt, horizon, policy.device)
+        zeros = torch.zeros_like(episodes.log_probs)
+
+        def read() -> Tensor:
+            part = Batch(episodes, zeros, zeros)
+            minibatch = read_minibatch(policy, sampler, part, episodes.lengths.sum(), count)
+            return (minibatch.log_probs + minibatch.values + minibatch.entropies).sum()
+
+        return kept_bytes(read, known)
+
+    with torch.no_grad():  # the first read tries out which forward to use
+        policy.read(_episodes_of_full_length(1, prompt, horizon, policy.device))
+    one = kept_of(1)
+    kept = kept_of(2) - one
     element = lm.dtype.itemsize
     inside = 0
     if recomputes:
@@ -157,9 +167,10 @@ def measure(
         trainable=sum(parameter.numel() for parameter in weights),
         trainable_bytes=sum(parameter.nbytes for parameter in weights),
         element=element,
-        kept=kept_bytes(read, known),
+        kept=kept,
         inside=inside,
         cached=_cached_bytes(lm),
+        cast=max(one - kept, 0),
     )
 
 
@@ -192,19 +203,19 @@ def _cached_bytes(lm: CausalLM) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def _episode_of_full_length(prompt: int, horizon: int, device: torch.device) -> Episodes:
-    """One episode of zeros as long as any can be."""
-    response = torch.zeros((1, horizon))
-    episode = Episodes(
-        prompt_ids=torch.zeros((1, prompt), dtype=torch.int64),
-        prompt_mask=torch.ones((1, prompt), dtype=torch.bool),
-        response_ids=torch.zeros((1, horizon), dtype=torch.int64),
-        response_mask=torch.ones((1, horizon), dtype=torch.bool),
+def _episodes_of_full_length(count: int, prompt: int, horizon: int, device: torch.device) -> Episodes:
+    """Episodes of zeros as long as any can be."""
+    response = torch.zeros((count, horizon))
+    episodes = Episodes(
+        prompt_ids=torch.zeros((count, prompt), dtype=torch.int64),
+        prompt_mask=torch.ones((count, prompt), dtype=torch.bool),
+        response_ids=torch.zeros((count, horizon), dtype=torch.int64),
+        response_mask=torch.ones((count, horizon), dtype=torch.bool),
         log_probs=response,
         ref_log_probs=response,
-        scores=torch.zeros(1),
+        scores=torch.zeros(count),
         values=response,
-        terminated=torch.ones(1, dtype=torch.bool),
-        prompt_index=torch.zeros(1, dtype=torch.int64),
+        terminated=torch.ones(count, dtype=torch.bool),
+        prompt_index=torch.zeros(count, dtype=torch.int64),
     )
-    return episode.to(device)
+    return episodes.to(device)

@@ -276,7 +276,7 @@ class OnPolicyAgent(LearningAgent):
 
 
 def memory_sizes(agent: OnPolicyAgent) -> Sizes:
-    """What the memory of a run depends on, from a forward over one episode of full length."""
+    """What the memory of a run depends on, from forwards over episodes of full length."""
     config = agent.config
     engine = agent.envs.engine
     return measure(

@@ -61,6 +61,13 @@ def plain_log_probs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return log_distribution.gather(1, tokens.unsqueeze(1)).squeeze(1), entropy(log_distribution)
 
 
+def plain_read(
+    lm: CausalLM, ids: Tensor, rows: Tensor, columns: Tensor, autocast: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """What `CausalLM.read_at` gives, by the Hugging Face forward."""
+    return lm.response_hidden(ids, rows, columns)
+
+
 @contextmanager
 def plainly(agent: PPO) -> Iterator[None]:
     """A block in which an agent updates by the plain forward."""
@@ -68,12 +75,21 @@ def plainly(agent: PPO) -> Iterator[None]:
     lean_critic = policy._lean_critic
     policy._lean_critic = None
     with (
-        mock.patch.object(CausalLM, "read_at", CausalLM.response_hidden),
+        mock.patch.object(CausalLM, "read_at", plain_read),
         mock.patch.object(agents.batch, "log_probs_and_entropies", plain_log_probs),
         mock.patch.object(agents.batch, "_CPU_EPISODES", 1 << 20),
     ):
         yield
     policy._lean_critic = lean_critic
+
+
+@contextmanager
+def coarsely(agent: PPO) -> Iterator[None]:
+    """A block in which an agent updates with `autocast=bfloat16`."""
+    policy: Any = agent.policy
+    policy.autocast = torch.bfloat16
+    yield
+    policy.autocast = None
 
 
 def seconds(agent: PPO, minibatch: Batch) -> float:
@@ -89,7 +105,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=ROUNDS, default=list(ROUNDS))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print("| shape | critic | plain, ms | as it is run, ms | ratio |\n|---|---|---|---|---|")
+    print("| shape | critic | plain, ms | as it is run, ms | ratio | bfloat16, ms |\n|---|---|---|---|---|---|")
     for shape in args.shapes:
         for critic in ("shared", "reference"):
             with tempfile.TemporaryDirectory() as directory:
@@ -97,13 +113,18 @@ def main() -> None:
             minibatch = agent.shape(agent.collect())[torch.arange(EPISODES[shape])].sort_by_length()
             plain = []
             lean = []
+            coarse = []
             for _ in range(ROUNDS[shape] + 1):
                 with plainly(agent):
                     plain.append(seconds(agent, minibatch))
                 lean.append(seconds(agent, minibatch))
+                with coarsely(agent):
+                    coarse.append(seconds(agent, minibatch))
             before = 1000 * statistics.median(plain[1:])  # the first round warms up
             after = 1000 * statistics.median(lean[1:])
-            print(f"| {shape} | {critic} | {before:,.1f} | {after:,.1f} | {before / after:.2f} |", flush=True)
+            half = 1000 * statistics.median(coarse[1:])
+            row = f"| {shape} | {critic} | {before:,.1f} | {after:,.1f} | {before / after:.2f} | {half:,.1f} |"
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ class TRPOConfig(OnPolicyConfig):
         super().__post_init__()
         if self.critic_lr is not None:
             raise InvalidArgumentError(f"`critic_lr` must be null, for `lr` is the critic's, got {self.critic_lr!r}.")
+        if self.autocast is not None:  # conjugate gradients would follow what rounding does to them
+            raise InvalidArgumentError(f"`autocast` must be null for second derivatives, got {self.autocast!r}.")
 
 
 class TRPO(OnPolicyAgent):

@@ -9,6 +9,7 @@ import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -126,6 +127,9 @@ class ActorCritic(TrainablePolicy):
             that model as a trunk of its own.
         reward_model: the Hugging Face classifier that "reward_model" copies.
 
+    Attributes:
+        autocast: what `read_at` computes the products of trunks in, the weights being in float32; None is their type.
+
     Raises:
         InvalidArgumentError: for a reference that is an adapter on another model, or a critic that cannot be.
     """
@@ -138,6 +142,7 @@ class ActorCritic(TrainablePolicy):
                 "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)."
             )
         self.critic_kind = critic
+        self.autocast: torch.dtype | None = None
         self._start(reference.model)
         self.lm = CausalLM(self.actor, reference.tokenizer, reference.temperature)
         self.critic: nn.Module | None = None
@@ -163,7 +168,7 @@ class ActorCritic(TrainablePolicy):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lm.dtype
+        return self.autocast or self.lm.dtype
 
     def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> PolicyState:
         """Reads prompts (`lmgym.models.policy.Policy`). A critic with its own trunk gives no values while decoding."""
@@ -171,16 +176,17 @@ class ActorCritic(TrainablePolicy):
         return CausalPolicy(self.lm, head).begin(prompt_ids, prompt_mask, max_new_tokens)
 
     def read_at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Read:
-        hidden, logits = self.lm.read_at(ids, rows, columns)
+        hidden, logits = self.lm.read_at(ids, rows, columns, self.autocast)
         if self.critic is not None:
-            hidden = self._read_critic(ids, rows, columns)
+            lean = self._lean_critic  # tried out before anything is coarse
+            with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
+                hidden = self._read_critic(lean, ids, rows, columns)
         hidden = hidden.float()
         return Read(logits, self.value_head(hidden).squeeze(-1), hidden)
 
-    def _read_critic(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def _read_critic(self, lean: Transformer | None, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """(n, D) hidden states of the critic's own trunk."""
         assert self.critic is not None
-        lean = self._lean_critic
         if lean is not None and ids.shape[1] <= (lean.window or ids.shape[1]):
             return read_at(lean, ids, rows, columns)
         hidden: Tensor = self.critic(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]

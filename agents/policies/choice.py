@@ -32,6 +32,7 @@ class PolicyConfig(AgentConfig):
     lora_alpha: Positive = 32.0  # of an adapter: alpha / r times B A is added to a weight
     lora_modules: str = ALL_LINEAR  # layers that get an adapter, or names separated by commas
     gradient_checkpointing: bool = False  # runs layers again in the backward pass: less memory, a third more time
+    autocast: Literal["bfloat16"] | None = None  # what updates compute layers in, weights and losses being in float32
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +55,8 @@ def make_policy(
             critic that a residual does not have.
     """
     policy = _new_policy(envs, config, seed, critic)
+    if config.autocast is not None:
+        policy = _with_autocast(policy, getattr(torch, config.autocast))
     if config.gradient_checkpointing:
         networks = [policy.network] if isinstance(policy, ResidualPolicy) else [policy.actor, policy.critic]
         for network in networks:
@@ -94,6 +97,22 @@ def _new_policy(envs: RLHFVectorEnv, config: PolicyConfig, seed: int, critic: Cr
         )
     positions = envs.engine.width + envs.engine.horizon
     return ResidualPolicy(lm, kind, width=config.width, layers=config.layers, positions=positions, seed=seed)
+
+
+def _with_autocast(policy: ActorCritic | ResidualPolicy, dtype: torch.dtype) -> ActorCritic:
+    """A policy that computes its layers in another type than float32, that of its weights.
+
+    Raises:
+        InvalidArgumentError: for a residual, and for weights that are not in float32.
+    """
+    if isinstance(policy, ResidualPolicy):
+        raise InvalidArgumentError("`autocast` must be null where the policy is a residual, which is in float32.")
+    if policy.dtype != torch.float32:
+        raise InvalidArgumentError(
+            f"`autocast` must be null where `dtype` of the env is not 'float32', got weights in {policy.dtype}."
+        )
+    policy.autocast = dtype
+    return policy
 
 
 def _reward_model(envs: RLHFVectorEnv) -> torch.nn.Module | None:

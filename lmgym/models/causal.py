@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from lmgym.errors import LmGymError
 from lmgym.models.categorical import log_probs_and_entropies
 from lmgym.models.lean.find import find_lean, find_trained
+from lmgym.models.lean.products import logits_in_half
 from lmgym.models.lean.scoring import score_by_columns
 from lmgym.models.lean.training import read_at
+from lmgym.models.lean.transformer import Transformer
 from lmgym.models.loading import check_embedded
 from lmgym.models.padding import pack
 from lmgym.models.positions import max_positions
@@ -150,13 +152,45 @@ class CausalLM(Texts):
         out = self.model(input_ids=ids, attention_mask=everywhere, use_cache=False, output_hidden_states=True)
         return out.hidden_states[-1][rows, columns], self.legal_logits(out.logits[rows, columns])
 
-    def read_at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """What `response_hidden` gives, by the quickest forward that has been found to have its gradients too."""
+    def read_at(
+        self, ids: Tensor, rows: Tensor, columns: Tensor, autocast: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What `response_hidden` gives, by the quickest forward that has been found to have its gradients too.
+
+        Args:
+            ids, rows, columns: as there.
+            autocast: what the trunk's products are computed in, where that is not the type of the weights. Norms,
+                sums of layers and logits stay in float32.
+        """
         lean = self.remember(find_trained)
-        if lean is None or (lean.window is not None and ids.shape[1] > lean.window):
+        if lean is not None and lean.window is not None and ids.shape[1] > lean.window:
+            lean = None
+        if autocast is not None:
+            return self._read_coarsely(lean, ids, rows, columns, autocast)
+        if lean is None:
             return self.response_hidden(ids, rows, columns)
         hidden = read_at(lean, ids, rows, columns)
         return hidden, self.legal_logits(lean.logits(hidden, self.vocab_size))
+
+    def _read_coarsely(
+        self, lean: Transformer | None, ids: Tensor, rows: Tensor, columns: Tensor, autocast: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        is_separate = self.remember(has_separate_head)  # tried out before anything is coarse
+        with torch.autocast(self.device.type, autocast):
+            if not is_separate:
+                hidden, logits = self.response_hidden(ids, rows, columns)
+                return hidden, logits.float()
+            if lean is not None:
+                hidden = read_at(lean, ids, rows, columns)
+            else:
+                trunk = self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+                hidden = trunk[0][rows, columns]
+        head = self.model.get_output_embeddings()
+        if type(head) is nn.Linear:
+            logits = logits_in_half(hidden.float(), head.weight.t(), head.bias)
+        else:
+            logits = head(hidden.float())
+        return hidden, self.legal_logits(logits)
 
     @torch.inference_mode()
     def response_log_probs(

@@ -284,6 +284,7 @@ def test_which_agents_are_refused() -> None:
         (PPO, PPOConfig(whiten_advantages="minibatch")),
         (GRPO, GRPOConfig(kl_estimator="exact")),
         (REINFORCE, REINFORCEConfig(gradient_checkpointing=True)),
+        (REINFORCE, REINFORCEConfig(autocast="bfloat16")),
     ],
 )
 def test_which_numbers_are_refused(kind: type[OnPolicyAgent], config: OnPolicyConfig) -> None:

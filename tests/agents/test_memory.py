@@ -76,6 +76,7 @@ def peak_on_cpu(run: Callable[[], object]) -> int:
         ("llama", "bfloat16", {"micro_batch_size": 4}),
         ("gpt2", "float32", {"gradient_checkpointing": True}),
         ("llama", "float32", {"critic": "reference"}),
+        ("llama", "float32", {"autocast": "bfloat16"}),
     ],
     ids=str,
 )
@@ -139,6 +140,7 @@ def test_the_parts_of_an_estimate() -> None:
     half = replace(SIZES, trainable_bytes=200, element=2)
     assert estimate(half)["gradients"] == 200 + 400  # in float32 for the copies of the weights
     assert estimate(replace(SIZES, micro_batch_size=100))["layers"] == 8 * (1000 + 400)
+    assert estimate(replace(SIZES, cast=50))["layers"] == parts["layers"] + 50
 
 
 def test_what_does_not_fit_is_refused_with_what_to_lower() -> None:

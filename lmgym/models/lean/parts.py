@@ -75,6 +75,7 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         """Numbers of the same shape."""
         weight = self.parameters["weight"]
+        x = x.to(weight.dtype)  # coarser under autocast
         if self.by_root_mean_square:
             return F.rms_norm(x, weight.shape, weight, self.eps)
         return F.layer_norm(x, weight.shape, weight, self.parameters["bias"], self.eps)
@@ -140,6 +141,7 @@ class Rope:
 def rotate(x: Tensor, cosine: Tensor, signed_sine: Tensor) -> Tensor:
     """Heads (n, H, h) turned by angles (n, 1, r); numbers beyond the first r stay."""
     r = cosine.shape[-1]
+    x = x.to(cosine.dtype)  # coarser under autocast
     turned = x if r == x.shape[-1] else x[..., :r]
     turned = torch.addcmul(turned * cosine, turned.roll(r // 2, -1), signed_sine)
     return turned if r == x.shape[-1] else torch.cat([turned, x[..., r:]], -1)

@@ -89,6 +89,45 @@ class _Product(torch.autograd.Function):
         return by_x, by_weight if ctx.needs_input_grad[1] else None
 
 
+def logits_in_half(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(n, b) float32: x (n, a) @ weight (a, b) + bias (b,), of factors rounded to bfloat16 where that is quicker.
+
+    Sums are in float32 and are not rounded, unlike those of a bfloat16 product, which is all that logits can bear. A
+    CPU has no such product, and takes the float32 one.
+    """
+    if x.device.type != "cuda":
+        return affine(x, weight, bias)
+    product: Tensor = _HalfProduct.apply(x, weight)  # type: ignore[no-untyped-call]
+    return product if bias is None else product + bias
+
+
+class _HalfProduct(torch.autograd.Function):
+    """A product of bfloat16 factors with float32 results; so are both gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        factors = (x.bfloat16(), weight.bfloat16())
+        ctx.save_for_backward(*factors)
+        return _multiply_half(*factors)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rounded = gradient.bfloat16()
+        by_x = _multiply_half(rounded, weight.t()) if ctx.needs_input_grad[0] else None
+        # In the layout of the weight itself, which may be stored as (b, a).
+        is_turned = weight.t().is_contiguous()
+        by_weight = _multiply_half(rounded.t(), x).t() if is_turned else _multiply_half(x.t(), rounded)
+        return by_x, by_weight if ctx.needs_input_grad[1] else None
+
+
+def _multiply_half(x: Tensor, y: Tensor) -> Tensor:
+    """float32 x @ y of bfloat16 matrices."""
+    if x.device.type == "cuda":
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return x.float() @ y.float()  # the same numbers, but for the order of sums
+
+
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
@@ -98,4 +137,4 @@ def _is_large(x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_float_on_cpu(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu"
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")

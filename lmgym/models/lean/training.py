@@ -50,13 +50,15 @@ def _attend(
     layer: Layer, x: Tensor, angles: tuple[Tensor, Tensor] | None, tokens: Tensor, b: int, length: int
 ) -> Tensor:
     """(B * L, H * h) what the queries of tokens find, at the tokens' flat positions (m,)."""
-    queries, keys, values = (
-        _spread(heads, tokens, b * length).view(b, length, *heads.shape[1:]).transpose(1, 2)
-        for heads in layer.heads(x, angles)
-    )
-    found = F.scaled_dot_product_attention(
-        queries, keys, values, is_causal=True, scale=layer.scaling, enable_gqa=queries.shape[1] != keys.shape[1]
-    )
+    heads = layer.heads(x, angles)
+    with torch.autocast("cpu", enabled=False):  # its attention in bfloat16 takes ten times as long
+        queries, keys, values = (
+            _spread(part.to(x.dtype), tokens, b * length).view(b, length, *part.shape[1:]).transpose(1, 2)
+            for part in heads
+        )
+        found = F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=layer.scaling, enable_gqa=queries.shape[1] != keys.shape[1]
+        )
     return found.transpose(1, 2).reshape(b * length, -1)
 
 

@@ -49,10 +49,10 @@ class Layer:
 
     def finish(self, x: Tensor, found: Tensor) -> Tensor:
         """(n, D) after the layer, of x (n, D) before it and of what its queries found (n, H * h)."""
-        attended = self.out(found).add_(x)
+        attended = _add(self.out(found), x)
         if self.parallel:
-            return self.mlp(self.mlp_norm(x)).add_(attended)
-        return self.mlp(self.mlp_norm(attended)).add_(attended)
+            return _add(self.mlp(self.mlp_norm(x)), attended)
+        return _add(self.mlp(self.mlp_norm(attended)), attended)
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,11 @@ def attend_once(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, sca
     # On a CPU two plain products are up to four times as fast for one query.
     scores = torch.baddbmm(bias.flatten(0, 1), queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scaling)
     return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view_as(queries)
+
+
+def _add(update: Tensor, x: Tensor) -> Tensor:
+    """x + update in the type of x, which is finer under autocast; otherwise in the memory of the update."""
+    return update.add_(x) if update.dtype == x.dtype else x + update
 
 
 def _as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
