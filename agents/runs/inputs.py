@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lmgym.files import RunFileError, checksum
+from lmgym.rewards.members import is_ensemble, read_members
 
 # The other parts may change, or are of the machine. The last three are of a reward model's training.
 COMPARED = ("task", "env", "agent", "sampler", "seed", "model", "preferences", "reward")
@@ -82,11 +83,13 @@ def _file_of(key: str, value: Any) -> Path | None:
 
 
 def _checksum(key: str, path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of the files in a directory."""
+    """SHA-256 of a file, or of the names and contents of the files in a directory and in those of its members."""
     try:
         if path.is_file():
             return checksum(path)
-        files = sorted(x for x in path.iterdir() if x.is_file() and not x.name.startswith("."))
+        directories = [path, *map(Path, read_members(path).directories)] if is_ensemble(path) else [path]
+        inside = (sorted(directory.iterdir()) for directory in directories)
+        files = [x for several in inside for x in several if x.is_file() and not x.name.startswith(".")]
         return hashlib.sha256(json.dumps([(x.name, checksum(x)) for x in files]).encode()).hexdigest()
     except OSError as error:
         raise RunFileError(f"`{key}`: {error.filename or path} cannot be read: {error.strerror}.") from error

@@ -13,7 +13,6 @@ from agents.runs.report import write_json
 from agents.runs.reward_picture import draw_reward
 from agents.runs.reward_plan import PICTURE, PREDICTIONS, REWARD_DIRECTORY, RewardPlan
 from lmgym.files import write_atomically
-from lmgym.intervals import Interval
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +91,7 @@ def summarise(plan: RewardPlan, result: RewardResult, gold: Tensor | None, secon
 
 def _compare_with_gold(result: RewardResult, gold: Tensor) -> dict[str, Any]:
     """How the model, and the people, order the held-out completions that gold tells apart."""
-    from lmgym.reward_models.measures import accuracy_of_prompts, correlation, measure
+    from lmgym.reward_models.measures import accuracy_of_prompts, correlation, measure, share_interval
 
     held_out = result.lesson.held_out
     by_gold = _ranked_by(gold, held_out)
@@ -101,7 +100,7 @@ def _compare_with_gold(result: RewardResult, gold: Tensor) -> dict[str, Any]:
     return {
         "accuracy": None if measures is None else asdict(measures.accuracy),
         "by_gap": [] if measures is None else [asdict(part) for part in measures.by_strength],
-        "of_people": asdict(Interval.bounded(people, 0.0, 1.0)) if len(people) else None,
+        "of_people": asdict(share_interval(people)) if len(people) else None,
         "correlation": correlation(result.held_out_scores, gold),
     }
 

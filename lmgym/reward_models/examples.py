@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmgym.errors import InvalidArgumentError
+from lmgym.errors import InvalidArgumentError, shorten
 from lmgym.feedback.comparisons import ranked, scores_of
 from lmgym.feedback.files import locate_records
 from lmgym.feedback.judgements import Choice, Ranking, Ratings, Votes
@@ -125,7 +125,11 @@ def read_examples(source: object, tokenizer: Any, limit: int | None, argument: s
             where = f"{location} of `{argument}`"
             found.append((where, record, render_record(argument, judged, tokenizer, where)))
     texts = [f"{r.prompt}{c.text}" for _, _, r in found for c in r.completions]
-    encoded = iter(encode_texts(tokenizer, texts))
+    try:
+        encoded = iter(encode_texts(tokenizer, texts))
+    except Exception:  # nothing narrower comes from a tokenizer without an unknown token
+        _name_unknown_text(argument, tokenizer, texts)
+        raise
     examples = []
     for where, original, record in found:
         sequences = tuple(tuple(next(encoded)) for _ in record.completions)
@@ -139,6 +143,17 @@ def read_examples(source: object, tokenizer: Any, limit: int | None, argument: s
                 )
         examples.append(_example(original, record, sequences))
     return Read(examples, records)
+
+
+def _name_unknown_text(argument: str, tokenizer: Any, texts: Sequence[str]) -> None:
+    """Raises `InvalidArgumentError` with the first text that a tokenizer cannot encode."""
+    for text in texts:
+        try:
+            tokenizer(text)
+        except Exception as error:
+            raise InvalidArgumentError(
+                f"`{argument}` must have texts that the model's tokenizer knows, got {shorten(text)}: {error}."
+            ) from error
 
 
 def _judged(record: Record) -> Record | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmgym.intervals import Interval
+from lmgym.intervals import Interval, is_rare
 from lmgym.reward_models.examples import Batch, Example
 from lmgym.rewards.ranking import mean_over_prompts, pair_accuracy, score_gaps
 
@@ -77,7 +77,7 @@ def measure(scores: Tensor, examples: Sequence[Example]) -> Measures | None:
     asked = strengths > 0
     accuracy = accuracy_of_prompts(scores, examples)
     return Measures(
-        Interval.bounded(accuracy, 0.0, 1.0),
+        share_interval(accuracy),
         len(accuracy),
         len(right),
         int(pairs.tied.sum()),
@@ -142,9 +142,17 @@ def _bins(numbers: Tensor, right: Tensor, prompt: Tensor) -> tuple[Bin, ...]:
         inside = bin_of == part
         _, own = prompt[inside].unique(return_inverse=True)
         per_prompt = mean_over_prompts(right[inside], own, int(own.max()) + 1)
-        share = Interval.bounded(per_prompt, 0.0, 1.0)
+        share = share_interval(per_prompt)
         found.append(Bin(float(numbers[inside].mean()), share, int(inside.sum())))
     return tuple(found)
+
+
+def share_interval(shares: Tensor) -> Interval:
+    """Interval of the mean of (n,) independent shares: Student's, or `Interval.bounded` where few of them differ."""
+    if is_rare(shares, known=True):
+        return Interval.bounded(shares, 0.0, 1.0)
+    student = Interval.of(shares)
+    return Interval(student.mean, max(0.0, student.low), min(1.0, student.high))
 
 
 def correlation(first: Tensor, second: Tensor) -> float:

@@ -15,7 +15,7 @@ from lmgym.models.hub import locate
 from lmgym.models.loading import loading, quiet_loading
 from lmgym.models.sharing import resolve_device
 from lmgym.reward_models.training import RewardResult
-from lmgym.rewards.ensemble import ENSEMBLE_FILE, SCORES
+from lmgym.rewards.members import ENSEMBLE_FILE, SCORES
 
 CARD = "README.md"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from lmgym.errors import InvalidArgumentError
@@ -28,16 +28,32 @@ def starting_model(model: Any, tokenizer: Any, generator: torch.Generator) -> An
     Raises:
         InvalidArgumentError: for another model, and as `reward_model_from`.
     """
-    if type(model).__name__.endswith("ForSequenceClassification"):
-        score_head(model)
+    check_start(model)
+    if _is_classifier(model):
         started = copy.deepcopy(model).float()
         started.requires_grad_(True)
         return started.eval()
+    return reward_model_from(model, generator, _pad_token(model.config, tokenizer)).float()
+
+
+def check_start(model: Any) -> None:
+    """Raises `InvalidArgumentError` for a model that no reward model can start from."""
+    if _is_classifier(model):
+        score_head(model)
+        return
     if getattr(model, "base_model", model) is model:
         raise InvalidArgumentError(
             f"`model` must be a causal LM or a sequence-classification model, got {type(model).__name__}."
         )
-    return reward_model_from(model, generator, _pad_token(model.config, tokenizer)).float()
+    if type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise InvalidArgumentError(
+            "`model` must be a network that transformers can give a score head, and "
+            f"{type(model).__name__} is none: name another, model=DIRECTORY."
+        )
+
+
+def _is_classifier(model: Any) -> bool:
+    return type(model).__name__.endswith("ForSequenceClassification")
 
 
 def _pad_token(config: Any, tokenizer: Any) -> int | None:

@@ -18,7 +18,7 @@ from lmgym.reward_models.config import RewardConfig
 from lmgym.reward_models.examples import Example, encode_texts, read_examples, split_by_prompt
 from lmgym.reward_models.measures import Measures, measure
 from lmgym.reward_models.scorer import Scorer, score_sequences
-from lmgym.reward_models.starting import add_adapter, starting_model
+from lmgym.reward_models.starting import add_adapter, check_start, starting_model
 from lmgym.reward_models.trainer import Checkpoints, Fit, Progress, Watch, fit
 from lmgym.rewards.classifier import ClassifierReward
 from lmgym.rewards.ensemble import EnsembleReward
@@ -150,6 +150,7 @@ def train_reward(
 def prepare_lesson(records: object, model: Any, tokenizer: Any, config: RewardConfig, seed: int = 0) -> Lesson:
     """Reads the feedback and chooses what is held out; the arguments are those of `train_reward`."""
     check_int("seed", seed, 0)
+    check_start(model)
     read = read_examples(records, tokenizer, max_positions(model))
     used = [example for example in read.examples if is_usable(example, config)]
     if not used:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 from lmgym.errors import InvalidArgumentError, RewardError, shorten
 from lmgym.models.names import check_model_name
 from lmgym.rewards.calling import call
+from lmgym.rewards.members import is_ensemble, read_members
 from lmgym.rewards.methods import check_methods
 
 MAX_SCORE = 3.4e38
@@ -47,7 +48,8 @@ def check_reward_name(name: object) -> None:
         if not module or not function:
             raise InvalidArgumentError(f"`reward` must be an import path 'package.module:function', got {name!r}.")
         return
-    if isinstance(name, str) and os.path.isfile(os.path.join(name, "ensemble.json")):  # `lmgym.rewards.ensemble`
+    if is_ensemble(name):
+        read_members(cast(str, name))
         return
     check_model_name("reward", name)
 

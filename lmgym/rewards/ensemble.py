@@ -1,24 +1,17 @@
-"""Several reward models as one reward: the mean of their scores, the lowest, or how far they disagree.
-
-A directory with an `ensemble.json` names the members, each a directory of its own beside or below it.
-"""
+"""Several reward models as one reward: the mean of their scores, the lowest, or how far they disagree."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lmgym.errors import InvalidArgumentError, check_choice
-from lmgym.files import read_json
-from lmgym.rewards.base import RewardFunction, bind_tokenizer, scores_or_none
+from lmgym.rewards.base import RewardFunction, bind_tokenizer, score
 from lmgym.rewards.classifier import load_reward_model
-
-ENSEMBLE_FILE = "ensemble.json"
-SCORES = ("mean", "minimum", "spread")
+from lmgym.rewards.members import SCORES, read_members
 
 
 class EnsembleReward:
@@ -44,32 +37,28 @@ class EnsembleReward:
         self.score = score
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        """One score an episode."""
-        scores = np.array([scores_or_none(reward, prompts, completions, columns) for reward in self.rewards], float)
+        """One score an episode.
+
+        Raises:
+            RewardError: if a member breaks its contract.
+        """
+        scores = np.array([score(reward, prompts, completions, **columns) for reward in self.rewards])
         if self.score == "minimum":
             return scores.min(0).tolist()
-        return (scores.std(0, ddof=1) if self.score == "spread" else scores.mean(0)).tolist()
+        if self.score == "spread":
+            return scores.std(0, ddof=1).tolist()
+        return scores.mean(0).tolist()
 
     def for_tokenizer(self, tokenizer: Any) -> EnsembleReward:
         """The same for responses of a policy with this tokenizer."""
         return EnsembleReward([bind_tokenizer(reward, tokenizer) for reward in self.rewards], self.score)
 
 
-def is_ensemble(name: object) -> bool:
-    """Whether a name is that of a directory with several reward models."""
-    return isinstance(name, (str, os.PathLike)) and (Path(name) / ENSEMBLE_FILE).is_file()
-
-
-def load_ensemble(name: str, device: str = "auto") -> EnsembleReward:
-    """The reward of a directory with several reward models.
+def load_ensemble(name: str | os.PathLike[str], device: str = "auto") -> EnsembleReward:
+    """The reward of a directory with several reward models (`lmgym.rewards.members`).
 
     Raises:
         LmGymError: for a damaged file, and for members that cannot be loaded.
     """
-    path = Path(name) / ENSEMBLE_FILE
-    content = read_json(path)
-    members = content.get("members")
-    if not isinstance(members, list) or not all(isinstance(member, str) for member in members):
-        raise InvalidArgumentError(f"`members` in {path} must be a list of directories, got {members!r}.")
-    paths = [os.path.join(name, member) for member in members]
-    return EnsembleReward([load_reward_model(member, device) for member in paths], content.get("score", "mean"))
+    members = read_members(name)
+    return EnsembleReward([load_reward_model(path, device) for path in members.directories], members.score)

@@ -232,7 +232,8 @@ def _load_reward(reward: str | RewardFunction, device: str) -> RewardFunction:
     if ":" in reward and not os.path.exists(reward):
         return import_function(reward)
     from lmgym.rewards.classifier import load_reward_model
-    from lmgym.rewards.ensemble import is_ensemble, load_ensemble
+    from lmgym.rewards.ensemble import load_ensemble
+    from lmgym.rewards.members import is_ensemble
 
     return load_ensemble(reward, device) if is_ensemble(reward) else load_reward_model(reward, device)
 
