@@ -19,7 +19,7 @@ from reward_texts import make_gpt2, make_tokenizer, toy_records
 
 from agents.reward import main  # noqa: F401 - importing it tells Hydra of the fields that a yaml leaves out
 from agents.runs import reward_run
-from agents.runs.config import CONF
+from agents.runs.config import CONF, SYNONYMS_OF_REWARDS
 from agents.runs.help_page import reward_help_page
 from agents.runs.reward_plan import check_reward
 from agents.runs.reward_run import begin_reward, go_on_with_reward
@@ -274,3 +274,10 @@ def test_every_choice_is_a_config(path: Path) -> None:
         cfg = compose("reward", [f"reward={path.stem}"])
     assert set(cfg.reward) == {field.name for field in fields(RewardConfig)}
     RewardConfig(**cfg.reward)
+
+
+def test_names_of_other_libraries_lead_to_keys_that_there_are() -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("reward")
+    keys = {*map(str, cfg), *(f"reward.{key}" for key in cfg.reward)}
+    assert set(SYNONYMS_OF_REWARDS.values()) <= keys
