@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 
 
 def run_command_here(module: str, *arguments: str) -> None:
-    """Does what `python -m <module> <arguments>` does, and leaves nothing of Hydra behind."""
+    """Does what `python -m <module> <arguments>` does, and leaves nothing of Hydra."""
     command = importlib.import_module(module)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", [module, *arguments])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -23,6 +24,7 @@ _RECORD_FIELDS = (
     "order_shown",
     "columns",
 )
+_MISSPELT = 0.8  # likeness of a name to a field's, from which on it is taken for that
 _COMPLETION_FIELDS = tuple(item.name for item in dataclasses.fields(Completion))
 _JUDGEMENT_FIELDS = {name: tuple(item.name for item in dataclasses.fields(kind)) for name, kind in KINDS.items()}
 _REQUIRED = {
@@ -73,19 +75,53 @@ def text_to_json(text: Text) -> Any:
 
 
 def record_from_json(row: object) -> Record:
-    """The record of an object of JSON, as `record_to_json` makes it.
+    """The record of an object of JSON, as `record_to_json` makes it; what has another name goes into `columns`.
 
     Raises:
-        InvalidArgumentError: naming the field that is missing, unknown, or cannot be so.
+        InvalidArgumentError: naming the field that is missing, misspelt, or cannot be so.
     """
-    fields = dict(_check_fields("a record", row, _RECORD_FIELDS, {"prompt", "completions"}, "columns"))
+    if not isinstance(row, Mapping):
+        raise InvalidArgumentError(f"a record must be an object, got {shorten(row)}.")
+    fields = dict(_check_fields("a record", gather_columns(row), _RECORD_FIELDS, {"prompt", "completions"}))
     items = check_sequence("completions", fields["completions"])
     fields["completions"] = tuple(_completion_from_json(i, item) for i, item in enumerate(items))
     if fields.get("judgement") is not None:
         fields["judgement"] = judgement_from_json(fields["judgement"])
-    if fields.get("columns", {}) is None:
-        del fields["columns"]
+    fields["columns"] = as_columns(fields.get("columns"))
     return Record(**fields)
+
+
+def gather_columns(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with all that is no field of a record under `columns`.
+
+    Raises:
+        InvalidArgumentError: for a name that looks like a field misspelt, and for one that `columns` has already.
+    """
+    others = {name: value for name, value in row.items() if name not in _RECORD_FIELDS}
+    if not others:
+        return row
+    columns = as_columns(row.get("columns"))
+    for name in others:
+        if name in columns:
+            raise InvalidArgumentError(f"`{name}` must be in the row or in its `columns`, got both.")
+        if not isinstance(name, str) or difflib.get_close_matches(name, _RECORD_FIELDS, n=1, cutoff=_MISSPELT):
+            unknown = unknown_name("field of a record", name, _RECORD_FIELDS)
+            raise InvalidArgumentError(f"{unknown} Anything of your own with such a name goes under 'columns'.")
+    fields = {name: value for name, value in row.items() if name in _RECORD_FIELDS}
+    return {**fields, "columns": {**columns, **others}}
+
+
+def as_columns(given: object) -> Mapping[str, Any]:
+    """What a row has under `columns`, where null is nothing.
+
+    Raises:
+        InvalidArgumentError: for what is no object.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise InvalidArgumentError(f"`columns` must be a dict, got {shorten(given)}.")
+    return given
 
 
 def judgement_from_json(row: object) -> Judgement:
@@ -112,16 +148,13 @@ def _completion_from_json(index: int, item: object) -> Completion:
 
 
 def _check_fields(
-    what: str, row: object, known: Collection[str], required: AbstractSet[str], rest: str | None = None
+    what: str, row: Mapping[str, Any], known: Collection[str], required: AbstractSet[str]
 ) -> Mapping[str, Any]:
     """An object of JSON that has the fields it must have, and no others."""
-    if not isinstance(row, Mapping):
-        raise InvalidArgumentError(f"{what} must be an object, got {shorten(row)}.")
     if not required <= row.keys():
         missing = sorted(required - row.keys())
         raise InvalidArgumentError(f"{what} must have {missing}, got an object with {list(row)}.")
     for name in row:
         if name not in known:
-            also = "" if rest is None else f" Anything of your own goes under {rest!r}."
-            raise InvalidArgumentError(f"{unknown_name(f'field of {what}', name, known)}{also}")
+            raise unknown_name(f"field of {what}", name, known)
     return row

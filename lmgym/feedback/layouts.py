@@ -2,6 +2,7 @@
 
     {"prompt": ..., "chosen": ..., "rejected": ...}     a choice; the prompt may also be what both sides begin with
     {"prompt": ..., "completion": ..., "label": true}   a rating of 1 or 0; neighbours of one prompt share a record
+    {"prompt": ..., "completions": [...], "ranking": [2, 0, 1]}   indices of the completions, best first
 
 Texts may be conversations. What such a row holds beyond that fills the record's fields where it fits them, and goes
 into `columns` where it does not.
@@ -15,9 +16,9 @@ from typing import Any
 
 from lmgym.data.conversations import is_conversation
 from lmgym.errors import InvalidArgumentError, shorten
-from lmgym.feedback.fields import check_text
-from lmgym.feedback.json_form import record_from_json
-from lmgym.feedback.records import Choice, Completion, Ratings, Record, is_time
+from lmgym.feedback.fields import check_sequence, check_text
+from lmgym.feedback.json_form import as_columns, judgement_to_json, record_from_json
+from lmgym.feedback.records import Choice, Completion, Ranking, Ratings, Record, is_time
 from lmgym.models.texts import common_length
 
 PAIR = ("chosen", "rejected")
@@ -74,7 +75,21 @@ def record_from_row(row: object) -> Record:
             f"must have 'prompt' and 'completions', or {list(PAIR)}, or 'prompt' and {list(LABEL)}, got an object with "
             f"{list(row)}."
         )
+    if "ranking" in row and "judgement" not in row:
+        return _record_from_ranking(row)
     return record_from_json(row)
+
+
+def _record_from_ranking(row: Mapping[str, Any]) -> Record:
+    """A row of texts and their order; what else it holds fills the fields that it fits."""
+    columns = dict(row)
+    order = check_sequence("ranking", columns.pop("ranking"))
+    fields = {name: columns.pop(name) for name in ("prompt", "completions", "columns") if name in row}
+    fields |= {name: _take(columns, name, name) for name in RECORD_FIELDS}
+    fields["judgement"] = judgement_to_json(Ranking.of_order(order))
+    if columns:
+        fields["columns"] = {**as_columns(fields.get("columns")), **columns}
+    return record_from_json(fields)
 
 
 def _record_from_pair(row: Mapping[str, Any]) -> Record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from lmgym.errors import InvalidArgumentError
@@ -44,19 +44,21 @@ def iterate_parquet(argument: str, path: str) -> Iterator[dict[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             is_own = "completions" in file.schema_arrow.names
+            others = set(file.schema_arrow.names) - set(_record_schema(pyarrow).names)
             # Older versions of pyarrow cannot iterate over a file without any rows.
             for batch in file.iter_batches(batch_size=BATCH) if file.num_row_groups else ():
                 for row in batch.to_pylist():
-                    yield _own_row(row) if is_own else _flat_row(row)
+                    yield _own_row(row, others) if is_own else _flat_row(row)
     except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         raise InvalidArgumentError(
             f"`{argument}` file {path!r} is no Parquet file, or is cut or damaged: {error}."
         ) from error
 
 
-def _own_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `RECORD_SCHEMA` as the object that `lmgym.feedback.json_form` reads."""
+def _own_row(row: dict[str, Any], others: Collection[str]) -> dict[str, Any]:
+    """A row with completions as the object that `lmgym.feedback.json_form` reads; `others` are not of the schema."""
     row = _without_nulls(row)
+    row |= {name: _plain(row[name]) for name in others if name in row}
     for part in (row, *row.get("completions", ()), row.get("judgement", {})):
         for name in _TEXTS:
             if isinstance(part, dict) and name + _SPLIT in part:

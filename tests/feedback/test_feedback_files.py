@@ -176,6 +176,24 @@ def test_neighbours_that_would_melt_together_are_a_loss(tmp_path: Path) -> None:
 # --- what others write
 
 
+def test_other_columns_are_kept(tmp_path: Path) -> None:
+    """A field of another name, in any file, and what a column of somebody else's ranking cannot fill."""
+    pyarrow = pytest.importorskip("pyarrow")
+    row = {"prompt": "p", "completions": [" a", " b"], "task": "reviews", "gold": [0.5, None], "columns": {"n": 1}}
+    expected = Record("p", (" a", " b"), columns={"n": 1, "task": "reviews", "gold": [0.5, None]})
+    ranking = {"prompt": "p", "completions": [" a", " b", " c"], "ranking": [2, 0], "annotator": 3, "id": "x"}
+    ranked = Record("p", (" a", " b", " c"), Ranking(((2,), (0,))), id="x", columns={"annotator": 3})
+    assert read(jsonl(tmp_path / "a.jsonl", row, ranking)) == [expected, ranked]
+    table = pyarrow.Table.from_pylist([{**row, "columns": '{"n": 1}'}])
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    assert read(tmp_path / "b.parquet") == [expected]
+    for name in ("again.jsonl", "again.parquet"):
+        write_records(tmp_path / name, [expected, ranked])
+        assert read(tmp_path / name) == [expected, ranked]
+    with pytest.raises(FeedbackFileError, match="`task` must be in the row or in its `columns`, got both."):
+        read(jsonl(tmp_path / "c.jsonl", {**row, "columns": {"task": "echo-2"}}))
+
+
 def test_rows_of_trl_are_read() -> None:
     user = {"role": "user", "content": "hi"}
     good = {"role": "assistant", "content": "hello", "tool_calls": None}
