@@ -16,14 +16,16 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to take back
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from agents.runs.command_line import run_command
-from agents.runs.completions import Request, load_writers, write_completions
+from agents.runs.completions import Request, is_run, load_writers, write_completions
 from agents.runs.config import CONF
 from agents.runs.help_page import sample_help_page
 from agents.runs.signals import Stoppable
 from agents.runs.surroundings import prepare_process
+from agents.runs.sweeps import given
 from agents.runs.trust import trusted_modules
 from lmgym.errors import InvalidArgumentError, LmGymError
 from lmgym.feedback.files import write_records
@@ -34,13 +36,25 @@ def main(cfg: DictConfig) -> None:
     """Loads the policies, samples, and writes the file whole, or not at all."""
     prepare_process()
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    keys = [override.partition("=")[0].lstrip("+") for override in given(HydraConfig.get())]
     try:
         with Stoppable():
+            check_sampler(values, any(key.partition(".")[0] == "sampler" for key in keys))
             sample(values)
     except KeyboardInterrupt:
         sys.exit(130)
     except LmGymError as error:
         sys.exit(f"{error}")
+
+
+def check_sampler(values: dict[str, Any], is_given: bool) -> None:
+    """Raises `InvalidArgumentError` where a sampler is given for a run."""
+    policies = values["policies"]
+    runs = [name for name in ([policies] if isinstance(policies, str) else policies) if is_run(str(name))]
+    if is_given and runs:
+        raise InvalidArgumentError(
+            f"`sampler` must be left out where `policies` has a run, which draws as it was trained: {runs[0]}."
+        )
 
 
 def sample(values: dict[str, Any]) -> None:

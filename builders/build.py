@@ -77,4 +77,4 @@ def build_models(settings: dict[str, Any]) -> Built:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, configs=Path(__file__).parents[1] / "conf" / "build_task")

@@ -7,15 +7,19 @@ import difflib
 import functools
 import itertools
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, QuotedString
+from hydra.errors import HydraException
 
 from agents.runs.config import CONF
 from agents.runs.tasks import USUAL_SETTINGS
-from lmgym.errors import InvalidArgumentError
+from lmgym.errors import InvalidArgumentError, unknown_name
 from lmgym.tasks import registered_tasks
 
 
@@ -93,6 +97,29 @@ def _what_is_meant(word: str, path_key: str | None, known: Mapping[str, str]) ->
     return ", such as task=keyword-8 or seed=1." if known else "."
 
 
+def check_choices(arguments: Sequence[str], configs: Path) -> None:
+    """Answers a group of configs to which anything but a name is given, such as `agent=null`.
+
+    Args:
+        arguments: of the command. configs: the directory with a folder for each group.
+
+    Raises:
+        UnknownNameError: naming the first one.
+    """
+    for argument in arguments:
+        group, equals, _ = argument.partition("=")
+        if not equals or not re.fullmatch(r"\w+", group) or not (configs / group).is_dir():
+            continue
+        try:
+            override = OverridesParser.create().parse_overrides([argument])[0]
+        except HydraException:
+            continue  # Hydra says what is wrong with it
+        value = override.value()
+        for name in value.list if isinstance(value, ChoiceSweep) else [value]:
+            if not isinstance(name, str | QuotedString | list):
+                raise unknown_name(group, name, find_configs(group, arguments, configs))
+
+
 def find_names(group: str, arguments: Sequence[str]) -> list[str]:
     """The values that a key may have: tasks, families of tasks among them, or files of configs.
 
@@ -102,14 +129,14 @@ def find_names(group: str, arguments: Sequence[str]) -> list[str]:
     return [*USUAL_SETTINGS, *registered_tasks()] if group == "task" else list(find_configs(group, arguments))
 
 
-def find_configs(group: str, arguments: Sequence[str]) -> dict[str, Path]:
-    """The files of a group of configs by their names, in conf and in the directory that `--config-dir` adds.
+def find_configs(group: str, arguments: Sequence[str], configs: Path = CONF) -> dict[str, Path]:
+    """The files of a group of configs by their names, in a directory and in the one that `--config-dir` adds.
 
     Args:
-        group: such as "agent". arguments: of the command.
+        group: such as "agent". arguments: of the command. configs: the directory.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", type=Path)
     added = parser.parse_known_args(list(arguments))[0].config_dir
-    paths = [path for folder in (CONF, added) if folder is not None for path in (folder / group).glob("*.yaml")]
+    paths = [path for folder in (configs, added) if folder is not None for path in (folder / group).glob("*.yaml")]
     return {path.stem: path for path in sorted(paths, key=lambda path: path.stem)}

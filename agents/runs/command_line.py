@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,8 +17,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from agents.runs.arguments import check_forms, options_first
-from agents.runs.config import short_errors
+from agents.runs.arguments import check_choices, check_forms, options_first
+from agents.runs.config import CONF, short_errors
 from agents.runs.surroundings import prepare_process
 from agents.runs.sweeps import show_multirun
 
@@ -25,16 +26,20 @@ RUN_DIRECTORIES = ("run", "resume")  # keys whose values are paths and nothing e
 _NEW_DIRECTORIES = ("hydra.run.dir", "hydra.sweep.dir")
 
 
-def run_command(main: Callable[[], Any], path_key: str | None = None, groups: Sequence[str] = ()) -> None:
+def run_command(
+    main: Callable[[], Any], path_key: str | None = None, groups: Sequence[str] = (), configs: Path = CONF
+) -> None:
     """Calls a Hydra main with the arguments of this process; ends in a line where they cannot be.
 
     Args:
         main: decorated by Hydra. path_key: the key whose value is a run directory, if there is one.
         groups: keys whose values are names; a bare word that is one of them is answered with its key.
+        configs: the directory of its configs.
     """
     prepare_process()
     with short_errors():
         check_forms(sys.argv[1:], path_key, groups)
+        check_choices(sys.argv[1:], configs)
         sys.argv[1:] = prepared(options_first(sys.argv[1:]))
         try:
             main()

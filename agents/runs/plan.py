@@ -13,8 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from agents.runs.config import check_values, validated
 from agents.runs.defaults import find_defaults, find_types
 from agents.runs.directory import CONFIG_FILE, read_values
+from agents.runs.sources import find_parameters
 from agents.runs.tasks import full_name
 from agents.runs.trust import import_installed, needed_trust
+from agents.sb3.arguments import check_kwargs
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError, check_int, unknown_name
 from lmgym.files import RunFileError
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 # What `env` takes: all that an environment does but the task and the device, which are keys of their own, and what
 # training has no use for.
 _NOT_IN_ENV = {"task", "device", "obs_format", "text_info", "render_mode"}
+SB3_AGENT = "agents.sb3.agent.SB3Agent"
 ENV_KEYS = tuple(field.name for field in fields(Settings) if field.name not in _NOT_IN_ENV)
 
 
@@ -79,6 +82,7 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
     target = agent.pop("_target_")
     check_values({name: field.type for name, field in find_defaults(target).items()}, agent, "agent")
     check_values(find_types("lmgym.models.sampling.Sampler"), values["sampler"], "sampler")
+    check_algorithm(target, agent)
     import agents.agent  # from here on torch is loaded
 
     try:
@@ -104,6 +108,24 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
         values["checkpoint_every"],
         needed_trust(values),
     )
+
+
+def check_algorithm(target: str, agent: Mapping[str, Any]) -> None:
+    """Checks the names of `agent.kwargs` that an algorithm of Stable-Baselines3 is given, without loading it.
+
+    Args:
+        target: import path of the agent's class. agent: its numbers.
+
+    Raises:
+        LmGymError: naming the key.
+    """
+    kwargs = agent.get("kwargs")
+    if target != SB3_AGENT or not isinstance(kwargs, Mapping):
+        return
+    for package in ("stable_baselines3", "sb3_contrib"):
+        parameters = find_parameters(package, str(agent.get("algorithm")))
+        if parameters is not None:
+            check_kwargs(kwargs, parameters, "agent.kwargs")
 
 
 def check_env(values: Mapping[str, Any], graded_split: str) -> dict[str, Any]:

@@ -39,12 +39,38 @@ def _parse(path: str, changed: int) -> Source:
 def _find_source(module: str) -> Source | None:
     """A module as text; None where it has none."""
     try:
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-            return None
-        return _parse(spec.origin, Path(spec.origin).stat().st_mtime_ns)
+        path = _find_file(module)
+        return None if path is None else _parse(str(path), path.stat().st_mtime_ns)
     except (ImportError, ValueError, OSError, SyntaxError):
         return None
+
+
+def _find_file(module: str) -> Path | None:
+    """The file of a module; the packages around it are not run, which `find_spec` would do."""
+    package, *names = module.split(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return None
+    if not names:
+        return Path(spec.origin) if spec.origin is not None and spec.origin.endswith(".py") else None
+    for folder in spec.submodule_search_locations or ():
+        path = Path(folder, *names)
+        for file in (path / "__init__.py", path.with_suffix(".py")):
+            if file.is_file():
+                return file
+    return None
+
+
+def find_parameters(module: str, name: str) -> list[str] | None:
+    """The names that the `__init__` of a class takes after `self`; None where there is no such source."""
+    found = find_class(module, name)
+    if found is None:
+        return None
+    for statement in found[1].body:
+        if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
+            arguments = statement.args
+            return [each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)][1:]
+    return None
 
 
 def find_class(module: str, name: str) -> tuple[Source, ast.ClassDef] | None:

@@ -10,23 +10,9 @@ from typing import Any, Literal
 
 from agents.policies.choice import PolicyConfig
 from agents.sb3.algorithms import CONTRIB, VALUE_BASED, WITHOUT_STRETCHES, Algorithm, algorithm_class
-from lmgym.errors import InvalidArgumentError, check_choice, unknown_name
+from agents.sb3.arguments import check_kwargs
+from lmgym.errors import InvalidArgumentError
 from lmgym.ranges import Count, NonNegative, PositiveFraction
-
-# Arguments of an algorithm that come from elsewhere than `kwargs`.
-_SET_BY_AGENT = (
-    "policy",
-    "env",
-    "learning_rate",
-    "gamma",
-    "seed",
-    "device",
-    "verbose",
-    "tensorboard_log",
-    "_init_setup_model",
-)
-_SET_BY_CONFIG = ("n_epochs", "batch_size")
-_POLICY_KWARGS = ("n_quantiles", "lstm_hidden_size", "n_lstm_layers")  # entries of `policy_kwargs` that may be given
 
 
 @dataclass(frozen=True)
@@ -69,13 +55,6 @@ class SB3Config(PolicyConfig):
                 f"`kwargs.n_steps` must be 1, for SB3 has no n-step returns of dict observations, got "
                 f"{self.kwargs['n_steps']!r}."
             )
-        policy_kwargs = self.kwargs.get("policy_kwargs", {})
-        if not isinstance(policy_kwargs, Mapping):
-            raise InvalidArgumentError(
-                f"`kwargs.policy_kwargs` must be a mapping of names to values, got {policy_kwargs!r}."
-            )
-        for name in policy_kwargs:
-            check_choice("kwargs.policy_kwargs", name, _POLICY_KWARGS)
 
     @property
     def num_envs(self) -> int:
@@ -86,14 +65,11 @@ class SB3Config(PolicyConfig):
         """Keyword arguments for the class of the algorithm, without those that come from the env.
 
         Raises:
-            InvalidArgumentError: for a setting that the algorithm does not take.
-            UnknownNameError: for a name in `kwargs` that it does not take.
+            InvalidArgumentError: for a setting that the algorithm does not take, or a name in `kwargs`.
         """
         parameters = inspect.signature(algorithm.__init__).parameters
-        accepted = [name for name in parameters if name not in ("self", *_SET_BY_AGENT)]
-        for name in self.kwargs:
-            if name not in accepted or name in _SET_BY_CONFIG:
-                raise unknown_name("kwargs", name, set(accepted) - set(_SET_BY_CONFIG))
+        accepted = [name for name in parameters if name != "self"]
+        check_kwargs(self.kwargs, accepted)
         chosen: dict[str, Any] = {"batch_size": self.batch_size, "n_epochs": self.n_epochs}
         for name, value in chosen.items():
             if value is not None and name not in accepted:

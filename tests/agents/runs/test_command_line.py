@@ -15,10 +15,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from agents.runs.arguments import check_forms, options_first
+from agents.runs.arguments import check_choices, check_forms, options_first
 from agents.runs.command_line import hydra_text, prepared, shell_command
 from agents.runs.config import CONF
-from lmgym.errors import InvalidArgumentError
+from lmgym.errors import InvalidArgumentError, UnknownNameError
 
 PARSER = OverridesParser.create()
 AWKWARD = [
@@ -195,6 +195,19 @@ def test_a_bare_path_is_answered_with_its_key(path: str) -> None:
 )
 def test_what_hydra_takes_passes(arguments: list[str]) -> None:
     check_forms(arguments, "resume", GROUPS)
+
+
+@pytest.mark.parametrize("argument", ["agent=null", "sampler=3", "experiment=null", "agent=ppo,null", "reward=true"])
+def test_a_choice_of_no_name_is_answered_with_the_names(argument: str) -> None:
+    group = argument.partition("=")[0]
+    with pytest.raises(UnknownNameError, match=rf"`{group}` must be one of \['.*'\], got (None|3|True)\."):
+        check_choices([argument], CONF)
+
+
+def test_a_choice_of_a_name_passes() -> None:
+    check_choices(
+        ["agent=ppo,'rloo'", "agent=[ppo,rloo]", "seed=null", "task=null", "agent.lr=null", "a=,=", "-m"], CONF
+    )
 
 
 def test_overrides_come_behind_all_options() -> None:

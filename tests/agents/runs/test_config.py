@@ -308,6 +308,7 @@ def test_every_synonym_leads_to_a_key() -> None:
 
 REFUSED_AT_ONCE = [
     *("seed=-1", "total_timesteps=0", "env.kl_coef=-1", "evaluation.samples=0", "env.split=tain", "agent.lr=fast"),
+    *("agent=sb3_dqn +agent.kwargs.bufer_size=5", "agent=sb3_trpo +agent.kwargs.gamma=1"),
     *("agent.epochs=0", "agent.critic=shard", "agent.policy=lor", "sampler.top_p=2", "sampler.greedy_tokens=-1"),
 ]
 
@@ -318,7 +319,7 @@ def test_a_config_is_refused_before_torch_is_imported() -> None:
         "from lmgym.errors import LmGymError\n"
         f"with hydra.initialize_config_dir({str(CONF)!r}, version_base='1.3'):\n"
         f"    for bad in {REFUSED_AT_ONCE}:\n"
-        "        try: agents.runs.plan.check(hydra.compose('train', [bad]))\n"
+        "        try: agents.runs.plan.check(hydra.compose('train', bad.split()))\n"
         "        except LmGymError: print(bad, 'torch' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from agents.runs.completions import Request, load_writers, write_completions
-from agents.sample import sample
+from agents.sample import check_sampler, sample
 from lmgym.errors import InvalidArgumentError, LmGymError
 from lmgym.feedback.files import read_records
 from lmgym.feedback.records import Record
@@ -103,6 +103,15 @@ def test_a_prompt_with_one_text_alone_is_left_out() -> None:
 def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(LmGymError, match=message):
         request(**changes)
+
+
+def test_a_sampler_for_a_run_is_refused(tmp_path: Path) -> None:
+    """It would be ignored: a run draws as it was trained."""
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(InvalidArgumentError, match=f"`sampler` must be left out .* as it was trained: {tmp_path}"):
+        check_sampler({"policies": ["reference", str(tmp_path)]}, is_given=True)
+    check_sampler({"policies": [str(tmp_path)]}, is_given=False)
+    check_sampler({"policies": "reference"}, is_given=True)
 
 
 def test_the_file_holds_the_records_and_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

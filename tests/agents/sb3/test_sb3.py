@@ -796,8 +796,9 @@ def test_a_single_observation_gets_a_single_action() -> None:
         ({"policy": "copy"}, "`policy` must be one of"),
         ({"kwargs": 3}, "`kwargs` must be a mapping"),
         ({"kwargs": {"gae_lamda": 1}}, "`kwargs` must be one of .* Did you mean 'gae_lambda'?"),
-        ({"kwargs": {"gamma": 0.9}}, "`kwargs` must be one of"),
-        ({"kwargs": {"batch_size": 3}}, "`kwargs` must be one of"),
+        ({"kwargs": {"gamma": 0.9}}, "`kwargs` must be without 'gamma', which `env.gamma` sets."),
+        ({"kwargs": {"batch_size": 3}}, "`kwargs` must be without 'batch_size', which `agent.batch_size` sets."),
+        ({"kwargs": {"verbose": 1}}, "`kwargs` must be one of"),
         ({"kwargs": {"policy_kwargs": {"ortho_init": True}}}, "`kwargs.policy_kwargs` must be one of"),
     ],
 )
