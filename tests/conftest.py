@@ -28,6 +28,7 @@ from lmgym.models.sharing import load_causal_lm
 from lmgym.rewards.classifier import load_reward_model
 from lmgym.tasks import Task
 
+LONG = ("test_contributing.py", "test_pipeline.py", "test_page.py", "test_train.py")
 SEED_SHIFT = int(os.environ.get("SEED_SHIFT", "0"))
 
 
@@ -41,8 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what can be told without running it, and skips tests marked `gpu` where there is none.
 
     `seeds` are the tests of modules whose seeds can be shifted. `fast` is the first case of every test that is not
-    marked `slow`.
+    marked `slow`. Files with tests that take long go first, so that no process is left alone with one at the end.
     """
+    items.sort(key=lambda item: item.path.name not in LONG)
     seen: set[str] = set()
     for item in items:
         if hasattr(getattr(item, "module", None), "shifted"):

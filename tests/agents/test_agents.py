@@ -599,7 +599,7 @@ def test_an_algorithm_is_one_file_and_one_yaml_anywhere(tmp_path: Path) -> None:
     config = {"_target_": "toy.Toy", "policy": "mlp", "width": 16, "power": 2.0}
     (tmp_path / "agent" / "toy.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     run = tmp_path / "run"
-    overrides = ["agent=toy", "task=echo-2", "total_timesteps=300", "evaluation.samples=4"]
+    overrides = ["agent=toy", "task=echo-2", "total_timesteps=100", "evaluation.samples=4"]
     where = ["--config-dir", str(tmp_path), "device=cpu", f"hydra.run.dir={run}"]
     done = subprocess.run(
         [sys.executable, "-m", "agents.train", *where, *overrides],
@@ -613,7 +613,7 @@ def test_an_algorithm_is_one_file_and_one_yaml_anywhere(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["agent"], summary["task"]) == ("Toy", "echo-2")
-    assert summary["total_timesteps"] >= 300
+    assert summary["total_timesteps"] >= 100
     assert summary["after"]["normalised"]["mean"] < 1
     assert abs(summary["after"]["kl"]["mean"]) > 0
     assert "power: 2.0" in (run / "config.yaml").read_text()

@@ -207,26 +207,25 @@ REVERSED = {"reward": {**FEW_RANKINGS["reward"], "prompts": [16, 8]}}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("task", "changes", "again", "models"),
+    ("task", "builds", "models"),
     [
-        ("arithmetic", FEW_SUMS, FEW_SUMS, ["reference-1"]),
-        ("proxy", FEW_RANKINGS, REVERSED, ["reward-16", "reward-8"]),
+        ("arithmetic", [("a", 1, FEW_SUMS), ("b", 2, FEW_SUMS), ("b", 1, FEW_SUMS)], ["reference-1"]),
+        ("proxy", [("a", 1, FEW_RANKINGS), ("b", 1, REVERSED)], ["reward-16", "reward-8"]),
     ],
 )
 def test_equal_builds_of_a_task_give_equal_weights(
-    task: str, changes: dict[str, Any], again: dict[str, Any], models: list[str], tmp_path: Path
+    task: str, builds: list[tuple[str, int, dict[str, Any]]], models: list[str], tmp_path: Path
 ) -> None:
     """A proxy does not even depend on those built before it."""
     state = torch.get_rng_state()
     weights = []
-    for name, seed, values in (("a", 1, changes), ("b", 2, changes), ("b", 1, again)):
+    for name, seed, values in builds:
         output = build(settings(values, task=task, output=str(tmp_path / name), seed=seed, progress=False))
         weights.append([(output / model / "model.safetensors").read_bytes() for model in models])
         assert sorted(path.name for path in output.iterdir()) == ["README.md", *models]
     assert torch.equal(torch.get_rng_state(), state)
-    first, other, rebuilt = weights
-    assert first == rebuilt
-    assert len({*first, *other}) == 2 * len(models)
+    assert weights[0] == weights[-1]
+    assert len({file for each in weights for file in each}) == len({seed for _, seed, _ in builds}) * len(models)
     text = (output / "README.md").read_text(encoding="utf-8")
     assert f"python -m builders.build task={task}" in text
     assert all(f"`{model}`" in text for model in models)

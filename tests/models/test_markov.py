@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -300,16 +298,6 @@ def test_what_was_saved_is_what_loads(order: int, rank: int | None, tmp_path: Pa
     assert not loaded.holes
     assert loaded.encode("a d") == [1, 4]
     assert not any(p.requires_grad for p in loaded.model.parameters())
-
-
-@pytest.mark.slow
-def test_loading_needs_no_import_of_the_module(tmp_path: Path) -> None:
-    lm = make(1, None)
-    lm.model.save_pretrained(tmp_path)
-    lm.tokenizer.save_pretrained(tmp_path)
-    code = "import sys; from lmgym.models.sharing import load_causal_lm; print(type(load_causal_lm(sys.argv[1]).model))"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert "MarkovLM" in done.stdout
 
 
 # --- making one --------------------------------------------------------------------------------------------------

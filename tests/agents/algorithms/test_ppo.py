@@ -346,8 +346,7 @@ def test_a_second_agent_and_global_generators_do_not_disturb_the_first() -> None
     assert together == alone
 
 
-@pytest.mark.parametrize("kind", ["episodes", "steps"])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("kind", "shared"), [("episodes", False), ("steps", True)])
 def test_an_interrupted_run_goes_on_to_the_same_curve(tmp_path: Any, kind: str, shared: bool) -> None:
     def agent() -> PPO:
         critic: Critic = "shared" if shared else "reference"
@@ -789,9 +788,9 @@ def test_the_critic_learns_what_is_paid() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("kind", ["episodes", "steps"])
-def test_every_variant_of_the_problem_trains(variant: dict[str, Any], kind: str) -> None:
-    agent = tiny_ppo(tiny_envs(num_envs=24, max_new_tokens=4, **variant), collect=kind)
+def test_every_variant_of_the_problem_trains(variant: dict[str, Any]) -> None:
+    """Step by step; `tests/agents/test_agents.py` has them by whole episodes."""
+    agent = tiny_ppo(tiny_envs(num_envs=24, max_new_tokens=4, **variant), collect="steps")
     before = weights(agent)
     history = learn(agent, 3)
     assert all(math.isfinite(x) for metrics in history for x in metrics.values())

@@ -45,9 +45,13 @@ def trained(lm: CausalLM, **config: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"critic": "reference"}, {"policy": "lora"}, {"policy": "transformer"}], ids=str
+    ("shape", "config"),
+    [
+        *((shape, {}) for shape in SHAPES),
+        *(("Llama", config) for config in ({"critic": "reference"}, {"policy": "lora"}, {"policy": "transformer"})),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("shape", SHAPES)
 def test_training_is_the_same_with_and_without(shape: str, config: dict[str, Any]) -> None:
     if config.get("policy") == "lora":
         pytest.importorskip("peft")

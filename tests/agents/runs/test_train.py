@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -20,6 +22,7 @@ import hydra
 import numpy as np
 import pytest
 import torch
+from commands import run_command_here
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -105,12 +108,11 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A small run of the real command."""
+    """A small run of the command."""
     directory = tmp_path_factory.mktemp("runs") / "small"
-    process = started("agents.train", *SMALL, "total_timesteps=1500", f"hydra.run.dir={directory}")
-    stdout, stderr = process.communicate(timeout=280)
-    assert process.returncode == 0, stderr
-    return Finished(directory, stdout, stderr)
+    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
+        run_command_here("agents.train", *SMALL, "total_timesteps=1500", f"hydra.run.dir={directory}")
+    return Finished(directory, stdout.getvalue(), stderr.getvalue())
 
 
 # -- what a run leaves -----------------------------------------------------------------------------------------------
@@ -263,7 +265,7 @@ def test_a_finished_run_that_is_resumed_only_grades_itself_again(finished: Finis
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupts."""
     directory = tmp_path_factory.mktemp("runs") / "whole"
-    assert run(directory, *QUICK, "total_timesteps=8000") == 0
+    assert run(directory, *QUICK, "total_timesteps=4000") == 0
     return directory
 
 
@@ -278,7 +280,7 @@ def assert_same_run(directory: Path, whole: Path) -> None:
 
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_run_goes_on(whole: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    process = started("agents.train", *QUICK, "total_timesteps=8000", f"hydra.run.dir={directory}")
+    process = started("agents.train", *QUICK, "total_timesteps=4000", f"hydra.run.dir={directory}")
     metrics = directory / "metrics.jsonl"
     try:
         while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
@@ -317,7 +319,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
     with monkeypatch.context() as patched:
         patched.setattr(Recorder, "record", power_cut)
         with pytest.raises(OSError, match="the power went"):
-            run(tmp_path, *QUICK, "total_timesteps=8000", "checkpoint_every=600")
+            run(tmp_path, *QUICK, "total_timesteps=4000", "checkpoint_every=600")
     after = len(curve(tmp_path))
     assert summary_of(tmp_path / "checkpoint", "state.json")["num_timesteps"] < curve(tmp_path)[-1]["step"]
     resume(tmp_path)
