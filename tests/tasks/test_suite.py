@@ -213,7 +213,7 @@ def test_no_best_of_n_passes_the_upper_bound(name: str, n: int, share: float) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["proxy-200", "proxy-2000"])
+@pytest.mark.parametrize("name", ["proxy-200"])
 def test_no_trained_agent_passes_the_upper_bound(name: str) -> None:
     envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=16, task=name, group_size=4, device="cpu")
     agent = RLOO(envs, RLOOConfig(), seed=0)

@@ -322,7 +322,7 @@ def test_the_replay_buffer_draws_stretches_of_a_row(stretch: int, filled: int) -
         buffer.add(before, after, number, number / 2, np.full(n, step % 3 != 0), late)  # type: ignore[arg-type]
     np.random.seed(0)  # noqa: NPY002 - what SB3 draws from
     counts = np.zeros((filled, n))
-    for _ in range(333):
+    for _ in range(200):
         drawn = buffer.sample(90)  # the last stretch of 4 is cut
         numbers = drawn.actions[:, 0].long()
         assert drawn.observations["input_ids"][:, 0].tolist() == numbers.tolist()
@@ -339,7 +339,7 @@ def test_the_replay_buffer_draws_stretches_of_a_row(stretch: int, filled: int) -
             assert (on == on[0]).all()
             assert ((some - some[0]) % min(filled, size) == np.arange(len(some))).all()
         np.add.at(counts, (steps.numpy(), rows.numpy()), 1)
-    expected = 333 * 90 / (min(filled, size) * n)
+    expected = 200 * 90 / (min(filled, size) * n)
     assert np.abs(counts[max(0, filled - size) :] / expected - 1).max() < 0.2
 
 
@@ -483,10 +483,11 @@ def test_an_action_without_a_log_prob_is_a_point_mass(algorithm: str) -> None:
 # -- learning ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("envs", [tiny_envs, keyword_envs])
-def test_every_algorithm_learns_from_what_it_does(algorithm: str, envs: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "PPO, on a table", "DQN, on a table"])
+def test_every_algorithm_learns_from_what_it_does(algorithm: str, tmp_path: Path) -> None:
     """Some 500 steps, graded, saved, and loaded into an agent that then does the same."""
+    algorithm, _, on_a_table = algorithm.partition(", ")
+    envs = keyword_envs if on_a_table else tiny_envs
     agent = make(algorithm, envs(), seed=1, lr_schedule="constant")
     before = weights(agent)
     reference = [p.clone() for p in agent.envs.engine.lm.model.parameters()]
