@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import hydra
 import numpy as np
 import pytest
 import torch
+from commands import run_command_here
 from conftest import learn, shifted, table_reward, weights
 from omegaconf import OmegaConf
 from shipped import ON_POLICY, SUPERVISED, fields_of
@@ -593,7 +592,7 @@ class Toy(OnPolicyAgent):
 
 
 @pytest.mark.slow
-def test_an_algorithm_is_one_file_and_one_yaml_anywhere(tmp_path: Path) -> None:
+def test_an_algorithm_is_one_file_and_one_yaml_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "toy.py").write_text(TOY)
     (tmp_path / "agent").mkdir()
     config = {"_target_": "toy.Toy", "policy": "mlp", "width": 16, "power": 2.0}
@@ -601,16 +600,9 @@ def test_an_algorithm_is_one_file_and_one_yaml_anywhere(tmp_path: Path) -> None:
     run = tmp_path / "run"
     overrides = ["agent=toy", "task=echo-2", "total_timesteps=100", "evaluation.samples=4"]
     where = ["--config-dir", str(tmp_path), "device=cpu", f"hydra.run.dir={run}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "agents.train", *where, *overrides],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    run_command_here("agents.train", *where, *overrides)
+    sys.modules.pop("toy")
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["agent"], summary["task"]) == ("Toy", "echo-2")
     assert summary["total_timesteps"] >= 100

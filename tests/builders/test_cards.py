@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,18 @@ from lmgym.tasks.stored import ARTEFACTS
 ROOT = Path(__file__).parents[2]
 WRITTEN = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
 SECTIONS = cards.sections()
+page = functools.cache(cards.page)
 
 
 def test_the_page_says_of_the_shipped_tasks_what_their_files_say() -> None:
     """The site makes the page anew, so that a task is on it before anybody has written the file."""
     written = {part.partition("\n")[0] for part in WRITTEN.split("\n## ")[1:]}
     assert {file.parent.name for file in Path(ARTEFACTS).glob("*/optima.json")} <= written
-    shown = "\n".join([cards.page().split("\n## ")[0], *(text for name, text in SECTIONS.items() if name in written)])
+    shown = "\n".join([page().split("\n## ")[0], *(text for name, text in SECTIONS.items() if name in written)])
     assert shown == WRITTEN, "run `python -m builders.cards`"
 
 
 @pytest.mark.parametrize("family", SECTIONS)
 def test_every_task_has_a_section_and_a_row(family: str) -> None:
-    assert cards.page().count(f"\n## {family}\n") == 1
+    assert page().count(f"\n## {family}\n") == 1
     assert f"| `{family}" in SECTIONS[family]

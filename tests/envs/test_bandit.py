@@ -80,7 +80,7 @@ def test_a_discount_of_a_sum_of_log_probs_is_refused(dense: bool) -> None:
 
     The bandit would pay gamma^t kl_coef log pi_ref token by token, and take off kl_coef log pi of the whole response.
     """
-    problem = TinyProblem(horizon=3)
+    problem = TinyProblem(horizon=2)
     gamma = 0.5
     settings: Parts = {"task": problem.task, "gamma": gamma, "dense_kl": dense}
     env = PolicyKL(gym.make(TOKEN_ID, **settings))

@@ -648,7 +648,7 @@ def test_what_maskable_ppo_does_under_a_mask_is_what_is_graded(mask: dict[str, A
     """It plays, predicts and is graded on one distribution: its own, restricted to the tokens of the mask."""
     fields = {f"mask_{name}": value for name, value in mask.items()}
     agent = moved(make("MaskablePPO", learning_rate=0.0, **fields))
-    history = learn(agent, 4096)  # nothing is learned, so that all its batches are of one policy
+    history = learn(agent, 2048)  # nothing is learned, so that all its batches are of one policy
     lm = agent.envs.engine.lm
     observation = agent.envs.reset(seed=0)[0]
     logits = agent.next_logits(*(torch.from_numpy(observation[k]) for k in ("input_ids", "attention_mask")))
