@@ -60,6 +60,7 @@ TAKEN_FOR_GRANTED = {  # files that commands name
     "prompts.txt": "the film was\n",
     "mine/model/config.json": "{}",
     "mine/sft/checkpoint/config.json": "{}",
+    "mine/reward/reward/config.json": "{}",
     "mine/prompts.jsonl": '{"prompt": "1+1=", "answer": "2"}\n',
     "mine/demonstrations.jsonl": '{"prompt": "1+1=", "completion": "2"}\n',
 }
