@@ -189,7 +189,7 @@ def test_the_vector_form_is_the_single_one_n_times(parts: Parts, name: str, conf
     assert data_equivalence(one.reset(seed=0), other.reset(seed=0))
     rng = np.random.default_rng(1)
     ends = 0
-    for t in range(36):
+    for t in range(30):
         actions = actions_of(one.action_space, rng)
         left = one.step(actions)
         right = other.step(actions)
@@ -456,7 +456,7 @@ def test_an_embedding_is_the_hidden_state_of_a_plain_forward(
     width = D if reference == "parts" else len(WORDS) + 1
     assert env.observation_space == gym.spaces.Box(-np.inf, np.inf, (width,), np.float32)
     seen = set()
-    for observation, info, ended in walk(env, np.random.default_rng(4), 40):
+    for observation, info, ended in walk(env, np.random.default_rng(4), 20):
         assert env.observation_space.contains(observation)
         truncated = truncate and ended and info["finish_reason"] == "length"
         seen.add((ended, truncated))
