@@ -89,9 +89,17 @@ def test_a_run_takes_what_was_estimated(family: str, dtype: str, config: dict[st
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [{}, {"gradient_checkpointing": True}], ids=str)
-def test_a_run_on_a_gpu_takes_what_was_estimated(config: dict[str, Any]) -> None:
-    agent = agent_of(llama(512, 8), "bfloat16", "cuda", batch_size=256, micro_batch_size=128, **config)
+@pytest.mark.parametrize(
+    ("dtype", "config"),
+    [
+        ("bfloat16", {}),
+        ("bfloat16", {"gradient_checkpointing": True}),
+        ("float32", {"autocast": "bfloat16"}),
+    ],
+    ids=str,
+)
+def test_a_run_on_a_gpu_takes_what_was_estimated(dtype: str, config: dict[str, Any]) -> None:
+    agent = agent_of(llama(512, 8), dtype, "cuda", batch_size=256, micro_batch_size=128, **config)
     estimated = peak(estimate(memory_sizes(agent)))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -70,3 +70,19 @@ def test_logits_of_rounded_factors_are_not_rounded_themselves(stored_as_out_by_i
     by_weight = rounded[0].t() @ halved
     torch.testing.assert_close(by_stored, by_weight.t() if stored_as_out_by_in else by_weight)
     assert torch.equal(logits_in_half(x, weight), x @ weight)  # on a CPU
+
+
+@pytest.mark.gpu
+def test_a_gpu_reads_as_a_cpu_does_but_for_rounding() -> None:
+    lm = trained(drawn("GPT-2", {}))
+    parts = sequences(lm)
+    hidden, logits = lm.response_hidden(*parts)
+    expected = gradients_of(lm, (hidden, logits))
+    lm.model.to("cuda")
+    coarse = lm.read_at(*(x.cuda() for x in parts), torch.bfloat16)
+    assert coarse[1].dtype == torch.float32
+    finite = logits.isfinite()
+    gap = (coarse[1].cpu() - logits)[finite].abs().max()
+    assert 0 < gap < 0.05 * logits[finite].abs().max()
+    found = gradients_of(lm, (coarse[0].cpu(), coarse[1].cpu()))
+    assert torch.cosine_similarity(found.cpu(), expected, dim=0) > 0.995
