@@ -160,8 +160,15 @@ def to_device(lm: CausalLM, device: str, dtype: str) -> CausalLM:
     resolved = resolve_device(device)
     if lm.device.type == resolved.type and lm.dtype == DTYPES[dtype]:
         return lm
-    return lm.remember(_copy_to_device, str(resolved), dtype)
+    return lm.remember(_copy_to_device, str(resolved), DTYPES[dtype])
 
 
-def _copy_to_device(lm: CausalLM, device: str, dtype: str) -> CausalLM:
-    return CausalLM(copy.deepcopy(lm.model).to(device, DTYPES[dtype]), lm.tokenizer, lm.temperature)
+def move(lm: CausalLM, device: str) -> CausalLM:
+    """The model itself where no other device than its own is named; else a copy there, in its own dtype."""
+    if device == "auto" or resolve_device(device).type == lm.device.type:
+        return lm
+    return lm.remember(_copy_to_device, device, lm.dtype)
+
+
+def _copy_to_device(lm: CausalLM, device: str, dtype: torch.dtype) -> CausalLM:
+    return CausalLM(copy.deepcopy(lm.model).to(device, dtype), lm.tokenizer, lm.temperature)

@@ -164,12 +164,15 @@ class Task:
         return read_prompts(texts, argument, functools.cache(lambda: load_tokenizer_of(self.model)))
 
     def reference(self, device: str = "auto", dtype: str = "float32") -> CausalLM:
-        """The frozen supervised model, loaded once however many ask for it."""
+        """The frozen supervised model, loaded once however many ask for it.
+
+        A `CausalLM` stays as it is, but for a copy on another device where one is named.
+        """
         from lmgym.models.causal import CausalLM
-        from lmgym.models.sharing import load_causal_lm, temper, to_device
+        from lmgym.models.sharing import load_causal_lm, move, temper, to_device
 
         if isinstance(self.model, CausalLM):
-            lm = self.model
+            lm = move(self.model, device)
         else:
             model = self.model
             lm = to_device(model(), device, dtype) if callable(model) else load_causal_lm(model, device, dtype)

@@ -10,6 +10,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -806,6 +807,16 @@ def test_envs_share_one_reference_and_one_reward_model(parts: Parts) -> None:
     assert one._engine.reward.model is other._engine.reward.model
     assert one.spec is not None
     assert make(parts, model=one._engine.lm).unwrapped._engine.lm is one._engine.lm  # a live object
+
+
+def test_a_live_model_moves_to_a_device_that_is_named(parts: Parts) -> None:
+    lm = make(parts).unwrapped._engine.lm
+    task = replace(lmgym.make_task("echo-2"), model=lm)
+    assert task.reference() is lm
+    assert task.reference("cpu") is lm
+    moved = task.reference("meta")
+    assert (moved.device.type, lm.device.type) == ("meta", "cpu")
+    assert task.reference("meta") is moved
 
 
 def test_a_live_model_is_not_copied_by_the_wrappers(parts: Parts) -> None:
