@@ -21,7 +21,7 @@ from lmgym.models.cuda_graphs import StepGraphs, borrow_graphs, is_captured, rou
 from lmgym.models.drawing import Drawing
 from lmgym.models.lean.find import find_lean
 from lmgym.models.padding import pad_left
-from lmgym.models.ring_step import RingStep, Step, make_step
+from lmgym.models.ring_step import LeanStep, RingStep, make_step
 
 TokenIds = tuple[int, ...]
 
@@ -66,7 +66,7 @@ class RingDecoder:
         self._keep_hidden = keep_hidden
         self._cache_keyword = cache_keyword(lm.model)
         self._lean = lm.remember(find_lean) if record else None
-        self._step: Step = lm.remember(make_step, keep_hidden) if record else RingStep(lm, keep_hidden)
+        self._step: RingStep | LeanStep = lm.remember(make_step, keep_hidden) if record else RingStep(lm, keep_hidden)
         self._captures = record and is_captured(lm.device)
         self._capacity = round_up_capacity(capacity) if self._captures else capacity
         self._graphs: StepGraphs | None = None
@@ -188,6 +188,7 @@ class RingDecoder:
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> None:
         """Appends a token (N,) to every slot: one forward."""
+        self._step.sync()
         columns = self._used_columns()
         if self._graphs is not None:
             self.logits, *hidden = self._graphs.run(tokens, columns)
@@ -209,6 +210,7 @@ class RingDecoder:
         `logits` and `hidden` are not kept.
         """
         assert self._graphs is not None
+        self._step.sync()
         self._graphs.draw(drawing, value_head, self._used_columns())
         self._clock += 1
 

@@ -21,9 +21,8 @@ from transformers.cache_utils import CacheLayerMixin
 from lmgym.models.caches import cache_keyword
 from lmgym.models.causal import CausalLM, legal_logits
 from lmgym.models.lean.find import find_lean
+from lmgym.models.lean.fused import AlignedHead, FusedStep, align_head, find_fused
 from lmgym.models.lean.transformer import Transformer
-
-Step = Callable[..., tuple[Tensor, ...]]
 
 
 class _RingLayer(CacheLayerMixin):
@@ -73,6 +72,9 @@ class RingStep(nn.Module):
         # Only sdpa takes a bool mask; the others add theirs to the attention scores.
         self._bool_mask = lm.model.config.get_text_config()._attn_implementation == "sdpa"
 
+    def sync(self) -> None:
+        """Does nothing: it reads the model's own weights."""
+
     def forward(self, tokens: Tensor, age: Tensor, column: Tensor, *rings: Tensor) -> tuple[Tensor, ...]:
         """Appends tokens (N,) to slots that have seen age (N,) tokens, in ring column (1,).
 
@@ -112,18 +114,37 @@ class LeanStep:
 
     def __init__(self, lm: CausalLM, lean: Transformer, keep_hidden: bool) -> None:
         self._lean = lean
+        self._fused = lm.remember(_find_fused)
+        self._head = lm.remember(_align_head)
         self._vocab_size = lm.vocab_size
         self._legal_logits = _legal_logits(lm)
         self._keep_hidden = keep_hidden
 
+    def sync(self) -> None:
+        """Takes over what training has changed in weights that it keeps copies of; a graph does not."""
+        if self._head is not None:
+            self._head.sync()
+
     def __call__(self, tokens: Tensor, age: Tensor, column: Tensor, *rings: Tensor) -> tuple[Tensor, ...]:
         """As `RingStep.forward`."""
-        hidden = self._lean.step(tokens, age, column, rings)
-        logits = self._legal_logits(self._lean.logits(hidden, self._vocab_size))
+        hidden = (self._fused or self._lean).step(tokens, age, column, rings)
+        head = self._head
+        logits = self._lean.logits(hidden, self._vocab_size) if head is None else head(hidden)
+        logits = self._legal_logits(logits)
         return (logits, hidden) if self._keep_hidden else (logits,)
 
 
-def make_step(lm: CausalLM, keep_hidden: bool) -> Step:
+def _find_fused(lm: CausalLM) -> FusedStep | None:
+    lean = lm.remember(find_lean)
+    return None if lean is None else find_fused(lean)
+
+
+def _align_head(lm: CausalLM) -> AlignedHead | None:
+    lean = lm.remember(find_lean)
+    return None if lean is None else align_head(lean.head, lm.vocab_size)
+
+
+def make_step(lm: CausalLM, keep_hidden: bool) -> RingStep | LeanStep:
     """The step by the lean forward of the model, or as the model is where there is none."""
     lean = lm.remember(find_lean)
     return RingStep(lm, keep_hidden) if lean is None else LeanStep(lm, lean, keep_hidden)

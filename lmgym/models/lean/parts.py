@@ -99,11 +99,14 @@ class MLP:
     down: Linear
     activation: Function
 
+    def inner(self, x: Tensor) -> Tensor:
+        """What the second layer reads, of x (n, D)."""
+        kind = gelu_kind(self.activation)
+        return self.activation(self.up(x)) if kind is None else self.up.gelu(x, kind)
+
     def __call__(self, x: Tensor) -> Tensor:
         """(n, D) of x (n, D)."""
-        kind = gelu_kind(self.activation)
-        inner = self.activation(self.up(x)) if kind is None else self.up.gelu(x, kind)
-        return self.down(inner)
+        return self.down(self.inner(x))
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,13 @@ class GatedMLP:
     down: Linear
     activation: Function
 
+    def inner(self, x: Tensor) -> Tensor:
+        """What the last layer reads, of x (n, D)."""
+        return self.activation(self.gate(x)).mul_(self.up(x))
+
     def __call__(self, x: Tensor) -> Tensor:
         """(n, D) of x (n, D)."""
-        return self.down(self.activation(self.gate(x)).mul_(self.up(x)))
+        return self.down(self.inner(x))
 
 
 @dataclass(frozen=True)
