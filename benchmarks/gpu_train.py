@@ -102,6 +102,7 @@ def measure_ppo(setting: Setting) -> Iterator[Row]:
     """A PPO iteration, 4 epochs of 4 minibatches with a shared trunk: by model, dtype, and with layers run again."""
     runs: list[tuple[str, str, dict[str, Any]]] = [
         ("GPT-2 124M", "bfloat16", {}),
+        ("GPT-2 124M", "bfloat16", {"critic": "reference"}),  # as TRL's always is
         ("GPT-2 1.5B", "bfloat16", {}),
         ("GPT-2 124M", "float32", {}),
         ("GPT-2 1.5B", "bfloat16", {"gradient_checkpointing": True}),
