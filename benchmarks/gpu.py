@@ -11,7 +11,7 @@ its own rows alone; what it has measured before that stays:
 - `train`: the default training run on the GPU and on the CPU of the same machine.
 - `seeds`: 32 runs of `keyword-32` in one process, beside one of them alone.
 - `tests`: the tests marked `gpu`.
-- `profile`: the ten kernels that take the most time in a batch and an update of GPT-2 124M, and in decoding larger ones.
+- `profile`: the ten kernels that take the most time in a batch and an update of GPT-2 124M, and in decoding others.
 
 Models have random weights: no download. What `pip install -e '.[agents]'` installs must be there. To a machine without
 a network that has torch and transformers, carry the wheels of gymnasium, Farama-Notifications, cloudpickle, hydra-core,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,14 +36,14 @@ def measure_decode(setting: Setting) -> Iterator[Row]:
     names = ["tiny"] if setting.is_small else ["GPT-2 1.5B", "Llama 8B", "GPT-2 124M"]
     batches = (4,) if setting.is_small else (256, 64, 512)
     horizon = 8 if setting.is_small else 128
-    for name in names:
-        envs = make_envs(SHAPES[name], torch.bfloat16, horizon, 0.0, setting.device)
-        for path in ("collect", "generate", "continuous"):
-            for batch in batches:
+    for paths in (("collect", "generate"), ("continuous",)):
+        for name in names:
+            envs = make_envs(SHAPES[name], torch.bfloat16, horizon, 0.0, setting.device)
+            for path, batch in itertools.product(paths, batches):
                 if path == "collect" or batch <= 256:
                     yield _decode_row(setting, envs, name, path, batch, horizon)
-        del envs
-        setting.free()
+            del envs
+            setting.free()
 
 
 def _decode_row(setting: Setting, envs: Any, name: str, path: str, batch: int, horizon: int) -> Row:

@@ -124,15 +124,18 @@ def find_fused(lean: Transformer) -> FusedStep | None:
         from lmgym.models.lean import kernels
 
         fused = FusedStep(lean, kernels)
-        gap, size = _compare(lean, fused)
+        gap = _compare(lean, fused)
     except Exception:  # Triton is not there, cannot compile for this GPU, or knows no kernel of that shape
         return None
-    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
-    return fused if gap <= tolerance * max(size, 1.0) else None
+    tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.1
+    return fused if gap <= tolerance else None
 
 
-def _compare(lean: Transformer, fused: FusedStep) -> tuple[float, float]:
-    """Largest difference of hidden states and keys along a few steps of two slots, and the largest hidden state."""
+def _compare(lean: Transformer, fused: FusedStep) -> float:
+    """How far hidden states are from those of the lean step, along a few steps of two slots, as a share of their norm.
+
+    In half precision single numbers may be far off, where the roundings of many layers add up.
+    """
     device = lean.tokens["weight"].device
     ids = torch.arange(8, device=device).view(2, 4) % len(lean.tokens["weight"])
     _, states = lean.read(ids)
@@ -141,12 +144,10 @@ def _compare(lean: Transformer, fused: FusedStep) -> tuple[float, float]:
         ring[:, :, :4] = state
     other = [ring.clone() for ring in plain]
     age = torch.tensor([4, 2], device=device)
-    gap = 0.0
-    size = 0.0
+    gaps = []
     for t in range(_PROBE_STEPS):
         column = torch.tensor([4 + t], device=device)
         expected = lean.step(ids[:, t], age + t, column, plain).float()
         found = fused.step(ids[:, t], age + t, column, other).float()
-        gap = max(gap, float((found - expected).abs().max().nan_to_num(torch.inf)))
-        size = max(size, float(expected.abs().max()))
-    return gap, size
+        gaps.append((found - expected).norm() / expected.norm())
+    return float(torch.stack(gaps).nan_to_num(torch.inf).max())

@@ -17,8 +17,11 @@ from torch import Tensor
 from lmgym.models.lean.parts import Norm
 from lmgym.models.lean.transformer import Heads
 
-_COLUMNS = 64  # of a ring at once, for heads up to 64 wide; fewer for wider ones
+# Of a look at a ring: columns at once, warps, and stages that are loaded ahead, by queries a key-value head.
+_ONE = (32, 1, 1)
+_GROUP = (32, 4, 1)
 _MIN_ROWS = 16  # of a matrix product in Triton
+_ONE_ROW = 1  # of a query alone: a sum of products
 _GATED = 1024  # numbers at once
 
 
@@ -42,19 +45,20 @@ def attend_ring(
     a_group = query_heads // groups
     found = torch.empty((n, query_heads * width), dtype=queries.dtype, device=queries.device)
     cosine, sine = angles if angles is not None else (queries, queries)
-    padded = max(_MIN_ROWS, triton.next_power_of_2(width))
+    columns, warps, stages = _ONE if a_group == 1 else _GROUP
     _attend[(n, groups)](
         queries, keys, values, rings[0], rings[1], found, age, column, cosine, sine,
         scaling, rings[0].shape[2],
         queries.stride(0), queries.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         rings[0].stride(0), rings[0].stride(1), rings[0].stride(2),
         A_GROUP=a_group,
-        ROWS=max(_MIN_ROWS, triton.next_power_of_2(a_group)) if a_group > 1 else 1,
+        ROWS=max(_MIN_ROWS, triton.next_power_of_2(a_group)) if a_group > 1 else _ONE_ROW,
         WIDTH=width,
-        PADDED=padded,
+        PADDED=max(_MIN_ROWS, triton.next_power_of_2(width)),
         TURNED=0 if angles is None else cosine.shape[-1],
-        COLUMNS=_COLUMNS if padded <= 64 else max(16, _COLUMNS * 64 // padded),
-        num_warps=4,
+        COLUMNS=columns,
+        STAGES=stages,
+        num_warps=warps,
     )  # fmt: skip
     return found
 
@@ -79,7 +83,7 @@ def _attend(
     query_slot, query_head, key_slot, key_head, value_slot, value_head,
     ring_slot, ring_head, ring_column,
     A_GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, TURNED: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One slot and one key-value head: softmax over its ring, block by block, with a running maximum."""
     slot = tl.program_id(0).to(tl.int64)
@@ -119,7 +123,7 @@ def _attend(
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, PADDED], tl.float32)
-    for start in range(0, columns, COLUMNS):
+    for start in tl.range(0, columns, COLUMNS, num_stages=STAGES):
         c_index = start + tl.arange(0, COLUMNS)
         ago = (column - c_index + columns) % columns
         is_seen = (ago <= age) & (c_index < columns)
