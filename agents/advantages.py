@@ -23,6 +23,8 @@ def gae(
     Returns:
         advantages (B, T), and returns (B, T) = advantages + values, the critic's target; 0 off the mask.
     """
+    if rewards.is_cuda:  # where the loop would launch some ten operations a token
+        return _gae_at_once(rewards, values, mask, gamma, gae_lambda, bootstrap)
     advantages = torch.zeros_like(rewards)
     last = rewards.new_zeros(rewards.shape[0])
     after = rewards.new_zeros(rewards.shape[0]) if bootstrap is None else bootstrap
@@ -32,6 +34,22 @@ def gae(
         last = torch.where(alive, delta + gamma * gae_lambda * last, last)
         advantages[:, t] = torch.where(alive, last, advantages[:, t])
         after = torch.where(alive, values[:, t], after)
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def _gae_at_once(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float, bootstrap: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same without a loop: advantages are sums of the TD errors that follow, (gamma * gae_lambda)^k of each."""
+    t = torch.arange(rewards.shape[1], device=rewards.device)
+    after = torch.cat([torch.where(mask, values, 0.0)[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    if bootstrap is not None:
+        is_last = mask & (t == mask.sum(-1, keepdim=True) - 1)
+        after = torch.where(is_last, bootstrap.to(values.dtype).unsqueeze(1), after)
+    errors = torch.where(mask, rewards + gamma * after - values, 0.0)
+    ahead = t.unsqueeze(1) - t  # of the row's token from the column's
+    decay = torch.where(ahead >= 0, (gamma * gae_lambda) ** ahead.clamp(min=0).to(rewards.dtype), 0.0)
+    advantages = torch.where(mask, errors @ decay, 0.0)
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 

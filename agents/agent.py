@@ -71,7 +71,7 @@ class TokenCount:
 
     def read(self, episodes: Episodes, *, forward: int = 1, backward: int = 0) -> None:
         """Counts so many passes over every token of some episodes."""
-        size = episodes.num_prompt_tokens + episodes.num_tokens
+        size = int(episodes.attention_mask.sum())
         self.forward += forward * size
         self.backward += backward * size
 

@@ -40,8 +40,8 @@ class Batch:
     def __len__(self) -> int:
         return len(self.episodes)
 
-    def __getitem__(self, rows: Tensor) -> Batch:
-        """The batch of some rows (b,) int64."""
+    def __getitem__(self, rows: Tensor | slice) -> Batch:
+        """The batch of some rows, (b,) int64 or a slice."""
         return replace(self, episodes=self.episodes[rows], advantages=self.advantages[rows], returns=self.returns[rows])
 
     def sort_by_length(self) -> Batch:
@@ -51,7 +51,7 @@ class Batch:
     def split(self, size: int) -> Iterator[Batch]:
         """Yields parts of at most `size` episodes, in their order."""
         for rows in _chunks(self.episodes, size):
-            yield self[rows]
+            yield self if size >= len(self) else self[rows]
 
     def split_for_gradients(self, size: int) -> Iterator[Batch]:
         """The same for gradients that are added up; on a CPU of no more than stay in its cache."""
@@ -163,6 +163,7 @@ def recompute(policy: TrainablePolicy, sampler: Sampler, episodes: Episodes, siz
     return replace(episodes, values=values, log_probs=log_probs)
 
 
-def _chunks(episodes: Episodes, size: int) -> tuple[Tensor, ...]:
+def _chunks(episodes: Episodes, size: int) -> Iterator[slice]:
     """Rows of episodes, `size` at a time, in their order."""
-    return torch.arange(len(episodes), device=episodes.log_probs.device).split(size)
+    for start in range(0, len(episodes), size):
+        yield slice(start, start + size)

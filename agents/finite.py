@@ -95,7 +95,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     if not some:
         return True
     largest = torch._foreach_norm(some, ord=math.inf)
-    return bool(torch.stack([x.float() for x in largest]).isfinite().all())
+    return bool(torch.stack(list(largest)).isfinite().all())
 
 
 def _weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -7,6 +7,7 @@ Shapes: B episodes a batch, b a micro-batch, P prompt columns, T response column
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from lmgym.errors import InvalidArgumentError
 from lmgym.models.caches import cache_keyword
 from lmgym.models.causal import CausalLM
 from lmgym.models.cuda_graphs import round_up_capacity
+from lmgym.models.lean.graphs import MAX_TOKENS, round_up_shape
 from lmgym.models.markov import MarkovLM
 from lmgym.models.sampling import Sampler
 
@@ -35,6 +37,7 @@ ADVICE = {
     "cache": "lower `batch_size` or `max_new_tokens`",
     "logits": "lower `batch_size`",
     "gradients": "train an adapter with `policy`='lora'",
+    "graphs": "train an adapter with `policy`='lora'",
     "optimiser": "train an adapter with `policy`='lora'",
 }
 
@@ -51,6 +54,7 @@ class Sizes:
         cast: bytes that it keeps once: weights in another type.
         inside: bytes that one layer needs for an episode while it runs again; 0 where layers are kept.
         cached: bytes of a token's keys and values in all layers.
+        has_graphs: whether optimiser steps may run as CUDA graphs.
     """
 
     batch_size: int
@@ -65,6 +69,7 @@ class Sizes:
     inside: int
     cached: int
     cast: int = 0
+    has_graphs: bool = False
 
 
 def estimate(sizes: Sizes) -> dict[str, int]:
@@ -73,6 +78,7 @@ def estimate(sizes: Sizes) -> dict[str, int]:
     Returns:
         "optimiser": Adam's two moments. "gradients": of all weights, in float32 too where weights are not.
         "layers": of a micro-batch, with its logits. "cache": keys and values of a batch. "logits": of sampling.
+        "graphs": what those of optimiser steps keep besides.
     """
     b = min(sizes.micro_batch_size, sizes.batch_size)
     float32 = 4
@@ -85,7 +91,20 @@ def estimate(sizes: Sizes) -> dict[str, int]:
         "layers": sizes.cast + b * (sizes.kept + max(sizes.inside, logit_gradients)),
         "cache": sizes.batch_size * round_up_capacity(sizes.prompt + sizes.horizon) * sizes.cached,
         "logits": sizes.batch_size * sizes.vocabulary * (2 * sizes.element + _LOGIT_COPIES * float32),
+        "graphs": _graph_bytes(sizes, b) if sizes.has_graphs else 0,
     }
+
+
+def _graph_bytes(sizes: Sizes, b: int) -> int:
+    """Bytes that graphs of optimiser steps keep, of b episodes, beside a micro-batch's layers and all gradients.
+
+    A graph writes the gradients before it adds them up. Its layers stand in the place of a micro-batch's, filled up;
+    where a micro-batch of full length is too large for graphs, those of shorter ones are there too.
+    """
+    length = sizes.prompt + sizes.horizon
+    tokens = math.prod(round_up_shape(b, length, None))
+    besides = tokens - b * length if tokens <= MAX_TOKENS else MAX_TOKENS
+    return sizes.trainable_bytes + besides * sizes.kept // length
 
 
 def peak(parts: dict[str, int]) -> int:
@@ -171,6 +190,7 @@ def measure(
         inside=inside,
         cached=_cached_bytes(lm),
         cast=max(one - kept, 0),
+        has_graphs=policy.has_graphs,
     )
 
 

@@ -43,6 +43,7 @@ from lmgym.kl import (
     token_rewards,
 )
 from lmgym.models.sampling import Sampler
+from lmgym.models.transfer import to_device
 from lmgym.rollout import check_same_step, collect, collect_steps
 
 MAX_EXACT_KL_EPISODES = 16  # a metric: it needs every token's probability under the reference, so a few episodes do
@@ -150,8 +151,10 @@ class OnPolicyAgent(LearningAgent):
         inputs = {"scores": episodes.scores, "values": episodes.values}
         inputs |= {"advantages": batch.advantages, "returns": batch.returns}
         history: list[dict[str, float]] = []
+        lengths = episodes.lengths.cpu()
         for rows in minibatch_rows(len(batch), config.epochs, config.minibatches, self.generator):
-            minibatch = batch[rows.to(self.policy.device)].sort_by_length()
+            # Short episodes first: parts have little padding. The host orders them, and rows are copied once.
+            minibatch = batch[to_device(rows[lengths[rows].argsort()], self.policy.device)]
             history.append(self.updater.step(self.losses(minibatch), inputs))
             if self.stop_early(history[-1]):
                 break

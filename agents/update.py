@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from agents.finite import GRAD_NORM, check_saving, check_step
 from agents.master_weights import MasterWeights
 from agents.policies.actor_critic import TrainablePolicy
+from lmgym.models.lean.graphs import adding_gradients
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar to minimise, and scalar metrics
 
@@ -149,10 +150,13 @@ def sum_gradients(losses: Iterable[Loss], weights: Iterable[nn.Parameter], max_g
     for weight in weights:
         weight.grad = None
     sums: dict[str, Tensor] = {}
-    for loss, metrics in losses:
-        loss.backward()
-        for name, value in metrics.items():
-            sums[name] = sums[name] + value.double() if name in sums else value.double()
+    with adding_gradients():
+        for loss, metrics in losses:
+            loss.backward()
+            # Together, because every operation on a GPU is a launch.
+            values = torch.stack(list(metrics.values())).double().unbind() if metrics else ()
+            for name, value in zip(metrics, values, strict=True):
+                sums[name] = sums[name] + value if name in sums else value
     sums[GRAD_NORM] = nn.utils.clip_grad_norm_(weights, max_grad_norm).double()
     return sums
 

@@ -144,9 +144,9 @@ def _ppo_row(setting: Setting, name: str, dtype: str, config: dict[str, Any]) ->
     row: Row = {"estimated_bytes": peak(estimate(memory_sizes(agent)))}
     if setting.is_cuda:
         row["bytes_before"] = torch.cuda.memory_allocated()
-    iterate()
-    if setting.is_cuda:
+        # Before the first iteration: later torch does not count what graphs hold between their launches.
         torch.cuda.reset_peak_memory_stats()
+    iterate()
     setting.wait()
     started = time.perf_counter()
     for _ in range(iterations):

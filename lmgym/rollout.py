@@ -19,8 +19,8 @@ from lmgym.envs.prompts import Prompt
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_int
-from lmgym.models.cuda_graphs import is_captured
 from lmgym.models.drawing import Drawing
+from lmgym.models.graph_pool import is_captured
 from lmgym.models.policy import CausalPolicy, CausalState, PlainSteps, Policy, Steps
 from lmgym.models.sampling import Sampler, check_finite_log_probs
 from lmgym.models.transfer import to_device

@@ -126,6 +126,10 @@ class MaskedPolicy(TrainablePolicy):
     def _masked(self, own: Read, mask: Read, chosen: Tensor | None = None) -> Read:
         return Read(mask_to_top_p(own.logits, mask.logits, self.top_p, chosen), own.values, own.hidden)
 
+    @property
+    def has_graphs(self) -> bool:
+        return self.policy.has_graphs
+
     def critic_parameters(self) -> list[nn.Parameter]:
         return self.policy.critic_parameters()
 

@@ -24,9 +24,9 @@ from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.activations import fuse_activations
 from lmgym.models.causal import CausalLM
-from lmgym.models.lean.find import find_trained_trunk
-from lmgym.models.lean.training import read_at
-from lmgym.models.lean.transformer import Transformer
+from lmgym.models.graph_pool import is_captured
+from lmgym.models.lean.find import find_trained, find_trained_trunk
+from lmgym.models.lean.trained import TrainedTrunk
 from lmgym.models.loading import quiet_loading
 from lmgym.models.padding import join, pack
 from lmgym.models.policy import CausalPolicy, PolicyState
@@ -87,6 +87,11 @@ class TrainablePolicy(nn.Module, ABC):
         Raises:
             InvalidArgumentError: for a checkpoint of another kind.
         """
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether its optimiser steps may run as CUDA graphs, which keep memory."""
+        return False
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """The weights that learn and that the logits depend on, a trunk that is shared with the critic included."""
@@ -178,23 +183,29 @@ class ActorCritic(TrainablePolicy):
     def read_at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Read:
         hidden, logits = self.lm.read_at(ids, rows, columns, self.autocast)
         if self.critic is not None:
-            lean = self._lean_critic  # tried out before anything is coarse
+            trained = self._lean_critic  # tried out before anything is coarse
             with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
-                hidden = self._read_critic(lean, ids, rows, columns)
+                hidden = self._read_critic(trained, ids, rows, columns)
         hidden = hidden.float()
         return Read(logits, self.value_head(hidden).squeeze(-1), hidden)
 
-    def _read_critic(self, lean: Transformer | None, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def _read_critic(self, trained: TrainedTrunk | None, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """(n, D) hidden states of the critic's own trunk."""
         assert self.critic is not None
-        if lean is not None and ids.shape[1] <= (lean.window or ids.shape[1]):
-            return read_at(lean, ids, rows, columns)
+        found = None if trained is None else trained.read_at(ids, rows, columns)
+        if found is not None:
+            return found
         hidden: Tensor = self.critic(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
         return hidden[rows, columns]
 
     @cached_property  # at the first read: layers may have been told to run again in the backward pass
-    def _lean_critic(self) -> Transformer | None:
+    def _lean_critic(self) -> TrainedTrunk | None:
         return find_trained_trunk(self.critic)
+
+    @property
+    def has_graphs(self) -> bool:
+        trunks = [self.lm.remember(find_trained), None if self.critic is None else self._lean_critic]
+        return is_captured(self.device) and any(trunk is not None for trunk in trunks)
 
     def critic_parameters(self) -> list[nn.Parameter]:
         trunk = [] if self.critic is None else list(self.critic.parameters())
@@ -280,7 +291,7 @@ class MaskedState:
 
 def read_logits(lm: CausalLM, episodes: Episodes) -> Tensor:
     """(n, V) logits of a model at every chosen token of episodes, row by row of their mask."""
-    return lm.response_hidden(*_packed(episodes))[1]
+    return lm.read_at(*_packed(episodes))[1]
 
 
 def new_value_head(width: int, device: torch.device) -> nn.Linear:

@@ -17,6 +17,7 @@ from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lmgym.errors import InvalidArgumentError
+from lmgym.models.lean.trained import RECOMPUTES
 
 _ATTENTION_KERNELS = {
     SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
@@ -58,7 +59,7 @@ def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
         # No dropout, so nothing is drawn, and no generator has to be put back.
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_same_attention)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__})
+    return type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__, RECOMPUTES: True})
 
 
 def _same_attention() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

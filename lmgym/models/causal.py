@@ -17,8 +17,7 @@ from lmgym.models.categorical import log_probs_and_entropies
 from lmgym.models.lean.find import find_lean, find_trained
 from lmgym.models.lean.products import logits_in_half
 from lmgym.models.lean.scoring import score_by_columns
-from lmgym.models.lean.training import read_at
-from lmgym.models.lean.transformer import Transformer
+from lmgym.models.lean.trained import TrainedTrunk
 from lmgym.models.loading import check_embedded
 from lmgym.models.padding import pack
 from lmgym.models.positions import max_positions
@@ -162,26 +161,25 @@ class CausalLM(Texts):
             autocast: what the trunk's products are computed in, where that is not the type of the weights. Norms,
                 sums of layers and logits stay in float32.
         """
-        lean = self.remember(find_trained)
-        if lean is not None and lean.window is not None and ids.shape[1] > lean.window:
-            lean = None
+        trained = self.remember(find_trained)
         if autocast is not None:
-            return self._read_coarsely(lean, ids, rows, columns, autocast)
-        if lean is None:
+            return self._read_coarsely(trained, ids, rows, columns, autocast)
+        hidden = None if trained is None else trained.read_at(ids, rows, columns)
+        if trained is None or hidden is None:
             return self.response_hidden(ids, rows, columns)
-        hidden = read_at(lean, ids, rows, columns)
-        return hidden, self.legal_logits(lean.logits(hidden, self.vocab_size))
+        return hidden, self.legal_logits(trained.lean.logits(hidden, self.vocab_size))
 
     def _read_coarsely(
-        self, lean: Transformer | None, ids: Tensor, rows: Tensor, columns: Tensor, autocast: torch.dtype
+        self, trained: TrainedTrunk | None, ids: Tensor, rows: Tensor, columns: Tensor, autocast: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         is_separate = self.remember(has_separate_head)  # tried out before anything is coarse
         with torch.autocast(self.device.type, autocast):
             if not is_separate:
                 hidden, logits = self.response_hidden(ids, rows, columns)
                 return hidden, logits.float()
-            if lean is not None:
-                hidden = read_at(lean, ids, rows, columns)
+            found = None if trained is None else trained.read_at(ids, rows, columns)
+            if found is not None:
+                hidden = found
             else:
                 trunk = self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
                 hidden = trunk[0][rows, columns]

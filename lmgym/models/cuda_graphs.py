@@ -5,8 +5,6 @@ They belong to `StepGraphs`, which decoders borrow one after the other and give 
 parameters, and follow their training. What is captured has static shapes: as many slots as are in use, and the columns
 of the rings up to one of eight steps; there is one graph for each such size that comes up.
 
-Without a GPU a captured function is simply called, so that tests can run everything (`CAPTURED_DEVICES`).
-
 Shapes: N slots, n of them in use, C ring columns, c of them in use.
 """
 
@@ -20,22 +18,15 @@ from torch import Tensor, nn
 
 from lmgym.models.causal import CausalLM
 from lmgym.models.drawing import Drawing
+from lmgym.models.graph_pool import GraphPool, Run
 
 Step = Callable[..., tuple[Tensor, ...]]
-Run = Callable[[], tuple[Tensor, ...]]
 Key = tuple[Hashable, ...]
 
-CAPTURED_DEVICES = {"cuda"}  # where steps run as graphs
 MAX_WAITING = 2  # rings of a model that wait for their next decoder
 _MAX_DRAWINGS = 2  # that rings keep graphs for
 _COLUMNS = 32  # rings have a multiple of this; attention with a mask is quickest at multiples of 8
 _MAX_STEPS = 8  # numbers of columns that a ring is read at
-_WARM_UPS = 3  # runs before a capture: libraries choose their kernels in the first
-
-
-def is_captured(device: torch.device) -> bool:
-    """Whether steps on a device run as graphs."""
-    return device.type in CAPTURED_DEVICES
 
 
 def round_up_capacity(columns: int) -> int:
@@ -47,42 +38,6 @@ def round_up_columns(used: int, capacity: int) -> int:
     """How many columns of a ring are read where so many are in use: one of at most eight numbers."""
     step = round_up_capacity(-(-capacity // _MAX_STEPS))
     return min(used + -used % step, capacity)
-
-
-class GraphPool:
-    """Captures functions on tensors that stay where they are; what they need besides shares its memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
-        self._pool = torch.cuda.graph_pool_handle() if self._is_cuda else None
-
-    def capture(self, run: Run, state: Sequence[Tensor]) -> Run:
-        """The function as one launch; its outputs are written over by the next launch of any function of the pool.
-
-        Args:
-            run: what is captured.
-            state: what it reads and writes; it is as before when the function has been captured.
-        """
-        if not self._is_cuda:
-            return run
-        before = [x.clone() for x in state]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                run()
-                for x, old in zip(state, before, strict=True):
-                    x.copy_(old)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = run()
-
-        def replay() -> tuple[Tensor, ...]:
-            graph.replay()
-            return outputs
-
-        return replay
 
 
 class StepGraphs:

@@ -17,8 +17,9 @@ from transformers import DynamicCache
 
 from lmgym.models.caches import cache_keyword
 from lmgym.models.causal import CausalLM, token_log_probs
-from lmgym.models.cuda_graphs import StepGraphs, borrow_graphs, is_captured, round_up_capacity, round_up_columns
+from lmgym.models.cuda_graphs import StepGraphs, borrow_graphs, round_up_capacity, round_up_columns
 from lmgym.models.drawing import Drawing
+from lmgym.models.graph_pool import is_captured
 from lmgym.models.lean.find import find_lean
 from lmgym.models.padding import pad_left
 from lmgym.models.ring_step import LeanStep, RingStep, make_step

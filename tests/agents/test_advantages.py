@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.advantages import gae, group_leave_one_out, group_standardised, leave_one_out, returns_to_go, whiten
+from agents.advantages import (
+    _gae_at_once,
+    gae,
+    group_leave_one_out,
+    group_standardised,
+    leave_one_out,
+    returns_to_go,
+    whiten,
+)
 
 GAMMA = 0.9
 LAMBDA = 0.8
@@ -61,6 +69,9 @@ def test_gae_is_the_discounted_sum_of_deltas(gamma: float, gae_lambda: float, tr
     expected = slow_gae(rewards, values, mask, gamma, gae_lambda, bootstrap)
     torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(returns, (expected + values) * mask, rtol=0, atol=1e-12)
+    at_once = _gae_at_once(rewards, values, mask, gamma, gae_lambda, bootstrap)  # what a GPU runs
+    for x, y in zip(at_once, (advantages, returns), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
 
 
 def test_lambda_one_is_monte_carlo_less_the_value() -> None:

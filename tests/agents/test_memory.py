@@ -149,6 +149,12 @@ def test_the_parts_of_an_estimate() -> None:
     assert estimate(half)["gradients"] == 200 + 400  # in float32 for the copies of the weights
     assert estimate(replace(SIZES, micro_batch_size=100))["layers"] == 8 * (1000 + 400)
     assert estimate(replace(SIZES, cast=50))["layers"] == parts["layers"] + 50
+    assert parts["graphs"] == 0
+    graphed = replace(SIZES, has_graphs=True)
+    # 2 rows of 8 tokens in a graph of 4 rows of 16, and one that is too large.
+    assert estimate(graphed)["graphs"] == 400 + (4 * 16 - 2 * 8) * 1000 // 8
+    long = replace(graphed, horizon=9997)
+    assert estimate(long)["graphs"] == 400 + 8192 * 1000 // 10000
 
 
 def test_what_does_not_fit_is_refused_with_what_to_lower() -> None:

@@ -15,7 +15,7 @@ from transformers import OPTConfig
 
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
-from lmgym.models import cuda_graphs
+from lmgym.models import cuda_graphs, graph_pool
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.cuda_graphs import StepGraphs, round_up_capacity, round_up_columns
 from lmgym.models.policy import CapturedSteps, CausalPolicy
@@ -68,7 +68,7 @@ class Machine:
 
     def switch(self, is_on: bool) -> None:
         """Has steps captured, or not."""
-        self._monkeypatch.setattr(cuda_graphs, "CAPTURED_DEVICES", {self.device} if is_on else set())
+        self._monkeypatch.setattr(graph_pool, "CAPTURED_DEVICES", {self.device} if is_on else set())
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

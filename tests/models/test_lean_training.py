@@ -102,14 +102,15 @@ class Detached(nn.Module):
 def test_a_wrong_gradient_and_a_changed_layer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = trained(drawn("GPT-2", {"activation_function": "relu"}))
     trunk = lm.model.base_model
-    lean = find_trained_trunk(trunk)
-    assert lean is not None
+    trained_trunk = find_trained_trunk(trunk)
+    assert trained_trunk is not None
+    lean = trained_trunk.lean
     block = trunk.h[0]
     plain = type(block)
     block.__class__ = type(plain.__name__, (plain,), {"__module__": "elsewhere"})
     assert not has_equal_gradients(trunk, lean)
     block.__class__ = plain
-    monkeypatch.setattr(find, "read_at", lambda *parts: read_at(*parts) * torch.linspace(0.99, 1.01, 32))
+    monkeypatch.setattr(find, "read_here", lambda *parts: read_at(*parts) * torch.linspace(0.99, 1.01, 32))
     assert not has_equal_gradients(trunk, lean)
     monkeypatch.undo()
     assert has_equal_gradients(trunk, lean)
