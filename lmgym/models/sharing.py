@@ -163,11 +163,17 @@ def to_device(lm: CausalLM, device: str, dtype: str) -> CausalLM:
     return lm.remember(_copy_to_device, str(resolved), DTYPES[dtype])
 
 
-def move(lm: CausalLM, device: str) -> CausalLM:
-    """The model itself where no other device than its own is named; else a copy there, in its own dtype."""
-    if device == "auto" or resolve_device(device).type == lm.device.type:
+def as_named(lm: CausalLM, device: str, dtype: str) -> CausalLM:
+    """The model itself; or a copy, where a device other than its own is named or another dtype than float32.
+
+    "auto" and "float32" stand for the device and the dtype that it has: they are what is given where nothing is said.
+    """
+    check_choice("dtype", dtype, DTYPES)
+    where = lm.device if device == "auto" else resolve_device(device)
+    kind = lm.dtype if dtype == "float32" else DTYPES[dtype]
+    if where.type == lm.device.type and kind == lm.dtype:
         return lm
-    return lm.remember(_copy_to_device, device, lm.dtype)
+    return lm.remember(_copy_to_device, str(where), kind)
 
 
 def _copy_to_device(lm: CausalLM, device: str, dtype: torch.dtype) -> CausalLM:

@@ -166,13 +166,13 @@ class Task:
     def reference(self, device: str = "auto", dtype: str = "float32") -> CausalLM:
         """The frozen supervised model, loaded once however many ask for it.
 
-        A `CausalLM` stays as it is, but for a copy on another device where one is named.
+        A `CausalLM` stays as it is, but for a copy on another device or in half precision where that is named.
         """
         from lmgym.models.causal import CausalLM
-        from lmgym.models.sharing import load_causal_lm, move, temper, to_device
+        from lmgym.models.sharing import as_named, load_causal_lm, temper, to_device
 
         if isinstance(self.model, CausalLM):
-            lm = move(self.model, device)
+            lm = as_named(self.model, device, dtype)
         else:
             model = self.model
             lm = to_device(model(), device, dtype) if callable(model) else load_causal_lm(model, device, dtype)

@@ -817,6 +817,8 @@ def test_a_live_model_moves_to_a_device_that_is_named(parts: Parts) -> None:
     moved = task.reference("meta")
     assert (moved.device.type, lm.device.type) == ("meta", "cpu")
     assert task.reference("meta") is moved
+    assert task.reference("cpu", "bfloat16").dtype == torch.bfloat16
+    assert task.reference("cpu", "bfloat16").model is not lm.model
 
 
 def test_a_live_model_is_not_copied_by_the_wrappers(parts: Parts) -> None:
