@@ -18,6 +18,8 @@ SB3 = 4  # the process's generators of Python and torch, lent to Stable-Baseline
 SB3_NUMPY = 5  # the process's generator of numpy, lent to Stable-Baselines3
 COMPLETIONS = 6  # tokens sampled to be judged
 REFERENCE_SAMPLES = 7  # tokens sampled to centre a reward model
+LABELS = 8  # prompts and completions to be labelled, of each round
+JUDGES = 9  # simulated annotators of each round
 EVALUATION = 20_000_003  # tokens sampled to grade a policy
 
 

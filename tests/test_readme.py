@@ -37,6 +37,7 @@ from agents.algorithms.sft import SFT, SFTConfig
 from agents.on_policy_config import OnPolicyConfig
 from agents.runs.plan import check
 from agents.runs.run import train
+from agents.runs.worth_plan import with_list
 from builders import cards
 from builders.pages import add_agent_rows, missing_agents
 from lmgym.envs.options import RESET_OPTIONS
@@ -445,7 +446,7 @@ def test_commands_compose(document: Path, alone: pytest.MonkeyPatch, tmp_path: P
         elif not (ROOT / "conf" / f"{module}.yaml").is_file():  # its arguments are names and flags
             assert not [argument for argument in arguments if "=" in argument]
         else:
-            cfg = composed(module, overrides, tmp_path / "conf")
+            cfg = composed(module, with_list(overrides, "labels"), tmp_path / "conf")
             if module == "train":
                 check(cfg)
 

@@ -167,13 +167,17 @@ def _texts(writer: Writer, request: Request) -> list[str]:
 
 
 def write_completions(
-    request: Request, writers: Sequence[Writer], progress: Callable[[int], object] | None = None
+    request: Request,
+    writers: Sequence[Writer],
+    progress: Callable[[int], object] | None = None,
+    order: Sequence[int] | None = None,
 ) -> Iterator[Record]:
     """Yields a record a prompt, its completions those of one policy after the other, each text once.
 
     Args:
         request: what is to be written. writers: its policies.
         progress: called with the number of completions of every batch that has been sampled.
+        order: of the prompts, as indices; None is as they stand.
 
     Yields:
         Records without a judgement, whose columns have the prompt's own, its index, and the names of task and split. A
@@ -183,9 +187,10 @@ def write_completions(
 
     generators = [torch_generator(request.seed, COMPLETIONS, i) for i in range(len(writers))]
     prompts = _prompts(writers[0].envs, request)
+    chosen = range(len(prompts)) if order is None else order
     size = max(1, BATCH_SIZE // request.samples)
-    for start in range(0, len(prompts), size):
-        rows = range(start, min(start + size, len(prompts)))
+    for start in range(0, len(chosen), size):
+        rows = chosen[start : start + size]
         written: list[list[Completion]] = [[] for _ in rows]
         for writer, generator in zip(writers, generators, strict=True):
             for found, more in zip(written, _write(writer, rows, request.samples, generator), strict=True):
@@ -203,7 +208,7 @@ def _record(prompt: Prompt, completions: tuple[Completion, ...], task: str, spli
     return Record(str(prompt.text), completions, id=f"{task}-{split}-{prompt.index}", columns=columns)
 
 
-def _write(writer: Writer, rows: range, samples: int, generator: Any) -> list[list[Completion]]:
+def _write(writer: Writer, rows: Sequence[int], samples: int, generator: Any) -> list[list[Completion]]:
     """Completions of some prompts by one policy, `samples` each."""
     prompts = [writer.envs.engine.prompts[row] for row in rows]
     repeated = [prompt for prompt in prompts for _ in range(samples)]

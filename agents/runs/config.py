@@ -139,7 +139,7 @@ def explained(error: CompactHydraException) -> str:
         if meant is not None and meant != name:
             return f"`{name}` is called `{meant}` here: {meant}=..."
         known = [str(key) for key in cause.parent_node if key not in ("hydra", "_target_")]
-        if "agent" in known:  # of training, where a choice that stands at null has no key
+        if "agent" in known and "labels" not in known:  # of training, where a choice that stands at null has no key
             known.append("experiment")
         more = f" To add it, write +{name}=..." if name.count(".") > 1 else ""
         if known:

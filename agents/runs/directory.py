@@ -23,6 +23,7 @@ from lmgym.files import RunFileError, read_text, remove, write_atomically
 CONFIG_FILE = "config.yaml"
 VERSIONS = "versions.json"
 CHECKPOINT = "checkpoint"
+CELLS = "cells"  # finished parts of a run that has several
 MAX_RUNS_NAMED = 4
 RUN_FILES = (CONFIG_FILE, VERSIONS, METRICS_FILE, TENSORBOARD, CHECKPOINT, "summary.json", "samples.json", "curves.png")
 _HEADER = "# The config of a run of lmgym. A checkpoint beside it was saved with these numbers."
@@ -50,8 +51,8 @@ def empty_again(directory: Path) -> Iterator[None]:
 def new_run(directory: Path, values: Mapping[str, Any], files: Sequence[str] = RUN_FILES) -> Iterator[None]:
     """Holds a directory for a new run and writes its config there.
 
-    Where the block fails before there is a row of metrics or a checkpoint, what it has made is removed, and nothing
-    else. A run that was killed so early, or before its first checkpoint, is begun anew.
+    Where the block fails before there is a row of metrics, a checkpoint or a finished part, what it has made is
+    removed, and nothing else. A run that was killed so early, or before its first checkpoint, is begun anew.
 
     Args:
         directory: of the run. values: of its config. files: what a run of this command writes.
@@ -87,7 +88,7 @@ def _clear(directory: Path, files: Sequence[str]) -> None:
     there = [name for name in files if os.path.lexists(directory / name)]
     if not there:
         return
-    if newest(directory / CHECKPOINT) is not None:
+    if newest(directory / CHECKPOINT) is not None or _has_cells(directory):
         raise InvalidArgumentError(
             f"`hydra.run.dir` must be a directory without a run, and {directory} holds one: go on with that by "
             f"{shlex.quote(f'resume={directory}')}, or choose another."
@@ -105,7 +106,12 @@ def _clear(directory: Path, files: Sequence[str]) -> None:
 def _is_worth_keeping(directory: Path) -> bool:
     """Whether a run has come so far that somebody may want to see it, or go on from it."""
     metrics = directory / METRICS_FILE
-    return os.path.lexists(directory / CHECKPOINT) or (metrics.is_file() and metrics.stat().st_size > 0)
+    has_rows = metrics.is_file() and metrics.stat().st_size > 0
+    return os.path.lexists(directory / CHECKPOINT) or has_rows or _has_cells(directory)
+
+
+def _has_cells(directory: Path) -> bool:
+    return any((directory / CELLS).glob("*.json"))
 
 
 def _remove_leftovers(directory: Path, files: Sequence[str]) -> None:

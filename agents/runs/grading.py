@@ -91,7 +91,7 @@ def _replaced(settings: dict[str, Any]) -> dict[str, str]:
     return replaced
 
 
-def _graded(plan: Plan) -> Task:
+def graded_task(plan: Plan) -> Task:
     """The task, with the prompts alone that are graded: V* is of those."""
     split = plan.evaluation.split
     count = plan.evaluation.prompts
@@ -110,7 +110,7 @@ def find_best_response(plan: Plan, agent: Agent) -> float | None:
     """What the policy can earn at most, where it is certain of every token and that can be found out."""
     from lmgym.optimum import best_response
 
-    task = _graded(plan)
+    task = graded_task(plan)
     if not (agent.deterministic or plan.sampler.is_greedy(task.max_new_tokens - 1)):
         return None
     try:
@@ -144,7 +144,7 @@ def find_scale(plan: Plan, before: Evaluation, after: Evaluation) -> Scale:
     from lmgym.scores import reference_return
     from lmgym.tasks import StoredOptimum
 
-    task = _graded(plan)
+    task = graded_task(plan)
     split = plan.evaluation.split
     stored = find_known(task, split)
     if stored is not None:

@@ -162,3 +162,23 @@ def reward_help_page(conf: Path) -> str:
         "Hydra's own options: --hydra-help",
     ]
     return "\n\n".join(parts)
+
+
+def worth_help_page(conf: Path) -> str:
+    """What `python -m agents.worth --help` prints: every key in a line.
+
+    Args:
+        conf: the directory of configs.
+    """
+    keys = (conf / "worth.yaml").read_text(encoding="utf-8").partition("\ntask:")[2].partition("\nhydra:")[0]
+    agents = {path.stem: _blurb(path) for path in sorted((conf / "agent").glob("*.yaml"))}
+    choices = {path.stem: _comment(path) for path in sorted((conf / "reward").glob("*.yaml"))}
+    parts = [
+        "python -m agents.worth [task=NAME] [labels=0,50,200] [agent=NAME] [reward=NAME] [key=value ...]",
+        "Measures what labels are worth: for each number of them, simulated annotators, a reward model and a policy.",
+        f"The run:\n{_indented(f'task:{keys}')}",
+        f"agent=NAME, what is trained (its keys: python -m agents.train agent=NAME --help):\n{_listed(agents)}",
+        f"reward=NAME, what the reward model fits (its keys: python -m agents.reward --help):\n{_listed(choices)}",
+        "Hydra's own options: --hydra-help",
+    ]
+    return "\n\n".join(parts)

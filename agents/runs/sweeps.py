@@ -44,6 +44,7 @@ def run_name(_root_: DictConfig) -> str:
     task = str(_root_.task)  # perhaps one that does not exist: the run says so, in a line, and only that run ends
     choices = hydra.runtime.choices
     kind = str(choices.agent) if "agent" in choices else f"reward-{choices.reward}"
+    kind = f"worth-{kind}" if "labels" in _root_ else kind
     words = [kind, USUAL_SETTINGS.get(task, task), f"seed{_root_.seed}"]
     if _root_.get("seeds", 1) != 1:
         words.append(f"seeds{_root_.seeds}")
@@ -117,9 +118,9 @@ def multirun_table(directory: Path) -> str:
     columns = _varied(runs)
     rows = [[*_titles(columns), "return", "share of the gain", "directory"]]
     rows += [[*_cells(run, columns), *_result(run["summary"]), run["name"]] for run in runs]
-    parts = [heading, _aligned(rows)]
+    parts = [heading, aligned(rows)]
     if "seed" in columns and (means := _means_over_seeds(runs, [name for name in columns if name != "seed"])):
-        parts.append(_aligned(means))
+        parts.append(aligned(means))
     return "\n\n".join(parts)
 
 
@@ -217,7 +218,7 @@ def _over_seeds(summaries: Sequence[Mapping[str, Any]], name: str) -> str:
     return _estimate(vars(Interval.of(torch.tensor(known, dtype=torch.float64))))
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
