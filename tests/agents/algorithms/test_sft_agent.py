@@ -143,7 +143,7 @@ def test_an_expert_is_cloned() -> None:
     assert optimum.policy is not None
     history = learn(agent, 200, total=4_000)
     value = tree.evaluate(make_episode_logits(agent.policy)).value
-    assert (value - optimum.reference) / (optimum.value - optimum.reference) > 0.9
+    assert (value - optimum.reference) / (optimum.value - optimum.reference) > 0.8
     returns = np.mean([row["train/demonstration_return"] for row in history])
     assert returns == pytest.approx(optimum.value, abs=0.03)
     kl = tree.evaluate(make_episode_logits(optimum.policy)).metrics["kl"]
