@@ -25,6 +25,7 @@ TINY = {
     "custom_task": ["--samples", "500"],
     "discrete_sac": ["--steps", "320"],
     "dqn_mlp": ["--steps", "40", "--episodes", "2"],
+    "feedback_loop": ["--rounds", "2", "--labels", "24", "--steps", "600"],
     "mcts": ["--simulations", "20", "--prompts", "1"],
     "ppo_single_file": ["--steps", "1024"],
     "sb3_ppo_mlp": ["--steps", "2048", "--samples", "16"],
@@ -68,6 +69,16 @@ def check_custom_task(lines: list[str]) -> None:
     assert best[1] <= optimum <= best[2] < best[1] + 0.02  # the few scores below 1 may hide rarer ones
 
 
+def check_feedback_loop(lines: list[str]) -> None:
+    """A row a round, whose labels add up, and whose gold return is the gold score less the price of the KL."""
+    assert [int(line.split()[0]) for line in lines[1:]] == [24, 48]
+    for line in lines[1:]:
+        old, new, gold, kl, returned = numbers(line)
+        assert 0 <= old <= 1
+        assert 0 <= new <= 1
+        assert returned == pytest.approx(gold - 0.2 * kl, abs=0.003)
+
+
 def check_mcts(lines: list[str]) -> None:
     """A response that was found is no better than V* and, with these simulations, better than greedy decoding."""
     greedy, _, found, optimum = numbers(lines[0])
@@ -83,6 +94,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "custom_agent": check_custom_agent,
     "custom_reward": check_custom_reward,
     "custom_task": check_custom_task,
+    "feedback_loop": check_feedback_loop,
     "mcts": check_mcts,
     "ppo_single_file": check_ppo_single_file,
 }
