@@ -3,8 +3,8 @@
     python -m examples.feedback_loop --rounds 3 --labels 300 --steps 20000
 
 The first completions are the reference's, the next ones the new policy's. The annotators are simulated: they feel the
-hidden score of `reviews`, with noise. So the accuracy of the reward model is known, and so is what the policy is worth. One
-run is noisy, and need not rise: `python -m agents.worth rounds=3` gives means over seeds.
+hidden score of `reviews`, with noise. So the accuracy of the reward model is known, and so is what the policy is worth.
+One run is noisy, and need not rise: `python -m agents.worth rounds=3` gives means over seeds.
 """
 
 from __future__ import annotations
