@@ -120,7 +120,7 @@ class ResidualPolicy(TrainablePolicy):
 
     def read_at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Read:
         with torch.no_grad():
-            reference = self.reference.response_hidden(ids, rows, columns)[1]
+            reference = self.reference.read_at(ids, rows, columns)[1]
         hidden, residual = self.network.hidden_at(ids, rows, columns)
         return Read(reference.float() + residual, self.value_head(hidden).squeeze(-1), hidden)
 

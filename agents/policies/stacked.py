@@ -120,7 +120,7 @@ class StackedPolicy:
         if self._reference is not None:
             flat = columns + torch.arange(s, device=ids.device)[:, None] * b * length
             with torch.no_grad():
-                reference = self._reference.response_hidden(
+                reference = self._reference.read_at(
                     ids.flatten(0, 1), flat.flatten() // length, flat.flatten() % length
                 )[1]
             logits = logits + reference.float().view(logits.shape)
