@@ -50,7 +50,7 @@ class Transformer(nn.Module):
         return self.model.lm_head
 
     def hidden_at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        return self.lm.response_hidden(ids, rows, columns)
+        return self.lm.read_at(ids, rows, columns)
 
     def decoder(self, slots: int, capacity: int) -> Decoder:
         return make_decoder(self.lm, slots, capacity, keep_hidden=True)
