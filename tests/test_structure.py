@@ -48,6 +48,11 @@ def test_no_file_is_long() -> None:
     assert not {name: length for name, length in lengths.items() if length > MAX_LINES}
 
 
+def test_files_of_tests_have_names_of_their_own() -> None:
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []  # pytest imports them by name
+
+
 def test_no_class_has_many_methods() -> None:
     assert not by_file(big_classes, *PACKAGES)
 
