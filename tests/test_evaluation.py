@@ -348,8 +348,16 @@ def test_the_interval_is_of_the_sampling_where_all_prompts_are_graded(problem: T
 
 
 def test_the_interval_is_over_prompts_where_only_some_are_graded_or_once(problem: TinyProblem) -> None:
+    def score_all_differently(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        """So that no score is rare, whatever the model writes."""
+        ids = columns["completion_ids"]
+        return [
+            0.01 * len(p) + sum(0.001 * (t + 1) * a for t, a in enumerate(c)) for p, c in zip(prompts, ids, strict=True)
+        ]
+
     for few in ({"samples": 50, "prompts": 2}, {"samples": 1}):
-        found = evaluate(CausalPolicy(problem.lm), envs_of(problem), generator=rng(), **few)
+        envs = envs_of(problem, reward=score_all_differently)
+        found = evaluate(CausalPolicy(problem.lm), envs, generator=rng(), **few)
         means = found.episodes.scores.view(few.get("prompts", 3), -1).mean(1)
         assert_close(found.metrics["score"], Interval.of(means))
 

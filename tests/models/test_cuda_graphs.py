@@ -78,16 +78,14 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def make_lm(kind: str, machine: Machine) -> CausalLM:
     """A tiny model: "GPT-2" has holes in its vocabulary, "OPT" runs as it is, and the responses of both end early."""
-    if kind == "GPT-2":
+    if kind == "GPT-2":  # ends early by itself
         model = gpt2(V, seed=11, scale=0.25, n_positions=60)
-        end = model.transformer.ln_f
     else:
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}
         config = OPTConfig(vocab_size=V, max_position_embeddings=60, word_embed_proj_dim=32, init_std=0.25, **sizes)
         model = tiny_lm(config).model
-        end = model.model.decoder.final_layer_norm
-    with torch.no_grad():  # responses of all lengths, so that the batch gets smaller more than once
-        end.bias += model.lm_head.weight[EOS] * (1 if kind == "GPT-2" else 0.3)
+        with torch.no_grad():  # responses of all lengths, so that the batch gets smaller more than once
+            model.model.decoder.final_layer_norm.bias += model.lm_head.weight[EOS] * 0.3
     lm = CausalLM(freeze(model.to(machine.device)), word_tokenizer())
     if kind == "GPT-2":
         lm.holes = [5, 9]

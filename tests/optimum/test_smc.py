@@ -238,7 +238,7 @@ def test_one_particle_earns_j_on_average(problem: TinyProblem) -> None:
     """S = 1 is no tighter than the policy itself, resampled or not."""
     for prompt in problem.prompts:
         log_pi = problem.token_log_probs(near(problem), prompt).sum(1)
-        found = smc(problem.task, runs(problem, prompt, 1000), critic(problem), 1, seeded(6), resample_at=1.0)
+        found = smc(problem.task, runs(problem, prompt, 3000), critic(problem), 1, seeded(6), resample_at=1.0)
         assert is_z_score_of(problem.kl_coef * found.log_z, problem.objective(prompt, log_pi))
 
 
