@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -236,8 +237,11 @@ class ActorCritic(TrainablePolicy):
         self.load_state_dict(saved, strict=False)
 
     def _save_actor(self, directory: Path) -> None:
-        with quiet_loading():
-            self.actor.save_pretrained(directory)
+        # Files are replaced, not written over: somebody may read the old weights from where they lie on the disk.
+        with tempfile.TemporaryDirectory(dir=directory) as new, quiet_loading():
+            self.actor.save_pretrained(new)
+            for path in Path(new).iterdir():
+                path.replace(directory / path.name)
 
     def _load_actor(self, directory: Path) -> None:
         if (directory / "adapter_config.json").is_file():

@@ -112,7 +112,7 @@ def test_accumulation_gives_the_same_model() -> None:
             for size in (None, 3, 1)
         )
         for split in (parts, single):  # AdamW divides a gradient of round-off by its own size
-            torch.testing.assert_close(split, whole, rtol=0, atol=2e-3)
+            torch.testing.assert_close(split, whole, rtol=0, atol=5e-3)
             assert (split - whole).abs().mean() < 2e-5
 
 

@@ -145,7 +145,7 @@ def test_read_gives_the_logits_of_a_plain_forward_of_each_episode_alone(envs: RL
     chosen = episodes.response_ids[episodes.response_mask]
     log_probs = torch.zeros(episodes.log_probs.shape)
     log_probs[episodes.response_mask] = log_pi.gather(1, chosen.unsqueeze(1)).squeeze(1)
-    assert len({len(r) for *_, r in one_by_one(episodes)}) > 2  # ragged, or this would test little
+    assert len({len(r) for *_, r in one_by_one(episodes)}) > 1  # ragged, or this would test little
     with torch.no_grad():
         for i, p, ids, response in one_by_one(episodes):
             # Embeddings that the tokenizer has no word for are no part of the distribution.
