@@ -7,7 +7,7 @@ import inspect
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,16 @@ def _comment(path: Path) -> str:
     return next((line for line in text if not line.startswith("@package")), "")
 
 
+def _keys_of(config: Path) -> str:
+    """What a command's config holds from `task` on, without Hydra's part."""
+    return "task:" + config.read_text(encoding="utf-8").partition("\ntask:")[2].partition("\nhydra:")[0]
+
+
+def _of_each(directory: Path, tell: Callable[[Path], str]) -> dict[str, str]:
+    """What is told of each config of a group, by name."""
+    return {path.stem: tell(path) for path in sorted(directory.glob("*.yaml"))}
+
+
 def _agent_keys(path: Path) -> str:
     """The keys of an agent's config with their values and meanings, those that it shares with others first."""
     values = read_config(path)
@@ -131,13 +141,13 @@ def sample_help_page(conf: Path) -> str:
     Args:
         conf: the directory of configs.
     """
-    keys = (conf / "sample.yaml").read_text(encoding="utf-8").partition("\ntask:")[2].partition("\nhydra:")[0]
-    samplers = {path.stem: _comment(path) for path in sorted((conf / "sampler").glob("*.yaml"))}
-    agents = {path.stem: _blurb(path) for path in sorted((conf / "agent").glob("*.yaml"))}
+    keys = _keys_of(conf / "sample.yaml")
+    samplers = _of_each(conf / "sampler", _comment)
+    agents = _of_each(conf / "agent", _blurb)
     parts = [
         "python -m agents.sample [task=NAME] [policies=NAME or DIRECTORY] [key=value ...]",
         "Writes completions of a task's prompts, for people to judge: python -m lmgym.feedback --help.",
-        f"Keys:\n{_indented(f'task:{keys}')}",
+        f"Keys:\n{_indented(keys)}",
         f"Policies besides run directories, each as it is before it learns:\n{_listed(agents)}",
         f"sampler=NAME, the distribution that tokens are drawn from (a run keeps its own):\n{_listed(samplers)}",
         "Hydra's own options: --hydra-help",
@@ -151,12 +161,12 @@ def reward_help_page(conf: Path) -> str:
     Args:
         conf: the directory of configs.
     """
-    keys = (conf / "reward.yaml").read_text(encoding="utf-8").partition("\ntask:")[2].partition("\nhydra:")[0]
-    choices = {path.stem: _comment(path) for path in sorted((conf / "reward").glob("*.yaml"))}
+    keys = _keys_of(conf / "reward.yaml")
+    choices = _of_each(conf / "reward", _comment)
     parts = [
         "python -m agents.reward preferences=FILE [task=NAME] [model=DIRECTORY] [reward=NAME] [reward.KEY=value ...]",
         "Trains a reward model on feedback; env.reward=DIRECTORY/reward then pays its score.",
-        f"The run:\n{_indented(f'task:{keys}')}",
+        f"The run:\n{_indented(keys)}",
         f"reward=NAME, what is fitted:\n{_listed(choices)}",
         f"Keys reward.KEY:\n{_indented(_lines_of(find_fields(REWARD_CONFIG), {}))}",
         "Hydra's own options: --hydra-help",
@@ -170,13 +180,13 @@ def worth_help_page(conf: Path) -> str:
     Args:
         conf: the directory of configs.
     """
-    keys = (conf / "worth.yaml").read_text(encoding="utf-8").partition("\ntask:")[2].partition("\nhydra:")[0]
-    agents = {path.stem: _blurb(path) for path in sorted((conf / "agent").glob("*.yaml"))}
-    choices = {path.stem: _comment(path) for path in sorted((conf / "reward").glob("*.yaml"))}
+    keys = _keys_of(conf / "worth.yaml")
+    agents = _of_each(conf / "agent", _blurb)
+    choices = _of_each(conf / "reward", _comment)
     parts = [
         "python -m agents.worth [task=NAME] [labels=0,50,200] [agent=NAME] [reward=NAME] [key=value ...]",
         "Measures what labels are worth: for each number of them, simulated annotators, a reward model and a policy.",
-        f"The run:\n{_indented(f'task:{keys}')}",
+        f"The run:\n{_indented(keys)}",
         f"agent=NAME, what is trained (its keys: python -m agents.train agent=NAME --help):\n{_listed(agents)}",
         f"reward=NAME, what the reward model fits (its keys: python -m agents.reward --help):\n{_listed(choices)}",
         "Hydra's own options: --hydra-help",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agents.runs.picture_style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, blank_figure, dress
 from agents.runs.recorder import read_rows
 from agents.runs.report import is_known, optimum_bounds, problem, reference_of, share_of_gain, two_decimals
 from lmgym.files import write_atomically
@@ -17,14 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Told apart by colour-blind readers too.
-_BLUE = "#0072B2"
-_ORANGE = "#D55E00"
-_GREEN = "#009E73"
-_PURPLE = "#8B5FBF"
-_INK = "#222222"
-_MUTED = "#6B6B6B"
-_GRID = "#E4E4E4"
 
 Rows = list[dict[str, Any]]
 Draw = Callable[["Axes", Rows, Mapping[str, Any]], None]
@@ -49,12 +42,7 @@ def curves(metrics_path: str | os.PathLike[str], summary: Mapping[str, Any], png
 
 def figure_of(rows: Rows, summary: Mapping[str, Any]) -> Figure:
     """The picture of rows of metrics and a summary."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 6.4), dpi=150, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # type: ignore[union-attr, call-arg]
-    FigureCanvasAgg(figure)  # the object API: no window, no state shared with a caller's pyplot
+    figure = blank_figure(10, 6.4)
     panels = _panels(rows, summary)
     across = min(2, len(panels))
     down = -(-len(panels) // 2)
@@ -91,85 +79,74 @@ def _has(rows: Rows, summary: Mapping[str, Any], name: str) -> bool:
 
 
 def _draw_return(axes: Axes, rows: Rows, summary: Mapping[str, Any]) -> None:
-    _dress(axes, "return per episode")
-    _line(axes, rows, "rollout/return", _BLUE)
+    dress(axes, "return per episode")
+    _line(axes, rows, "rollout/return", BLUE)
     reference = reference_of(summary)
     if is_known(reference):
-        axes.axhline(reference["mean"], color=_MUTED, linewidth=1.2, linestyle=":")
+        axes.axhline(reference["mean"], color=MUTED, linewidth=1.2, linestyle=":")
         _note(axes, reference["mean"], f"reference {two_decimals(reference['mean'])}", above=False)
     bounds = optimum_bounds(summary)
     for _, bound in bounds:
-        axes.axhspan(bound["low"], bound["high"], color=_INK, alpha=0.08, linewidth=0)
-        axes.axhline(bound["mean"], color=_INK, linewidth=1.2, linestyle="--")
+        axes.axhspan(bound["low"], bound["high"], color=INK, alpha=0.08, linewidth=0)
+        axes.axhline(bound["mean"], color=INK, linewidth=1.2, linestyle="--")
     if len(bounds) == 2:  # one note, for the two may lie on each other
         lower = bounds[0][1]
         upper = bounds[1][1]
-        axes.axhspan(lower["mean"], upper["mean"], color=_INK, alpha=0.08, linewidth=0)
+        axes.axhspan(lower["mean"], upper["mean"], color=INK, alpha=0.08, linewidth=0)
         _note(axes, upper["high"], f"optimum V* {lower['mean']:.2f} to {upper['mean']:.2f}", above=True)
     elif bounds:
         sign, bound = bounds[0]
         glyph = {">=": "\N{GREATER-THAN OR EQUAL TO}", "<=": "\N{LESS-THAN OR EQUAL TO}"}.get(sign, sign)
         _note(axes, bound["high"], f"optimum V* {glyph} {bound['mean']:.2f}", above=True)
-    _ends(axes, rows, summary, "return", _BLUE)
+    _ends(axes, rows, summary, "return", BLUE)
     axes.margins(y=0.12)
 
 
 def _draw_scores(axes: Axes, rows: Rows, summary: Mapping[str, Any]) -> None:
-    _dress(axes, "score")
-    _line(axes, rows, "rollout/score", _ORANGE, "score (trained on)")
-    _line(axes, rows, "rollout/gold_score", _GREEN, "gold score (never trained on)")
-    _ends(axes, rows, summary, "score", _ORANGE, "" if _series(rows, "rollout/score")[0].size else "score")
-    _ends(
-        axes, rows, summary, "gold_score", _GREEN, "" if _series(rows, "rollout/gold_score")[0].size else "gold score"
-    )
+    dress(axes, "score")
+    _line(axes, rows, "rollout/score", ORANGE, "score (trained on)")
+    _line(axes, rows, "rollout/gold_score", GREEN, "gold score (never trained on)")
+    _ends(axes, rows, summary, "score", ORANGE, "" if _series(rows, "rollout/score")[0].size else "score")
+    _ends(axes, rows, summary, "gold_score", GREEN, "" if _series(rows, "rollout/gold_score")[0].size else "gold score")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=10, loc="best", labelcolor=_INK)
+        axes.legend(frameon=False, fontsize=10, loc="best", labelcolor=INK)
 
 
 def _draw_kl(axes: Axes, rows: Rows, summary: Mapping[str, Any]) -> None:
-    _dress(axes, "KL from the reference (nats per episode)")
-    _line(axes, rows, "rollout/kl", _PURPLE)
-    _ends(axes, rows, summary, "kl", _PURPLE)
+    dress(axes, "KL from the reference (nats per episode)")
+    _line(axes, rows, "rollout/kl", PURPLE)
+    _ends(axes, rows, summary, "kl", PURPLE)
 
 
 def _draw_loss(axes: Axes, rows: Rows, summary: Mapping[str, Any]) -> None:
     """The loss of an agent that fits examples, beside that of the reference on them where it was recorded."""
-    _dress(axes, "loss", _BLUE)
-    _line(axes, rows, "train/loss", _BLUE, "policy")
-    _line(axes, rows, "train/reference_loss", _MUTED, "reference")
+    dress(axes, "loss", BLUE)
+    _line(axes, rows, "train/loss", BLUE, "policy")
+    _line(axes, rows, "train/reference_loss", MUTED, "reference")
     if _series(rows, "train/reference_loss")[0].size:
-        axes.legend(frameon=False, fontsize=10, loc="best", labelcolor=_INK)
+        axes.legend(frameon=False, fontsize=10, loc="best", labelcolor=INK)
     if _series(rows, "train/accuracy")[0].size:
-        right = _right_axis(axes, "accuracy", _ORANGE)
-        _line(right, rows, "train/accuracy", _ORANGE)
+        right = _right_axis(axes, "accuracy", ORANGE)
+        _line(right, rows, "train/accuracy", ORANGE)
 
 
 def _draw_length_and_entropy(axes: Axes, rows: Rows, summary: Mapping[str, Any]) -> None:
-    _dress(axes, "response length (tokens)", _BLUE)
-    axes.tick_params(axis="y", colors=_BLUE)
-    _line(axes, rows, "rollout/length", _BLUE)
-    _ends(axes, rows, summary, "length", _BLUE)
+    dress(axes, "response length (tokens)", BLUE)
+    axes.tick_params(axis="y", colors=BLUE)
+    _line(axes, rows, "rollout/length", BLUE)
+    _ends(axes, rows, summary, "length", BLUE)
     if not _series(rows, "train/entropy")[0].size:
         return
-    right = _right_axis(axes, "entropy (nats per token)", _ORANGE)
-    _line(right, rows, "train/entropy", _ORANGE)
+    right = _right_axis(axes, "entropy (nats per token)", ORANGE)
+    _line(right, rows, "train/entropy", ORANGE)
 
 
 def _right_axis(axes: Axes, title: str, color: str) -> Any:
     right = axes.twinx()
-    _dress(right, title, color, title_at="right")
+    dress(right, title, color, title_at="right")
     right.tick_params(axis="y", colors=color)
     right.grid(False)
     return right
-
-
-def _dress(axes: Axes, title: str, color: str = _INK, title_at: str = "left") -> None:
-    axes.set_title(title, loc=title_at, fontsize=11.5, color=color, pad=8)  # type: ignore[arg-type]
-    axes.grid(True, color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.tick_params(labelsize=10, colors=_MUTED, length=0)
 
 
 def _series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -219,7 +196,7 @@ def _note(axes: Axes, height: float, text: str, above: bool) -> None:
         ha="center",
         va="bottom" if above else "top",
         fontsize=10,
-        color=_INK,
+        color=INK,
     )
 
 
@@ -228,9 +205,9 @@ def _label_steps(axes: Axes, rows: Rows, summary: Mapping[str, Any]) -> None:
 
     if not rows:
         axes.set_xlim(-0.5, 1.5)
-        axes.set_xticks([0, 1], ["reference", summary["agent"]], fontsize=10.5, color=_INK)
+        axes.set_xticks([0, 1], ["reference", summary["agent"]], fontsize=10.5, color=INK)
         return
-    axes.set_xlabel("env steps (tokens)", fontsize=10.5, color=_INK)
+    axes.set_xlabel("env steps (tokens)", fontsize=10.5, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
@@ -243,4 +220,4 @@ def _title(figure: Figure, summary: Mapping[str, Any]) -> None:
     elif share is not None:
         gain = f": J = {two_decimals(summary['after']['return']['mean'])}, below the reference"
     text = f"{summary['agent']} on {problem(summary)}, seed {summary['seed']}{gain}"
-    figure.suptitle(text, fontsize=13.5, color=_INK, x=0.01, ha="left", fontweight="bold")
+    figure.suptitle(text, fontsize=13.5, color=INK, x=0.01, ha="left", fontweight="bold")

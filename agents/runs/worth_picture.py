@@ -7,19 +7,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from agents.runs.picture_style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, blank_figure, dress
 from lmgym.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_BLUE = "#0072B2"
-_ORANGE = "#D55E00"
-_GREEN = "#009E73"
-_PURPLE = "#8B5FBF"
-_INK = "#222222"
-_MUTED = "#6B6B6B"
-_GRID = "#E4E4E4"
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -37,30 +31,25 @@ def draw_worth(result: Mapping[str, Any], png_path: str | os.PathLike[str]) -> N
 
 def figure_of(result: Mapping[str, Any]) -> Figure:
     """The picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.2), dpi=150, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # type: ignore[union-attr, call-arg]
-    FigureCanvasAgg(figure)
+    figure = blank_figure(12, 4.2)
     left, middle, right = figure.subplots(1, 3)
     rows = [row for row in result["rows"] if row["round"] == result["rounds"] or not row["labels"]]
-    _dress(left, "reward model: pairs ordered as gold does")
-    _curve(left, rows, "reward_reference", _BLUE, "of the reference")
-    _curve(left, rows, "reward_policy", _ORANGE, "of the policy")
-    left.axhline(0.5, color=_MUTED, linewidth=1.2, linestyle=":")
-    left.legend(frameon=False, fontsize=10, labelcolor=_INK)
+    dress(left, "reward model: pairs ordered as gold does", label="labels")
+    _curve(left, rows, "reward_reference", BLUE, "of the reference")
+    _curve(left, rows, "reward_policy", ORANGE, "of the policy")
+    left.axhline(0.5, color=MUTED, linewidth=1.2, linestyle=":")
+    left.legend(frameon=False, fontsize=10, labelcolor=INK)
     share = "share" if result["optimum"] is not None else "return"
-    _dress(middle, "share of the gain in gold return" if share == "share" else "gold return")
-    _curve(middle, rows, share, _GREEN, "")
+    dress(middle, "share of the gain in gold return" if share == "share" else "gold return", label="labels")
+    _curve(middle, rows, share, GREEN, "")
     if share == "share":
-        middle.axhline(1, color=_INK, linewidth=1.2, linestyle="--")
-    _level(middle, rows, share, _GREEN)
-    _dress(right, "KL from the reference (nats)")
-    _curve(right, rows, "kl", _PURPLE, "")
-    _level(right, rows, "kl", _PURPLE)
+        middle.axhline(1, color=INK, linewidth=1.2, linestyle="--")
+    _level(middle, rows, share, GREEN)
+    dress(right, "KL from the reference (nats)", label="labels")
+    _curve(right, rows, "kl", PURPLE, "")
+    _level(right, rows, "kl", PURPLE)
     title = f"{result['agent']} on {result['task']}, {result['total_timesteps']:,} tokens, {len(result['seeds'])} seeds"
-    figure.suptitle(title, fontsize=13.5, color=_INK, x=0.01, ha="left", fontweight="bold")
+    figure.suptitle(title, fontsize=13.5, color=INK, x=0.01, ha="left", fontweight="bold")
     return figure
 
 
@@ -83,7 +72,7 @@ def _level(axes: Axes, rows: Rows, name: str, color: str) -> None:
     for row in rows:
         if row["labels"] is None and row[name] is not None:
             axes.axhline(row[name]["mean"], color=color, linewidth=1.2, linestyle=":", label="trained on gold")
-            axes.legend(frameon=False, fontsize=10, labelcolor=_INK)
+            axes.legend(frameon=False, fontsize=10, labelcolor=INK)
 
 
 def _arm(interval: Mapping[str, float], end: str) -> float:
@@ -92,13 +81,3 @@ def _arm(interval: Mapping[str, float], end: str) -> float:
     if limit is None or abs(limit) == float("inf"):
         return 0.0
     return abs(limit - interval["mean"])
-
-
-def _dress(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11.5, color=_INK, pad=8)
-    axes.set_xlabel("labels", fontsize=10, color=_MUTED)
-    axes.grid(True, color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.tick_params(labelsize=10, colors=_MUTED, length=0)

@@ -22,7 +22,7 @@ _PROBE_STEPS = 3
 
 
 class FusedStep:
-    """The hidden states and logits of `Transformer.step`, by fused kernels.
+    """The hidden states of `Transformer.step`, by fused kernels.
 
     Args:
         lean: the model. kernels: the module `lmgym.models.lean.kernels`.
