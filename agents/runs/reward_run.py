@@ -162,11 +162,10 @@ class RewardRun:
             if member.stopped:
                 return None
             members.append(member)
-            if number + 1 < self.plan.reward.ensemble:
-                save_member(member, self.directory / MEMBERS / str(number))
-                self._save(number + 1, None, 0)
-                if stop.asked:
-                    return None
+            save_member(member, self.directory / MEMBERS / str(number))  # the last too: what follows takes a while
+            self._save(number + 1, None, 0)
+            if stop.asked:
+                return None
         return members
 
     def _save(self, number: int, source: Path | None, updates: int) -> None:

@@ -183,6 +183,25 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_model(
     assert not (run / "members").exists()
 
 
+def test_what_was_trained_is_kept_where_its_measuring_is_stopped(
+    feedback: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = tmp_path / "run"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("agents.runs.reward_report.write_reward", stop)
+        begin_reward(config(feedback, "reward.held_out=0.25"), stopped)
+    with monkeypatch.context() as patch:
+        patch.setattr("lmgym.reward_models.training.train_member", stop)
+        assert go_on_with_reward(stopped, [f"resume={stopped}"]) == 0
+    texts = ["the soup was"] * 2, [" awful . <eos>", " wonderful ."]
+    found = load_reward_model(str(stopped / "reward"), "cpu")(*texts)
+    assert found == load_reward_model(str(run / "reward"), "cpu")(*texts)
+
+
 def test_a_run_that_has_ended_or_changed_does_not_go_on(run: Path, feedback: Path, tmp_path: Path) -> None:
     with pytest.raises(LmGymError, match="`resume` must be a run that has not ended, and"):
         go_on_with_reward(run, [f"resume={run}"])
