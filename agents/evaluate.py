@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -12,33 +11,22 @@ if __name__ == "__main__":
 import hydra
 from omegaconf import DictConfig
 
-from agents.runs.command_line import run_command
+from agents.runs.command_line import ending_in_a_line, run_command
 from agents.runs.config import CONF
 from agents.runs.help_page import evaluate_help_page
 from agents.runs.regrade import regrade
-from agents.runs.signals import Stoppable
-from agents.runs.surroundings import prepare_process
 from agents.runs.trust import trusted_modules
-from lmgym.errors import InvalidArgumentError, LmGymError
+from lmgym.errors import InvalidArgumentError
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
 def main(cfg: DictConfig) -> float:
     """Loads a run's checkpoint, grades it and its reference, prints the table, and returns J."""
-    prepare_process()
-    try:
-        with Stoppable():
-            if cfg.run is None:
-                raise InvalidArgumentError("`run` must be a run directory: python -m agents.evaluate run=<directory>.")
-            return regrade(Path(cfg.run), cfg.evaluation, trusted_modules(cfg.get("trust")))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except LmGymError as error:
-        sys.exit(f"{error}")
+    with ending_in_a_line(cfg.run):
+        if cfg.run is None:
+            raise InvalidArgumentError("`run` must be a run directory: python -m agents.evaluate run=<directory>.")
+        return regrade(Path(cfg.run), cfg.evaluation, trusted_modules(cfg.get("trust")))
 
 
 if __name__ == "__main__":
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(evaluate_help_page())
-    else:
-        run_command(main, path_key="run")
+    run_command(main, path_key="run", help_page=evaluate_help_page)

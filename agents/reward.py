@@ -18,15 +18,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from agents.runs.command_line import run_command
+from agents.runs.command_line import ending_in_a_line, run_command
 from agents.runs.config import CONF
 from agents.runs.defaults import complete_agents
 from agents.runs.help_page import reward_help_page
 from agents.runs.reward_run import begin_reward, go_on_with_reward
-from agents.runs.signals import Stoppable
-from agents.runs.surroundings import prepare_process
 from agents.runs.sweeps import given, output_directory, register
-from lmgym.errors import LmGymError
 
 register()
 complete_agents()
@@ -35,17 +32,11 @@ complete_agents()
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="reward")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry: checks, then trains."""
-    prepare_process()
-    try:
-        with Stoppable():
-            if cfg.resume is not None:
-                code = go_on_with_reward(Path(cfg.resume), given(HydraConfig.get()))
-            else:
-                code = begin_reward(cfg, Path(output_directory(HydraConfig.get())))
-    except KeyboardInterrupt:
-        code = 130
-    except LmGymError as error:
-        sys.exit(str(error))
+    with ending_in_a_line(cfg.resume):
+        if cfg.resume is not None:
+            code = go_on_with_reward(Path(cfg.resume), given(HydraConfig.get()))
+        else:
+            code = begin_reward(cfg, Path(output_directory(HydraConfig.get())))
     if code:
         sys.exit(code)
 
@@ -53,7 +44,4 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     from agents.reward import main  # under its own name, by which processes of a multirun find what they run
 
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(reward_help_page(CONF))
-    else:
-        run_command(main, path_key="resume", groups=("task", "reward"))
+    run_command(main, path_key="resume", groups=("task", "reward"), help_page=lambda: reward_help_page(CONF))

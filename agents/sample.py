@@ -8,7 +8,6 @@ ones judge them.
 from __future__ import annotations
 
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +18,24 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from agents.runs.command_line import run_command
+from agents.runs.command_line import ending_in_a_line, run_command
 from agents.runs.completions import Request, is_run, load_writers, write_completions
 from agents.runs.config import CONF
 from agents.runs.help_page import sample_help_page
-from agents.runs.signals import Stoppable
-from agents.runs.surroundings import prepare_process
 from agents.runs.sweeps import given
 from agents.runs.trust import trusted_modules
-from lmgym.errors import InvalidArgumentError, LmGymError
+from lmgym.errors import InvalidArgumentError
 from lmgym.feedback.files import write_records
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="sample")
 def main(cfg: DictConfig) -> None:
     """Loads the policies, samples, and writes the file whole, or not at all."""
-    prepare_process()
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     keys = [override.partition("=")[0].lstrip("+") for override in given(HydraConfig.get())]
-    try:
-        with Stoppable():
-            check_sampler(values, any(key.partition(".")[0] == "sampler" for key in keys))
-            sample(values)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except LmGymError as error:
-        sys.exit(f"{error}")
+    with ending_in_a_line():
+        check_sampler(values, any(key.partition(".")[0] == "sampler" for key in keys))
+        sample(values)
 
 
 def check_sampler(values: dict[str, Any], is_given: bool) -> None:
@@ -81,7 +72,4 @@ def sample(values: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(sample_help_page(CONF))
-    else:
-        run_command(main)
+    run_command(main, help_page=lambda: sample_help_page(CONF))

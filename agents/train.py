@@ -10,39 +10,26 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word, until there is something to take back
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from agents.runs.command_line import run_command
+from agents.runs.command_line import ending_in_a_line, run_command
 from agents.runs.config import CONF
 from agents.runs.defaults import complete_agents
 from agents.runs.help_page import help_page
 from agents.runs.many import begin_many, go_on_with_many, mean_return, seed_directories
 from agents.runs.run import begin, go_on
-from agents.runs.signals import Stoppable
-from agents.runs.surroundings import prepare_process
 from agents.runs.sweeps import given, output_directory, register
 from agents.runs.trust import trusted_modules
-from lmgym.errors import LmGymError
 from lmgym.files import read_json
 
 register()
 complete_agents()
-
-
-def refuse(error: LmGymError, directory: Path) -> NoReturn:
-    """Ends a run that cannot be, in a line; of a multirun that run alone."""
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        print(f"{directory.name}: {error}", file=sys.stderr, flush=True)
-        raise error
-    sys.exit(str(error))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
@@ -52,21 +39,15 @@ def main(cfg: DictConfig) -> float:
     Returns:
         J of the trained policy, which sweepers such as Optuna's maximise; the mean over seeds where there are several.
     """
-    prepare_process()  # of a process of its own, which a launcher may have made
     resume = cfg.resume is not None
     directory = Path(cfg.resume if resume else output_directory(HydraConfig.get()))
-    try:
-        with Stoppable():
-            if resume:
-                overrides = given(HydraConfig.get()) if HydraConfig.initialized() else []
-                proceed = go_on_with_many if seed_directories(directory) else go_on
-                code = proceed(directory, overrides, trusted_modules(cfg.get("trust")))
-            else:
-                code = begin(cfg, directory) if cfg.get("seeds", 1) == 1 else begin_many(cfg, directory)
-    except KeyboardInterrupt:
-        code = 130
-    except LmGymError as error:
-        refuse(error, directory)
+    with ending_in_a_line(directory):
+        if resume:
+            overrides = given(HydraConfig.get()) if HydraConfig.initialized() else []
+            proceed = go_on_with_many if seed_directories(directory) else go_on
+            code = proceed(directory, overrides, trusted_modules(cfg.get("trust")))
+        else:
+            code = begin(cfg, directory) if cfg.get("seeds", 1) == 1 else begin_many(cfg, directory)
     if code:
         sys.exit(code)
     if seed_directories(directory):
@@ -77,7 +58,5 @@ def main(cfg: DictConfig) -> float:
 if __name__ == "__main__":
     from agents.train import main  # under its own name, by which processes of a multirun find what they run
 
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_page(sys.argv[1:]))
-    else:
-        run_command(main, path_key="resume", groups=("task", "agent", "sampler", "experiment"))
+    groups = ("task", "agent", "sampler", "experiment")
+    run_command(main, path_key="resume", groups=groups, help_page=lambda: help_page(sys.argv[1:]))

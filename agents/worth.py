@@ -19,17 +19,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from agents.runs.command_line import run_command
+from agents.runs.command_line import ending_in_a_line, run_command
 from agents.runs.config import CONF
 from agents.runs.defaults import complete_agents
 from agents.runs.help_page import worth_help_page
-from agents.runs.signals import Stoppable
-from agents.runs.surroundings import prepare_process
 from agents.runs.sweeps import given, output_directory, register
 from agents.runs.trust import trusted_modules
 from agents.runs.worth_plan import with_list
 from agents.runs.worth_run import begin_worth, go_on_with_worth
-from lmgym.errors import LmGymError
 
 register()
 complete_agents()
@@ -38,24 +35,16 @@ complete_agents()
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="worth")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry: checks, then measures."""
-    prepare_process()
-    try:
-        with Stoppable():
-            if cfg.resume is not None:
-                code = go_on_with_worth(Path(cfg.resume), given(HydraConfig.get()), trusted_modules(cfg.trust))
-            else:
-                code = begin_worth(cfg, Path(output_directory(HydraConfig.get())))
-    except KeyboardInterrupt:
-        code = 130
-    except LmGymError as error:
-        sys.exit(str(error))
+    with ending_in_a_line(cfg.resume):
+        if cfg.resume is not None:
+            code = go_on_with_worth(Path(cfg.resume), given(HydraConfig.get()), trusted_modules(cfg.trust))
+        else:
+            code = begin_worth(cfg, Path(output_directory(HydraConfig.get())))
     if code:
         sys.exit(code)
 
 
 if __name__ == "__main__":
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(worth_help_page(CONF))
-    else:
-        sys.argv[1:] = with_list(sys.argv[1:], "labels")
-        run_command(main, path_key="resume", groups=("task", "agent", "reward", "sampler"))
+    sys.argv[1:] = with_list(sys.argv[1:], "labels")
+    groups = ("task", "agent", "reward", "sampler")
+    run_command(main, path_key="resume", groups=groups, help_page=lambda: worth_help_page(CONF))

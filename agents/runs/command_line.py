@@ -1,41 +1,60 @@
-"""The command line around Hydra: paths as they are, commands that can be pasted, and errors in a line."""
+"""The command line around Hydra: what every command does, from its arguments to the line that it ends with."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from agents.runs.arguments import check_choices, check_forms, options_first
 from agents.runs.config import CONF, short_errors
+from agents.runs.signals import Stoppable
 from agents.runs.surroundings import prepare_process
-from agents.runs.sweeps import show_multirun
+from agents.runs.sweeps import output_directory, show_multirun
+from lmgym.errors import LmGymError
+from lmgym.output import ending_with_its_reader
 
 RUN_DIRECTORIES = ("run", "resume")  # keys whose values are paths and nothing else
 _NEW_DIRECTORIES = ("hydra.run.dir", "hydra.sweep.dir")
 
 
 def run_command(
-    main: Callable[[], Any], path_key: str | None = None, groups: Sequence[str] = (), configs: Path = CONF
+    main: Callable[[], Any],
+    path_key: str | None = None,
+    groups: Sequence[str] = (),
+    configs: Path = CONF,
+    help_page: Callable[[], str] | None = None,
 ) -> None:
     """Calls a Hydra main with the arguments of this process; ends in a line where they cannot be.
 
     Args:
-        main: decorated by Hydra. path_key: the key whose value is a run directory, if there is one.
+        main: decorated by Hydra, with `ending_in_a_line` around what it does.
+        path_key: the key whose value is a run directory, if there is one.
         groups: keys whose values are names; a bare word that is one of them is answered with its key.
-        configs: the directory of its configs.
+        configs: the directory of its configs. help_page: what --help prints; None is Hydra's own.
     """
+    with ending_with_its_reader():
+        if help_page is not None and {"--help", "-h"} & set(sys.argv[1:]):
+            print(help_page())
+        else:
+            _run(main, path_key, groups, configs)
+
+
+def _run(main: Callable[[], Any], path_key: str | None, groups: Sequence[str], configs: Path) -> None:
     prepare_process()
     with short_errors():
         check_forms(sys.argv[1:], path_key, groups)
@@ -45,6 +64,29 @@ def run_command(
             main()
         finally:
             show_multirun()
+
+
+@contextlib.contextmanager
+def ending_in_a_line(directory: str | os.PathLike[str] | None = None) -> Iterator[None]:
+    """What a Hydra main does goes in here: Ctrl-C, SIGTERM and what cannot be end it in a line, or without a word.
+
+    Of a multirun what cannot be ends that run alone.
+
+    Args:
+        directory: of the run, which a multirun names beside the error; None is where Hydra puts it.
+    """
+    prepare_process()  # of a process of its own, which a launcher may have made
+    try:
+        with Stoppable():
+            yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except LmGymError as error:
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            name = Path(output_directory(HydraConfig.get()) if directory is None else directory).name
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            raise
+        sys.exit(str(error))
 
 
 def prepared(arguments: Sequence[str]) -> list[str]:

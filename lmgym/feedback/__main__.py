@@ -11,6 +11,7 @@ from typing import Any
 from lmgym.errors import InvalidArgumentError, LmGymError, check_choice
 from lmgym.feedback import commands
 from lmgym.feedback.options import read_options
+from lmgym.output import ending_with_its_reader
 
 
 @dataclass(frozen=True)
@@ -137,4 +138,5 @@ def _meanings(options: type[Any]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with ending_with_its_reader():
+        main(sys.argv[1:])

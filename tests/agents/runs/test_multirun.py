@@ -13,8 +13,9 @@ import pytest
 from commands import run_command_here
 from omegaconf import OmegaConf
 
+from agents.runs.defaults import complete_agents
 from agents.runs.plan import plain
-from agents.runs.sweeps import MAX_NAME, Multirun, file_name, multirun_table, run_name, show_multirun
+from agents.runs.sweeps import MAX_NAME, Multirun, file_name, multirun_table, register, run_name, show_multirun
 from agents.runs.tasks import USUAL_SETTINGS
 from lmgym.errors import LmGymError
 from lmgym.tasks import registered_tasks
@@ -32,6 +33,8 @@ def summary_of(run: Path) -> dict[str, Any]:
 
 
 def composed(*overrides: str, **kwargs: Any) -> Any:
+    register()
+    complete_agents()
     with hydra.initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
         return hydra.compose("train", overrides=list(overrides), **kwargs)
 
