@@ -13,20 +13,53 @@ from lmgym.scores.aggregates import (
     median_score,
     optimality_gap,
 )
+from lmgym.scores.bands import Band, performance_profiles
+from lmgym.scores.curves import Curve, ScoreCurves, SolveTime, efficiency_curves, solve_times, solved_at
 from lmgym.scores.gain import normalised, reference_return
 from lmgym.scores.improvement import probability_of_improvement
 from lmgym.scores.matrix import ScoreMatrix
+from lmgym.scores.pairs import PairComparison, compare_pairs, holm, permutation_p_value
+from lmgym.scores.runs import (
+    ToleranceInterval,
+    WorstRun,
+    failure_rates,
+    share_interval,
+    student_interval,
+    task_intervals,
+    tolerance_interval,
+    worst_runs,
+)
 
 __all__ = [
     "STATISTICS",
+    "Band",
+    "Curve",
+    "PairComparison",
+    "ScoreCurves",
     "ScoreMatrix",
+    "SolveTime",
+    "ToleranceInterval",
+    "WorstRun",
     "aggregate",
     "aggregate_gap",
+    "compare_pairs",
+    "efficiency_curves",
+    "failure_rates",
+    "holm",
     "interquartile_mean",
     "mean_score",
     "median_score",
     "normalised",
     "optimality_gap",
+    "performance_profiles",
+    "permutation_p_value",
     "probability_of_improvement",
     "reference_return",
+    "share_interval",
+    "solve_times",
+    "solved_at",
+    "student_interval",
+    "task_intervals",
+    "tolerance_interval",
+    "worst_runs",
 ]

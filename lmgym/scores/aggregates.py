@@ -80,7 +80,7 @@ def aggregate(
         rng: draws the resamples. resamples: how many.
         expanded: whether the interval is widened for few runs (`lmgym.scores.bootstrap.tail`); False is rliable's.
     """
-    function = _statistic(statistic)
+    function = statistic_named(statistic)
     found = {}
     for label in matrix.labels:
         strata = matrix.strata(label)
@@ -103,7 +103,7 @@ def aggregate_gap(
     """By how much the statistic of `label` is above that of `over`, with an interval as in `aggregate`."""
     if label == over:
         raise InvalidArgumentError(f"`over` must be another label, got {over!r} twice.")
-    function = _statistic(statistic)
+    function = statistic_named(statistic)
     ours = matrix.strata(label)
     theirs = matrix.strata(over)
     replicates = function(resample(ours, resamples, rng)) - function(resample(theirs, resamples, rng))
@@ -111,7 +111,8 @@ def aggregate_gap(
     return percentile_interval(float(function(ours) - function(theirs)), replicates, sizes, expanded=expanded)
 
 
-def _statistic(statistic: str | Statistic) -> Statistic:
+def statistic_named(statistic: str | Statistic) -> Statistic:
+    """A statistic by its name in `STATISTICS`, or itself."""
     if callable(statistic):
         return statistic
     check_choice("statistic", statistic, STATISTICS)

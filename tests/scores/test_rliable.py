@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lmgym.scores import STATISTICS, ScoreMatrix, aggregate, probability_of_improvement
+from lmgym.scores import STATISTICS, ScoreMatrix, aggregate, performance_profiles, probability_of_improvement
 
 library = pytest.importorskip("rliable.library", reason="rliable is not installed")
 metrics = pytest.importorskip("rliable.metrics", reason="rliable is not installed")
@@ -43,3 +43,16 @@ def test_the_probability_of_improvement_is_the_same() -> None:
     found = probability_of_improvement(MATRIX, "a", "b", method="bootstrap", rng=np.random.default_rng(0))
     assert found.mean == pytest.approx(float(points["a"][0]))
     assert (found.low, found.high) == pytest.approx(tuple(ends["a"][:, 0]), abs=0.03)
+
+
+@pytest.mark.parametrize("average_runs", [False, True])
+def test_performance_profiles_are_the_same(average_runs: bool) -> None:
+    thresholds = np.linspace(0, 1.2, 7)
+    points, ends = library.create_performance_profile(
+        {"a": SCORES[0].T}, thresholds, use_score_distribution=not average_runs, reps=2_000
+    )
+    found = performance_profiles(
+        MATRIX, thresholds, average_runs=average_runs, rng=np.random.default_rng(0), expanded=False
+    )["a"]
+    assert found.value == pytest.approx(points["a"])
+    assert np.stack([found.low, found.high]) == pytest.approx(ends["a"], abs=0.03 if not average_runs else 0.2)
