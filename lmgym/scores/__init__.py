@@ -19,6 +19,7 @@ from lmgym.scores.gain import normalised, reference_return
 from lmgym.scores.improvement import probability_of_improvement
 from lmgym.scores.matrix import ScoreMatrix
 from lmgym.scores.pairs import PairComparison, compare_pairs, holm, permutation_p_value
+from lmgym.scores.power import PowerTable, power_table
 from lmgym.scores.runs import (
     ToleranceInterval,
     WorstRun,
@@ -29,16 +30,21 @@ from lmgym.scores.runs import (
     tolerance_interval,
     worst_runs,
 )
+from lmgym.scores.sequential import SequentialPlan, SequentialResult, Verdict, sequential_test
 
 __all__ = [
     "STATISTICS",
     "Band",
     "Curve",
     "PairComparison",
+    "PowerTable",
     "ScoreCurves",
     "ScoreMatrix",
+    "SequentialPlan",
+    "SequentialResult",
     "SolveTime",
     "ToleranceInterval",
+    "Verdict",
     "WorstRun",
     "aggregate",
     "aggregate_gap",
@@ -53,8 +59,10 @@ __all__ = [
     "optimality_gap",
     "performance_profiles",
     "permutation_p_value",
+    "power_table",
     "probability_of_improvement",
     "reference_return",
+    "sequential_test",
     "share_interval",
     "solve_times",
     "solved_at",

@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from conftest import shifted
 
 from lmgym.errors import InvalidArgumentError
 from lmgym.intervals import Interval
@@ -35,6 +37,27 @@ def test_the_error_is_that_of_sampling_both() -> None:
     b = 1.96 * 0.03
     found = normalised(Interval(0.9, 0.9 - a, 0.9 + a), Interval(0.1, 0.1 - b, 0.1 + b), 1.3)
     assert found.high - found.mean == pytest.approx(spread, rel=0.02)
+
+
+@pytest.mark.seeds
+@pytest.mark.parametrize(("best", "known"), [(1.3, None), (1.2, (1.2, 1.5)), (1.5, (1.2, 1.5)), (1.3, (1.2, None))])
+@pytest.mark.parametrize("prompts", [8, 100])
+def test_the_interval_holds_the_true_share(prompts: int, best: float, known: tuple | None) -> None:
+    """1,000 evaluations of J and of J_ref, skewed returns, V* exact, or within bounds wherever it is between them.
+
+    Of an optimum that is known from below only, the share is at most what is said: the upper end is what holds.
+    """
+    rng = np.random.default_rng(shifted())
+    truth = (0.9 - 0.1) / (best - 0.1)
+    optimum = best if known is None else StoredOptimum("bounds", known[0], known[0], known[1], 0.1)
+    noise = rng.gamma(4, 0.5, size=(2, 1_000, prompts)) - 2
+    returns = torch.from_numpy(0.9 + 0.1 * noise[0])
+    references = torch.from_numpy(0.1 + 0.2 * noise[1])
+    held = 0
+    for run in range(1_000):
+        found = normalised(Interval.of(returns[run]), Interval.of(references[run]), optimum)
+        held += truth <= found.high and (found.low <= truth or (known is not None and known[1] is None))
+    assert held >= 930
 
 
 def test_arms_of_unequal_length_are_kept_apart() -> None:
