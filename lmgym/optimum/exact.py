@@ -70,11 +70,11 @@ def exact_metrics(
     if task.kl_coef <= 0 or count_responses(task, lm) * len(task.prompts[split]) > MAX_RESPONSES:
         return {"kl": 0.0} if is_reference else {}
     tree = Tree.of(task, split, MAX_RESPONSES)
-    earned = tree.evaluate(_make_sampled_logits(policy, sampler or Sampler(), task.max_new_tokens))
+    earned = tree.evaluate(make_sampled_logits(policy, sampler or Sampler(), task.max_new_tokens))
     return {name: earned.metrics[name] for name in ("return", "score", "kl")}
 
 
-def _make_sampled_logits(policy: Policy, sampler: Sampler, horizon: int) -> EpisodeLogits:
+def make_sampled_logits(policy: Policy, sampler: Sampler, horizon: int) -> EpisodeLogits:
     """A function that gives the log-probs with which a sampler draws from a policy's logits."""
     read_logits = make_episode_logits(policy)
     if sampler == Sampler():
@@ -106,7 +106,7 @@ def _by_states(policy: Policy, task: Task, split: str, is_reference: bool) -> di
         mdp = AutomatonMDP(table, reward.for_prompt(prompts[0]), task, end_rule)
         logits = None
         if not is_reference:
-            logits = _state_logits(policy, table, prompts[0], mdp.automaton)
+            logits = find_state_logits(policy, table, prompts[0], mdp.automaton)
             entries += mdp.num_states * mdp.horizon * (math.prod(table.shape) * table.vocab_size + _ENTRIES_PER_CALL)
             if logits is None or entries > MAX_ENTRIES:
                 return None
@@ -117,7 +117,7 @@ def _by_states(policy: Policy, task: Task, split: str, is_reference: bool) -> di
     return dict(zip(("return", "score", "kl"), means.tolist(), strict=True))
 
 
-def _state_logits(
+def find_state_logits(
     policy: Policy, reference: ReferenceTable, prompt_ids: tuple[int, ...], automaton: Automaton
 ) -> PolicyLogits | None:
     """The logits of a policy as a function of the state, or None where it may depend on more."""

@@ -45,7 +45,7 @@ def solve(
     task = make_task(task, kl_coef=kl_coef, gamma=gamma)
     check_split(task, split)
     check_solvable(task)
-    solver = _find_shortcut(task, split)
+    solver = find_shortcut(task, split)
     return solve_tree(task, split, limit=limit) if solver is None else solver(task, split)
 
 
@@ -67,7 +67,7 @@ def best_response(task: str | Task, *, split: str = "test", limit: int = 2_000_0
     task = make_task(task)
     check_split(task, split)
     check_solvable(task)
-    if _find_shortcut(task, split) is not solve_automaton:
+    if find_shortcut(task, split) is not solve_automaton:
         return Tree.of(task, split, limit).best_response()
     return AutomatonPolicy(task).best_responses(task.reference("cpu").encode_all(tuple(task.prompts[split])))
 
@@ -76,11 +76,11 @@ def find_known(task: Task, split: str) -> StoredOptimum | None:
     """The stored optimum of a task; or that of a solver that does not enumerate all responses; or None."""
     if split in task.optima:
         return task.optima[split]
-    solver = _find_shortcut(task, split) if task.kl_coef > 0 else None
+    solver = find_shortcut(task, split) if task.kl_coef > 0 else None
     return None if solver is None else solver(task, split).stored()
 
 
-def _find_shortcut(task: Task, split: str) -> Callable[[Task, str], Optimum] | None:
+def find_shortcut(task: Task, split: str) -> Callable[[Task, str], Optimum] | None:
     """A solver that does not enumerate all responses, or None."""
     reward = expected_reward(task)
     lm = task.reference("cpu")

@@ -175,7 +175,7 @@ class AutomatonMDP:
         """(4, G, K, S) expectations of q (4, G or 1, V, S) under a policy, the KL of this step included."""
         tables = torch.zeros((4, *self.reference.shape, self.num_states), dtype=torch.float64)
         last = q.shape[1] - 1
-        for group, members, state, log_probs, log_ref in self._iterate_states(t, policy_logits):
+        for group, members, state, log_probs, log_ref in self.iterate_states(t, policy_logits):
             probs = log_probs.exp()
             log_ratio = torch.where(probs > 0, log_probs - log_ref, 0.0)
             g = min(group, last)
@@ -184,7 +184,7 @@ class AutomatonMDP:
             tables[3, group, members, state] += (probs * log_ratio).sum(-1)
         return tables
 
-    def _iterate_states(self, t: int, policy_logits: PolicyLogits) -> Iterator[tuple[int, Tensor, int, Tensor, Tensor]]:
+    def iterate_states(self, t: int, policy_logits: PolicyLogits) -> Iterator[tuple[int, Tensor, int, Tensor, Tensor]]:
         """Group, members (n,), automaton state, (n, V) log pi and (n, V) log pi_ref at step t, over all states."""
         groups, size = self.reference.shape
         for group in range(groups):
@@ -222,14 +222,18 @@ class AutomatonMDP:
                     taken = factor @ taken
             else:
                 taken = mass.new_zeros((*mass.shape[:2], *self.delta.shape))
-                for g, members, state, log_probs, _ in self._iterate_states(t, policy_logits):
+                for g, members, state, log_probs, _ in self.iterate_states(t, policy_logits):
                     taken[:, g, :, state] += mass[:, g, members, state] @ log_probs.exp()
             ended = torch.where(self.ends(t), taken, 0.0).sum(1).flatten(1)
             result.index_add_(1, outcome.flatten(), ended)
-            going = torch.where(self.ends(t), 0.0, taken)
-            moved = torch.zeros_like(going).scatter_add_(-1, self.delta.expand(going.shape), going)
-            mass = self.reference.add_arrivals(moved, 0.0, lambda x: x.sum(-2))
+            mass = self.carry(t, taken)
         return scores, result
+
+    def carry(self, t: int, taken: Tensor) -> Tensor:
+        """(..., G, K, S): the probability of each state at step t + 1, from that of the actions (..., G, V, S) at t."""
+        going = torch.where(self.ends(t), 0.0, taken)
+        moved = torch.zeros_like(going).scatter_add_(-1, self.delta.expand(going.shape), going)
+        return self.reference.add_arrivals(moved, 0.0, lambda x: x.sum(-2))
 
     def log_length_weights(self, context: int) -> Tensor:
         """(T,) log sum over responses y of n tokens, n = 1 ... T, of pi_ref(y) exp(score(y) / kl_coef)."""

@@ -135,6 +135,11 @@ class AutomatonState:
         """(B,) float64 V*(s), the expected discounted return from s on; what was collected before s is in it."""
         return self._answer()[1]
 
+    @property
+    def coordinates(self) -> Tensor:
+        """(4, B) int64: the index of the solution, the step, the context, and the state of the automaton."""
+        return self._ints.clone()
+
     def _answer(self) -> tuple[Tensor, Tensor]:
         """`logits` and `values`, computed once a step."""
         if self._answers is None:

@@ -1,14 +1,27 @@
 """What a policy is worth on all responses of a tree.
 
-Shapes: X prompts, R responses of all prompts together.
+Shapes: X prompts, R responses of all prompts together, A legal tokens, and N_t the prefixes of t tokens of one prompt.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class TreeSolution(NamedTuple):
+    """pi* and V* of every prefix.
+
+    Attributes:
+        log_probs: (X, N_t, A) float64 of each level.
+        values: (X, N_t) float64 of each level.
+    """
+
+    log_probs: list[Tensor]
+    values: list[Tensor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,6 +51,13 @@ class Responses:
         """R / X, how many responses there are to each prompt."""
         return self.levels[-1].responses.stop
 
+    def prefix(self, t: int, node: int) -> list[int]:
+        """The t tokens of a prefix, by its number among those of its level."""
+        last = self.levels[-1]
+        row = last.start + node * (last.nodes // self.levels[t].nodes) * len(last.ending)
+        tokens: list[int] = self.episodes.response_ids[row, :t].tolist()
+        return tokens
+
     def _enumerate(self, lm: CausalLM) -> Episodes:
         ids = torch.full((self.per_prompt, self.horizon), lm.pad_token_id)
         mask = torch.zeros(ids.shape, dtype=torch.bool)

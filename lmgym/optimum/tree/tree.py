@@ -18,7 +18,7 @@ from lmgym.errors import InvalidArgumentError, check_int
 from lmgym.models.causal import CausalLM
 from lmgym.optimum.answer import Optimum, check_repeatable, check_solvable, expected_reward
 from lmgym.optimum.lengths import discounts_by_length, length_multiplier
-from lmgym.optimum.tree.evaluation import TreeEvaluation
+from lmgym.optimum.tree.evaluation import TreeEvaluation, TreeSolution
 from lmgym.optimum.tree.logits import EpisodeLogits, make_episode_logits
 from lmgym.optimum.tree.policy import TreePolicy
 from lmgym.optimum.tree.responses import Responses
@@ -136,11 +136,19 @@ class Tree:
         Raises:
             InvalidArgumentError: at `kl_coef=0`.
         """
-        check_solvable(self.task)
-        log_probs, values = self._solve_dense() if self.task.dense_kl else self._solve_late()
+        log_probs, values = self.solve_levels()
         references = (self.responses.add_up(self.reference).exp() * self._discounts * self.scores).sum(1)
         policy = TreePolicy(self.responses, log_probs, values)
         return Optimum.solved("tree", values[0].squeeze(1), references, policy)
+
+    def solve_levels(self) -> TreeSolution:
+        """What `solve` finds, prefix by prefix.
+
+        Raises:
+            InvalidArgumentError: at `kl_coef=0`.
+        """
+        check_solvable(self.task)
+        return TreeSolution(*(self._solve_dense() if self.task.dense_kl else self._solve_late()))
 
     def best_response(self) -> Tensor:
         """(X,) float64: max over y of J(y|x), what a policy earns that gives one response for certain; log pi is 0."""
