@@ -21,21 +21,27 @@ EVALUATION_EPISODES = 4096
 MAX_ENUMERATED_RESPONSES = 100_000
 
 
-def grade(plan: Plan, agent: Agent) -> Evaluation:
+def grade(
+    plan: Plan, agent: Agent, *, envs: Any = None, samples: int | None = None, progress: bool = True
+) -> Evaluation:
     """Evaluates an agent under the plan's sampler on the split that is held out.
 
     Every call draws the same numbers, those of the run's seed: before and after training share them, and runs of other
     seeds have others, so that a mean over seeds has no error that is common to all.
-    """
-    import gymnasium as gym
 
+    Args:
+        plan: of the run. agent: what is graded.
+        envs: as `graded_envs` gives them, where several gradings share them.
+        samples: episodes a prompt; None is as the plan says.
+        progress: False shows no bar.
+    """
     from agents.seeds import EVALUATION, torch_generator
 
     config = plan.evaluation
-    envs: Any = gym.make_vec("lmgym/RLHF-v0", num_envs=1, **{**plan.settings, "split": config.split})
+    envs = envs or graded_envs(plan)
     available = len(envs.engine.prompts)
-    samples = config.samples or math.ceil(EVALUATION_EPISODES / (config.prompts or available))
-    with grading_bar(min(config.prompts or available, available) * samples) as bar:
+    samples = samples or config.samples or samples_for(plan, envs, EVALUATION_EPISODES)
+    with grading_bar(min(config.prompts or available, available) * samples, progress) as bar:
         return agent.evaluate(
             envs,
             samples=samples,
@@ -44,6 +50,18 @@ def grade(plan: Plan, agent: Agent) -> Evaluation:
             generator=torch_generator(plan.seed, EVALUATION),
             progress=bar.update,
         )
+
+
+def graded_envs(plan: Plan) -> Any:
+    """The MDP on the split that is held out."""
+    import gymnasium as gym
+
+    return gym.make_vec("lmgym/RLHF-v0", num_envs=1, **{**plan.settings, "split": plan.evaluation.split})
+
+
+def samples_for(plan: Plan, envs: Any, episodes: int) -> int:
+    """Episodes a prompt that make so many in all, or a few more."""
+    return math.ceil(episodes / (plan.evaluation.prompts or len(envs.engine.prompts)))
 
 
 def summarise(plan: Plan, before: Evaluation, after: Evaluation, train_seconds: float, agent: Agent) -> dict[str, Any]:

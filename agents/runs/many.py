@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from agents.runs.along import Along
+from agents.runs.clock import Clock
 from agents.runs.command_line import shell_command
 from agents.runs.directory import CONFIG_FILE, empty_again, new_run, resumed_run, write_config
 from agents.runs.grading import grade
@@ -111,10 +113,11 @@ def _train(runs: Sequence[_Run], directory: Path, resume: bool) -> int:
     from agents.many_seeds import ManySeeds
 
     agents: list[Any] = [build(run.plan) for run in runs]
+    clock = Clock()
     many = ManySeeds(agents)
     command = shell_command("agents.train", f"resume={directory}") + trust_argument(runs[0].plan.trust)
     savers = [
-        Saver(agent, run.directory, run.plan.checkpoint_every, run.notes, command)
+        Saver(agent, run.directory, run.plan.checkpoint_every, run.notes, command, clock=clock)
         for agent, run in zip(agents, runs, strict=True)
     ]
     if resume:
@@ -154,7 +157,8 @@ def _learn(
             begun = agent.num_timesteps if resume else None
             end = max(total, agent.num_timesteps)
             recorder = recorders.enter_context(Recorder(run.directory, end, begun, progress=run is runs[0]))
-            callbacks[agent] = saver.start(recorder, stop)
+            along = None if run.plan.evaluation.every is None else Along(run.plan, agent, recorder)
+            callbacks[agent] = saver.start(recorder, stop, along)
         try:
             many.learn(total, callbacks)
         except Exception as error:

@@ -27,7 +27,8 @@ def curves(metrics_path: str | os.PathLike[str], summary: Mapping[str, Any], png
     """Draws a run: return, score, KL, and length with entropy, or the loss of an agent that fits examples.
 
     Thin lines are what each batch measured, over env steps, thick ones their running mean. Dots at both ends are the
-    evaluations before and after training with their 95 % intervals; dashed lines are the bounds of the optimum. An
+    evaluations before and after training with their 95 % intervals, and a line between them those along the way, with
+    a band for theirs; dashed lines are the bounds of the optimum. An
     agent that learns nothing is a dot beside that of the reference. What was neither recorded nor graded has no axes.
 
     Args:
@@ -80,7 +81,7 @@ def _has(rows: Rows, summary: Mapping[str, Any], name: str) -> bool:
 
 def _draw_return(axes: Axes, rows: Rows, summary: Mapping[str, Any]) -> None:
     dress(axes, "return per episode")
-    _line(axes, rows, "rollout/return", BLUE)
+    _line(axes, rows, "rollout/return", BLUE, "training batches")
     reference = reference_of(summary)
     if is_known(reference):
         axes.axhline(reference["mean"], color=MUTED, linewidth=1.2, linestyle=":")
@@ -98,8 +99,26 @@ def _draw_return(axes: Axes, rows: Rows, summary: Mapping[str, Any]) -> None:
         sign, bound = bounds[0]
         glyph = {">=": "\N{GREATER-THAN OR EQUAL TO}", "<=": "\N{LESS-THAN OR EQUAL TO}"}.get(sign, sign)
         _note(axes, bound["high"], f"optimum V* {glyph} {bound['mean']:.2f}", above=True)
+    _held_out(axes, rows, summary)
     _ends(axes, rows, summary, "return", BLUE)
     axes.margins(y=0.12)
+
+
+def _held_out(axes: Axes, rows: Rows, summary: Mapping[str, Any]) -> None:
+    """The learning curve: the gradings along the way, from the one before training to the one after it."""
+    low, high = (_series(rows, f"eval/return/{end}")[1] for end in ("low", "high"))
+    steps, values = _series(rows, "eval/return")
+    before, after = (summary[when].get("return") for when in ("before", "after"))
+    if not steps.size or not (is_known(before) and is_known(after)):
+        return
+    steps = np.concatenate([[0], steps, [max(row["step"] for row in rows)]])
+    values, low, high = (
+        np.concatenate([[before[end]], middle, [after[end]]])
+        for end, middle in (("mean", values), ("low", low), ("high", high))
+    )
+    axes.fill_between(steps, low, high, color=ORANGE, alpha=0.2, linewidth=0)
+    axes.plot(steps, values, color=ORANGE, linewidth=2.2, marker="o", markersize=3.5, label="held-out prompts")
+    axes.legend(frameon=False, fontsize=10, loc="best", labelcolor=INK)
 
 
 def _draw_scores(axes: Axes, rows: Rows, summary: Mapping[str, Any]) -> None:

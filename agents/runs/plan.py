@@ -20,7 +20,7 @@ from agents.sb3.arguments import check_kwargs
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError, check_int, unknown_name
 from lmgym.files import RunFileError
-from lmgym.ranges import Count
+from lmgym.ranges import Count, Positive
 
 if TYPE_CHECKING:
     from agents.agent import Agent, AgentConfig
@@ -34,11 +34,26 @@ ENV_KEYS = tuple(field.name for field in fields(Settings) if field.name not in _
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How a policy is graded, before and after."""
+    """How a policy is graded, before, after and along the way."""
 
     split: str = "test"
     samples: Count | None = None  # episodes a prompt; null is as many as make 4,096 in all
     prompts: Count | None = None  # how many prompts; null is all of the split
+    every: Count | None = None  # env steps between gradings along the way; null is none
+    samples_along: Count | None = None  # episodes a prompt of each of those; null is as many as make 1,024 in all
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What ends a run before `total_timesteps`, after the batch that reaches it; None ends nothing."""
+
+    forward_tokens: Count | None = None
+    seconds: Positive | None = None
+
+    def is_spent(self, forward_tokens: int, seconds: float) -> bool:
+        """Whether a run that has come so far is at its end."""
+        spent = self.forward_tokens is not None and forward_tokens >= self.forward_tokens
+        return spent or (self.seconds is not None and seconds >= self.seconds)
 
 
 @dataclass(frozen=True)
@@ -53,11 +68,18 @@ class Plan:
     total_timesteps: int
     seed: int
     checkpoint_every: int
+    budget: Budget = Budget()
     trust: tuple[str, ...] = ()  # modules that have to be named again when it is resumed or graded
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The values of a composed config, interpolations resolved, and the task by its whole name."""
+def plain(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
+    """The values of a composed config, interpolations resolved, and the task by its whole name; plain ones as they are.
+
+    Raises:
+        LmGymError: for a task that does not exist.
+    """
+    if not isinstance(cfg, DictConfig):
+        return cfg
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     values["task"] = full_name(values["task"])
     return values
@@ -69,20 +91,10 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
     Raises:
         LmGymError: naming the key, what was expected and what came.
     """
-    values: dict[str, Any] = plain(cfg) if isinstance(cfg, DictConfig) else cfg
-    evaluation = validated(EvaluationConfig, values["evaluation"], "evaluation")
-    for name in ("total_timesteps", "checkpoint_every"):
-        check_int(name, values[name], 1)
-    check_int("seed", values["seed"], 0)
-    check_int("seeds", values.get("seeds", 1), 1)
-    settings = check_env(values, evaluation.split)
+    values = plain(cfg)
+    settings = check_values_of_run(values)
     agent = dict(values["agent"])
-    if "_target_" not in agent:
-        raise InvalidArgumentError("`agent` must be one of the files in conf/agent, got one without a `_target_`.")
     target = agent.pop("_target_")
-    check_values({name: field.type for name, field in find_defaults(target).items()}, agent, "agent")
-    check_values(find_types("lmgym.models.sampling.Sampler"), values["sampler"], "sampler")
-    check_algorithm(target, agent)
     import agents.agent  # from here on torch is loaded
 
     try:
@@ -102,12 +114,42 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
         agent_class,
         agent_config,
         sampler,
-        evaluation,
+        validated(EvaluationConfig, values["evaluation"], "evaluation"),
         values["total_timesteps"],
         values["seed"],
         values["checkpoint_every"],
+        _budget(values),
         needed_trust(values),
     )
+
+
+def check_values_of_run(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks what can be checked of a whole config without loading torch; returns the keyword arguments of the env.
+
+    Raises:
+        LmGymError: naming the key, what was expected and what came.
+    """
+    evaluation = validated(EvaluationConfig, values["evaluation"], "evaluation")
+    for name in ("total_timesteps", "checkpoint_every"):
+        check_int(name, values[name], 1)
+    check_int("seed", values["seed"], 0)
+    check_int("seeds", values.get("seeds", 1), 1)
+    if _budget(values) != Budget() and values.get("seeds", 1) > 1:
+        raise InvalidArgumentError("`budget` must be null where `seeds` is above 1: all seeds take total_timesteps.")
+    settings = check_env(values, evaluation.split)
+    agent = dict(values["agent"])
+    if "_target_" not in agent:
+        raise InvalidArgumentError("`agent` must be one of the files in conf/agent, got one without a `_target_`.")
+    target = agent.pop("_target_")
+    check_values({name: field.type for name, field in find_defaults(target).items()}, agent, "agent")
+    check_values(find_types("lmgym.models.sampling.Sampler"), values["sampler"], "sampler")
+    check_algorithm(target, agent)
+    return settings
+
+
+def _budget(values: Mapping[str, Any]) -> Budget:
+    """What else ends a run; nothing in the config of an older one."""
+    return validated(Budget, values.get("budget") or {}, "budget")
 
 
 def check_algorithm(target: str, agent: Mapping[str, Any]) -> None:

@@ -75,13 +75,14 @@ class Recorder:
         self._bar = _progress_bar(total, resume_at or 0, progress, unit)
         self._shown: dict[str, str] = {}
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, float], *, seconds: float | None = None) -> None:
         """Writes one row.
 
         Args:
             step: Env steps (tokens) so far in the whole run.
-            metrics: Name to value; a name starts with `rollout/`, `train/`, `time/` or `eval/`. A value that is not
-                finite is written as null to `metrics.jsonl`, since JSON has no word for it.
+            metrics: Name to value; a name starts with `rollout/`, `train/`, `cost/`, `time/` or `eval/`. A value that
+                is not finite is written as null to `metrics.jsonl`, since JSON has no word for it.
+            seconds: Of training so far, which a grading along the way has as `time`.
 
         Raises:
             ValueError: If a name is outside the vocabulary.
@@ -91,9 +92,13 @@ class Recorder:
             raise ValueError(f"Names in `metrics` must start with one of {', '.join(GROUPS)}; got {unknown}.")
         values = {name: float(value) for name, value in metrics.items()}
         row: dict[str, float | int | None] = {"step": int(step)}
+        if seconds is not None:
+            row["time"] = seconds
         row.update((name, value if math.isfinite(value) else None) for name, value in values.items())
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+        if seconds is not None:  # the tokens are those of the batch, which is written already
+            values = {name: value for name, value in values.items() if name.startswith("eval/")}
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._advance(step, values)
@@ -166,11 +171,19 @@ def _summary_writer(directory: Path, resume_at: int | None) -> Any:
     return SummaryWriter(log_dir=str(directory), purge_step=purge_step, flush_secs=10)
 
 
-def grading_bar(total: int) -> Any:
-    """A bar that counts the episodes of a grading, and goes away when it is through."""
+def grading_bar(total: int, progress: bool = True) -> Any:
+    """A bar that counts the episodes of a grading, and goes away when it is through; with `progress=False` none."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc="grading", unit="ep", leave=False, dynamic_ncols=True, mininterval=_seconds_between())
+    return tqdm(
+        total=total,
+        desc="grading",
+        unit="ep",
+        disable=not progress,
+        leave=False,
+        dynamic_ncols=True,
+        mininterval=_seconds_between(),
+    )
 
 
 def _progress_bar(total: int, initial: int, progress: bool, unit: str) -> Any:

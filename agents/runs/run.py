@@ -14,6 +14,7 @@ import yaml
 from omegaconf import DictConfig
 
 import lmgym
+from agents.runs.along import Along, solved_at
 from agents.runs.command_line import shell_command
 from agents.runs.directory import (
     CONFIG_FILE,
@@ -41,12 +42,13 @@ if TYPE_CHECKING:
     from agents.agent import Agent
     from lmgym.evaluation import Evaluation
 
-RESUMABLE = ("total_timesteps", "checkpoint_every")  # and evaluation.*
+RESUMABLE = ("total_timesteps", "checkpoint_every")
+RESUMABLE_SECTIONS = ("evaluation", "budget")  # and every key of these
 PACKAGES = ("torch", "transformers", "gymnasium", "numpy", "hydra-core", "tokenizers")
 
 
-def begin(cfg: DictConfig, directory: Path) -> int:
-    """A new run; returns its exit code.
+def begin(cfg: DictConfig | dict[str, Any], directory: Path) -> int:
+    """A new run, of a composed config or of plain values; returns its exit code.
 
     Raises:
         LmGymError: for a config that cannot be, or a directory that holds a run; no file is left.
@@ -110,7 +112,7 @@ def train(plan: Plan, directory: Path, resume: bool, notes: dict[str, Any] | Non
     if notes is None:
         notes = notes_of(read_values(directory)) if (directory / CONFIG_FILE).is_file() else {}
     command = shell_command("agents.train", f"resume={directory}") + trust_argument(plan.trust)
-    saver = Saver(agent, directory, plan.checkpoint_every, notes, command)
+    saver = Saver(agent, directory, plan.checkpoint_every, notes, command, plan.budget)
     if resume:
         saver.load()
     try:
@@ -120,8 +122,9 @@ def train(plan: Plan, directory: Path, resume: bool, notes: dict[str, Any] | Non
             Recorder(directory, total, agent.num_timesteps if resume else None) as recorder,
             Interrupt() as stop,
         ):
-            train_seconds = saver.learn(plan.total_timesteps, recorder, stop)
-        if stop.asked and agent.num_timesteps < plan.total_timesteps:
+            along = None if plan.evaluation.every is None else Along(plan, agent, recorder)
+            train_seconds = saver.learn(plan.total_timesteps, recorder, stop, along)
+        if stop.asked and agent.num_timesteps < plan.total_timesteps and not saver.is_spent():
             print(f"Stopped after {agent.num_timesteps:,} tokens. Go on with: {command}")
             return 130
         summary, rows = write_result(plan, directory, agent, before, train_seconds)
@@ -143,6 +146,7 @@ def write_result(
     """
     after = grade(plan, agent)
     summary = summarise(plan, before, after, train_seconds, agent)
+    summary["solved_at"] = solved_at(read_rows(directory / METRICS_FILE), summary)
     rows = samples(agent.envs.engine.lm, before, after)
     write_json(directory / "summary.json", summary)
     write_json(directory / "samples.json", rows)
@@ -159,18 +163,21 @@ def with_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, An
     Raises:
         InvalidArgumentError: if another key is to change.
     """
-    values = {**values, "evaluation": dict(values["evaluation"])}
+    values = {**values, **{name: dict(values.get(name) or {}) for name in RESUMABLE_SECTIONS}}
     for override in overrides:
         key, _, value = override.partition("=")
         if key in ("resume", "trust"):
             continue
-        if key not in RESUMABLE and not key.startswith("evaluation."):
+        section, dot, name = key.partition(".")
+        if key not in RESUMABLE and not (dot and section in RESUMABLE_SECTIONS):
             raise InvalidArgumentError(
-                f"`{key}` must be as it was when the run began: with `resume`, only {', '.join(RESUMABLE)} and "
-                "evaluation.* may change."
+                f"`{key}` must be as it was when the run began: with `resume`, only {', '.join(RESUMABLE)}, "
+                f"{' and '.join(f'{name}.*' for name in RESUMABLE_SECTIONS)} may change."
             )
-        section = values["evaluation"] if key.startswith("evaluation.") else values
-        section[key.removeprefix("evaluation.")] = yaml.safe_load(value)
+        if dot:
+            values[section][name] = yaml.safe_load(value)
+        else:
+            values[key] = yaml.safe_load(value)
     return values
 
 

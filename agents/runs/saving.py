@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agents.checkpoint import newest, read_manifest, replacing
+from agents.runs.clock import Clock
 from agents.runs.directory import CHECKPOINT, read_checkpoint
+from agents.runs.plan import Budget
 from agents.runs.recorder import Recorder
 from agents.runs.signals import Interrupt
 from lmgym.errors import LmGymError, NotFiniteError
 
 if TYPE_CHECKING:
     from agents.agent import Agent, Callback
+    from agents.runs.along import Along
 
 
 class Saver:
     """Trains an agent, and saves it every so many env steps, at the end, and where training fails.
+
+    A grading along the way is on the clock of nobody, and comes before the checkpoint of its step: a run that goes on
+    from there has its row.
 
     Args:
         agent: what is trained.
@@ -28,16 +33,28 @@ class Saver:
         every: env steps between checkpoints.
         notes: that each checkpoint carries (`agents.runs.inputs.notes_of`).
         go_on: the command by which the run goes on.
+        budget: what ends training early, if anything.
+        clock: of training; one of its own if None.
     """
 
-    def __init__(self, agent: Agent, directory: Path, every: int, notes: Mapping[str, Any], go_on: str) -> None:
+    def __init__(
+        self,
+        agent: Agent,
+        directory: Path,
+        every: int,
+        notes: Mapping[str, Any],
+        go_on: str,
+        budget: Budget | None = None,
+        clock: Clock | None = None,
+    ) -> None:
         self.agent = agent
         self.directory = directory
         self.every = every
         self.notes = notes
         self.go_on = go_on
-        self._seconds = 0.0
-        self._started = time.perf_counter()
+        self.budget = budget or Budget()
+        self._clock = clock or Clock()
+        self._seconds = 0.0  # before this process
         self._saved_at = 0
         self._is_recorded = True
 
@@ -51,14 +68,20 @@ class Saver:
         self._seconds = float(manifest.notes.get("train_seconds", 0.0))
         self._saved_at = self.agent.num_timesteps
 
-    def learn(self, total_timesteps: int, recorder: Recorder, stop: Interrupt) -> float:
+    def learn(self, total_timesteps: int, recorder: Recorder, stop: Interrupt, along: Along | None = None) -> float:
         """Trains until the budget is spent or a stop is asked for.
+
+        Args:
+            total_timesteps: of the whole run. recorder: of its metrics. stop: asks for the stop.
+            along: grades the agent along the way.
 
         Returns:
             The seconds that training has taken, in all processes of the run.
         """
         try:
-            self.agent.learn(total_timesteps, self.start(recorder, stop))
+            callback = self.start(recorder, stop, along)
+            if not self.is_spent():
+                self.agent.learn(total_timesteps, callback)
             return self.save()
         except NotFiniteError as error:  # what training had reached is worth nothing
             steps = self._steps_of_checkpoint()
@@ -68,10 +91,25 @@ class Saver:
             self._rescue(error)
             raise
 
-    def start(self, recorder: Recorder, stop: Interrupt) -> Callback:
-        """What the agent is to call after every batch, from now on."""
-        self._started = time.perf_counter()
-        return partial(self._after_batch, recorder, stop)
+    def start(self, recorder: Recorder, stop: Interrupt, along: Along | None = None) -> Callback:
+        """What the agent is to call after every batch, from now on; the arguments are those of `learn`."""
+        self._clock.start()
+        if not self.is_spent():  # where the end of the run was here, and is farther off now
+            self._grade(along, self.agent.num_timesteps)
+        return partial(self._after_batch, recorder, stop, along)
+
+    def seconds(self) -> float:
+        """The seconds that training has taken so far, in all processes of the run."""
+        return self._seconds + self._clock.seconds()
+
+    def is_spent(self) -> bool:
+        """Whether the budget is spent."""
+        return self.budget.is_spent(self.agent.tokens.forward, self.seconds())
+
+    def _grade(self, along: Along | None, step: int) -> None:
+        if along is not None and along.is_due(step):
+            with self._clock.stopped():
+                along.grade(step, self.seconds())
 
     def what_is_saved(self) -> str:
         """A sentence for somebody whose run has ended early."""
@@ -84,17 +122,22 @@ class Saver:
         path = newest(self.directory / CHECKPOINT)
         return None if path is None else int(read_manifest(path).notes.get("num_timesteps", self._saved_at))
 
-    def _after_batch(self, recorder: Recorder, stop: Interrupt, step: int, metrics: dict[str, float]) -> bool:
+    def _after_batch(
+        self, recorder: Recorder, stop: Interrupt, along: Along | None, step: int, metrics: dict[str, float]
+    ) -> bool:
         self._is_recorded = False
         recorder.record(step, metrics)
         self._is_recorded = True
+        is_spent = self.is_spent()
+        if not is_spent:
+            self._grade(along, step)
         if step - self._saved_at >= self.every:
             self.save()
-        return not stop.asked
+        return not (stop.asked or is_spent)
 
     def save(self) -> float:
         """Writes a checkpoint; returns the seconds that training has taken so far."""
-        seconds = self._seconds + time.perf_counter() - self._started
+        seconds = self.seconds()
         steps = self.agent.num_timesteps
         notes = {**self.notes, "train_seconds": seconds, "num_timesteps": steps}
         with replacing(self.directory / CHECKPOINT, notes) as scratch:

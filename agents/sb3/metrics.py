@@ -100,9 +100,9 @@ class MetricsCallback(BaseCallback):
         metrics |= self.tokens.metrics()
         self._ended = []
         self._steps = 0
-        self._started = time.perf_counter()
         if self.receiver is not None and self.receiver(self.num_timesteps, metrics) is False:
             raise TrainingStopped
+        self._started = time.perf_counter()  # what the receiver does is no training
 
 
 class RolloutCallback(BaseCallback):

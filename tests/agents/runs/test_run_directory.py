@@ -22,6 +22,7 @@ import agents.evaluate
 import agents.runs.regrade
 import agents.runs.run
 import agents.train
+from agents.agent import TokenCount
 from agents.checkpoint import MANIFEST, newest, replacing, verify
 from agents.runs import directory as directories
 from agents.runs import recorder
@@ -261,6 +262,7 @@ class Counter:
 
     def __init__(self, fails_at: int = -1, error: Exception | None = None, stride: int = 10) -> None:
         self.num_timesteps = 0
+        self.tokens = TokenCount()
         self.fails_at = fails_at
         self.error = error
         self.stride = stride
