@@ -1,0 +1,1 @@
+"""Comparisons of runs: sweeps, one table of all runs, and the report."""
