@@ -45,6 +45,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = with_list(sys.argv[1:], "labels")
+    for key in ("labels", "choice"):
+        sys.argv[1:] = with_list(sys.argv[1:], key)
     groups = ("task", "agent", "reward", "sampler")
     run_command(main, path_key="resume", groups=groups, help_page=lambda: worth_help_page(CONF))

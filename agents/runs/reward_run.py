@@ -189,6 +189,7 @@ def prepare(plan: RewardPlan) -> Lesson:
     """
     from lmgym.models.sharing import resolve_device
     from lmgym.reward_models.saving import load_start
+    from lmgym.reward_models.starting import check_reference
     from lmgym.reward_models.training import prepare_lesson
     from lmgym.tasks import make_task
 
@@ -198,6 +199,7 @@ def prepare(plan: RewardPlan) -> Lesson:
         reference = make_task(plan.task).reference(plan.device)
         model = reference.model
         tokenizer = reference.tokenizer
+        check_reference(plan.task, reference, "task=reviews, or model=DIRECTORY")
     else:
         model, tokenizer = load_start(plan.model, plan.device)
     return prepare_lesson(plan.preferences, model, tokenizer, plan.reward, plan.seed)

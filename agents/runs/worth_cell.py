@@ -1,4 +1,4 @@
-"""One policy of `python -m agents.worth`: labels, a reward model, training, and what came of it.
+"""One policy of `python -m agents.worth`: labels, reward models, training, and what came of it.
 
 Shapes: X prompts, S samples of each; N completions.
 """
@@ -18,12 +18,13 @@ from agents.algorithms.reference import Reference
 from agents.runs.completions import Request, Writer, write_completions
 from agents.runs.grading import grade
 from agents.runs.plan import Plan, build
-from agents.runs.worth_plan import Cell, WorthPlan
+from agents.runs.worth_plan import DISAGREEMENT, POLICY, Cell, WorthPlan
 from agents.seeds import JUDGES, LABELS, stream_seed
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError
 from lmgym.feedback.records import Record
 from lmgym.feedback.scoring import score_records
+from lmgym.reward_models.disagreement import measure_disagreement, most_disputed
 from lmgym.reward_models.training import RewardResult, train_reward
 from lmgym.tasks import Task
 
@@ -76,22 +77,24 @@ def run_cell(world: World, cell: Cell) -> list[dict[str, Any]]:
     reference = reference_of(plan)
     if cell.labels == 0:
         return [{"round": 1, **measured(grade(plan, reference))}]
-    rows = []
+    rows: list[dict[str, Any]] = []
     writer: Agent = reference
     records: list[Record] = []
+    ensemble = None  # of the round before, where it chooses what is labelled
     for number in range(world.plan.rounds):
         wanted = cell.labels * (number + 1) // world.plan.rounds - len(records)
-        records += itertools.islice(labels_of(world, writer, cell.seed, number), wanted)
+        records += itertools.islice(labels_of(world, writer, cell.seed, number, ensemble, wanted), wanted)
         result = learn_reward(world, reference, records, cell.seed)
-        paid = world.training(cell.seed, result.reward())
-        writer = train(world, paid)
-        row = {
-            "round": number + 1,
-            "labels": len(records),
-            **measured(grade(plan, writer)),
-            "reward": reward_measures(world, paid, result, reference, writer),
-        }
-        rows.append(row)
+        reward = result.reward()
+        if cell.choice == DISAGREEMENT:
+            ensemble = reward
+        paid = world.training(cell.seed, reward)
+        row: dict[str, Any] = {"round": number + 1, "labels": len(records)}
+        policy = None
+        if world.plan.writer == POLICY or number + 1 == world.plan.rounds:
+            policy = writer = train(world, paid)
+            row |= measured(grade(plan, policy))
+        rows.append({**row, "reward": reward_measures(world, paid, result, reference, policy)})
     return rows
 
 
@@ -103,14 +106,19 @@ def reference_of(plan: Plan) -> Reference:
     return Reference(envs.unwrapped, seed=plan.seed)
 
 
-def labels_of(world: World, agent: Agent, seed: int, number: int) -> Iterator[Record]:
-    """Yields judgements without end, of new completions, by simulated annotators who feel the hidden score.
+def labels_of(
+    world: World, agent: Agent, seed: int, number: int, ensemble: Any = None, wanted: int = 0
+) -> Iterator[Record]:
+    """Yields judgements of new completions, by simulated annotators who feel the hidden score.
 
     Every prompt is asked before any is asked again, in an order of the seed's own. So fewer labels of a seed are the
-    first ones of more.
+    first ones of more. With an ensemble the order is another: of the first `pool` times `wanted` records, those about
+    which it disagrees most come first. Without one there is no end.
 
     Args:
         world: with the plan. agent: who writes. seed: of the cell. number: of the round, from 0.
+        ensemble: of reward models that choose what is judged; None judges all as it comes.
+        wanted: how many judgements are to be taken.
 
     Raises:
         InvalidArgumentError: where all completions of a prompt are always the same text.
@@ -120,11 +128,16 @@ def labels_of(world: World, agent: Agent, seed: int, number: int) -> Iterator[Re
     envs: Any = agent.envs.unwrapped
     writer = Writer(f"round-{number}", name, agent, envs)
     people = replace(plan.people, seed=stream_seed(seed, JUDGES, number))
-    yield from people.judge(score_records(_completions(plan, writer, seed, number), name))
+    records = _completions(plan, writer, seed, number)
+    if ensemble is not None:
+        candidates = list(itertools.islice(records, plan.pool * wanted))
+        spreads = measure_disagreement(candidates, ensemble)
+        records = (candidates[index] for index in most_disputed(spreads, wanted))
+    yield from people.judge(score_records(records, name))
 
 
 def _completions(plan: WorthPlan, writer: Writer, seed: int, number: int) -> Iterator[Record]:
-    """Yields records without a judgement, pass after pass over the prompts."""
+    """Yields records without a judgement and without end, pass after pass over the prompts."""
     rng = np.random.default_rng(stream_seed(seed, LABELS, number))
     for turn in itertools.count():
         order = rng.permutation(len(writer.envs.engine.prompts)).tolist()
@@ -178,16 +191,16 @@ def measured(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def reward_measures(
-    world: World, paid: Plan, result: RewardResult, reference: Agent, policy: Agent
+    world: World, paid: Plan, result: RewardResult, reference: Agent, policy: Agent | None
 ) -> dict[str, float | None]:
     """How a reward model orders completions of new prompts, of the reference and of the policy trained against it."""
     with_gold = replace(paid.settings["task"], gold=world.task.reward_function(paid.settings["device"]))
     plan = replace(paid, settings={**paid.settings, "task": with_gold})
-    graded = {"reference": grade(plan, reference), "policy": grade(plan, policy)}
-    row: dict[str, float | None] = {
-        "people": None if result.measures is None else result.measures.accuracy.mean,
-        "score": graded["policy"].metrics["score"].mean,
-    }
+    graded = {"reference": grade(plan, reference)}
+    row: dict[str, float | None] = {"people": None if result.measures is None else result.measures.accuracy.mean}
+    if policy is not None:
+        graded["policy"] = grade(plan, policy)
+        row["score"] = graded["policy"].metrics["score"].mean
     for name, evaluation in graded.items():
         episodes = evaluation.episodes
         assert episodes.gold_scores is not None

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from agents.runs.picture_style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, blank_figure, dress
+from agents.runs.worth_plan import RANDOM
 from lmgym.files import write_atomically
 
 if TYPE_CHECKING:
@@ -33,27 +34,38 @@ def figure_of(result: Mapping[str, Any]) -> Figure:
     """The picture."""
     figure = blank_figure(12, 4.2)
     left, middle, right = figure.subplots(1, 3)
-    rows = [row for row in result["rows"] if row["round"] == result["rounds"] or not row["labels"]]
+    last = [row for row in result["rows"] if row["round"] == result["rounds"] or not row["labels"]]
     dress(left, "reward model: pairs ordered as gold does", label="labels")
-    _curve(left, rows, "reward_reference", BLUE, "of the reference")
-    _curve(left, rows, "reward_policy", ORANGE, "of the policy")
+    _curves(left, last, "reward_reference", BLUE, "of the reference")
+    _curves(left, last, "reward_policy", ORANGE, "of the policy")
     left.axhline(0.5, color=MUTED, linewidth=1.2, linestyle=":")
     left.legend(frameon=False, fontsize=10, labelcolor=INK)
     share = "share" if result["optimum"] is not None else "return"
     dress(middle, "share of the gain in gold return" if share == "share" else "gold return", label="labels")
-    _curve(middle, rows, share, GREEN, "")
+    _curves(middle, last, share, GREEN, "")
     if share == "share":
         middle.axhline(1, color=INK, linewidth=1.2, linestyle="--")
-    _level(middle, rows, share, GREEN)
+    _level(middle, last, share, GREEN)
     dress(right, "KL from the reference (nats)", label="labels")
-    _curve(right, rows, "kl", PURPLE, "")
-    _level(right, rows, "kl", PURPLE)
+    _curves(right, last, "kl", PURPLE, "")
+    _level(right, last, "kl", PURPLE)
     title = f"{result['agent']} on {result['task']}, {result['total_timesteps']:,} tokens, {len(result['seeds'])} seeds"
     figure.suptitle(title, fontsize=13.5, color=INK, x=0.01, ha="left", fontweight="bold")
     return figure
 
 
-def _curve(axes: Axes, rows: Rows, name: str, color: str, label: str) -> None:
+def _curves(axes: Axes, rows: Rows, name: str, color: str, label: str) -> None:
+    """A curve for each choice of what is labelled; the one by disagreement is dashed, and stands a bit to the right."""
+    chosen = [row for row in rows if row["choice"] != RANDOM]
+    _curve(axes, [row for row in rows if row["choice"] == RANDOM], name, color, label)
+    if not chosen:
+        return
+    words = f"{label}, by disagreement" if label else "by disagreement"
+    _curve(axes, chosen, name, color, words, shift=1.12, fmt="s--")
+    axes.legend(frameon=False, fontsize=10, labelcolor=INK)
+
+
+def _curve(axes: Axes, rows: Rows, name: str, color: str, label: str, shift: float = 1.0, fmt: str = "o-") -> None:
     """Means over the number of labels, on a scale that is logarithmic above the smallest number."""
     known = [row for row in rows if row["labels"] is not None and row[name] is not None]
     counts = [row["labels"] for row in known]
@@ -61,7 +73,10 @@ def _curve(axes: Axes, rows: Rows, name: str, color: str, label: str) -> None:
         return
     means = [row[name]["mean"] for row in known]
     errors = [[_arm(row[name], "low") for row in known], [_arm(row[name], "high") for row in known]]
-    axes.errorbar(counts, means, errors, color=color, label=label or None, linewidth=1.8, marker="o", capsize=3)
+    places = [count * shift for count in counts]
+    axes.errorbar(places, means, errors, fmt=fmt, color=color, label=label or None, linewidth=1.8, capsize=3)
+    if shift != 1:
+        return
     axes.set_xscale("symlog", linthresh=max(1, min([count for count in counts if count], default=1)))
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.minorticks_off()

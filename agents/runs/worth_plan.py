@@ -14,7 +14,7 @@ from agents.runs.defaults import REWARD_CONFIG, find_types
 from agents.runs.directory import CELLS, CONFIG_FILE, VERSIONS, check_is_run
 from agents.runs.plan import Plan, check
 from agents.runs.trust import import_installed, read_config
-from lmgym.errors import InvalidArgumentError, check_bool, check_int
+from lmgym.errors import InvalidArgumentError, check_bool, check_choice, check_int
 from lmgym.feedback.simulation import Annotators
 from lmgym.files import RunFileError
 from lmgym.reward_models.config import RewardConfig
@@ -22,7 +22,12 @@ from lmgym.reward_models.config import RewardConfig
 RESULT = "worth.json"
 PICTURE = "worth.png"
 WORTH_FILES = (CONFIG_FILE, VERSIONS, CELLS, RESULT, PICTURE)
-CHANGEABLE = ("labels", "seeds", "gold", "device", "resume", "trust")  # where a run goes on
+CHANGEABLE = ("labels", "choice", "seeds", "gold", "device", "resume", "trust")  # where a run goes on
+RANDOM = "random"
+DISAGREEMENT = "disagreement"
+CHOICES = (RANDOM, DISAGREEMENT)
+POLICY = "policy"
+WRITERS = (POLICY, "reference")
 MIN_LABELS = 2  # one prompt to learn from, and one that is held out
 
 
@@ -32,16 +37,20 @@ class Cell:
 
     Attributes:
         labels: that its reward model learns from; 0 is the reference, and None a policy trained on the hidden score.
-        seed: of all that is drawn.
+        seed: of all that is drawn. choice: what is labelled, one of `CHOICES`.
     """
 
     labels: int | None
     seed: int
+    choice: str = RANDOM
 
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"{'gold' if self.labels is None else f'labels{self.labels}'}-seed{self.seed}"
+        words = ["gold" if self.labels is None else f"labels{self.labels}"]
+        if self.choice != RANDOM:
+            words.append(self.choice)
+        return "-".join([*words, f"seed{self.seed}"])
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,8 @@ class WorthPlan:
         training: of every policy, with the task's own reward. reward: of every reward model. people: who judge.
         labels: how many, ascending. gold: whether a policy is trained on the hidden score, too. seeds: of each.
         samples: completions of a prompt that are judged together. rounds: of labels, equal shares.
+        choices: what is labelled, of `CHOICES`. writer: of later rounds, one of `WRITERS`.
+        pool: candidates for each label that is chosen by disagreement.
     """
 
     training: Plan
@@ -62,13 +73,20 @@ class WorthPlan:
     seeds: tuple[int, ...]
     samples: int
     rounds: int
+    choices: tuple[str, ...]
+    writer: str
+    pool: int
 
     def cells(self) -> list[Cell]:
         """All that is to be measured, seed by seed, so that a run that is stopped has whole curves."""
-        kinds: list[int | None] = [*self.labels]
-        if self.gold:
-            kinds.append(None)
-        return [Cell(labels, seed) for seed in self.seeds for labels in kinds]
+        cells = []
+        for seed in self.seeds:
+            for labels in self.labels:
+                choices = self.choices if labels else (RANDOM,)
+                cells += [Cell(labels, seed, choice) for choice in choices]
+            if self.gold:
+                cells.append(Cell(None, seed))
+        return cells
 
 
 def check_worth(values: Mapping[str, Any]) -> WorthPlan:
@@ -80,17 +98,31 @@ def check_worth(values: Mapping[str, Any]) -> WorthPlan:
     check_values(find_types(REWARD_CONFIG), values["reward"], "reward")
     reward = validated(RewardConfig, values["reward"], "reward")
     people = validated(Annotators, values["feedback"], "feedback")
-    for name, low in (("seed", 0), ("seeds", 1), ("samples", 2), ("rounds", 1)):
+    for name, low in (("seed", 0), ("seeds", 1), ("samples", 2), ("rounds", 1), ("pool", 2)):
         check_int(name, values[name], low)
     check_bool("gold", values["gold"])
     labels = _check_labels(values["labels"], values["rounds"])
+    check_choice("writer", values["writer"], WRITERS)
+    choices = _check_choices(values["choice"], values["rounds"], reward.ensemble)
     if reward.objective == "regression" and people.ask != "rating":
         raise InvalidArgumentError(
             f"`feedback.ask` must be 'rating' where `reward.objective` is 'regression', got {people.ask!r}."
         )
     training = check({**values, "seeds": 1, "checkpoint_every": values["total_timesteps"]})
     seeds = tuple(range(values["seed"], values["seed"] + values["seeds"]))
-    return WorthPlan(training, reward, people, labels, values["gold"], seeds, values["samples"], values["rounds"])
+    return WorthPlan(
+        training,
+        reward,
+        people,
+        labels,
+        values["gold"],
+        seeds,
+        values["samples"],
+        values["rounds"],
+        choices,
+        values["writer"],
+        values["pool"],
+    )
 
 
 def _check_labels(labels: object, rounds: int) -> tuple[int, ...]:
@@ -104,6 +136,26 @@ def _check_labels(labels: object, rounds: int) -> tuple[int, ...]:
                 f"`labels` must be 0, or {MIN_LABELS} at least in each of `rounds`={rounds}, got {number}."
             )
     return tuple(sorted(set(numbers)))
+
+
+def _check_choices(choice: object, rounds: int, ensemble: int) -> tuple[str, ...]:
+    names = [choice] if isinstance(choice, str) else choice
+    if not isinstance(names, Sequence) or not names:
+        raise InvalidArgumentError(f"`choice` must be {' or '.join(CHOICES)}, or both, got {choice!r}.")
+    for name in names:
+        check_choice("choice", name, CHOICES)
+    if DISAGREEMENT in names:
+        because = f"where `choice` is {DISAGREEMENT!r}"
+        if rounds < 2:
+            raise InvalidArgumentError(
+                f"`rounds` must be 2 at least {because}: the first has no reward models yet that could disagree, got "
+                f"{rounds}."
+            )
+        if ensemble < 2:
+            raise InvalidArgumentError(
+                f"`reward.ensemble` must be 2 at least {because}: these reward models disagree, got {ensemble}."
+            )
+    return tuple(name for name in CHOICES if name in names)
 
 
 def with_list(arguments: Sequence[str], key: str) -> list[str]:
@@ -135,7 +187,7 @@ def saved_worth_values(directory: Path, overrides: Sequence[str], trusted: Seque
         key, _, value = override.partition("=")
         if key not in CHANGEABLE:
             raise InvalidArgumentError(
-                f"`{key}` must be as it was when the run began: with `resume`, only {', '.join(CHANGEABLE[:4])} may "
+                f"`{key}` must be as it was when the run began: with `resume`, only {', '.join(CHANGEABLE[:5])} may "
                 "change."
             )
         values[key] = yaml.safe_load(value)

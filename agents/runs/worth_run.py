@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def begin_worth(cfg: DictConfig, directory: Path) -> int:
         values = plain(cfg)
         values.pop("resume")
         plan = check_worth(values)
+        check_task(plan)
         with new_run(directory, values, WORTH_FILES):
             write_json(directory / "versions.json", versions())
             return WorthRun(plan, directory, values).measure()
@@ -60,8 +62,19 @@ def go_on_with_worth(directory: Path, overrides: Sequence[str], trusted: Sequenc
         plan = check_worth(values)
         run = WorthRun(plan, directory, values)
         run.check_cells()
+        check_task(plan)
         write_config(directory, values)
         return run.measure()
+
+
+def check_task(plan: WorthPlan) -> None:
+    """Raises `LmGymError` where there are labels and no reward model can start from the task's reference."""
+    from lmgym.reward_models.starting import check_reference
+    from lmgym.tasks import make_task
+
+    if any(plan.labels):
+        name = str(plan.training.settings["task"])
+        check_reference(name, make_task(name).reference("cpu"), "task=reviews, or task=proxy")
 
 
 class WorthRun:
@@ -118,7 +131,7 @@ class WorthRun:
         except Stopped:
             return None
         seconds = time.perf_counter() - started
-        content = {"labels": cell.labels, "seed": cell.seed, "rounds": rows, "seconds": seconds, "config": self._config}
+        content = {**asdict(cell), "rounds": rows, "seconds": seconds, "config": self._config}
         self._path(cell).parent.mkdir(exist_ok=True)
         write_json(self._path(cell), content)
         return content

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.activations import fuse_activations
+from lmgym.models.causal import CausalLM
 from lmgym.rewards.normalisation import score_head
 
 
@@ -28,7 +29,7 @@ def starting_model(model: Any, tokenizer: Any, generator: torch.Generator) -> An
     Raises:
         InvalidArgumentError: for another model, and as `reward_model_from`.
     """
-    check_start(model)
+    check_start(model, tokenizer)
     if _is_classifier(model):
         started = copy.deepcopy(model).float()
         started.requires_grad_(True)
@@ -36,8 +37,12 @@ def starting_model(model: Any, tokenizer: Any, generator: torch.Generator) -> An
     return reward_model_from(model, generator, _pad_token(model.config, tokenizer)).float()
 
 
-def check_start(model: Any) -> None:
-    """Raises `InvalidArgumentError` for a model that no reward model can start from."""
+def check_start(model: Any, tokenizer: Any) -> None:
+    """Raises `InvalidArgumentError` for a model that no reward model can start from.
+
+    Args:
+        model: as for `starting_model`. tokenizer: of the model.
+    """
     if _is_classifier(model):
         score_head(model)
         return
@@ -47,9 +52,24 @@ def check_start(model: Any) -> None:
         )
     if type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise InvalidArgumentError(
-            "`model` must be a network that transformers can give a score head, and "
-            f"{type(model).__name__} is none: name another, model=DIRECTORY."
+            f"`model` must be a network that transformers can give a score head, and {type(model).__name__} is none."
         )
+    pad = _pad_token(model.config, tokenizer)
+    _check_pad(model.config.pad_token_id if pad is None else pad, model.config.eos_token_id)
+
+
+def check_reference(task: str, lm: CausalLM, remedy: str) -> None:
+    """Raises `InvalidArgumentError` for a task whose reference no reward model can start from.
+
+    Args:
+        task: by name. lm: its reference. remedy: what to give instead.
+    """
+    try:
+        check_start(lm.model, lm.tokenizer)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(
+            f"`task` must have a reference that a reward model can start from, got {task!r}: {remedy}. {error}"
+        ) from error
 
 
 def _is_classifier(model: Any) -> bool:
@@ -82,12 +102,7 @@ def reward_model_from(causal_lm: Any, generator: torch.Generator, pad_token_id: 
     """
     config = copy.deepcopy(causal_lm.config)
     pad = config.pad_token_id if pad_token_id is None else pad_token_id
-    eos = config.eos_token_id
-    if pad is None or pad == eos:  # lmgym would read it all the same, and transformers' own forward would not
-        raise InvalidArgumentError(
-            "`pad_token_id` must be set and differ from EOS, or the end of a response is invisible to transformers; "
-            f"got {pad}, EOS {eos}."
-        )
+    _check_pad(pad, config.eos_token_id)
     config.pad_token_id = pad
     config.num_labels = 1
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are all replaced below
@@ -97,6 +112,15 @@ def reward_model_from(causal_lm: Any, generator: torch.Generator, pad_token_id: 
     with torch.no_grad():
         head.weight.normal_(std=1 / math.sqrt(head.in_features + 1), generator=generator)
     return fuse_activations(model).to(causal_lm.device).eval()
+
+
+def _check_pad(pad: int | None, eos: Any) -> None:
+    """Raises for a token that lmgym would read all the same, and transformers' own forward would not."""
+    if pad is None or pad == eos:
+        raise InvalidArgumentError(
+            "`pad_token_id` must be set and differ from EOS, or the end of a response is invisible to transformers; "
+            f"got {pad}, EOS {eos}."
+        )
 
 
 def add_adapter(model: Any, rank: int, alpha: float, generator: torch.Generator) -> Any:

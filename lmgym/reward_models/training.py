@@ -150,7 +150,7 @@ def train_reward(
 def prepare_lesson(records: object, model: Any, tokenizer: Any, config: RewardConfig, seed: int = 0) -> Lesson:
     """Reads the feedback and chooses what is held out; the arguments are those of `train_reward`."""
     check_int("seed", seed, 0)
-    check_start(model)
+    check_start(model, tokenizer)
     read = read_examples(records, tokenizer, max_positions(model))
     used = [example for example in read.examples if is_usable(example, config)]
     if not used:

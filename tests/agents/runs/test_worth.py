@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,22 @@ from agents.runs.config import CONF
 from agents.runs.defaults import complete_agents
 from agents.runs.help_page import worth_help_page
 from agents.runs.sweeps import register
-from agents.runs.worth_cell import Stopped, World, labels_of, order_agreement, reference_of
+from agents.runs.worth_cell import Stopped, World, labels_of, order_agreement, reference_of, run_cell
 from agents.runs.worth_plan import Cell, WorthPlan, check_worth, with_list
 from agents.runs.worth_report import summarise, worth_table
 from lmgym.errors import InvalidArgumentError, LmGymError
+from lmgym.feedback.files import write_records
 from lmgym.feedback.records import Ranking, Record
+from lmgym.reward_models.config import RewardConfig
+from lmgym.reward_models.disagreement import measure_disagreement
+from lmgym.reward_models.training import train_reward
 from lmgym.tasks import reviews
 
 TINY = (
     *("device=cpu", "total_timesteps=300", "evaluation.samples=2", "evaluation.prompts=6", "agent.batch_size=32"),
     *("seeds=1", "reward.batch_size=4"),
 )
+DISPUTED = ("choice=[random,disagreement]", "rounds=2", "reward.ensemble=2")
 
 
 def plan_of(*overrides: str) -> WorthPlan:
@@ -108,6 +115,20 @@ def test_every_prompt_is_asked_before_any_is_asked_again() -> None:
     assert max(prompts.count(prompt) for prompt in set(prompts)) <= 7
 
 
+def test_disagreement_chooses_the_most_disputed_of_the_pool() -> None:
+    world = World.of(plan_of(*DISPUTED, "pool=3"))
+    reference = reference_of(world.training(0))
+    pool = [record.id for record in first_labels(world, 18, number=1)]
+    lm: Any = reference.envs.engine.lm
+    config = RewardConfig(ensemble=2, batch_size=4)
+    ensemble: Any = train_reward(first_labels(world, 10), lm.model, lm.tokenizer, config).reward()
+    chosen = list(labels_of(world, reference, 0, 1, ensemble, wanted=6))
+    assert len(chosen) == 6
+    spreads = measure_disagreement(first_labels(world, 18, number=1), ensemble)
+    greatest = sorted(range(18), key=lambda index: -spreads[index])[:6]
+    assert [record.id for record in chosen] == [pool[index] for index in greatest]
+
+
 # -- a run -----------------------------------------------------------------------------------------------------------
 
 
@@ -115,7 +136,7 @@ def test_every_prompt_is_asked_before_any_is_asked_again() -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with rounds that was stopped in the midst of its third cell, and went on."""
     directory = tmp_path_factory.mktemp("worth") / "run"
-    arguments = [*TINY, "labels=[0,8]", "rounds=2", f"hydra.run.dir={directory}"]
+    arguments = [*TINY, "labels=[0,8]", "rounds=2", "reward.ensemble=2", f"hydra.run.dir={directory}"]
     train = worth_cell.train
     calls = []
 
@@ -164,15 +185,31 @@ def test_a_run_may_go_on_with_other_numbers_of_labels_only(run: Path, monkeypatc
             run_command_here("agents.worth", f"resume={run}", override)
     run_command_here("agents.worth", f"resume={run}", "gold=false")  # all is there
     assert None not in [row["labels"] for row in json.loads((run / "worth.json").read_text())["rows"]]
+    run_command_here("agents.worth", f"resume={run}", "choice=[random,disagreement]")
+    result = json.loads((run / "worth.json").read_text())
+    random, chosen = result["cells"][1:]
+    assert chosen["choice"] == "disagreement"
+    assert chosen["rounds"][0] == random["rounds"][0]  # the first round is the same
+    assert chosen["rounds"][1] != random["rounds"][1]
+    assert [row["round"] for row in result["differences"]] == [1, 2]
+    assert result["differences"][0]["return"]["mean"] == 0
+
+
+@pytest.mark.slow
+def test_the_reference_may_write_in_all_rounds_and_one_policy_is_trained() -> None:
+    world = World.of(plan_of("writer=reference", "rounds=3", "labels=[12]"))
+    rows = run_cell(world, Cell(12, 0))
+    assert ["return" in row for row in rows] == [False, False, True]
+    assert all(row["reward"]["reference"] is not None for row in rows)
 
 
 # -- what is known of the optimum, and what is said ------------------------------------------------------------------
 
 
-def cell_of(labels: int | None, seed: int, returned: float, bound: float) -> dict[str, Any]:
+def cell_of(labels: int | None, seed: int, returned: float, bound: float, choice: str = "random") -> dict[str, Any]:
     point = {"mean": returned, "low": returned, "high": returned}
     row = {"round": 1, "return": point, "kl": point, "bound": {**point, "mean": bound}}
-    return {"labels": labels, "seed": seed, "rounds": [row], "seconds": 1.0}
+    return {"labels": labels, "seed": seed, "choice": choice, "rounds": [row], "seconds": 1.0}
 
 
 def test_shares_are_of_the_largest_bound_that_any_policy_gives_and_means_over_seeds() -> None:
@@ -184,6 +221,23 @@ def test_shares_are_of_the_largest_bound_that_any_policy_gives_and_means_over_se
     assert share["mean"] == pytest.approx((0.5 + 0.7) / 2)
     assert share["high"] - share["mean"] == pytest.approx(12.7062 * 0.1, rel=1e-4)  # Student, two seeds
     assert "V* >= 1.100" in worth_table(result)
+
+
+def test_choices_are_compared_seed_by_seed() -> None:
+    plan = plan_of("labels=[50]", "seeds=3", "gold=false", *DISPUTED)
+    random = [0.1, 0.5, 0.9]
+    disputed = [0.3, 0.6, 1.2]  # 0.2, 0.1 and 0.3 above
+    cells = [cell_of(50, seed, returned, 1.5) for seed, returned in enumerate(random)]
+    cells += [cell_of(50, seed, returned, 1.5, "disagreement") for seed, returned in enumerate(disputed)]
+    result = summarise(plan, cells)
+    (difference,) = result["differences"]
+    assert difference["return"]["mean"] == pytest.approx(0.2)
+    half = 4.3027 * 0.1 / math.sqrt(3)  # Student, three pairs: the spread between seeds is not in it
+    assert difference["return"]["high"] - difference["return"]["mean"] == pytest.approx(half, rel=1e-4)
+    assert [row["choice"] for row in result["rows"]] == ["random", "disagreement"]
+    table = worth_table(result)
+    assert re.search(r"50 +disagreement +1 ", table)
+    assert "Disagreement minus random, seed by seed:" in table
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
@@ -203,11 +257,31 @@ def test_shares_are_of_the_largest_bound_that_any_policy_gives_and_means_over_se
         ("reward.objective=regression", "feedback.ask"),
         ("reward.epochs=0", "reward.epochs"),
         ("task=review", "Did you mean 'reviews'"),
+        ("choice=disputed", "`choice` must be one of"),
+        ("choice=[]", "`choice`"),
+        ("choice=disagreement", "`rounds` must be 2 at least"),
+        ("writer=nobody", "`writer`"),
+        ("pool=1", "`pool`"),
     ],
 )
 def test_what_cannot_be_is_refused(override: str, message: str) -> None:
     with pytest.raises(LmGymError, match=message):
         plan_of(override)
+
+
+def test_disagreement_needs_reward_models_that_can_disagree() -> None:
+    with pytest.raises(LmGymError, match="`reward.ensemble` must be 2 at least .* got 1"):
+        plan_of("choice=[random,disagreement]", "rounds=2")
+
+
+@pytest.mark.parametrize("module", ["agents.worth", "agents.reward"])
+def test_a_task_whose_reference_cannot_become_a_reward_model_is_refused_first(module: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [*TINY] if module == "agents.worth" else ["device=cpu", f"preferences={tmp_path / 'prefs.jsonl'}"]
+    write_records(tmp_path / "prefs.jsonl", [Record("p", (" a", " b"), Ranking(((0,), (1,))))])
+    with pytest.raises(SystemExit, match="reference .* 'keyword-8': task=reviews.*MarkovLM is none"):
+        run_command_here(module, "task=keyword-8", *arguments, f"hydra.run.dir={run}")
+    assert not run.exists()
 
 
 def test_completions_that_are_always_the_same_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
