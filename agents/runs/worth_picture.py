@@ -73,8 +73,8 @@ def _curve(axes: Axes, rows: Rows, name: str, color: str, label: str, shift: flo
         return
     means = [row[name]["mean"] for row in known]
     errors = [[_arm(row[name], "low") for row in known], [_arm(row[name], "high") for row in known]]
-    places = [count * shift for count in counts]
-    axes.errorbar(places, means, errors, fmt=fmt, color=color, label=label or None, linewidth=1.8, capsize=3)
+    positions = [count * shift for count in counts]
+    axes.errorbar(positions, means, errors, fmt=fmt, color=color, label=label or None, linewidth=1.8, capsize=3)
     if shift != 1:
         return
     axes.set_xscale("symlog", linthresh=max(1, min([count for count in counts if count], default=1)))
