@@ -24,7 +24,8 @@ LAYERS = (
     " < agents.agent < agents.policies < agents.batch, agents.diagnostics, agents.update"
     " < agents.memory, agents.learning, agents.stacked_adam, agents.stacked_batch"
     " < agents.on_policy_config < agents.on_policy, agents.fixed, agents.supervised"
-    " < agents.algorithms, agents.sb3 < agents.stack, agents.many_seeds < agents.runs < agents.comparison < agents < builders"
+    " < agents.algorithms, agents.sb3 < agents.stack, agents.many_seeds < agents.runs < agents.comparison"
+    " < agents < builders"
 )
 HEIGHT = {name.strip(): height for height, layer in enumerate(LAYERS.split("<")) for name in layer.split(",")}
 NAMES_OF_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc"}

@@ -22,6 +22,7 @@ from agents.comparison.names import agent_name, find_labels, own_task, problem_n
 from agents.comparison.scales import interval_of, regraded
 from agents.comparison.series import GRADED, Series, read_series
 from agents.runs.directory import CONFIG_FILE, VERSIONS
+from agents.runs.origin import ORIGIN
 from agents.runs.recorder import METRICS_FILE, read_rows
 from agents.runs.trust import read_config
 from lmgym.errors import LmGymError
@@ -219,8 +220,8 @@ def _read_origin(path: Path) -> dict[str, Any]:
     origin: dict[str, Any] = {}
     if (path / VERSIONS).is_file():
         origin["packages"] = read_json(path / VERSIONS)
-    if (path / "origin.json").is_file():
-        origin |= read_json(path / "origin.json")
+    if (path / ORIGIN).is_file():
+        origin |= read_json(path / ORIGIN)
     return origin
 
 

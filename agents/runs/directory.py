@@ -15,6 +15,7 @@ from typing import Any
 from agents.checkpoint import Manifest, newest, read_manifest, recover, verify
 from agents.runs.inputs import changes
 from agents.runs.lock import Lock
+from agents.runs.origin import ORIGIN
 from agents.runs.recorder import METRICS_FILE, TENSORBOARD
 from agents.runs.trust import config_text, read_config
 from lmgym.errors import InvalidArgumentError, LmGymError
@@ -25,7 +26,17 @@ VERSIONS = "versions.json"
 CHECKPOINT = "checkpoint"
 CELLS = "cells"  # finished parts of a run that has several
 MAX_RUNS_NAMED = 4
-RUN_FILES = (CONFIG_FILE, VERSIONS, METRICS_FILE, TENSORBOARD, CHECKPOINT, "summary.json", "samples.json", "curves.png")
+RUN_FILES = (
+    CONFIG_FILE,
+    VERSIONS,
+    ORIGIN,
+    METRICS_FILE,
+    TENSORBOARD,
+    CHECKPOINT,
+    "summary.json",
+    "samples.json",
+    "curves.png",
+)
 _HEADER = "# The config of a run of lmgym. A checkpoint beside it was saved with these numbers."
 _SECTIONS = ("env", "agent", "sampler", "evaluation")
 _SCALARS = ("task", "seed", "total_timesteps", "checkpoint_every", "device")

@@ -23,6 +23,7 @@ from agents.runs.command_line import shell_command
 from agents.runs.directory import CONFIG_FILE, empty_again, new_run, resumed_run, write_config
 from agents.runs.grading import grade
 from agents.runs.inputs import notes_of
+from agents.runs.origin import ORIGIN, find_origin
 from agents.runs.plan import Plan, build, check, check_saved, plain
 from agents.runs.recorder import Recorder
 from agents.runs.report import write_json
@@ -83,6 +84,7 @@ def begin_many(cfg: DictConfig, directory: Path) -> int:
             held.enter_context(empty_again(path))
             held.enter_context(new_run(path, own))
             write_json(path / "versions.json", versions())
+            write_json(path / ORIGIN, find_origin())
             runs.append(_Run(replace(plan, seed=seed), path, notes_of(own)))
         return _train(runs, directory, resume=False)
 

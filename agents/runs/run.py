@@ -28,6 +28,7 @@ from agents.runs.directory import (
 )
 from agents.runs.grading import grade, samples, summarise
 from agents.runs.inputs import notes_of
+from agents.runs.origin import ORIGIN, find_origin
 from agents.runs.picture import curves
 from agents.runs.plan import Plan, build, check, check_saved, plain, saved_config
 from agents.runs.recorder import METRICS_FILE, Recorder, read_rows
@@ -58,6 +59,7 @@ def begin(cfg: DictConfig | dict[str, Any], directory: Path) -> int:
         plan = check(values)
         with new_run(directory, values):
             write_json(directory / "versions.json", versions())
+            write_json(directory / ORIGIN, find_origin())
             return train(plan, directory, resume=False, notes=notes_of(values))
 
 
