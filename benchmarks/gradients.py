@@ -22,6 +22,7 @@ from lmgym.automata import phrases
 from lmgym.episodes import Episodes
 from lmgym.kl import exact, k2, k3
 from lmgym.models.tables import dirichlet_rows, markov_lm
+from lmgym.optimum.anatomy import GradientQuality
 from lmgym.optimum.tree import Tree, make_episode_logits
 from lmgym.rewards.automaton import AutomatonReward
 from lmgym.tasks import Task
@@ -205,24 +206,6 @@ def surrogates(table: Tensor, tree: Tree, episodes: Episodes) -> dict[str, Tenso
     }
 
 
-@dataclass(frozen=True)
-class Quality:
-    """Of an estimator g of a gradient: |E g - gradient| / |gradient|, their cosine, and tr Cov g / |gradient|^2."""
-
-    bias: float
-    cosine: float
-    variance: float
-
-    @classmethod
-    def of(cls, probs: Tensor, estimate: Tensor, gradient: Tensor) -> Quality:
-        """From (R,) probabilities, (R, P) estimates and the gradient (P,)."""
-        mean = probs @ estimate
-        size = gradient.norm()
-        variance = probs @ (estimate - mean).square().sum(1)
-        cosine = mean @ gradient / (mean.norm() * size)
-        return cls(float((mean - gradient).norm() / size), float(cosine), float(variance / size**2))
-
-
 def exact_gradient(tree: Tree, table: Tensor) -> Tensor:
     """(P,) of J."""
     parameter = table.clone().requires_grad_()
@@ -264,7 +247,7 @@ def measure() -> Iterator[tuple[float, str, float, float, float, float]]:
             gradient = exact_gradient(tree, table)
             based = estimates(f, baseline=True)
             for name, estimate in estimates(f).items():
-                plain, other = (Quality.of(f.probs, g, gradient) for g in (estimate, based[name]))
+                plain, other = (GradientQuality.of(f.probs, g, gradient) for g in (estimate, based[name]))
                 found.setdefault(name, []).append([plain.bias, plain.cosine, plain.variance, other.variance])
         for name, numbers in found.items():
             bias, cosine, variance, with_value = map(statistics.median, zip(*numbers, strict=True))

@@ -181,7 +181,7 @@ class TRPO(OnPolicyAgent):
         """Yields micro-batches of like length, whose weights sum to 1; `twice` are those to be differentiated twice."""
         total = batch.episodes.lengths.sum()
         for part in batch.sort_by_length().split(self.config.micro_batch_size):
-            with _twice_differentiable() if twice else nullcontext():
+            with twice_differentiable() if twice else nullcontext():
                 minibatch = self.read(part, total, len(batch))
             yield minibatch
 
@@ -283,7 +283,7 @@ def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def _twice_differentiable() -> Iterator[None]:
+def twice_differentiable() -> Iterator[None]:
     """Forwards in here can be differentiated twice: fused attention and the GRU of cuDNN cannot."""
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
         yield

@@ -125,10 +125,26 @@ def _cut(line: str) -> str:
 
 def evaluate_help_page() -> str:
     """What `python -m agents.evaluate --help` prints: every key in a line."""
-    keys = (CONF / "evaluate.yaml").read_text(encoding="utf-8").partition("\nrun:")[2].partition("\nhydra:")[0]
-    parts = [
-        "python -m agents.evaluate run=DIRECTORY [evaluation.KEY=value ...]",
+    return _page_of_a_run(
+        "evaluate",
         "Grades a run again from its newest checkpoint, prints the table, and writes evaluation.json beside it.",
+    )
+
+
+def anatomy_help_page() -> str:
+    """What `python -m agents.anatomy --help` prints: every key in a line."""
+    return _page_of_a_run(
+        "anatomy",
+        "Says where V* - J of a run's newest checkpoint comes from, and writes anatomy.json and anatomy.png beside it.",
+    )
+
+
+def _page_of_a_run(command: str, purpose: str) -> str:
+    """The page of a command that looks at a run directory, and changes nothing of the run."""
+    keys = (CONF / f"{command}.yaml").read_text(encoding="utf-8").partition("\nrun:")[2].partition("\nhydra:")[0]
+    parts = [
+        f"python -m agents.{command} run=DIRECTORY [evaluation.KEY=value ...]",
+        purpose,
         f"Keys:\n{_indented(f'run:{keys}')}",
         "Hydra's own options: --hydra-help",
     ]

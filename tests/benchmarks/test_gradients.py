@@ -10,7 +10,6 @@ from torch import Tensor
 
 from benchmarks.gradients import (
     Facts,
-    Quality,
     at_distance,
     directions,
     estimates,
@@ -156,11 +155,3 @@ def test_sampled_means_agree(tree: Tree, table: Tensor, at_table: Facts) -> None
         error = (at_table.probs @ (found[name] - mean).square() / SAMPLES).sqrt()
         assert ((total.flatten() / SAMPLES - mean).abs() <= 4 * error + 1e-12).all(), name
         assert ((total.flatten() / SAMPLES + mean).abs() > 4 * error + 1e-12).any(), f"{name}: too few to tell a sign"
-
-
-def test_the_quality_of_an_estimator() -> None:
-    """(1, 0) or (3, 4), each half the time, for the gradient (2, 0)."""
-    quality = Quality.of(torch.tensor([0.5, 0.5]), torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([2.0, 0.0]))
-    assert quality.bias == pytest.approx(2 / 2)
-    assert quality.cosine == pytest.approx(0.5**0.5)
-    assert quality.variance == pytest.approx((1 + 4) / 4)

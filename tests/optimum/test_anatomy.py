@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import TinyProblem
+from conftest import TinyProblem, shifted
 from torch import Tensor
 
 import lmgym
@@ -21,7 +21,10 @@ from lmgym.models.policy import CausalPolicy
 from lmgym.models.sampling import Sampler
 from lmgym.models.tables import markov_lm
 from lmgym.optimum.anatomy import (
+    CriticError,
     GapAnatomy,
+    GradientQuality,
+    critic_targets,
     dissect_automaton,
     dissect_episodes,
     dissect_exactly,
@@ -203,7 +206,7 @@ def test_soft_values_are_the_mean_returns_of_what_goes_on(tiny: TinyProblem) -> 
         task = replace(tiny.task, dense_kl=dense_kl)
         tree = Tree.of(task, "test")
         own = tree.responses.read(make_episode_logits(tiny.other))
-        values = soft_values(tree, own)
+        values = critic_targets(tree, own)
         reach = visits(tree.responses, own)
         for x, prompt in enumerate(tiny.prompts):
             tokens = tiny.token_log_probs(tiny.other, prompt)
@@ -217,6 +220,95 @@ def test_soft_values_are_the_mean_returns_of_what_goes_on(tiny: TinyProblem) -> 
                 returns = tiny.scores(prompt)[rows] - tiny.kl_coef * paid
                 assert reach[t][x, node].item() == pytest.approx(probs.sum().item(), abs=1e-6)
                 assert values[t][x, node].item() == pytest.approx(float(probs @ returns / probs.sum()), abs=1e-5)
+
+
+def test_advantages_have_mean_0_and_follow_the_values(tiny: TinyProblem) -> None:
+    tree = Tree.of(tiny.task, "test")
+    own = tree.responses.read(make_episode_logits(tiny.other))
+    values, advantages = soft_values(tree, own)
+    for p, advantage in zip(own, advantages, strict=True):
+        assert (p.exp() * advantage).sum(-1).abs().max() < 1e-12
+    level = tree.responses.levels[0]
+    q = values[1].view(len(tiny.prompts), 1, -1)
+    ratio = (own[0] - tree.reference[0])[..., level.going]
+    expected = q - tiny.kl_coef * ratio - values[0].unsqueeze(-1)
+    assert torch.allclose(advantages[0][..., level.going], expected)
+    none = soft_values(tree, tree.solve_levels().log_probs)
+    assert max(advantage.abs().max().item() for advantage in none.advantages) < 1e-9  # nothing is better than pi*
+
+
+# -- what keeps a policy from getting better -------------------------------------------------------------------------
+
+
+def test_the_error_of_a_critic() -> None:
+    values = [torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0, 2.0], [5.0, 5.0]])]
+    visits_of = [torch.ones(2, 1), torch.tensor([[0.5, 0.0], [0.0, 0.0]])]
+    higher = [value + 0.5 for value in values]
+    error = CriticError.of(higher, values, visits_of)
+    assert (error.rmse, error.bias, error.explained_variance) == pytest.approx((0.5, 0.5, 1.0))
+    assert error.rmse_by_step == pytest.approx([0.5, 0.5])
+    truth = np.array([1.0, 3.0, 0.0])
+    weights = np.array([0.4, 0.4, 0.2])
+    spread = np.sqrt(weights @ (truth - weights @ truth) ** 2)
+    zeros = CriticError.of([torch.zeros_like(value) for value in values], values, visits_of)
+    assert zeros.spread == pytest.approx(spread)
+    assert zeros.explained_variance == pytest.approx(0, abs=1e-6)
+    never = CriticError.of(higher, values, [torch.ones(2, 1), torch.zeros(2, 2)])
+    assert never.rmse_by_step[1] is None
+
+
+def test_the_critic_reads_every_prefix(tiny: TinyProblem) -> None:
+    """V* as `TreePolicy` steps it along, read back at the prefixes that it was written down for."""
+    tree = Tree.of(tiny.task, "test")
+    values = tree.solve_levels().values
+    policy = tree.solve().policy
+
+    def step_values(episodes: Any) -> Tensor:
+        state = policy.begin(episodes.prompt_ids, episodes.prompt_mask, tiny.T)
+        columns = [state.values]
+        for t in range(tiny.T - 1):
+            state.step(episodes.response_ids[:, t])
+            columns.append(state.values)
+        return torch.stack(columns, 1)
+
+    for found, expected in zip(tree.responses.read_values(step_values), values, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_the_quality_of_an_estimator() -> None:
+    """(1, 0) or (3, 4), each half the time, for the gradient (2, 0)."""
+    estimates = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    quality = GradientQuality.of(torch.tensor([0.5, 0.5]), estimates, torch.tensor([2.0, 0.0]))
+    assert quality.bias == pytest.approx(2 / 2)
+    assert quality.cosine == pytest.approx(0.5**0.5)
+    assert quality.variance == pytest.approx((1 + 4) / 4)
+
+
+def test_the_quality_of_an_estimator_from_samples() -> None:
+    """Noise of ten times the mean's length hides the cosine from the mean of the samples, and not from this."""
+    generator = torch.Generator().manual_seed(shifted())
+    gradient = torch.zeros(500, dtype=torch.float64)
+    gradient[0] = 2.0
+    mean = torch.zeros_like(gradient)
+    mean[:2] = torch.tensor([3.0, 4.0])  # of length 5, at a cosine of 0.6
+    noise = 50 / 500**0.5 * torch.randn((400, 500), generator=generator, dtype=torch.float64)
+    estimates = mean + noise
+    naive = torch.cosine_similarity(estimates.mean(0), gradient, dim=0).item()
+    found = GradientQuality.of_samples(estimates, gradient)
+    assert abs(found.cosine - 0.6) < 4 * found.cosine_error < 0.4
+    assert naive < 0.6 - found.cosine_error
+    assert found.norm == pytest.approx(2.5, rel=0.2)
+    assert found.variance == pytest.approx(50**2 / 2**2, rel=0.1)
+    assert found.bias == pytest.approx(17**0.5 / 2, rel=0.25)
+
+
+def test_samples_and_probabilities_agree() -> None:
+    estimates = torch.tensor([[1.0, 0.0], [3.0, 4.0]], dtype=torch.float64)
+    gradient = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    exact = GradientQuality.of(torch.tensor([0.5, 0.5], dtype=torch.float64), estimates, gradient)
+    many = GradientQuality.of_samples(estimates.repeat(5000, 1), gradient)
+    for name in ("bias", "norm", "cosine", "variance"):
+        assert getattr(many, name) == pytest.approx(getattr(exact, name), rel=1e-3), name
 
 
 # -- an automaton ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def dissect_tree(tree: Tree, episode_logits: EpisodeLogits, most: int = MOST_STA
     running = torch.stack([level.sum(1).mean() for level in reach])
     entropies = [_mean_entropy(reach, levels) for levels in (own, found.log_probs)]
     optimum = found.values[0].mean().item()
-    value = soft_values(tree, own)[0].mean().item()
+    value = soft_values(tree, own).values[0].mean().item()
     return GapAnatomy(
         method="tree",
         optimum=optimum,
@@ -146,11 +147,47 @@ def _weigh(tree: Tree, own: Sequence[Tensor], best: Sequence[Tensor]) -> Masses:
     )
 
 
-def soft_values(tree: Tree, log_probs: Sequence[Tensor]) -> list[Tensor]:
-    """(X, N_t) V^pi of each level: the expected discounted return from a prefix on, both halves of the KL included.
+class SoftValues(NamedTuple):
+    """What a policy may expect at every prefix and of every token, for the KL paid token by token.
 
-    It is what a critic that is trained on returns estimates. Where the whole KL is paid at the end, at gamma = 1, that
-    of the prefix itself is still to pay, and is in it.
+    Attributes:
+        values: (X, N_t) V^pi of each level: the expected discounted return from a prefix on, both halves of the KL
+            included.
+        advantages: (X, N_t, A) of each level: Q - kl_coef log(pi / pi_ref) - V^pi, whose mean under pi is 0; 0 where pi
+            is 0.
+    """
+
+    values: list[Tensor]
+    advantages: list[Tensor]
+
+
+def soft_values(tree: Tree, log_probs: Sequence[Tensor]) -> SoftValues:
+    """V^pi and the advantages of a policy, by one sweep from the last tokens to the first.
+
+    Args:
+        tree: all responses. log_probs: (X, N_t, A) of each level, the policy.
+    """
+    task = tree.task
+    after = torch.zeros((len(tree.prompts), 0), dtype=torch.float64)
+    values: list[Tensor] = []
+    advantages: list[Tensor] = []
+    for t in reversed(range(len(log_probs))):
+        own = log_probs[t]
+        possible = own > -torch.inf
+        earned = tree.responses.join_actions(t, tree.scores, task.gamma * after)
+        if task.kl_coef > 0:
+            earned = earned - task.kl_coef * torch.where(possible, own - tree.reference[t], 0.0)
+        after = (own.exp() * earned).sum(-1)
+        values.insert(0, after)
+        advantages.insert(0, torch.where(possible, earned - after.unsqueeze(-1), 0.0))
+    return SoftValues(values, advantages)
+
+
+def critic_targets(tree: Tree, log_probs: Sequence[Tensor]) -> list[Tensor]:
+    """(X, N_t) of each level: what a critic that is trained on returns estimates at every prefix.
+
+    It is V^pi. Where the whole KL is paid at the end, at gamma = 1, that of the prefix itself is still to pay, and is
+    in it.
 
     Args:
         tree: all responses. log_probs: (X, N_t, A) of each level, the policy.
@@ -159,20 +196,14 @@ def soft_values(tree: Tree, log_probs: Sequence[Tensor]) -> list[Tensor]:
         InvalidArgumentError: at gamma < 1 where the KL is paid at the end.
     """
     task = tree.task
-    if task.kl_coef > 0:
-        check_additive(task)
-    after = torch.zeros((len(tree.prompts), 0), dtype=torch.float64)
-    values: list[Tensor] = []
-    for t in reversed(range(len(log_probs))):
-        own = log_probs[t]
-        q = tree.responses.join_actions(t, tree.scores, task.gamma * after)
-        earned = (own.exp() * q).sum(-1)
-        after = earned - task.kl_coef * exact(own, tree.reference[t]) if task.kl_coef > 0 else earned
-        values.insert(0, after)
-    if task.kl_coef > 0 and not task.dense_kl:
-        paid = torch.zeros((len(tree.prompts), 1), dtype=torch.float64)
-        for t, level in enumerate(tree.responses.levels):
-            values[t] = values[t] - task.kl_coef * paid
-            ratio = (log_probs[t] - tree.reference[t])[..., level.going]
-            paid = (paid.unsqueeze(-1) + ratio).flatten(1)
-    return values
+    values = soft_values(tree, log_probs).values
+    if task.kl_coef == 0 or task.dense_kl:
+        return values
+    check_additive(task)
+    paid = torch.zeros((len(tree.prompts), 1), dtype=torch.float64)
+    targets = []
+    for t, level in enumerate(tree.responses.levels):
+        targets.append(values[t] - task.kl_coef * paid)
+        ratio = (log_probs[t] - tree.reference[t])[..., level.going]
+        paid = (paid.unsqueeze(-1) + ratio).flatten(1)
+    return targets

@@ -7,7 +7,7 @@ prefix, then by their last token; the children of a prefix are contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -115,14 +115,8 @@ class Responses:
             InvalidArgumentError: for logits of another shape.
             LmGymError: where the probabilities of the legal tokens do not sum to 1.
         """
-        last = self.levels[-1]
         depth = len(self.levels)
-        of_prompt = last.start + torch.arange(last.nodes) * len(last.ending)
-        rows = (torch.arange(len(self.prompts)).unsqueeze(1) * self.per_prompt + of_prompt).flatten()
-        width = self.episodes.prompt_ids.shape[1] + depth
-        size = min(max(MAX_LOGITS_AT_ONCE // (width * self.vocab_size), 1), MAX_ROWS_AT_ONCE)
-        for first in range(0, len(rows), size):
-            chunk = rows[first : first + size]
+        for first, chunk in self._list_chunks():
             logits = episode_logits(self.episodes[chunk]).cpu().double()
             expected = (len(chunk) * depth, self.vocab_size)
             if logits.shape != expected:
@@ -138,6 +132,16 @@ class Responses:
                     f"position they miss it by {missed:.3g} nats: an id that is no token has some, or a logit is nan."
                 )
             yield first, chunk, log_probs.view(len(chunk), depth, -1)
+
+    def _list_chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields the rows of one response through each of the longest prefixes, and the number of the first of them."""
+        last = self.levels[-1]
+        of_prompt = last.start + torch.arange(last.nodes) * len(last.ending)
+        rows = (torch.arange(len(self.prompts)).unsqueeze(1) * self.per_prompt + of_prompt).flatten()
+        width = self.episodes.prompt_ids.shape[1] + len(self.levels)
+        size = min(max(MAX_LOGITS_AT_ONCE // (width * self.vocab_size), 1), MAX_ROWS_AT_ONCE)
+        for first in range(0, len(rows), size):
+            yield first, rows[first : first + size]
 
     def find_first_rows(self, first: int, count: int) -> Iterator[tuple[Level, slice, slice]]:
         """Finds, for each level, which of the longest prefixes are the first that go through a prefix of that level.
@@ -162,6 +166,19 @@ class Responses:
             for t, (_, chosen, nodes) in enumerate(self.find_first_rows(first, len(rows))):
                 result[t][nodes] = log_probs[chosen, t]
         return [table.view(x, -1, len(self.legal)) for table in result]
+
+    def read_values(self, episode_values: Callable[[Episodes], Tensor]) -> list[Tensor]:
+        """A number of every prefix, (X, N_t) float64 of each level.
+
+        Args:
+            episode_values: gives (n, T) numbers, one before each token of n episodes.
+        """
+        result = [torch.empty(len(self.prompts) * level.nodes, dtype=torch.float64) for level in self.levels]
+        for first, rows in self._list_chunks():
+            values = episode_values(self.episodes[rows]).cpu().double()
+            for t, (_, chosen, nodes) in enumerate(self.find_first_rows(first, len(rows))):
+                result[t][nodes] = values[chosen, t]
+        return [numbers.view(len(self.prompts), -1) for numbers in result]
 
     # -- numbers of prefixes and of responses ------------------------------------------------------------------------
 

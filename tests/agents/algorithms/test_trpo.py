@@ -148,7 +148,7 @@ def test_conjugate_gradients_with_the_products_of_one_graph_solve_the_dense_syst
     agent.policy.double()
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(episodes.num_tokens, generator=generator, dtype=torch.float64)
-    with agents.algorithms.trpo._twice_differentiable():
+    with agents.algorithms.trpo.twice_differentiable():
         log_rows = log_distribution(agent.policy, episodes)
     matrix = dense_fisher(log_rows, weights, parameters)
     fisher = Fisher(log_rows, weights, parameters)
@@ -172,7 +172,7 @@ def test_fisher_products_are_those_of_the_hessian_of_the_kl(kind: Any) -> None:
     weights = torch.rand(episodes.num_tokens, generator=generator, dtype=torch.float64)
     vector = torch.randn(sum(p.numel() for p in parameters), generator=generator, dtype=torch.float64)
     vector /= vector.norm()
-    with agents.algorithms.trpo._twice_differentiable():
+    with agents.algorithms.trpo.twice_differentiable():
         old = log_distribution(agent.policy, episodes)
     assert old.dtype == torch.float64
     fisher = Fisher(old, weights, parameters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ import agents.train
 from agents.algorithms.ppo import PPOConfig
 from agents.runs.config import SYNONYMS, explained, validated
 from agents.runs.directory import check_is_run
-from agents.runs.help_page import evaluate_help_page, help_page
+from agents.runs.help_page import anatomy_help_page, evaluate_help_page, help_page
 from lmgym.envs.settings import Settings
 from lmgym.errors import InvalidArgumentError, LmGymError, UnknownNameError
 from lmgym.models.sampling import Sampler
@@ -291,9 +291,10 @@ def test_the_help_lists_what_a_directory_of_configs_adds(tmp_path: Path, monkeyp
     assert "mine" not in help_page(["agent=mine"])
 
 
-def test_the_help_of_evaluate_has_a_line_for_every_key() -> None:
-    page = evaluate_help_page()
-    config = OmegaConf.load(CONF / "evaluate.yaml")
+@pytest.mark.parametrize(("command", "help_page"), [("evaluate", evaluate_help_page), ("anatomy", anatomy_help_page)])
+def test_the_help_of_a_command_for_runs_has_a_line_for_every_key(command: str, help_page: Callable[[], str]) -> None:
+    page = help_page()
+    config = OmegaConf.load(CONF / f"{command}.yaml")
     for name in {*config, *config.evaluation} - {"defaults", "hydra"}:
         assert re.search(rf"^ +{name}: .*# \w", page, re.MULTILINE), name
 
