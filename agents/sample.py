@@ -8,6 +8,7 @@ ones judge them.
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from agents.runs.sweeps import given
 from agents.runs.trust import trusted_modules
 from lmgym.errors import InvalidArgumentError
 from lmgym.feedback.files import write_records
+from lmgym.feedback.records import Record
+from lmgym.rewards.members import is_ensemble
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="sample")
@@ -58,17 +61,34 @@ def sample(values: dict[str, Any]) -> None:
 
     out = Path(values.pop("out"))
     trusted = trusted_modules(values.pop("trust"))
+    ensemble = values.pop("disagreement")
     if out.exists():
         raise InvalidArgumentError(f"`out` must be a file that is not there yet, and {str(out)!r} is.")
     if isinstance(values["policies"], str):
         values["policies"] = [values["policies"]]
+    if ensemble is not None and not is_ensemble(ensemble):
+        raise InvalidArgumentError(
+            f"`disagreement` must be a directory of several reward models, such as runs/.../reward of "
+            f"`python -m agents.reward reward.ensemble=3`, got {ensemble!r}."
+        )
     request = Request(**values)
     writers = load_writers(request, trusted)
     count = min(request.prompts or len(writers[0].envs.engine.prompts), len(writers[0].envs.engine.prompts))
     with tqdm(total=count * request.samples * len(writers), unit="completion", leave=False) as bar:
-        written = write_records(out, write_completions(request, writers, bar.update))
+        records = write_completions(request, writers, bar.update)
+        if ensemble is not None:
+            records = with_disagreement(records, ensemble, request.device)
+        written = write_records(out, records)
     left_out = f" {count - written:,} prompts got the same text each time, and are left out." if written < count else ""
     print(f"{out}: {written:,} prompts with up to {request.samples * len(writers)} completions each.{left_out}")
+
+
+def with_disagreement(records: Iterator[Record], ensemble: str, device: str) -> Iterator[Record]:
+    """The records with a column of how far some reward models disagree about each."""
+    from lmgym.reward_models.disagreement import add_disagreement
+    from lmgym.rewards.ensemble import load_ensemble
+
+    return add_disagreement(records, load_ensemble(ensemble, device))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ Shapes: E members; K completions of a record.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +15,12 @@ from numpy.typing import NDArray
 from lmgym.errors import InvalidArgumentError
 from lmgym.feedback.records import Record
 from lmgym.feedback.rendering import render_record
+from lmgym.feedback.store import COLUMN
 from lmgym.reward_models.scorer import score_texts
 from lmgym.rewards.classifier import ClassifierReward
 from lmgym.rewards.ensemble import EnsembleReward
+
+_BATCH = 64  # records that are scored at once
 
 
 def margin_spread(scores: NDArray[np.float64]) -> float:
@@ -51,6 +56,18 @@ def measure_disagreement(records: Sequence[Record], ensemble: EnsembleReward) ->
     scores = np.array([_score_completions(records, member) for member in ensemble.rewards])
     ends = np.cumsum([len(record.completions) for record in records])
     return [margin_spread(part) for part in np.split(scores, ends[:-1], axis=1)]
+
+
+def add_disagreement(records: Iterable[Record], ensemble: EnsembleReward) -> Iterator[Record]:
+    """Yields the records with their `margin_spread` in the column that the labelling page goes by.
+
+    Args:
+        records: as for `measure_disagreement`; read as they are wanted. ensemble: of reward models.
+    """
+    rest = iter(records)
+    while batch := list(itertools.islice(rest, _BATCH)):
+        for record, spread in zip(batch, measure_disagreement(batch, ensemble), strict=True):
+            yield replace(record, columns={**record.columns, COLUMN: spread})
 
 
 def _score_completions(records: Sequence[Record], member: object) -> list[float]:

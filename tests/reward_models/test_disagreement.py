@@ -11,7 +11,8 @@ from reward_texts import make_gpt2, make_tokenizer
 
 from lmgym.errors import InvalidArgumentError
 from lmgym.feedback.records import Completion, Record
-from lmgym.reward_models.disagreement import margin_spread, measure_disagreement, most_disputed
+from lmgym.feedback.store import COLUMN
+from lmgym.reward_models.disagreement import add_disagreement, margin_spread, measure_disagreement, most_disputed
 from lmgym.reward_models.starting import starting_model
 from lmgym.reward_models.training import generator_of
 from lmgym.rewards.classifier import ClassifierReward
@@ -69,3 +70,14 @@ def test_a_member_that_is_no_reward_model_is_refused() -> None:
 
     with pytest.raises(InvalidArgumentError, match="`ensemble` must have reward models alone, got function"):
         measure_disagreement([Record("p", (" a", " b"))], EnsembleReward([length, length]))
+
+
+def test_records_get_the_column_that_the_labelling_page_goes_by() -> None:
+    tokenizer: Any = make_tokenizer()
+    models = [starting_model(make_gpt2(), tokenizer, generator_of(seed)) for seed in range(2)]
+    ensemble = EnsembleReward([ClassifierReward(model, tokenizer) for model in models])
+    records = [Record("the film was", (" good" * (i % 5), " bad"), columns={"n": 1}) for i in range(70)]
+    found = list(add_disagreement(iter(records), ensemble))
+    assert [record.columns["n"] for record in found] == [1] * 70
+    expected = measure_disagreement(records, ensemble)
+    assert [record.columns[COLUMN] for record in found] == pytest.approx(expected, abs=1e-5)

@@ -117,8 +117,12 @@ def test_a_sampler_for_a_run_is_refused(tmp_path: Path) -> None:
 def test_the_file_holds_the_records_and_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "to_label.jsonl"
     values: dict[str, Any] = vars(request(samples=3)) | {"out": str(out), "trust": None, "policies": "reference"}
+    values["disagreement"] = None
     sample(dict(values))
     assert "6 prompts with up to 3 completions" in capsys.readouterr().out
     assert list(read_records(out)) == written(samples=3)
     with pytest.raises(InvalidArgumentError, match="not there yet"):
+        sample(dict(values))
+    values |= {"disagreement": str(tmp_path), "out": str(tmp_path / "other.jsonl")}
+    with pytest.raises(InvalidArgumentError, match="`disagreement` must be a directory of several reward models"):
         sample(dict(values))
