@@ -41,7 +41,7 @@ def coverage_of_aggregates(tasks: int, seeds: int, replicates: int, rng: np.rand
         for i, name in enumerate(REPORTED):
             estimates = STATISTICS[name](drawn)
             for j, expanded in enumerate((True, False)):
-                interval = percentile_interval(truth[name], estimates, [seeds] * tasks, expanded=expanded)
+                interval = percentile_interval(truth[name], estimates, strata, expanded=expanded)
                 held[i, j] += interval.low <= truth[name] <= interval.high
     return list((held / replicates).ravel())
 

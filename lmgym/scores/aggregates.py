@@ -85,8 +85,7 @@ def aggregate(
     for label in matrix.labels:
         strata = matrix.strata(label)
         replicates = function(resample(strata, resamples, rng))
-        sizes = [len(runs) for runs in strata]
-        found[label] = percentile_interval(float(function(strata)), replicates, sizes, expanded=expanded)
+        found[label] = percentile_interval(float(function(strata)), replicates, strata, expanded=expanded)
     return found
 
 
@@ -107,8 +106,8 @@ def aggregate_gap(
     ours = matrix.strata(label)
     theirs = matrix.strata(over)
     replicates = function(resample(ours, resamples, rng)) - function(resample(theirs, resamples, rng))
-    sizes = [len(runs) for runs in (*ours, *theirs)]
-    return percentile_interval(float(function(ours) - function(theirs)), replicates, sizes, expanded=expanded)
+    gap = float(function(ours) - function(theirs))
+    return percentile_interval(gap, replicates, [*ours, *theirs], expanded=expanded)
 
 
 def statistic_named(statistic: str | Statistic) -> Statistic:

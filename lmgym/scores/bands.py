@@ -53,7 +53,9 @@ def performance_profiles(
         strata = matrix.strata(label)
         shares = _shares(resample(strata, resamples, rng), given, average_runs)
         value = _shares([runs[None] for runs in strata], given, average_runs)[0]
-        profiles[label] = band_of(given, value, shares, [len(runs) for runs in strata], (0.0, 1.0), expanded=expanded)
+        single = min(len(runs) for runs in strata) == 1
+        outside = None if single else tail(strata, expanded=expanded)
+        profiles[label] = band_of(given, value, shares, outside, (0.0, 1.0))
     return profiles
 
 
@@ -61,17 +63,23 @@ def band_of(
     at: NDArray[np.float64],
     value: NDArray[np.float64],
     replicates: NDArray[np.float64],
-    sizes: Sequence[int],
+    outside: NDArray[np.float64] | float | None,
     limits: tuple[float, float] = (-np.inf, np.inf),
-    *,
-    expanded: bool = True,
 ) -> Band:
-    """The band between two percentiles of (R, K) replicates; the limits of the value where a task has a single run."""
-    if min(sizes) == 1:
+    """The band between two percentiles of (R, K) replicates.
+
+    Args:
+        at, value: (K,) of the line.
+        replicates: what the resamples give.
+        outside: the probability beyond each end (`lmgym.scores.bootstrap.tail`), one or (K,); None where a task has a
+            single run, and the band goes from limit to limit.
+        limits: the least and the largest value there can be.
+    """
+    if outside is None:
         return Band(at, value, np.full_like(value, limits[0]), np.full_like(value, limits[1]))
-    outside = tail(sizes, expanded=expanded)
-    ends = np.quantile(replicates, [outside, 1 - outside], axis=0)
-    return Band(at, value, ends[0], ends[1])
+    tails = np.broadcast_to(outside, value.shape)
+    ends = [np.quantile(replicates[:, i], [tails[i], 1 - tails[i]]) for i in range(len(value))]
+    return Band(at, value, np.asarray([end[0] for end in ends]), np.asarray([end[1] for end in ends]))
 
 
 def _shares(

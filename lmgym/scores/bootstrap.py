@@ -25,22 +25,32 @@ def resample(
     return [runs[rng.integers(len(runs), size=(resamples, len(runs)))] for runs in strata]
 
 
-def tail(sizes: Sequence[int], *, expanded: bool = True) -> float:
-    """The probability that an end of a percentile interval leaves outside, of strata with so many runs.
+def tail(strata: Sequence[NDArray[np.float64]], *, expanded: bool = True) -> float:
+    """The probability that an end of a percentile interval leaves outside.
 
-    It is 2.5 % for the plain percentile interval, which is too narrow: a resample of n runs varies like (n - 1) / n of
-    the variance, and by the normal quantile instead of Student's. The expanded interval (Hesterberg 2015, "What
-    teachers should know about the bootstrap", section 5) goes out as far as makes up for both.
+    It is 2.5 % for the plain percentile interval, which is too narrow for few runs: resamples of n runs vary by
+    (n - 1) / n of their variance, and by the normal quantile instead of Student's. The expanded interval goes out as
+    far as makes up for both (Hesterberg 2015, arXiv 1411.5279). Degrees of freedom are those of the mean over strata
+    (Welch 1947, Satterthwaite 1946): a task whose runs spread much decides.
+
+    Args:
+        strata: (n_m,) runs, at least two in each. expanded: whether to go out further.
     """
-    runs = sum(sizes)
-    freedom = runs - len(sizes)
-    if not expanded or freedom == 0:
+    variances = np.asarray([runs.var(ddof=1) / len(runs) for runs in strata])
+    if not expanded or not variances.any():
         return (1 - LEVEL) / 2
-    return 0.5 * math.erfc(t_quantile(freedom) * math.sqrt(runs / freedom) / math.sqrt(2))
+    sizes = np.asarray([len(runs) for runs in strata])
+    freedom = variances.sum() ** 2 / (variances**2 / (sizes - 1)).sum()
+    too_narrow = (variances * (sizes - 1) / sizes).sum() / variances.sum()
+    return 0.5 * math.erfc(t_quantile(float(freedom)) / math.sqrt(2 * too_narrow))
 
 
 def percentile_interval(
-    estimate: float, replicates: NDArray[np.float64], sizes: Sequence[int], *, expanded: bool = True
+    estimate: float,
+    replicates: NDArray[np.float64],
+    strata: Sequence[NDArray[np.float64]],
+    *,
+    expanded: bool = True,
 ) -> Interval:
     """The interval between two percentiles of what the resamples gave.
 
@@ -48,11 +58,11 @@ def percentile_interval(
 
     Args:
         estimate: what the runs themselves give. replicates: (R,) what their resamples give.
-        sizes: n_m of every stratum that was resampled.
-        expanded: whether to widen the interval for small samples (see `tail`).
+        strata: (n_m,) the runs of all that was resampled.
+        expanded: whether to widen the interval for few runs (see `tail`).
     """
-    if min(sizes) == 1:
+    if min(len(runs) for runs in strata) == 1:
         return Interval(estimate, -math.inf, math.inf)
-    outside = tail(sizes, expanded=expanded)
+    outside = tail(strata, expanded=expanded)
     ends = np.quantile(replicates, [outside, 1 - outside])
     return Interval(estimate, float(ends[0]), float(ends[1]))

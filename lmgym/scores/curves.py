@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from lmgym.errors import InvalidArgumentError, check_choice
 from lmgym.scores.aggregates import Statistic, statistic_named
 from lmgym.scores.bands import BAND_RESAMPLES, Band, band_of
+from lmgym.scores.bootstrap import tail
 from lmgym.scores.matrix import ScoreMatrix
 
 SHARES = (0.5, 0.8, 0.9, 0.95)
@@ -152,7 +153,11 @@ def efficiency_curves(
         replicates = np.empty((resamples, len(points)))
         for i in range(len(points)):
             replicates[:, i] = function([runs[rows, i] for runs, rows in zip(strata, chosen, strict=True)])
-        found[label] = band_of(points, value, replicates, [len(runs) for runs in strata], expanded=expanded)
+        single = min(len(runs) for runs in strata) == 1
+        outside = None
+        if not single:
+            outside = np.asarray([tail([runs[:, i] for runs in strata], expanded=expanded) for i in range(len(points))])
+        found[label] = band_of(points, value, replicates, outside)
     return found
 
 

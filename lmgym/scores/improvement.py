@@ -54,7 +54,7 @@ def probability_of_improvement(
     if rng is None:
         raise InvalidArgumentError("`rng` must be a generator for the method 'bootstrap', got None.")
     replicates = mean_win_share(resample(ours, resamples, rng), resample(theirs, resamples, rng))
-    return percentile_interval(estimate, replicates, [len(x) for x in (*ours, *theirs)], expanded=False)
+    return percentile_interval(estimate, replicates, [*ours, *theirs], expanded=False)
 
 
 def mean_win_share(ours: Sequence[NDArray[np.float64]], theirs: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -66,9 +66,23 @@ def test_the_bootstrap_of_a_mean_has_its_closed_form() -> None:
 
 
 def test_the_tails_are_those_of_student() -> None:
-    assert tail([5, 5], expanded=False) == pytest.approx(0.025)
-    assert tail([5, 5]) == pytest.approx(stats.norm.cdf(-stats.t.ppf(0.975, 8) * math.sqrt(10 / 8)))
-    assert tail([10**6]) == pytest.approx(0.025, rel=1e-4)
+    runs = np.random.default_rng(0).normal(size=5)
+    assert tail([runs, runs], expanded=False) == pytest.approx(0.025)
+    assert tail([runs, runs]) == pytest.approx(stats.norm.cdf(-stats.t.ppf(0.975, 8) * math.sqrt(5 / 4)))
+    assert tail([runs, 1e-3 * runs]) == pytest.approx(
+        stats.norm.cdf(-stats.t.ppf(0.975, 4) * math.sqrt(5 / 4)), rel=1e-4
+    )
+    assert tail([np.arange(10**5)]) == pytest.approx(0.025, rel=1e-3)
+    assert tail([np.ones(5)]) == pytest.approx(0.025)
+
+
+def test_the_freedom_is_that_of_welch() -> None:
+    """Two labels on one task: the tail is that of Welch's t-test."""
+    rng = np.random.default_rng(0)
+    ours = rng.normal(size=6)
+    theirs = 3 * rng.normal(size=6)
+    freedom = stats.ttest_ind(ours, theirs, equal_var=False).df
+    assert tail([ours, theirs]) == pytest.approx(stats.norm.cdf(-stats.t.ppf(0.975, freedom) * math.sqrt(6 / 5)))
 
 
 def test_the_same_generator_gives_the_same_intervals() -> None:
@@ -105,13 +119,15 @@ def test_unknown_names_are_errors() -> None:
 
 @pytest.mark.seeds
 def test_intervals_of_few_seeds_hold_the_truth() -> None:
-    """5 seeds on 3 tasks: the plain percentile interval holds it in 88 to 91 of 100, the widened one in 94 to 95."""
+    """5 seeds on 3 tasks, one of which decides: the widened interval holds it in 93 of 100 cases, the plain in 85."""
     rng = np.random.default_rng(shifted())
     centre = np.array([0.4, 0.6, 0.9])[:, None]
-    spread = np.array([0.05, 0.2, 0.1])[:, None]
-    held = 0
-    for _ in range(300):
-        scores = centre + spread * rng.standard_normal((3, 5))
-        found = aggregate(matrix_of(scores[None], ("a",)), "mean", rng=rng, resamples=1_000)["a"]
-        held += found.low <= centre.mean() <= found.high
-    assert held >= 0.91 * 300
+    spread = np.array([0.01, 0.3, 0.02])[:, None]
+    held = {True: 0, False: 0}
+    for _ in range(400):
+        matrix = matrix_of((centre + spread * rng.standard_normal((3, 5)))[None], ("a",))
+        for expanded in held:
+            found = aggregate(matrix, "mean", rng=rng, resamples=1_000, expanded=expanded)["a"]
+            held[expanded] += found.low <= centre.mean() <= found.high
+    assert held[True] >= 0.89 * 400
+    assert held[False] <= held[True] - 10

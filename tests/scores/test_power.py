@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 from conftest import shifted
-from test_sequential import verdicts_of
+from test_sequential import matrix_of, verdicts_of
 
 from lmgym.errors import InvalidArgumentError
-from lmgym.scores import SequentialPlan, power_table
+from lmgym.scores import SequentialPlan, power_table, sequential_test
 
 
 @pytest.mark.seeds
@@ -37,6 +37,20 @@ def test_power_grows_with_gap_and_seeds_and_shrinks_with_pairs() -> None:
     assert (six.power[:, 2:].mean(1) < one.power[:, 2:].mean(1)).all()
     assert one.seeds_needed()[0.5] is None
     assert one.seeds.tolist() == [5, 10, 15, 20, 25, 30]
+
+
+@pytest.mark.parametrize(("gap", "tasks"), [(0.75, 3), (0.5, 3), (0.75, 1)])
+def test_the_seeds_that_are_said_to_be_missing_are_those_of_the_table(gap: float, tasks: int) -> None:
+    """After 5 seeds that show the gap as it is, with the spread as it is, to within a group and a fifth."""
+    plan = SequentialPlan(max_groups=12, deals=500)
+    runs = np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
+    scores = np.tile(runs / runs.std(ddof=1), (2, tasks, 1))
+    scores[0] += gap
+    found = sequential_test(matrix_of(scores), plan).verdicts["a", "b"]
+    table = power_table([gap], plan, tasks=tasks, simulations=500, rng=np.random.default_rng(0))
+    needed = table.seeds_needed()[gap]
+    assert needed is not None
+    assert abs(5 + found.more_seeds - needed) <= 5 + 0.2 * needed
 
 
 def test_it_agrees_with_the_normal_approximation() -> None:
