@@ -1,8 +1,9 @@
 """Trains an agent on a task: `python -m agents.train task=keyword-8 agent=ppo seed=1`.
 
-A run directory holds `config.yaml`, `versions.json`, `origin.json`, `metrics.jsonl`, TensorBoard files, `checkpoint/` (the actor loads
-with `AutoModelForCausalLM`), `summary.json`, `samples.json` and `curves.png`. Ctrl-C leaves a checkpoint, and
-`resume=<run directory>` goes on from it to the same curve. `seeds=32` trains 32 seeds at once, each in `seed<k>/`.
+A run directory holds `config.yaml`, `versions.json`, `origin.json`, `metrics.jsonl`, TensorBoard files, `checkpoint/`
+(the actor loads with `AutoModelForCausalLM`), `summary.json`, `samples.json` and `curves.png`. Ctrl-C leaves a
+checkpoint, and `resume=<run directory>` goes on from it to the same curve. `seeds=32` trains 32 seeds at once, each in
+`seed<k>/`.
 """
 
 from __future__ import annotations

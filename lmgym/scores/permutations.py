@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,12 +35,14 @@ class Deals:
     shift: NDArray[np.float64]
 
 
-def draw_deals(paths: int, looks: int, tasks: int, group: int, rng: np.random.Generator) -> list[Deals]:
-    """For each of k groups the ways to deal it, one a path: the true way on the first path, and on the others random.
+def draw_deals(paths: int, looks: int, tasks: int, group: int, rng: np.random.Generator) -> Iterator[Deals]:
+    """For each of K groups the ways to deal it, one a path: the true way on the first path, and on the others random.
 
     As many groups from the first as have, together, no more ways than there are paths are dealt in all ways, each way
     on the same number of paths: at the first look of one task with 5 seeds there are 252. The number of paths is then
     the multiple of that below `paths`. The true path is one of its kind all the same.
+
+    They come one by one, the same for as many as are asked for.
     """
     own = np.repeat([1.0, -1.0], group)
     ways = math.comb(2 * group, group) ** tasks
@@ -48,15 +51,13 @@ def draw_deals(paths: int, looks: int, tasks: int, group: int, rng: np.random.Ge
         counted += 1
     paths -= paths % ways**counted
     every = _all_ways(tasks, group) if counted else np.empty(0)
-    deals = []
     for look in range(looks):
         if look < counted:
             signs = every[np.arange(paths) // ways**look % ways]
         else:
             signs = rng.permuted(np.broadcast_to(own, (paths, tasks, 2 * group)), axis=2)
             signs[0] = own
-        deals.append(Deals(signs, signs[:, :, :group].sum((1, 2)) / (tasks * group)))
-    return deals
+        yield Deals(signs, signs[:, :, :group].sum((1, 2)) / (tasks * group))
 
 
 def _all_ways(tasks: int, group: int) -> NDArray[np.float64]:

@@ -71,7 +71,7 @@ def power_table(
         count = min(_TOGETHER, simulations - start)
         shape = (2, plan.max_groups, count, tasks, plan.group)
         noise = rng.standard_normal(shape)
-        deals = draw_deals(_DEALS, plan.max_groups, tasks, plan.group, rng)
+        deals = list(draw_deals(_DEALS, plan.max_groups, tasks, plan.group, rng))
         for i in range(len(gaps)):
             groups = [dealt_gaps(noise[0, k] + gaps[i], noise[1, k], deals[k]) for k in range(plan.max_groups)]
             paths = np.cumsum(np.stack(groups, axis=2), axis=2)

@@ -145,7 +145,9 @@ class _Paths:
                 f"`matrix` must have at least {plan.group} seeds of every label on every task, got fewer of {short}."
             )
         looks = min(max(self.groups.values()), plan.max_groups)
-        self.deals = draw_deals(plan.deals, looks, len(matrix.tasks), plan.group, np.random.default_rng(plan.seed))
+        rng = np.random.default_rng(plan.seed)
+        all_deals = draw_deals(plan.deals, plan.max_groups, len(matrix.tasks), plan.group, rng)
+        self.deals = list(itertools.islice(all_deals, looks))
         self._gaps: dict[Pair, NDArray[np.float64]] = {}
 
     def shifted(self, pair: Pair, shift: float, look: int) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ from lmgym.scores.permutations import boundaries, dealt_gaps, draw_deals, first_
 
 def paths_of(scores: np.ndarray, deals: int, rng: np.random.Generator) -> np.ndarray:
     """The two-sided statistic (B, R, K) of scores (2, B, K, M, G)."""
-    drawn = draw_deals(deals, scores.shape[2], scores.shape[3], scores.shape[4], rng)
+    drawn = list(draw_deals(deals, scores.shape[2], scores.shape[3], scores.shape[4], rng))
     gaps = [dealt_gaps(scores[0, :, k], scores[1, :, k], drawn[k]) for k in range(scores.shape[2])]
     return np.abs(np.cumsum(np.stack(gaps, axis=2), axis=2))
 
@@ -62,13 +62,13 @@ def test_a_deal_is_the_gap_of_the_means_it_makes() -> None:
 
 def test_few_ways_are_all_tried() -> None:
     """20 ways to deal 3 + 3 runs: of 1,000 paths two groups are dealt in all 400 ways, twice, and a third at random."""
-    deals = draw_deals(1_000, 3, 1, 3, np.random.default_rng(0))
+    deals = list(draw_deals(1_000, 3, 1, 3, np.random.default_rng(0)))
     ways = [{tuple(signs.ravel()) for signs in one.signs} for one in deals[:2]]
     both = [(*a.ravel(), *b.ravel()) for a, b in zip(deals[0].signs, deals[1].signs, strict=True)]
     assert [len(found) for found in ways] == [20, 20]
     assert (len(both), len(set(both))) == (800, 400)
     assert all(one.signs[0].ravel().tolist() == [1, 1, 1, -1, -1, -1] for one in deals)
-    two_tasks = draw_deals(500, 1, 2, 3, np.random.default_rng(0))[0].signs
+    two_tasks = next(draw_deals(500, 1, 2, 3, np.random.default_rng(0))).signs
     assert len({tuple(signs.ravel()) for signs in two_tasks}) == len(two_tasks) == 400
 
 

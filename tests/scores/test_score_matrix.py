@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from sources import ROOT
 
 from lmgym.errors import InvalidArgumentError, UnknownNameError
 from lmgym.scores import ScoreMatrix
@@ -85,3 +88,9 @@ def test_a_task_without_runs_is_an_error_until_it_is_left_out() -> None:
 def test_infinite_scores_are_an_error(bad: float) -> None:
     with pytest.raises(InvalidArgumentError, match="`scores` must be finite"):
         ScoreMatrix.from_columns(label=["a"], task=["t"], seed=[0], score=[bad])
+
+
+def test_importing_the_statistics_loads_no_torch() -> None:
+    code = "import sys, lmgym.scores; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"

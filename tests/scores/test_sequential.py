@@ -10,7 +10,7 @@ import pytest
 from conftest import shifted
 
 from lmgym.errors import InvalidArgumentError, UnknownNameError
-from lmgym.scores import ScoreMatrix, SequentialPlan, sequential_test
+from lmgym.scores import ScoreMatrix, SequentialPlan, Verdict, sequential_test
 from lmgym.scores.permutations import first_crossing
 from lmgym.scores.sequential import _look_through, _Paths
 
@@ -32,7 +32,7 @@ def verdicts_of(scores: np.ndarray, plan: SequentialPlan) -> dict[tuple[str, str
     return {pair: verdict for pair, (verdict, _) in decided.items()}
 
 
-SCORES = np.random.default_rng(1).normal(size=(4, 2, 30)) + np.array([0.0, 0.0, 2.0, 0.8])[:, None, None]
+SCORES = np.random.default_rng(1).normal(size=(4, 2, 30)) + np.array([0.0, 0.0, 4.0, 0.8])[:, None, None]
 PLAN = SequentialPlan(deals=1_000)
 
 
@@ -45,29 +45,40 @@ def test_verdicts_say_who_is_better() -> None:
     assert found["a", "b"].more_seeds >= 30
     gap = found["a", "c"]
     assert gap.gap.mean == pytest.approx((SCORES[0] - SCORES[2])[:, : gap.seeds].mean())
-    assert gap.gap.low < -2 < gap.gap.high < 0
+    assert gap.gap.low < -4 < gap.gap.high < 0
 
 
-def test_looking_again_decides_the_same() -> None:
+@pytest.mark.parametrize(("tasks", "group"), [(2, 5), (1, 3)])  # all deals at random; the first two groups in all ways
+def test_looking_again_decides_the_same(tasks: int, group: int) -> None:
     """Group by group, and only for the labels that are wanted: what was decided stays, and the end is the same."""
-    final = sequential_test(matrix_of(SCORES), PLAN)
-    seeds = dict.fromkeys(LABELS, 5)
-    seen: dict[tuple[str, str], str] = {}
-    for _ in range(PLAN.max_groups):
-        rows = [(i, task, seed) for i in range(4) for task in range(2) for seed in range(seeds[LABELS[i]])]
+    plan = SequentialPlan(group=group, deals=1_000)
+    final = sequential_test(matrix_of(SCORES[:, :tasks, : 6 * group]), plan)
+    seeds = dict.fromkeys(LABELS, group)
+    seen: dict[tuple[str, str], Verdict] = {}
+    for _ in range(plan.max_groups):
+        rows = [(i, task, seed) for i in range(4) for task in range(tasks) for seed in range(seeds[LABELS[i]])]
         matrix = ScoreMatrix.from_columns(
             label=[LABELS[row[0]] for row in rows],
             task=[f"task-{row[1]}" for row in rows],
             seed=[row[2] for row in rows],
             score=[SCORES[row] for row in rows],
         )
-        found = sequential_test(matrix, PLAN)
-        assert all(found.verdicts[pair].verdict == verdict for pair, verdict in seen.items())
-        seen = {pair: v.verdict for pair, v in found.verdicts.items() if v.verdict != "open"}
+        found = sequential_test(matrix, plan)
+        assert all(found.verdicts[pair] == verdict for pair, verdict in seen.items())
+        seen = {pair: verdict for pair, verdict in found.verdicts.items() if verdict.verdict != "open"}
         seeds |= found.wanted
     assert found.finished
     assert found == final
-    assert seeds["a"] == 30 > seeds["c"]  # a and b are told apart from c long before the end
+    assert seeds["a"] == 6 * group > seeds["c"]  # a and b are told apart from c long before the end
+
+
+@pytest.mark.parametrize(("tasks", "group"), [(2, 5), (1, 3)])
+def test_the_deals_of_a_look_do_not_depend_on_how_many_seeds_there_are(tasks: int, group: int) -> None:
+    plan = SequentialPlan(group=group, deals=1_000)
+    early = _Paths(matrix_of(SCORES[:, :tasks, :group]), plan, [("a", "b")]).deals
+    late = _Paths(matrix_of(SCORES[:, :tasks]), plan, [("a", "b")]).deals
+    assert (len(early), len(late)) == (1, 6)
+    assert np.array_equal(early[0].signs, late[0].signs)
 
 
 def test_a_pair_is_tested_as_the_group_sequential_test_says() -> None:
