@@ -27,7 +27,7 @@ from lmgym.optimum.tree import EpisodeLogits, Tree, TreePolicy
 EPISODES = 8192  # that gradients are taken of, in batches as large as in training
 MIN_BATCHES = 16  # the spread of fewer says little
 MAX_BATCHES = 256
-CG_ITERATIONS = 100
+CG_ITERATIONS = 20  # more come closer, and take longer
 _TOLERANCE = 1e-4  # of the conjugate gradients, in float32
 _NOTHING_LEFT = 1e-12  # mean squared advantage of a policy that is optimal up to rounding
 
@@ -68,7 +68,7 @@ def measure_critic(known: Known) -> dict[str, Any]:
     return asdict(CriticError.of(values, targets, visits(known.tree.responses, known.log_probs)))
 
 
-def measure_class(known: Known) -> dict[str, Any]:
+def measure_class(known: Known, iterations: int = CG_ITERATIONS) -> dict[str, Any]:
     """How much of the way up the policy's weights can go, to first order.
 
     With A the soft advantage (`soft_values`), the steepest way up for a table of all states gains E A^2 at first. The
@@ -76,6 +76,9 @@ def measure_class(known: Known) -> dict[str, Any]:
     the gradient of J and F the Fisher matrix: the share of it is the R^2 of A regressed on these gradients (compatible
     function approximation, Sutton et al. 2000; Kakade 2001). F^-1 g comes by conjugate gradients, which approach it
     from below.
+
+    Args:
+        known: the policy. iterations: of the conjugate gradients, at most.
 
     Returns:
         `share`, in [0, 1], or None of a policy that nothing can improve; `gradient_norm`; `squared_advantage`, E A^2.
@@ -99,7 +102,7 @@ def measure_class(known: Known) -> dict[str, Any]:
     def product(vector: Tensor) -> Tensor:
         return sum((fisher.times(vector) for fisher in fishers), torch.zeros_like(vector))
 
-    x, _ = conjugate_gradient(product, gradient, CG_ITERATIONS, _TOLERANCE)
+    x, _ = conjugate_gradient(product, gradient, iterations, _TOLERANCE)
     found["share"] = min(max((gradient @ x).item() / squared, 0.0), 1.0)
     return found
 

@@ -71,7 +71,9 @@ def _draw_entropies(axes: Axes, gap: Numbers) -> None:
 
 
 def _draw_states(axes: Axes, gap: Numbers) -> None:
-    dress(axes, "the states with the largest shares")
+    from matplotlib.ticker import MaxNLocator
+
+    dress(axes, "the states with the largest shares, and the token too likely there")
     states = gap["states"][:STATES]
     shares = [state["share"]["mean"] for state in states]
     heights = np.arange(len(states))
@@ -79,6 +81,7 @@ def _draw_states(axes: Axes, gap: Numbers) -> None:
     axes.invert_yaxis()
     axes.set_yticks(heights, [state_text(state, _TEXT).replace("$", r"\$") for state in states], fontsize=8.5)
     axes.set_xlim(0, 1.9 * max(shares, default=1.0))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     for height, state, share in zip(heights, states, shares, strict=True):
         text = f"{share_of(share, gap)}: {token_text(state['too_likely'])}"
         axes.annotate(

@@ -128,7 +128,7 @@ def _has_cells(directory: Path) -> bool:
 def _remove_leftovers(directory: Path, files: Sequence[str]) -> None:
     """Puts the newest checkpoint in its place, and removes what a kill has left of what was being written."""
     recover(directory / CHECKPOINT)
-    for name in (*files, "evaluation.json"):
+    for name in (*files, "evaluation.json", "anatomy.json", "anatomy.png"):
         if name != CHECKPOINT:
             for path in directory.glob(f".{glob.escape(name)}.*.tmp"):
                 remove(path)

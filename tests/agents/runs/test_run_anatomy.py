@@ -75,7 +75,7 @@ def test_a_table_of_all_prefixes_can_go_all_the_way_up(tree: Tree, start: Tensor
         chosen = zip(episodes.response_ids.tolist(), lengths, strict=True)
         return table[[rows[tuple(row[:t])] for row, n in chosen for t in range(n)]]
 
-    found = measure_class(known_of(tree, logits, table))
+    found = measure_class(known_of(tree, logits, table), iterations=100)
     assert found["share"] == pytest.approx(1, abs=1e-4)
     advantages = soft_values(tree, own).advantages
     reach = visits(tree.responses, own)
@@ -90,7 +90,7 @@ def test_a_table_of_all_prefixes_can_go_all_the_way_up(tree: Tree, start: Tensor
 def test_what_a_class_can_follow_is_the_r2_of_a_regression(tree: Tree, start: Tensor) -> None:
     """A table by position and last token cannot tell what came before that: least squares over all responses."""
     table = start.clone().requires_grad_()
-    found = measure_class(known_of(tree, partial(gradients.table_logits, table), table))
+    found = measure_class(known_of(tree, partial(gradients.table_logits, table), table), iterations=100)
     f = gradients.facts(tree, start)
     returns = (f.scores.unsqueeze(1) - f.kl_coef * gradients.to_go(f.log_ratio)) * f.mask
     value = f.value(returns)
