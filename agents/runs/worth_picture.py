@@ -42,7 +42,8 @@ def figure_of(result: Mapping[str, Any]) -> Figure:
     left.legend(frameon=False, fontsize=10, labelcolor=INK)
     share = "share" if result["optimum"] is not None else "return"
     dress(middle, "share of the gain in gold return" if share == "share" else "gold return", label="labels")
-    _curves(middle, last, share, GREEN, "")
+    words = ("random", "by disagreement") if len(result["choices"]) > 1 else ("", "")
+    _curves(middle, last, share, GREEN, *words)
     if share == "share":
         middle.axhline(1, color=INK, linewidth=1.2, linestyle="--")
     _level(middle, last, share, GREEN)
@@ -54,32 +55,34 @@ def figure_of(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _curves(axes: Axes, rows: Rows, name: str, color: str, label: str) -> None:
-    """A curve for each choice of what is labelled; the one by disagreement is dashed, and stands a bit to the right."""
-    chosen = [row for row in rows if row["choice"] != RANDOM]
-    _curve(axes, [row for row in rows if row["choice"] == RANDOM], name, color, label)
-    if not chosen:
-        return
-    words = f"{label}, by disagreement" if label else "by disagreement"
-    _curve(axes, chosen, name, color, words, shift=1.12, fmt="s--")
-    axes.legend(frameon=False, fontsize=10, labelcolor=INK)
+def _curves(axes: Axes, rows: Rows, name: str, color: str, label: str, chosen: str = "") -> None:
+    """Means over the number of labels; those by disagreement are dashed, and stand a bit to the right.
 
-
-def _curve(axes: Axes, rows: Rows, name: str, color: str, label: str, shift: float = 1.0, fmt: str = "o-") -> None:
-    """Means over the number of labels, on a scale that is logarithmic above the smallest number."""
+    Args:
+        axes: where. rows: of the last round. name, color, label: of the curve. chosen: what the dashed one is called.
+    """
     known = [row for row in rows if row["labels"] is not None and row[name] is not None]
-    counts = [row["labels"] for row in known]
+    counts = sorted({row["labels"] for row in known})
     if not counts:
         return
-    means = [row[name]["mean"] for row in known]
-    errors = [[_arm(row[name], "low") for row in known], [_arm(row[name], "high") for row in known]]
-    positions = [count * shift for count in counts]
-    axes.errorbar(positions, means, errors, fmt=fmt, color=color, label=label or None, linewidth=1.8, capsize=3)
-    if shift != 1:
-        return
+    random = [row for row in known if row["choice"] == RANDOM]
+    disputed = [row for row in known if row["choice"] != RANDOM]
+    _curve(axes, random, name, color, label, "o-")
+    _curve(axes, disputed, name, color, chosen if random else label, "s--", shift=1.12)
     axes.set_xscale("symlog", linthresh=max(1, min([count for count in counts if count], default=1)))
-    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.set_xticks(counts, [f"{count // 1000}k" if count and count % 1000 == 0 else str(count) for count in counts])
     axes.minorticks_off()
+    if chosen:
+        axes.legend(loc="lower right", frameon=False, fontsize=10, labelcolor=INK)
+
+
+def _curve(axes: Axes, rows: Rows, name: str, color: str, label: str, fmt: str, shift: float = 1.0) -> None:
+    if not rows:
+        return
+    positions = [row["labels"] * shift for row in rows]
+    means = [row[name]["mean"] for row in rows]
+    errors = [[_arm(row[name], "low") for row in rows], [_arm(row[name], "high") for row in rows]]
+    axes.errorbar(positions, means, errors, fmt=fmt, color=color, label=label or None, linewidth=1.8, capsize=3)
 
 
 def _level(axes: Axes, rows: Rows, name: str, color: str) -> None:
@@ -87,7 +90,7 @@ def _level(axes: Axes, rows: Rows, name: str, color: str) -> None:
     for row in rows:
         if row["labels"] is None and row[name] is not None:
             axes.axhline(row[name]["mean"], color=color, linewidth=1.2, linestyle=":", label="trained on gold")
-            axes.legend(frameon=False, fontsize=10, labelcolor=INK)
+            axes.legend(loc="lower right", frameon=False, fontsize=10, labelcolor=INK)
 
 
 def _arm(interval: Mapping[str, float], end: str) -> float:

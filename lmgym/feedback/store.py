@@ -53,13 +53,18 @@ class Store:
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
         self.path = Path(path)
+        self._is_new = not self.path.exists()
         self._database = Database(self.path, create=create)
 
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Closes the file; one that was made here goes away where an error came before there was an item in it."""
+        is_left_over = kind is not None and self._is_new and self.num_items() == 0
         self.close()
+        if is_left_over:
+            self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Closes the file."""

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lmgym.errors import InvalidArgumentError
+from lmgym.errors import InvalidArgumentError, LmGymError
+from lmgym.feedback.files import read_records
 from lmgym.feedback.labelling.answers import Entered, Questions, read_answer, show_answer, to_ranks
 from lmgym.feedback.labelling.plan import Plan
 from lmgym.feedback.labelling.quality import report_quality
@@ -330,3 +331,16 @@ def test_ranks_of_other_judgements() -> None:
     assert to_ranks(THREE, Choice(2, 0, 0)) == [1, None, 1]
     assert to_ranks(THREE, Skip()) is None
     assert to_ranks(THREE, Correction(0, "A")) is None
+
+
+def test_a_file_that_was_made_for_nothing_is_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "labels.db"
+    with pytest.raises(LmGymError, match="there is no file"), Store(path, create=True) as store:
+        store.add_items(read_records(tmp_path / "none.jsonl"), Plan())
+    assert list(tmp_path.iterdir()) == []
+    with Store(path, create=True) as store:
+        store.add_items([Record("p", (" a", " b"))], Plan())
+    with pytest.raises(LmGymError, match="there is no file"), Store(path, create=True) as store:
+        store.add_items(read_records(tmp_path / "none.jsonl"), Plan())
+    with Store(path) as store:  # a file that was there before stays
+        assert store.num_items() == 1
