@@ -25,7 +25,7 @@ from agents.runs.defaults import complete_agents
 from agents.runs.help_page import worth_help_page
 from agents.runs.sweeps import given, output_directory, register
 from agents.runs.trust import trusted_modules
-from agents.runs.worth_plan import with_list
+from agents.runs.worth_plan import with_lists
 from agents.runs.worth_run import begin_worth, go_on_with_worth
 
 register()
@@ -45,7 +45,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    for key in ("labels", "choice"):
-        sys.argv[1:] = with_list(sys.argv[1:], key)
+    sys.argv[1:] = with_lists(sys.argv[1:])
     groups = ("task", "agent", "reward", "sampler")
     run_command(main, path_key="resume", groups=groups, help_page=lambda: worth_help_page(CONF))

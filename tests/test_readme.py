@@ -37,7 +37,7 @@ from agents.algorithms.sft import SFT, SFTConfig
 from agents.on_policy_config import OnPolicyConfig
 from agents.runs.plan import check
 from agents.runs.run import train
-from agents.runs.worth_plan import with_list
+from agents.runs.worth_plan import with_lists
 from builders import cards
 from builders.pages import add_agent_rows, missing_agents
 from lmgym.envs.options import RESET_OPTIONS
@@ -391,9 +391,14 @@ def test_a_name_that_does_not_exist_is_seen() -> None:
     assert not exists("lmgym.no_such.token_rewards")
 
 
+def joined(code: str) -> list[str]:
+    """The lines of a shell's code, those that end with a backslash together with the next."""
+    return code.replace("\\\n", " ").splitlines()
+
+
 def commands(document: Path, pattern: str) -> list[str]:
     """What follows a command's name, in shell blocks and in `code`, up to the end of the command."""
-    code = [line.split(" #")[0] for b in blocks(document) if b.language == "bash" for line in b.code.splitlines()]
+    code = [line.split(" #")[0] for b in blocks(document) if b.language == "bash" for line in joined(b.code)]
     code += [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", prose(document))]
     return [found[1].strip() for piece in code if (found := re.match(rf"(?:\.venv/bin/)?{pattern}(.*)", piece.strip()))]
 
@@ -446,7 +451,7 @@ def test_commands_compose(document: Path, alone: pytest.MonkeyPatch, tmp_path: P
         elif not (ROOT / "conf" / f"{module}.yaml").is_file():  # its arguments are names and flags
             assert not [argument for argument in arguments if "=" in argument]
         else:
-            cfg = composed(module, with_list(overrides, "labels"), tmp_path / "conf")
+            cfg = composed(module, with_lists(overrides), tmp_path / "conf")
             if module == "train":
                 check(cfg)
 

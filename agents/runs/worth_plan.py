@@ -28,6 +28,7 @@ DISAGREEMENT = "disagreement"
 CHOICES = (RANDOM, DISAGREEMENT)
 POLICY = "policy"
 WRITERS = (POLICY, "reference")
+_LISTS = ("labels", "choice")  # keys whose values may be several, with commas between them
 MIN_LABELS = 2  # one prompt to learn from, and one that is held out
 
 
@@ -158,12 +159,12 @@ def _check_choices(choice: object, rounds: int, ensemble: int) -> tuple[str, ...
     return tuple(name for name in CHOICES if name in names)
 
 
-def with_list(arguments: Sequence[str], key: str) -> list[str]:
+def with_lists(arguments: Sequence[str]) -> list[str]:
     """Arguments in which `labels=0,50` stands for a list, which Hydra writes `labels=[0,50]`."""
     lists = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if name == key and equals and "," in value and not value.startswith("["):
+        if name in _LISTS and equals and "," in value and not value.startswith("["):
             argument = f"{name}=[{value}]"
         lists.append(argument)
     return lists

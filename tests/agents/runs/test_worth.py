@@ -22,7 +22,7 @@ from agents.runs.defaults import complete_agents
 from agents.runs.help_page import worth_help_page
 from agents.runs.sweeps import register
 from agents.runs.worth_cell import Stopped, World, labels_of, order_agreement, reference_of, run_cell
-from agents.runs.worth_plan import Cell, WorthPlan, check_worth, with_list
+from agents.runs.worth_plan import Cell, WorthPlan, check_worth, with_lists
 from agents.runs.worth_report import summarise, worth_table
 from lmgym.errors import InvalidArgumentError, LmGymError
 from lmgym.feedback.files import write_records
@@ -75,9 +75,8 @@ def test_the_share_of_pairs_in_the_order_of_gold_is_that_of_a_loop() -> None:
 
 
 def test_numbers_of_labels_may_stand_without_brackets() -> None:
-    assert with_list(["labels=0,50", "task=reviews", "labels=[1,2]", "labels=7"], "labels") == [
-        *("labels=[0,50]", "task=reviews", "labels=[1,2]", "labels=7")
-    ]
+    given = ["labels=0,50", "task=reviews", "labels=[1,2]", "labels=7", "choice=random,disagreement"]
+    assert with_lists(given) == ["labels=[0,50]", *given[1:4], "choice=[random,disagreement]"]
 
 
 # -- what is labelled ------------------------------------------------------------------------------------------------
