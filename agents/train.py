@@ -59,5 +59,5 @@ def main(cfg: DictConfig) -> float:
 if __name__ == "__main__":
     from agents.train import main  # under its own name, by which processes of a multirun find what they run
 
-    groups = ("task", "agent", "sampler", "experiment")
+    groups = ("task", "agent", "sampler", "tracker", "experiment")
     run_command(main, path_key="resume", groups=groups, help_page=lambda: help_page(sys.argv[1:]))

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agents.runs.directory import CHECKPOINT, CONFIG_FILE
-from agents.runs.recorder import TENSORBOARD
 from agents.runs.sweeps import SEED_DIRECTORY
+from agents.runs.trackers import TENSORBOARD
 from agents.runs.trust import read_config
 from lmgym.errors import InvalidArgumentError
 from lmgym.files import RunFileError

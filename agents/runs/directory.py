@@ -16,7 +16,8 @@ from agents.checkpoint import Manifest, newest, read_manifest, recover, verify
 from agents.runs.inputs import changes
 from agents.runs.lock import Lock
 from agents.runs.origin import ORIGIN
-from agents.runs.recorder import METRICS_FILE, TENSORBOARD
+from agents.runs.recorder import METRICS_FILE
+from agents.runs.trackers import TENSORBOARD, TRACKER_FILE, WANDB
 from agents.runs.trust import config_text, read_config
 from lmgym.errors import InvalidArgumentError, LmGymError
 from lmgym.files import RunFileError, read_text, remove, write_atomically
@@ -32,6 +33,8 @@ RUN_FILES = (
     ORIGIN,
     METRICS_FILE,
     TENSORBOARD,
+    WANDB,
+    TRACKER_FILE,
     CHECKPOINT,
     "summary.json",
     "samples.json",

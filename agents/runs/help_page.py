@@ -29,13 +29,14 @@ def help_page(arguments: Sequence[str]) -> str:
     Args:
         arguments: of the command; the keys of the agent that they name are listed, and what `--config-dir` adds.
     """
-    configs = {group: find_configs(group, arguments) for group in ("agent", "sampler", "experiment")}
+    configs = {group: find_configs(group, arguments) for group in ("agent", "sampler", "tracker", "experiment")}
     named = [argument.partition("=")[2] for argument in arguments if argument.startswith("agent=")]
     agent = named[-1] if named and named[-1] in configs["agent"] else "ppo"
     run_keys = (CONF / "train.yaml").read_text(encoding="utf-8").partition("\nseed:")[2].partition("\nhydra:")[0]
     before_env, _, rest = run_keys.partition("\nenv:")  # whose keys are listed further down, with their meanings
     run_keys = f"{before_env}\nevaluation:" + rest.partition("\nevaluation:")[2]
     samplers = {name: _comment(path) for name, path in configs["sampler"].items()}
+    trackers = {name: _comment(path) for name, path in configs["tracker"].items()}
     presets = {name: _comment(path) for name, path in configs["experiment"].items()}
     agents = {name: _blurb(path) for name, path in configs["agent"].items()}
     keys = _indented(_agent_keys(configs["agent"][agent]))
@@ -45,6 +46,7 @@ def help_page(arguments: Sequence[str]) -> str:
         f"task=NAME, or NAME-SETTING:\n{_listed(_tasks())}",
         f"agent=NAME:\n{_listed(agents)}",
         f"sampler=NAME, the distribution that tokens are drawn from:\n{_listed(samplers)}",
+        f"tracker=NAME, where metrics go besides metrics.jsonl (its keys: conf/tracker):\n{_listed(trackers)}",
         f"experiment=NAME, numbers of well-known code:\n{_listed(presets)}",
         f"Keys env.KEY (null keeps the task's own):\n{_listed(_env_keys())}",
         f"Keys agent.KEY of agent={agent} (of another: agent=NAME --help):\n{keys}",

@@ -31,6 +31,7 @@ from agents.runs.run import read_unchanged, versions, write_result
 from agents.runs.saving import Saver
 from agents.runs.signals import Interrupt
 from agents.runs.sweeps import SEED_DIRECTORY, multirun_table
+from agents.runs.trackers import check_tracker
 from agents.runs.trust import trust_argument
 from lmgym.errors import InvalidArgumentError, NotFiniteError
 from lmgym.files import read_json
@@ -73,6 +74,7 @@ def begin_many(cfg: DictConfig, directory: Path) -> int:
     with contextlib.ExitStack() as held:
         held.enter_context(empty_again(directory))
         values = plain(cfg)
+        check_tracker(values)
         plan = check(values)
         _check_stackable(plan)
         if there := seed_directories(directory):
@@ -158,7 +160,9 @@ def _learn(
         for agent, run, saver in zip(many.agents, runs, savers, strict=True):
             begun = agent.num_timesteps if resume else None
             end = max(total, agent.num_timesteps)
-            recorder = recorders.enter_context(Recorder(run.directory, end, begun, progress=run is runs[0]))
+            recorder = recorders.enter_context(
+                Recorder(run.directory, end, begun, progress=run is runs[0], tracker=run.plan.tracker)
+            )
             along = None if run.plan.evaluation.every is None else Along(run.plan, agent, recorder)
             callbacks[agent] = saver.start(recorder, stop, along)
         try:

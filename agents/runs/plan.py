@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from agents.runs.defaults import find_defaults, find_types
 from agents.runs.directory import CONFIG_FILE, read_values
 from agents.runs.sources import find_parameters
 from agents.runs.tasks import full_name
+from agents.runs.trackers import TrackerConfig, find_tracker
 from agents.runs.trust import import_installed, needed_trust
 from agents.sb3.arguments import check_kwargs
 from lmgym.envs.settings import Settings
@@ -69,6 +70,7 @@ class Plan:
     seed: int
     checkpoint_every: int
     budget: Budget = Budget()
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
     trust: tuple[str, ...] = ()  # modules that have to be named again when it is resumed or graded
 
 
@@ -119,6 +121,7 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
         values["seed"],
         values["checkpoint_every"],
         _budget(values),
+        find_tracker(values),
         needed_trust(values),
     )
 
@@ -136,6 +139,7 @@ def check_values_of_run(values: Mapping[str, Any]) -> dict[str, Any]:
     check_int("seeds", values.get("seeds", 1), 1)
     if _budget(values) != Budget() and values.get("seeds", 1) > 1:
         raise InvalidArgumentError("`budget` must be null where `seeds` is above 1: all seeds take total_timesteps.")
+    find_tracker(values)
     settings = check_env(values, evaluation.split)
     agent = dict(values["agent"])
     if "_target_" not in agent:

@@ -1,4 +1,4 @@
-"""What a training run writes: TensorBoard scalars, `metrics.jsonl`, and a progress bar while it runs."""
+"""What a training run writes: `metrics.jsonl`, a tracker's scalars, and a progress bar while it runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from agents.runs.trackers import TrackerConfig, start
 from lmgym.files import RunFileError, open_to_append, read_text, refuse_link, write_atomically
 
 GROUPS = ("rollout/", "train/", "cost/", "time/", "eval/")
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
 _SHOWN = {"rollout/return": "return", "rollout/score": "score", "rollout/kl": "kl", "train/loss": "loss"}
 _SHOWN |= {"eval/accuracy": "held-out accuracy"}
 _BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -24,8 +24,8 @@ _BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_f
 class Recorder:
     """Writes the metrics of one run and shows how far it is.
 
-    Every row goes to TensorBoard (`<directory>/tensorboard`) and, as one JSON object a line, to
-    `<directory>/metrics.jsonl`: `{"step": 4096, "rollout/return": 0.81, ...}`. The progress bar counts env steps
+    Every row goes, as one JSON object a line, to `<directory>/metrics.jsonl`: `{"step": 4096, "rollout/return": 0.81,
+    ...}`; and to a tracker (`agents.runs.trackers`). The progress bar counts env steps
     (tokens) and shows return, score, KL (nats per episode), tokens per second and the time left.
 
     Use it as a context manager, so that the files are closed when training is interrupted.
@@ -37,6 +37,7 @@ class Recorder:
             be written again, and are dropped here. None starts a new run.
         progress: False shows no bar.
         unit: what the bar counts; where it is not tokens, steps are of something else.
+        tracker: Where rows go besides; None is TensorBoard (`<directory>/tensorboard`).
 
     Raises:
         ValueError: If `total` is not positive or `resume_at` is not in `[0, total]`.
@@ -51,6 +52,7 @@ class Recorder:
         resume_at: int | None = None,
         progress: bool = True,
         unit: str = "tok",
+        tracker: TrackerConfig | None = None,
     ) -> None:
         if total <= 0:
             raise ValueError(f"`total` must be a positive number of env steps, got {total}.")
@@ -59,10 +61,7 @@ class Recorder:
         self.directory = Path(directory)
         self.path = self.directory / METRICS_FILE
         self.directory.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS_FILE, TENSORBOARD):
-            refuse_link(self.directory / name)
-        if (self.directory / TENSORBOARD).is_file():
-            raise RunFileError(f"`{self.directory / TENSORBOARD}` must be a directory, and is a file: move it away.")
+        refuse_link(self.path)
         if resume_at is not None:
             _drop_rows_after(self.path, resume_at)
         elif self.path.exists() and self.path.stat().st_size:
@@ -70,8 +69,8 @@ class Recorder:
                 f"`{self.path}` holds the metrics of an earlier run: pass `resume_at` to go on with it, "
                 "or choose another `directory`."
             )
+        self._tracker = start(tracker or TrackerConfig(), self.directory, resume_at)
         self._file = open_to_append(self.path)
-        self._writer = _summary_writer(self.directory / TENSORBOARD, resume_at)
         self._bar = _progress_bar(total, resume_at or 0, progress, unit)
         self._shown: dict[str, str] = {}
 
@@ -99,15 +98,14 @@ class Recorder:
         self._file.flush()
         if seconds is not None:  # the tokens are those of the batch, which is written already
             values = {name: value for name, value in values.items() if name.startswith("eval/")}
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        self._tracker.log(step, values)
         self._advance(step, values)
 
     def close(self) -> None:
         """Closes the files and the bar; a second call does nothing. Of an agent that learns nothing no bar is left."""
         self._bar.leave = bool(self._bar.n)
         self._bar.close()
-        self._writer.close()
+        self._tracker.close()
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -161,14 +159,6 @@ def _drop_rows_after(path: Path, step: int) -> None:
         return
     kept = [row for row in read_rows(path) if row["step"] <= step]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def _summary_writer(directory: Path, resume_at: int | None) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
-
-    # TensorBoard hides what an earlier event file says from `purge_step` on.
-    purge_step = None if resume_at is None else resume_at + 1
-    return SummaryWriter(log_dir=str(directory), purge_step=purge_step, flush_secs=10)
 
 
 def grading_bar(total: int, progress: bool = True) -> Any:

@@ -12,8 +12,9 @@ from typing import Any
 from agents.runs.config import check_values, validated
 from agents.runs.defaults import REWARD_CONFIG, find_types
 from agents.runs.directory import CHECKPOINT, CONFIG_FILE, VERSIONS, check_is_run
-from agents.runs.recorder import METRICS_FILE, TENSORBOARD
+from agents.runs.recorder import METRICS_FILE
 from agents.runs.tasks import full_name
+from agents.runs.trackers import TENSORBOARD
 from agents.runs.trust import read_config
 from lmgym.errors import InvalidArgumentError, check_int
 from lmgym.feedback.files import read_records

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 import lmgym
 from agents.runs.along import Along, solved_at
 from agents.runs.command_line import shell_command
+from agents.runs.config import CONF
 from agents.runs.directory import (
     CONFIG_FILE,
     changes_since,
@@ -35,7 +36,8 @@ from agents.runs.recorder import METRICS_FILE, Recorder, read_rows
 from agents.runs.report import samples_table, table, write_json
 from agents.runs.saving import Saver
 from agents.runs.signals import Interrupt
-from agents.runs.trust import trust_argument
+from agents.runs.trackers import check_tracker
+from agents.runs.trust import read_config, trust_argument
 from lmgym.errors import InvalidArgumentError
 from lmgym.files import RunFileError
 
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from lmgym.evaluation import Evaluation
 
 RESUMABLE = ("total_timesteps", "checkpoint_every")
-RESUMABLE_SECTIONS = ("evaluation", "budget")  # and every key of these
+RESUMABLE_SECTIONS = ("evaluation", "budget", "tracker")  # and every key of these
 PACKAGES = ("torch", "transformers", "gymnasium", "numpy", "hydra-core", "tokenizers")
 
 
@@ -56,6 +58,7 @@ def begin(cfg: DictConfig | dict[str, Any], directory: Path) -> int:
     """
     with empty_again(directory):
         values = plain(cfg)
+        check_tracker(values)
         plan = check(values)
         with new_run(directory, values):
             write_json(directory / "versions.json", versions())
@@ -92,6 +95,7 @@ def read_unchanged(
     """
     saved = saved_config(directory, trusted)
     values = with_overrides(saved, overrides)
+    check_tracker(values)
     notes = notes_of(saved)
     changed = changes_since(directory, read_checkpoint(directory), notes)
     if (directory / METRICS_FILE).exists():
@@ -121,7 +125,7 @@ def train(plan: Plan, directory: Path, resume: bool, notes: dict[str, Any] | Non
         before = grade(plan, Reference(agent.envs))
         total = max(plan.total_timesteps, agent.num_timesteps)  # the last batch of a run may pass its end
         with (
-            Recorder(directory, total, agent.num_timesteps if resume else None) as recorder,
+            Recorder(directory, total, agent.num_timesteps if resume else None, tracker=plan.tracker) as recorder,
             Interrupt() as stop,
         ):
             along = None if plan.evaluation.every is None else Along(plan, agent, recorder)
@@ -170,11 +174,14 @@ def with_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, An
         key, _, value = override.partition("=")
         if key in ("resume", "trust"):
             continue
+        if key == "tracker":
+            values["tracker"] = read_config(CONF / "tracker" / f"{value}.yaml")
+            continue
         section, dot, name = key.partition(".")
         if key not in RESUMABLE and not (dot and section in RESUMABLE_SECTIONS):
             raise InvalidArgumentError(
                 f"`{key}` must be as it was when the run began: with `resume`, only {', '.join(RESUMABLE)}, "
-                f"{' and '.join(f'{name}.*' for name in RESUMABLE_SECTIONS)} may change."
+                f"{', '.join(f'{name}.*' for name in RESUMABLE_SECTIONS)} and tracker may change."
             )
         if dot:
             values[section][name] = yaml.safe_load(value)

@@ -150,7 +150,7 @@ def test_a_printed_command_can_be_pasted_into_a_shell(name: str) -> None:
 
 # -- other forms than KEY=VALUE ---------------------------------------------------------------------------------------
 
-GROUPS = ("task", "agent", "sampler", "experiment")
+GROUPS = ("task", "agent", "sampler", "tracker", "experiment")
 
 
 @pytest.mark.parametrize(

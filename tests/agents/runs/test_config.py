@@ -132,7 +132,9 @@ def test_an_unknown_name_is_answered_with_the_known_ones_and_the_nearest() -> No
 # -- the yaml files --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("choice", [f"{group}={name}" for group in ("agent", "sampler") for name in choices(group)])
+@pytest.mark.parametrize(
+    "choice", [f"{group}={name}" for group in ("agent", "sampler", "tracker") for name in choices(group)]
+)
 @pytest.mark.usefixtures("nothing_loads")
 def test_every_file_makes_a_valid_plan(choice: str) -> None:
     plan = agents.runs.plan.check(composed(choice))
@@ -268,9 +270,17 @@ def test_the_help_has_a_line_for_every_key_agent_and_task() -> None:
     rows = [line.split(maxsplit=1) for line in lines if line.startswith("  ")]
     described = {name.rstrip(":"): text for name, *text in rows}
     cfg = composed("agent=rloo")
-    kinds = {name for name in cfg if name not in ("task", "env", "agent", "sampler", "experiment")}
+    kinds = {name for name in cfg if name not in ("task", "env", "agent", "sampler", "tracker", "experiment")}
     families = {name.partition("-")[0] for name in registered_tasks()}
-    expected = {*kinds, *cfg.env, *cfg.agent, *choices("agent"), *families, *choices("sampler")} - {"_target_"}
+    expected = {
+        *kinds,
+        *cfg.env,
+        *cfg.agent,
+        *choices("agent"),
+        *families,
+        *choices("sampler"),
+        *choices("tracker"),
+    } - {"_target_"}
     assert {name for name in expected if not described.get(name)} <= {"evaluation"}
     assert "group_size: 4 # responses to each prompt" in page
 

@@ -25,7 +25,7 @@ import agents.train
 from agents.agent import TokenCount
 from agents.checkpoint import MANIFEST, newest, replacing, verify
 from agents.runs import directory as directories
-from agents.runs import recorder
+from agents.runs import trackers
 from agents.runs.directory import CHECKPOINT, CONFIG_FILE, RUN_FILES, empty_again, new_run, read_values, resumed_run
 from agents.runs.inputs import changes, notes_of
 from agents.runs.lock import LOCK, Lock
@@ -386,7 +386,7 @@ def test_a_kill_before_any_file_operation_of_a_run_costs_no_more_than_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice in a row, in the run and in what goes on from it; then it goes on to the same curve."""
-    monkeypatch.setattr(recorder, "_summary_writer", lambda *_: MagicMock())
+    monkeypatch.setitem(trackers._STARTERS, "tensorboard", lambda *_: MagicMock())
 
     def command() -> None:
         if run.exists() and newest(run / CHECKPOINT) is not None:
