@@ -34,6 +34,8 @@ from agents.algorithms.best_of_n import BestOfN, BestOfNConfig
 from agents.algorithms.dpo import DPO, DPOConfig
 from agents.algorithms.ppo import PPOConfig
 from agents.algorithms.sft import SFT, SFTConfig
+from agents.comparison.plan import make_cells, settings_of
+from agents.comparison.protocol import read_request
 from agents.on_policy_config import OnPolicyConfig
 from agents.runs.plan import check
 from agents.runs.run import train
@@ -442,11 +444,14 @@ def test_commands_compose(document: Path, alone: pytest.MonkeyPatch, tmp_path: P
         assert spec is not None, f"agents.{module}"
         assert '__name__ == "__main__"' in Path(str(spec.origin)).read_text(encoding="utf-8")
         importlib.import_module(f"agents.{module}")  # which may tell Hydra of more than conf/ holds
-        if any("<" in argument for argument in arguments):
-            continue  # a form to fill in
+        if any("<" in argument or argument == "--help" for argument in arguments):
+            continue  # a form to fill in, or nothing to compose
         sweep = "-m" in arguments
         overrides = [a.split(",")[0] if sweep else a for a in arguments if a != "-m"]
-        if module == "build":
+        if module == "compare":
+            protocol = read_request(shlex.split(command)[1:]).protocol
+            make_cells(protocol, settings_of(protocol), protocol.seeds, tmp_path / "compared")
+        elif module == "build":
             composed("build", overrides, tmp_path / "conf", ROOT / "conf" / "build_task")
         elif not (ROOT / "conf" / f"{module}.yaml").is_file():  # its arguments are names and flags
             assert not [argument for argument in arguments if "=" in argument]

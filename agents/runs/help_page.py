@@ -133,6 +133,21 @@ def evaluate_help_page() -> str:
     )
 
 
+def compare_help_page() -> str:
+    """What `python -m agents.compare --help` prints: every key in a line."""
+    keys = (CONF / "compare.yaml").read_text(encoding="utf-8").partition("\n")[2]
+    agents = _of_each(CONF / "agent", _blurb)
+    parts = [
+        "python -m agents.compare agents=NAME,NAME tasks=NAME,NAME [seeds=N] [key=value ...] [key=value,value ...]",
+        "Runs every agent on every task with every seed, and reports; what is there already is not run again.",
+        f"Keys:\n{_indented(keys)}",
+        "Keys of training (python -m agents.train --help) hold for every run; one with several values is varied.",
+        f"agents=NAME,NAME:\n{_listed(agents)}",
+        "--config-dir DIRECTORY: where agents of your own are (DIRECTORY/agent/NAME.yaml)",
+    ]
+    return "\n\n".join(parts)
+
+
 def anatomy_help_page() -> str:
     """What `python -m agents.anatomy --help` prints: every key in a line."""
     return _page_of_a_run(

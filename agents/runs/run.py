@@ -50,8 +50,12 @@ RESUMABLE_SECTIONS = ("evaluation", "budget", "tracker")  # and every key of the
 PACKAGES = ("torch", "transformers", "gymnasium", "numpy", "hydra-core", "tokenizers")
 
 
-def begin(cfg: DictConfig | dict[str, Any], directory: Path) -> int:
-    """A new run, of a composed config or of plain values; returns its exit code.
+def begin(cfg: DictConfig | dict[str, Any], directory: Path, command: str | None = None) -> int:
+    """A new run; returns its exit code.
+
+    Args:
+        cfg: composed, or plain values. directory: of the run.
+        command: that makes this run; that of the process if None.
 
     Raises:
         LmGymError: for a config that cannot be, or a directory that holds a run; no file is left.
@@ -62,7 +66,8 @@ def begin(cfg: DictConfig | dict[str, Any], directory: Path) -> int:
         plan = check(values)
         with new_run(directory, values):
             write_json(directory / "versions.json", versions())
-            write_json(directory / ORIGIN, find_origin())
+            origin = find_origin()
+            write_json(directory / ORIGIN, {**origin, "command": command or origin["command"]})
             return train(plan, directory, resume=False, notes=notes_of(values))
 
 

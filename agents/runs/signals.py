@@ -49,3 +49,14 @@ class Interrupt(_Handling):
         self._put_back()
         self.asked = True
         print("\nStopping after this batch, with a checkpoint (Ctrl-C again to stop at once).", file=sys.stderr)
+
+
+class Stops(_Handling):
+    """Counts the signals; who asks for the number acts on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1

@@ -81,34 +81,39 @@ def test_training_does_not_notice_that_it_is_graded(
     assert list(summary_of(graded)["solved_at"]) == ["0.5", "0.8", "0.9", "0.95"]
 
 
-def test_a_row_has_the_grading_with_its_interval_and_share(tmp_path: Path) -> None:
-    begin(config("rloo", "evaluation.every=40", "evaluation.samples_along=4"), tmp_path / "run")
-    row = gradings(tmp_path / "run")[0]
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was graded along the way."""
+    directory = tmp_path_factory.mktemp("runs") / "graded"
+    assert begin(config("rloo", "evaluation.every=20", "agent.lr_schedule=constant"), directory) == 0
+    return directory
+
+
+def test_a_row_has_the_grading_with_its_interval_and_share(graded: Path) -> None:
+    row = gradings(graded)[0]
     for name in ("return", "score", "kl", "length", "normalised"):
         low, mean, high = (row[f"eval/{name}{end}"] for end in ("/low", "", "/high"))
         assert low <= mean <= high
     assert row["time"] > 0
-    scale = summary_of(tmp_path / "run")["optimum"]
+    scale = summary_of(graded)["optimum"]
     gain = scale["value"] - scale["reference"]["mean"]
     assert row["eval/normalised"] == pytest.approx((row["eval/return"] - scale["reference"]["mean"]) / gain)
 
 
-def test_a_run_that_goes_on_has_each_grading_once(tmp_path: Path) -> None:
-    graded = ["evaluation.every=20", "agent.lr_schedule=constant"]
-    begin(config("rloo", *graded), tmp_path / "whole")
-    begin(config("rloo", *graded, "total_timesteps=41"), tmp_path / "broken")
+def test_a_run_that_goes_on_has_each_grading_once(graded: Path, tmp_path: Path) -> None:
+    settings = ["evaluation.every=20", "agent.lr_schedule=constant", "total_timesteps=41"]
+    begin(config("rloo", *settings), tmp_path / "broken")
     assert len(gradings(tmp_path / "broken")) == 1
     assert go_on(tmp_path / "broken", ["total_timesteps=80"], []) == 0
-    whole, broken = (without_time(gradings(tmp_path / name)) for name in ("whole", "broken"))
-    assert whole == broken
-    assert summary_of(tmp_path / "whole")["after"] == summary_of(tmp_path / "broken")["after"]
+    assert without_time(gradings(graded)) == without_time(gradings(tmp_path / "broken"))
+    assert summary_of(graded)["after"] == summary_of(tmp_path / "broken")["after"]
 
 
-def test_each_of_many_seeds_is_graded_as_alone(tmp_path: Path) -> None:
-    begin_many(config("rloo", "seeds=2", "evaluation.every=20"), tmp_path / "all")
-    begin(config("rloo", "seed=5", "evaluation.every=20"), tmp_path / "alone")
-    alone = without_time(gradings(tmp_path / "alone"))
-    together = without_time(gradings(tmp_path / "all" / "seed5"))
+def test_each_of_many_seeds_is_graded_as_alone(graded: Path, tmp_path: Path) -> None:
+    settings = ["seed=3", "seeds=2", "evaluation.every=20", "agent.lr_schedule=constant"]
+    begin_many(config("rloo", *settings), tmp_path / "all")
+    alone = without_time(gradings(graded))
+    together = without_time(gradings(tmp_path / "all" / "seed4"))
     assert len(alone) == len(together)
     for one, other in zip(alone, together, strict=True):
         assert one == pytest.approx(other, abs=1e-3)

@@ -1,0 +1,94 @@
+"""What `python -m agents.compare` does: checks everything, runs what is missing, and reports."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from agents.comparison.directories import find_runs
+from agents.comparison.plan import Cell, make_cells, settings_of
+from agents.comparison.protocol import Request, read_request
+from agents.comparison.record import write_protocol
+from agents.comparison.sweep import Sweep
+from agents.comparison.tuning import Search, begin_search
+from agents.runs.command_line import shell_command
+from agents.runs.lock import Lock
+
+TUNING = ".tuning"  # hidden, so that no glob takes its runs for reported ones
+_STOPPED = 130
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """Runs the command with its arguments; returns the exit code: 1 where a run has failed, 130 after Ctrl-C.
+
+    Raises:
+        LmGymError: for what cannot be; no run is started then.
+    """
+    request = read_request(arguments)
+    command = shell_command("agents.compare", *arguments)
+    protocol = request.protocol
+    others = find_runs(request.runs) if request.runs else []
+    cells = make_cells(protocol, settings_of(protocol), protocol.seeds, request.out)
+    search = begin_search(protocol, request.out / TUNING) if protocol.tune else None
+    request.out.mkdir(parents=True, exist_ok=True)
+    with Lock(request.out):
+        if cells:
+            write_protocol(request, command)
+        code = 0
+        if search is None:
+            code = run_cells(cells, request, command)
+        else:
+            code = _tune(search, cells, request, command)
+            cells = _distinct([*cells, *search.tuned])
+        if code != _STOPPED:
+            _report([*(cell.directory for cell in cells), *others], request)
+    return code
+
+
+def _tune(search: Search, cells: Sequence[Cell], request: Request, command: str) -> int:
+    """Searches, runs what won on the reported seeds, and says how sensitive the agents are."""
+    code = run_cells(search.cells, request, command)
+    if code == _STOPPED:
+        return code
+    search.choose(request.protocol, request.out)
+    code = max(code, run_cells(_distinct([*cells, *search.tuned, *search.tuned_by_task]), request, command))
+    if code != _STOPPED:
+        print(f"\n{search.report(cells, request.out)}", flush=True)
+    return code
+
+
+def run_cells(cells: Sequence[Cell], request: Request, command: str) -> int:
+    """Runs what is missing; returns the exit code."""
+    sweep = Sweep(cells, request.workers or cores())
+    sweep.run()
+    for row in sweep.failed:
+        print(f"{row.cell} failed: {row.error} ({row.cell.directory / 'log.txt'})", file=sys.stderr)
+    if sweep.is_stopped:
+        print(f"Stopped. Go on with: {command}", flush=True)
+        return _STOPPED
+    return 1 if sweep.failed else 0
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _distinct(cells: Iterable[Cell]) -> list[Cell]:
+    """Those of directories of their own: what two searches have chosen may be the same run."""
+    return list({cell.directory: cell for cell in reversed(list(cells))}.values())[::-1]
+
+
+def _report(directories: Sequence[Path], request: Request) -> None:
+    from agents.comparison.table import read_runs
+    from agents.comparison.verdicts import results_table, verdict_lines
+
+    there = [path for path in directories if path.is_dir()]
+    table = read_runs(there)
+    print(f"\n{results_table(table)}")
+    lines = verdict_lines(table)
+    if lines:
+        print("\n" + "\n".join(lines))
+    print(f"\n{request.out}", flush=True)

@@ -1,0 +1,114 @@
+"""Tuning: as many trials for every agent, on seeds that no reported run has, and never the search's own score."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agents.comparison.plan import Cell
+from agents.comparison.protocol import Protocol
+from agents.comparison.spaces import read_spaces
+from agents.comparison.tuning import begin_search, best_trial, draw_trials, tuning_seeds
+from agents.runs.defaults import complete_agents
+from lmgym.errors import InvalidArgumentError
+
+complete_agents()
+SPACES = read_spaces("agent.lr:loguniform(1e-4,1e-2),agent.epochs:choice(1,2,4)")
+PROTOCOL = Protocol(("ppo", "rloo"), ("echo-2", "anchor-0.1"), (0, 1), tune=SPACES, trials=5)
+
+
+def test_values_come_from_their_distributions() -> None:
+    rng = np.random.default_rng(0)
+    texts = "a:loguniform(1e-4,1e-2),b:uniform(2,4),c:randint(1,3),d:choice(x, y)"
+    drawn = {space.key: [space.draw(rng) for _ in range(2000)] for space in read_spaces(texts)}
+    logs = np.log10([float(x) for x in drawn["a"]])
+    assert (logs.min() > -4.001, logs.max() < -1.999) == (True, True)
+    assert logs.mean() == pytest.approx(-3, abs=0.07)  # 5 standard errors of a uniform of width 2
+    assert np.mean([float(x) for x in drawn["b"]]) == pytest.approx(3, abs=0.07)
+    assert set(drawn["c"]) == {"1", "2", "3"}
+    assert set(drawn["d"]) == {"x", "y"}
+
+
+@pytest.mark.parametrize(
+    "text", ["a:loguniform(0,1)", "a:uniform(2,1)", "a:randint(1,2.5)", "a:choice()", "a:uniform(x,1)"]
+)
+def test_a_distribution_that_cannot_be_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="tune: a"):
+        read_spaces(text)
+
+
+def test_every_agent_gets_as_many_trials_the_first_its_defaults() -> None:
+    trials = draw_trials(PROTOCOL)
+    by_agent = {agent: [trial for trial in trials if trial.agent == agent] for agent in PROTOCOL.agents}
+    assert [len(several) for several in by_agent.values()] == [5, 5]
+    assert all(several[0].values == () for several in by_agent.values())
+    assert [trial.values for trial in by_agent["ppo"]] == [trial.values for trial in by_agent["rloo"]]
+    assert draw_trials(PROTOCOL) == trials
+
+
+def test_a_key_is_left_out_of_an_agent_that_has_none_and_refused_where_nobody_has_it() -> None:
+    protocol = Protocol(("ppo", "rloo"), ("echo-2",), (0,), tune=read_spaces("agent.gae_lambda:uniform(0,1)"), trials=2)
+    assert [bool(trial.values) for trial in draw_trials(protocol)] == [False, True, False, False]
+    nobody = Protocol(("ppo", "rloo"), ("echo-2",), (0,), tune=read_spaces("agent.lrr:uniform(0,1)"))
+    with pytest.raises(InvalidArgumentError, match="Did you mean 'lr'?"):
+        draw_trials(nobody)
+
+
+def test_tuning_seeds_are_no_reported_seeds() -> None:
+    assert not set(tuning_seeds(PROTOCOL)) & set(PROTOCOL.seeds)
+    with pytest.raises(InvalidArgumentError, match="`seeds` must be below"):
+        tuning_seeds(Protocol(seeds=(1_000_000,)))
+
+
+def finish(cell: Cell, share: float) -> None:
+    cell.directory.mkdir(parents=True)
+    graded = {"return": {"mean": share}, "normalised": {"mean": share}}
+    (cell.directory / "summary.json").write_text(json.dumps({"after": graded}))
+
+
+def test_the_winners_run_again_on_the_reported_seeds_and_these_runs_are_what_is_reported(tmp_path: Path) -> None:
+    protocol = Protocol(("rloo",), ("echo-2", "anchor-0.1"), (0, 1), tune=SPACES, trials=3)
+    search = begin_search(protocol, tmp_path / ".tuning")
+    assert len(search.cells) == 3 * 2
+    assert {cell.seed for cell in search.cells} == set(tuning_seeds(protocol))
+    _, second, third = [trial.values for trial in search.trials]
+    scores = {((), "echo-2"): 0.1, ((), "anchor-0.1"): 0.1, (second, "echo-2"): 0.9, (second, "anchor-0.1"): 0.2}
+    scores |= {(third, "echo-2"): 0.8, (third, "anchor-0.1"): 0.6}
+    for cell in search.cells:
+        finish(cell, scores[cell.setting.values, cell.task])
+    search.choose(protocol, tmp_path)
+    assert best_trial(search.trials, "rloo").values == third
+    assert {cell.setting.values for cell in search.tuned} == {third}
+    assert {(cell.task, cell.setting.values) for cell in search.tuned_by_task} == {
+        ("echo-2", second),
+        ("anchor-0.1", third),
+    }
+    assert {cell.seed for cell in search.tuned} == {0, 1}
+    shares = {second: 0.5, third: 0.4}
+    for cell in {cell.directory: cell for cell in (*search.tuned, *search.tuned_by_task)}.values():
+        finish(cell, shares[cell.setting.values])
+    defaults = begin_search(Protocol(("rloo",), ("echo-2",), (0,), trials=1), tmp_path / "d").cells
+    for cell in defaults:
+        finish(cell, 0.3)
+    table = search.report(defaults, tmp_path)
+    line = table.splitlines()[1].split()
+    assert line[:2] == ["rloo", "0.300"]
+    assert "0.400 ± 0.000" in table  # of the fresh runs; the search had seen 0.7
+    assert "0.450 ± 0.000" in table
+    assert "0.050" in table  # the sensitivity
+    noted = json.loads((tmp_path / "tuning.json").read_text())
+    assert noted["reported"][0]["sensitivity"] == pytest.approx(0.05)
+    assert len(noted["trials"]) == 3
+
+
+def test_a_trial_that_failed_does_not_win(tmp_path: Path) -> None:
+    protocol = Protocol(("rloo",), ("echo-2",), (0,), tune=SPACES, trials=2)
+    search = begin_search(protocol, tmp_path / ".tuning")
+    finish(search.cells[0], -5.0)
+    search.choose(protocol, tmp_path)
+    assert search.trials[1].score == -math.inf
+    assert best_trial(search.trials, "rloo").values == ()
