@@ -113,7 +113,7 @@ def read_request(arguments: Sequence[str]) -> Request:
         overrides = [f"{key}={value}" for key, value in of_file.items() if key not in KEYS]
         given = {**own, **given}
     protocol = _protocol(given, overrides, config_dir)
-    runs = _split(_text(given, "runs"))
+    runs = tuple(filter(None, (_text(given, "runs") or "").split(",")))
     if not protocol.agents and not runs:
         raise InvalidArgumentError("`agents` must be names of agents, such as agents=ppo,rloo tasks=echo-4, got none.")
     name = protocol.name if protocol.agents else f"compare-{hashlib.sha256(repr(runs).encode()).hexdigest()[:8]}"
@@ -207,7 +207,8 @@ def _split(text: str | None) -> tuple[str, ...]:
     """The parts between commas, those in brackets too: `[a,b]` is `a,b`."""
     if text is None:
         return ()
-    return tuple(dict.fromkeys(part.strip() for part in text.strip("[]").split(",") if part.strip()))
+    inside = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    return tuple(dict.fromkeys(part.strip() for part in inside.split(",") if part.strip()))
 
 
 def _without_config_dir(arguments: Sequence[str]) -> tuple[list[str], str | None]:

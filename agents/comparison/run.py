@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from agents.runs.lock import Lock
 
 TUNING = ".tuning"  # hidden, so that no glob takes its runs for reported ones
 _STOPPED = 130
+_WIDTH = 118  # of a terminal
 
 
 def compare(arguments: Sequence[str]) -> int:
@@ -43,7 +45,7 @@ def compare(arguments: Sequence[str]) -> int:
             code = _tune(search, cells, request, command)
             cells = _distinct([*cells, *search.tuned])
         if code != _STOPPED:
-            _report([*(cell.directory for cell in cells), *others], request)
+            _report([*(cell.directory for cell in cells), *others], request, command)
     return code
 
 
@@ -81,14 +83,18 @@ def _distinct(cells: Iterable[Cell]) -> list[Cell]:
     return list({cell.directory: cell for cell in reversed(list(cells))}.values())[::-1]
 
 
-def _report(directories: Sequence[Path], request: Request) -> None:
+def _report(directories: Sequence[Path], request: Request, command: str) -> None:
+    """Writes the report, and prints the results and the verdict."""
+    from agents.comparison.report import REPORT, write_report
+    from agents.comparison.study import study_of
     from agents.comparison.table import read_runs
-    from agents.comparison.verdicts import results_table, verdict_lines
+    from agents.comparison.terminal import results_table
+    from agents.comparison.verdict import find_verdict
 
     there = [path for path in directories if path.is_dir()]
     table = read_runs(there)
-    print(f"\n{results_table(table)}")
-    lines = verdict_lines(table)
-    if lines:
-        print("\n" + "\n".join(lines))
-    print(f"\n{request.out}", flush=True)
+    print(f"\n{results_table(table)}\n", flush=True)
+    for sentence in find_verdict(study_of(table)).sentences:
+        print(textwrap.fill(sentence, _WIDTH, break_on_hyphens=False))
+    write_report(there, request.out, command)
+    print(f"\n{request.out / REPORT}", flush=True)

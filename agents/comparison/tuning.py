@@ -19,7 +19,7 @@ import numpy as np
 from agents.comparison.plan import Cell, Setting, compose, make_cells
 from agents.comparison.protocol import Protocol
 from agents.comparison.spaces import Space
-from agents.comparison.verdicts import shown
+from agents.comparison.terminal import shown
 from agents.runs.report import write_json
 from agents.runs.sweeps import aligned
 from lmgym.errors import InvalidArgumentError
