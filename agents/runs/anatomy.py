@@ -30,14 +30,16 @@ MAX_ENTRIES = 1 << 28  # probabilities of sampled tokens: with a large vocabular
 MIN_SAMPLES = 8  # episodes a prompt, all the same
 
 
-def read_or_measure(directory: Path, trusted: Sequence[str] = ()) -> dict[str, Any] | None:
+def read_or_measure(directory: Path, trusted: Sequence[str] = (), *, learning: bool = True) -> dict[str, Any] | None:
     """The anatomy of a run as plain numbers, as `anatomy.json` has it; measured and written where that is not there.
 
-    Reading takes milliseconds. Measuring loads the checkpoint and takes some ten seconds of one core, up to a minute
-    where 40,000 responses are written down or episodes are sampled from a large vocabulary (docs/anatomy.md).
+    Reading takes milliseconds. Measuring loads the checkpoint: the gap and the examples take 1 to 5 seconds of one
+    core, more where episodes are sampled from a large vocabulary; the critic, the policy class and the estimator take 1
+    to 20 more on tasks with up to 40,000 responses, and nothing on others (docs/anatomy.md).
 
     Args:
         directory: of the run; of its files nothing but `anatomy.json` is written. trusted: as for `saved_config`.
+        learning: whether the critic, the policy class and the estimator are wanted.
 
     Returns:
         None of a run that cannot be taken apart: pi* is not known token by token, or the agent has no policy.
@@ -50,11 +52,12 @@ def read_or_measure(directory: Path, trusted: Sequence[str] = ()) -> dict[str, A
     if path.is_file():
         found: dict[str, Any] = read_json(path)
         graded = asdict(validated(EvaluationConfig, read_values(directory)["evaluation"], "evaluation"))
-        if (found.get("checkpoint"), found.get("evaluation")) == (manifest.serial, graded):
+        is_enough = found.get("learning") or not learning
+        if is_enough and (found.get("checkpoint"), found.get("evaluation")) == (manifest.serial, graded):
             return found
     agent, plan = load(directory, {}, trusted)
     try:
-        found = measure(plan, agent, read_checkpoint(directory).serial)
+        found = measure(plan, agent, read_checkpoint(directory).serial, learning=learning)
     except InvalidArgumentError:
         return None
     write_json(path, found)
@@ -103,11 +106,12 @@ def load(directory: Path, changed: Mapping[str, Any], trusted: Sequence[str]) ->
     return agent, plan
 
 
-def measure(plan: Plan, agent: Any, checkpoint: int) -> dict[str, Any]:
+def measure(plan: Plan, agent: Any, checkpoint: int, *, learning: bool = True) -> dict[str, Any]:
     """Takes the gap of an agent apart, on the prompts that its run is graded on.
 
     Args:
         plan: of the run. agent: as a checkpoint has it. checkpoint: the serial number of that.
+        learning: whether the critic, the policy class and the estimator are wanted.
 
     Returns:
         `gap` (`GapAnatomy`), `critic` (`CriticError`), `policy_class` and `estimator`
@@ -132,8 +136,9 @@ def measure(plan: Plan, agent: Any, checkpoint: int) -> dict[str, Any]:
         "evaluation": asdict(plan.evaluation),
         "step": agent.num_timesteps,
         "checkpoint": checkpoint,
+        "learning": learning,
         **_measure_gap(plan, agent, task, split),
-        **_measure_learning(plan, agent, task, split),
+        **_measure_learning(plan, agent, task, split, learning),
     }
 
 
@@ -190,11 +195,11 @@ def _show(episodes: Episodes, gaps: Any, lm: Any) -> list[dict[str, Any]]:
     return examples
 
 
-def _measure_learning(plan: Plan, agent: PolicyAgent, task: Task, split: str) -> dict[str, Any]:
+def _measure_learning(plan: Plan, agent: PolicyAgent, task: Task, split: str, wanted: bool) -> dict[str, Any]:
     """What of the gap the critic, the policy class and the estimator explain, where that can be known."""
     unknown: dict[str, str] = {}
     found: dict[str, Any] = {"critic": None, "policy_class": None, "estimator": None, "unknown": unknown}
-    reason = _why_unknown(plan, agent, task, split)
+    reason = _why_unknown(plan, agent, task, split) if wanted else "It was not asked for."
     if reason is not None:
         unknown.update(dict.fromkeys(("critic", "policy_class", "estimator"), reason))
         return found
@@ -207,7 +212,9 @@ def _measure_learning(plan: Plan, agent: PolicyAgent, task: Task, split: str) ->
     known = Known.of(Tree.of(task, split), agent.policy, plan.sampler)  # type: ignore[arg-type]
     found["policy_class"] = measure_class(known)
     if not isinstance(agent, OnPolicyAgent):
-        unknown.update(dict.fromkeys(("critic", "estimator"), "The agent does not learn from its own responses."))
+        unknown.update(
+            dict.fromkeys(("critic", "estimator"), "The agent is none of lmgym's that learn from their own responses.")
+        )
         return found
     if agent.uses_critic:
         found["critic"] = measure_critic(known)

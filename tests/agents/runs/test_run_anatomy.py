@@ -218,7 +218,12 @@ def test_what_was_measured_is_read_again(run: Path, monkeypatch: pytest.MonkeyPa
     assert measured is not None
     monkeypatch.setattr(agents.runs.anatomy, "measure", None)
     assert read_or_measure(run) == json.loads(json.dumps(measured))
+    assert read_or_measure(run, learning=False) == measured
     path = run / ANATOMY_FILE
+    path.write_text(json.dumps({**measured, "learning": False}))
+    assert read_or_measure(run, learning=False) is not None
+    with pytest.raises(TypeError):  # there is more to measure
+        read_or_measure(run)
     stale = {**measured, "checkpoint": 0}
     path.write_text(json.dumps(stale))
     with pytest.raises(TypeError):  # it would be measured anew
@@ -247,5 +252,9 @@ def test_runs_that_cannot_be_taken_apart_have_no_anatomy(tmp_path: Path) -> None
     late = saved_run(tmp_path / "late", max_new_tokens=2, gamma=0.9, dense_kl=False)
     assert read_or_measure(late) is None
     assert not (late / ANATOMY_FILE).exists()
+    gap = read_or_measure(saved_run(tmp_path / "gap", max_new_tokens=2), learning=False)
+    assert gap is not None
+    assert gap["critic"] is None
+    assert set(gap["unknown"].values()) == {"It was not asked for."}
     free = saved_run(tmp_path / "free", max_new_tokens=2, kl_coef=0.0)
     assert read_or_measure(free) is None
