@@ -98,9 +98,10 @@ def inline_svg(panel: Panel) -> str:
     svg = re.sub(r"font-family: [^;\"]*", f"font-family: {_SANS}", svg)
     for name, color in _variables().items():
         svg = re.sub(color, f"var(--{name})", svg, flags=re.IGNORECASE)
+    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)  # a hundredth of a point is enough
     size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg)
     assert size is not None
-    head = f'role="img" aria-label="{_attribute(panel.alt)}" style="max-width: {float(size[1]) * 1.5:.0f}px"'
+    head = f'role="img" aria-label="{_attribute(panel.alt)}" style="max-width: {float(size[1]) * 1.75:.0f}px"'
     svg = svg.replace(size[0], head, 1)
     return re.sub(r"\s*\n\s*", "\n", svg).replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "", 1)
 

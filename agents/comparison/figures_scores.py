@@ -114,7 +114,7 @@ def draw_improvement(study: Study) -> Panel:
             axes.add_patch(Rectangle((j - 0.47, i - 0.47), 0.94, 0.94, color=color, alpha=strength, linewidth=0))
             sure = chance.low > 0.5 or chance.high < 0.5
             weight = "bold" if sure else "normal"
-            text = f"{chance.mean:.2f}".removeprefix("0").replace(".00", "0" if chance.mean < 0.5 else "1")
+            text = _percentage(chance.mean)
             axes.text(j, i, text, ha="center", va="center", fontsize=9, color=INK, fontweight=weight)
     axes.grid(False)
     axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=9.5, color=INK)
@@ -124,6 +124,12 @@ def draw_improvement(study: Study) -> Panel:
     axes.set_aspect("equal")
     alt = "Matrix of the probability that a run of one agent is better than a run of another; its numbers are below."
     return Panel("improvement", figure, alt, wide=True)
+
+
+def _percentage(share: float) -> str:
+    """`.75`, `0` or `1`."""
+    text = f"{share:.2f}"
+    return text.removeprefix("0") if text not in ("0.00", "1.00") else text[0]
 
 
 def _draw_interval(axes: Axes, interval: Interval, row: float, look: Look) -> None:

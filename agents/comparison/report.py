@@ -186,7 +186,7 @@ def _figures(key: str, title: str, text: str, panels: Sequence[Panel], command: 
         f'<details class="made"><summary>How these figures were made</summary><pre>{escape(command)}</pre>'
         f"<p>Files, each as .png too: {escape(files)}</p></details>\n"
     )
-    two = " two" if len(panels) % 2 == 0 and len(panels) % 3 else ""
+    two = " two" if key == "curves" or (len(panels) % 2 == 0 and len(panels) % 3) else ""
     more = "<!-- pairs -->" if key == "improvement" else ""
     return section(key, title, paragraphs([text]), f'<div class="panels{two}">\n{figures}</div>\n', more, made)
 

@@ -17,6 +17,7 @@ from lmgym.intervals import Interval
 
 MAX_PROMPTS = 3  # of a task
 NOTHING = "-"
+_MEMORY = "peak_memory_bytes"
 _MEANS = (
     ("total_timesteps", "env steps"),
     ("forward_tokens", "forward tokens"),
@@ -74,15 +75,19 @@ def pairs_table(study: Study) -> str:
 
 def cost_section(study: Study) -> str:
     """What training cost, as a mean over the runs of a label."""
-    heads = ["agent", "runs", *(words for _, words in _MEANS), "tokens a second", "peak memory"]
+    heads = ["agent", "runs", *(words for _, words in _MEANS), "tokens a second"]
+    has_memory = any(run.summary.get(_MEMORY) for run in study.table.finished)
     rows = []
     for label in study.labels:
         runs = [run for run in study.table.finished if run.label == label]
         means = [_mean(runs, key) for key, _ in _MEANS]
         speed = (means[1] + means[2]) / means[3] if means[2] and means[3] else math.nan
-        memory = _mean(runs, "peak_memory_bytes") / 2**20
         shown = [_count(mean) for mean in means[:3]] + [_seconds(means[3]), _count(speed)]
-        rows.append([escape(label), str(len(runs)), *shown, NOTHING if math.isnan(memory) else f"{memory:,.0f} MiB"])
+        if has_memory:
+            shown.append(_count(_mean(runs, _MEMORY) / 2**20))
+        rows.append([escape(label), str(len(runs)), *shown])
+    if has_memory:
+        heads.append("peak memory, MiB")
     note = (
         "Means over all finished runs of an agent. Tokens are those that the networks read, forward and backward. "
         "Seconds are of training, without grading, and are not to be compared closely where runs shared a machine."

@@ -58,14 +58,9 @@ def _sentences(study: Study) -> list[str]:
     if len(labels) == 1:
         share = _number(study.aggregates["mean"][best])
         return [f"{best} has {share} of the gain {where} on average; there is nothing to compare it with."]
-    beaten = [label for label in labels[1:] if _differs(study.pair(best, label))]
-    equal = [label for label in labels[1:] if label not in beaten]
-    found = [_of_best(study, best, beaten, where)] if beaten else []
-    if equal:
-        found.append(_of_equals(study, best, equal, where))
-    if 1 < len(labels) <= 1 + _NAMED:
-        for i, label in enumerate(labels[1:-1], start=1):
-            found += [_of_pair(study, label, other) for other in labels[i + 1 :]]
+    found = [_of_label(study, best, labels[1:], f" {where} with {_seeds(study)}")]
+    if len(labels) <= 1 + _NAMED:
+        found += [_of_label(study, label, labels[i:], "") for i, label in enumerate(labels[1:-1], start=2)]
     return found
 
 
@@ -73,34 +68,39 @@ def _differs(pair: PairComparison) -> bool:
     return pair.adjusted <= LEVEL
 
 
-def _of_best(study: Study, best: str, beaten: Sequence[str], where: str) -> str:
-    nearest = min(beaten, key=lambda label: study.pair(best, label).gap.mean)
-    near = _number(study.pair(best, nearest).gap)
-    if len(beaten) == 1:
-        return f"{best} is better than {nearest} {where}, by {near} of the gain."
-    farthest = max(study.pair(best, label).gap.mean for label in beaten)
-    names = _listed(beaten) if len(beaten) <= _NAMED else f"{len(beaten)} of {_compared(study) - 1} others"
-    return f"{best} is better than {names} {where}, by {near} (the nearest, {nearest}) to {farthest:.3f} of the gain."
+def _of_label(study: Study, label: str, others: Sequence[str], where: str) -> str:
+    """What is known of a label beside those that have a lower mean."""
+    beaten = [other for other in others if _differs(study.pair(label, other))]
+    equal = [other for other in others if other not in beaten]
+    found = []
+    if beaten:
+        found.append(f"is better than {_beaten(study, label, beaten, len(others))}")
+    if equal:
+        found.append(f"cannot be told apart from {_equal(study, label, equal)}")
+    return f"{label} {', and '.join(found)}{where}."
 
 
-def _of_equals(study: Study, best: str, equal: Sequence[str], where: str) -> str:
-    nearest = sorted(equal, key=lambda label: study.pair(best, label).gap.mean)[:_NAMED]
+def _beaten(study: Study, label: str, beaten: Sequence[str], others: int) -> str:
+    """Those that a label is better than, the nearest first, with the gaps."""
+    gaps = {other: study.pair(label, other).gap for other in beaten}
+    ordered = sorted(beaten, key=lambda other: gaps[other].mean)
+    told = [f"{other} by {_number(gaps[other])}" for other in ordered]
+    if len(told) <= _NAMED:
+        return f"{_listed(told)} of the gain"
+    farthest = f"{ordered[-1]} by {gaps[ordered[-1]].mean:.3f}"
+    return f"{len(beaten)} of {others} others, from {told[0]} to {farthest} of the gain"
+
+
+def _equal(study: Study, label: str, equal: Sequence[str]) -> str:
+    """Those that a label cannot be told apart from, the nearest first, with the gaps and what would tell."""
+    nearest = sorted(equal, key=lambda other: study.pair(label, other).gap.mean)[:_NAMED]
     told = []
-    for label in nearest:
-        more = _told_more(_more_seeds(study, best, label))
-        told.append(f"{label} (gap {_number(study.pair(best, label).gap)}{more})")
+    for other in nearest:
+        more = _told_more(_more_seeds(study, label, other))
+        told.append(f"{other} (gap {_number(study.pair(label, other).gap)}{more})")
     if len(equal) > len(nearest):
         told.append(f"{len(equal) - len(nearest)} others")
-    return f"{best} cannot be told apart from {_listed(told, 'or')} {where} with {_seeds(study)}."
-
-
-def _of_pair(study: Study, label: str, other: str) -> str:
-    pair = study.pair(label, other)
-    if _differs(pair):
-        better = (label, other) if pair.gap.mean > 0 else (other, label)
-        return f"{better[0]} is better than {better[1]} by {_number(study.pair(*better).gap)}."
-    more = _told_more(_more_seeds(study, label, other))
-    return f"{label} and {other} cannot be told apart (gap {_number(pair.gap)}{more})."
+    return _listed(told, "or")
 
 
 def _more_seeds(study: Study, label: str, other: str) -> float:
@@ -241,10 +241,6 @@ def _of_kl(study: Study) -> list[str]:
 
 
 # -- words -----------------------------------------------------------------------------------------------------------
-
-
-def _compared(study: Study) -> int:
-    return 0 if study.matrix is None else len(study.matrix.labels)
 
 
 def _seeds(study: Study) -> str:

@@ -28,7 +28,8 @@ def verdict_of(directory: Path, **returns: list[float]) -> Findings:
 def test_what_is_better_is_said_with_its_gap(tmp_path: Path) -> None:
     found = verdict_of(tmp_path, ppo=[0.50, 0.51, 0.52, 0.53, 0.51], rloo=[0.40, 0.41, 0.42, 0.43, 0.41])
     assert len(found.sentences) == 1
-    assert found.sentences[0].startswith("ppo is better than rloo on keyword-8, by 0.170 [")
+    assert found.sentences[0].startswith("ppo is better than rloo by 0.170 [")
+    assert found.sentences[0].endswith("] of the gain on keyword-8 with 5 seeds.")
     assert any("5 seeds are few" in line for line in found.limits)
 
 
