@@ -158,7 +158,9 @@ class Live(Plain):
         more = f", about {duration(left)} left" if left else ""
         title = f"{done} of {len(self._rows)} runs, {duration(time.monotonic() - self._started)}{more}"
         seeds = sorted({row.cell.seed for row in self._rows})
-        table = rich.table.Table("agent", "task", *map(str, seeds), title=title, title_justify="left")
+        table = rich.table.Table(
+            "agent", "task", *(f"seed {seed}" for seed in seeds), title=title, title_justify="left"
+        )
         lines: dict[tuple[str, str], dict[int, Row]] = {}
         for row in self._rows:
             lines.setdefault((row.cell.setting.label, row.cell.task), {})[row.cell.seed] = row

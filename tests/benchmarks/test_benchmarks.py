@@ -1,33 +1,15 @@
 """What the benchmarks print."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.learning import beside, best, estimate, interval
 from benchmarks.pages import fill, has_markers, markers, table
-from benchmarks.suite import leaderboard, regraded, results, row, run
+from benchmarks.tables import best, estimate, find_runs, leaderboard, results, row
+from lmgym.errors import InvalidArgumentError
 from lmgym.tasks import make_task
-
-
-def test_an_interval_over_two_seeds_is_students_with_one_degree_of_freedom() -> None:
-    half = math.tan(0.475 * math.pi) * 0.1  # Cauchy's distribution; 0.2 / sqrt(2) / sqrt(2) is the error
-    assert interval([0.4, 0.6]) == f"0.500 ± {half:.3f}"
-
-
-def test_of_one_seed_there_is_no_interval() -> None:
-    assert interval([0.25]) == "0.250"
-
-
-def test_runs_with_other_overrides_stand_elsewhere() -> None:
-    out = Path("runs/suite")
-    assert beside(out, []) == out
-    assert beside(out, ["agent.lr=1e-3"]) != beside(out, ["agent.lr=1e-4"])
-    assert beside(out, ["a=1", "b=x/y"]) == beside(out, ["b=x/y", "a=1"])
-    assert beside(out, ["env.prompts=a/b.txt", "x=[1,2]"]) == out / "env.prompts_a_b.txt__x__1_2_"
 
 
 def point(mean: float, half: float = 0.0) -> dict[str, float]:
@@ -83,29 +65,19 @@ def test_tables_go_between_their_markers(tmp_path: Path) -> None:
         fill(page, "results", results(["ppo"], ["noise-1"], runs))
 
 
-def test_a_finished_run_is_graded_on_the_scale_that_is_known_now() -> None:
+def test_runs_of_a_directory_are_found_on_the_scale_that_is_known_now(tmp_path: Path) -> None:
     optimum = make_task("echo-4").optima["test"]
     halfway = (optimum.reference + optimum.value) / 2
-    after = {"return": point(halfway), "normalised": point(0.9)}
-    summary: dict[str, Any] = {"after": after, "optimum": {"lower": point(9.0), "best_response": None}}
-    again = regraded(summary, "echo-4")
-    assert again["after"]["normalised"]["mean"] == pytest.approx(0.5, abs=1e-9)
-    assert again["optimum"]["lower"]["mean"] == optimum.lower
-    assert again["optimum"]["best_response"] is None
-    assert summary["after"]["normalised"]["mean"] == 0.9
-
-
-@pytest.mark.parametrize(
-    ("override", "kept"),
-    [
-        ("agent.lr=1e-3", False),
-        ("experiment=trl", True),
-        ("+env.kl_coef=0.05", True),
-        ("evaluation.split=train", True),
-    ],
-)
-def test_a_run_of_another_problem_keeps_its_own_grade(tmp_path: Path, override: str, kept: bool) -> None:
-    summary = {"after": {"return": point(1.0), "normalised": point(0.9)}, "optimum": {}}
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    found = run(tmp_path, "echo-4", "ppo", 0, [override])
-    assert (found["after"]["normalised"]["mean"] == 0.9) == kept
+    graded = {"return": point(halfway), "score": point(halfway), "kl": point(0.0), "normalised": point(0.9)}
+    summary = {"before": graded, "after": graded, "optimum": {}, "train_seconds": 1.0, "total_timesteps": 9}
+    summary |= {"forward_tokens": 1, "backward_tokens": 1}
+    config = {"task": "echo-4", "seed": 3, "total_timesteps": 9, "env": {}, "evaluation": {"split": "test"}}
+    run = tmp_path / "ppo-echo-4-3"  # as the command has called them before there was a comparison
+    run.mkdir()
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "config.yaml").write_text(json.dumps({**config, "agent": {"_target_": "agents.algorithms.ppo.PPO"}}))
+    (found,) = find_runs([tmp_path], ["ppo"], ["echo-4"])["ppo", "echo-4"]
+    assert found["after"]["normalised"]["mean"] == pytest.approx(0.5, abs=1e-9)
+    assert row("ppo", "echo-4", [found]).endswith("**0.500** |")
+    with pytest.raises(InvalidArgumentError, match="must hold finished runs of rloo on echo-4"):
+        find_runs([tmp_path], ["rloo"], ["echo-4"])
