@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from agents.comparison.anatomy import coloured_examples, draw_anatomy
 from agents.comparison.exports import write_exports
 from agents.comparison.figures import Look, Panel, inline_svg, legend_marker, looks_of, write_panel
 from agents.comparison.figures_course import draw_curves
@@ -24,6 +25,7 @@ from agents.comparison.sections import (
     pairs_table,
     results_table,
     runs_section,
+    solve_table,
     verdict_section,
 )
 from agents.comparison.study import Study, study_of
@@ -35,6 +37,7 @@ from lmgym.files import replace_directory, write_atomically
 REPORT = "report.html"
 FIGURES = "figures"
 _HERE = Path(__file__).parent
+_MORE = {key: f"<!-- {key} -->" for key in ("improvement", "curves", "anatomy")}  # what comes after the figures
 
 
 def write_report(directories: Sequence[str | os.PathLike[str]], out: Path, command: str) -> None:
@@ -74,6 +77,7 @@ def draw_figures(study: Study, looks: Mapping[str, Look]) -> dict[str, list[Pane
             groups["improvement"] = [draw_improvement(study)]
     groups["frontier"] = draw_frontiers(study, looks)
     groups["gold"] = draw_gold(study, looks)
+    groups["anatomy"] = draw_anatomy(study, looks)
     return groups
 
 
@@ -93,8 +97,9 @@ def page_of(study: Study, groups: Mapping[str, Sequence[Panel]], looks: Mapping[
     there = [(name, part) for name, part in sections if part]
     parts = [part for _, part in there]
     parts.insert(2, _legend(looks))
-    if study.pairs:
-        parts = [part.replace("<!-- pairs -->", pairs_table(study)) for part in parts]
+    added = {"improvement": pairs_table, "curves": solve_table, "anatomy": coloured_examples}
+    for key, make in added.items():
+        parts = [part.replace(_MORE[key], make(study)) if _MORE[key] in part else part for part in parts]
     anchors = [part.split('"')[1] for _, part in there]
     links = "".join(f'<li><a href="#{x}">{escape(name)}</a></li>' for x, (name, _) in zip(anchors, there, strict=True))
     style = (_HERE / "report.css").read_text(encoding="utf-8")
@@ -174,6 +179,12 @@ def _texts(study: Study) -> list[tuple[str, str, str]]:
             "The score that was trained on, and the gold score that nobody trained on. Lines are training batches on "
             "their way, marks final gradings; the cross is the reference. Where gold lags, the score was gamed.",
         ),
+        (
+            "anatomy",
+            "Where the gap comes from",
+            "What is missing to the optimum, by step of the response, as a share of the gain: the numbers of a line "
+            "add up to it. Of runs that python -m agents.anatomy has taken apart, as a mean over them.",
+        ),
     ]
 
 
@@ -187,7 +198,7 @@ def _figures(key: str, title: str, text: str, panels: Sequence[Panel], command: 
         f"<p>Files, each as .png too: {escape(files)}</p></details>\n"
     )
     two = " two" if key == "curves" or (len(panels) % 2 == 0 and len(panels) % 3) else ""
-    more = "<!-- pairs -->" if key == "improvement" else ""
+    more = _MORE.get(key, "")
     return section(key, title, paragraphs([text]), f'<div class="panels{two}">\n{figures}</div>\n', more, made)
 
 

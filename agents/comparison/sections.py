@@ -14,9 +14,11 @@ from agents.comparison.table import Run
 from agents.comparison.verdict import Findings
 from lmgym.files import RunFileError, read_text
 from lmgym.intervals import Interval
+from lmgym.scores import Curve, ScoreCurves, SolveTime, solve_times
 
 MAX_PROMPTS = 3  # of a task
 NOTHING = "-"
+SOLVED = 0.9  # of the gain
 _MEMORY = "peak_memory_bytes"
 _MEANS = (
     ("total_timesteps", "env steps"),
@@ -58,6 +60,8 @@ def results_table(study: Study) -> str:
 
 def pairs_table(study: Study) -> str:
     """A row a pair of labels: by how much, how likely, how sure."""
+    if not study.pairs:
+        return ""
     rows = [
         [
             f"{escape(first)}, {escape(second)}",
@@ -71,6 +75,31 @@ def pairs_table(study: Study) -> str:
     heads = ["pair", "gap of means", "P(first better)", "p", "p after Holm"]
     shown = table("Pairs of agents", heads, rows)
     return f"<details><summary>All {len(rows)} pairs as a table</summary>{shown}</details>"
+
+
+def solve_table(study: Study) -> str:
+    """When the runs of a label first had most of the gain, where all of a label's runs on a task were graded along."""
+    curves = {}
+    for run in study.table.finished:
+        known = run.series.get("eval/normalised")
+        if known is not None and run.is_graded_along and run.seed is not None:
+            curves[run.label, run.task, run.seed] = Curve(known.seconds, known.value)
+    if not curves:
+        return ""
+    found = solve_times(ScoreCurves(curves), SOLVED)
+    tasks = [task for task in study.tasks if any(task in times for times in found.values())]
+    rows = []
+    for label in study.labels:
+        times = found.get(label, {})
+        rows.append([escape(label), *(_solved(times[task]) if task in times else NOTHING for task in tasks)])
+    caption = f"Seconds of training to {SOLVED:g} of the gain, by gradings on held-out prompts: median over seeds"
+    return table(caption, ["agent", *tasks], rows)
+
+
+def _solved(time: SolveTime) -> str:
+    """The median, and how many of the runs were there at all."""
+    median = _seconds(time.median) if math.isfinite(time.median) else NOTHING
+    return f'{median} <span class="range">{time.reached} of {time.runs}</span>'
 
 
 def cost_section(study: Study) -> str:

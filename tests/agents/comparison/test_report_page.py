@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from finished_runs import batch, write_run
+from finished_runs import batch, grading, write_run
 
 from agents.comparison.exports import to_csv, to_latex, to_marl_eval, to_rliable
 from agents.comparison.figures import looks_of
@@ -19,6 +19,7 @@ from agents.comparison.report import draw_figures, page_of, write_report
 from agents.comparison.study import SEED, comparable_part, matrix_of, study_of
 from agents.comparison.table import read_runs
 from lmgym.scores import ScoreMatrix, aggregate, compare_pairs, student_interval
+from lmgym.tasks import make_task
 
 pytest.importorskip("pyarrow", reason="needs pyarrow")
 pytest.importorskip("matplotlib", reason="needs matplotlib")
@@ -36,10 +37,21 @@ def write_runs(directory: Path) -> None:
             for seed in SEEDS:
                 returned = reached + 0.01 * seed
                 rows = [batch(step, returned * step / 1000) for step in (250, 500, 750, 1000)]
+                if task == "rare-2":
+                    rows += [grading(step, returned * step / 800, step / 100) for step in (250, 500, 750)]
                 gold = 0.3 if task == "keyword-8" else None
                 run = directory / f"{agent}-{task}-{seed}"
                 more = {"rows": rows, "gold": gold, "samples": samples}
                 write_run(run, agent=agent, task=task, seed=seed, returned=returned, **more)
+    taken_apart = {
+        "step": 1000,
+        "gap": {"by_step": [{"mean": 0.125}, {"mean": 0.25}]},
+        "examples": [
+            {"prompt": HOSTILE, "tokens": [{"token": HOSTILE, "share": 0.3, "probability": 0.5, "optimal": 0.1}]}
+        ],
+    }
+    (directory / "ppo-keyword-8-0" / "anatomy.json").write_text(json.dumps(taken_apart), encoding="utf-8")
+    (directory / "rloo-keyword-8-0" / "anatomy.json").write_text("{", encoding="utf-8")  # is as if it were not there
     failed = write_run(directory / "ppo-keyword-8-3", seed=3, finished=False)
     (failed / "error.txt").write_text(f"ValueError: {HOSTILE}\n", encoding="utf-8")
 
@@ -84,6 +96,27 @@ def test_the_numbers_are_those_of_the_scores(out: Path) -> None:
         assert shown(student_interval(finished)) in cells
     pair = compare_pairs(matrix, "mean", rng=np.random.default_rng(SEED))["ppo", "rloo"]
     assert row_of(page, "ppo, rloo", "Pairs of agents")[:2] == [shown(pair.gap), shown(pair.improvement)]
+
+
+@pytest.mark.slow
+def test_the_gap_is_shown_where_a_run_was_taken_apart(out: Path) -> None:
+    page = (out / "report.html").read_text(encoding="utf-8")
+    known = make_task("keyword-8").optima["test"]
+    gain = known.value - known.reference
+    assert f"in all: ppo {0.375 / gain:.3f}." in page
+    assert f'<span class="gap-4" title="{0.3 / gain:.3f} of the gain; probability 0.500, under pi* 0.100">' in page
+
+
+@pytest.mark.slow
+def test_curves_say_what_they_are_of_and_when_a_task_was_solved(out: Path) -> None:
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "rare-2, gradings on held-out prompts" in page
+    assert "keyword-8, training batches" in page
+    known = make_task("rare-2").optima["test"]
+    runs = [run for run in read_runs([out / "runs"]).finished if (run.label, run.task) == ("ppo", "rare-2")]
+    wanted = known.reference + 0.9 * (known.value - known.reference)
+    reached = sum(bool((run.series["eval/return"].value >= wanted).any()) for run in runs)
+    assert row_of(page, "ppo", "Seconds of training")[0].endswith(f"{reached} of 3")
 
 
 @pytest.mark.slow
