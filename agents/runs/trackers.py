@@ -6,13 +6,14 @@ fails is left out from there on, with a warning, and training goes on.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -27,6 +28,7 @@ Name = Literal["tensorboard", "wandb", "mlflow", "none"]
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 TRACKER_FILE = "tracker.json"  # the run's name at its tracker, by which it goes on there
+_SQLITE = "sqlite:///"
 _CONFIG = "config.yaml"
 _MAX_PARAMETER = 500  # characters, which older servers of MLflow take
 _PARAMETERS_AT_ONCE = 100  # that MLflow takes in one call
@@ -187,7 +189,12 @@ class _MLflow:
     def __init__(self, config: TrackerConfig, directory: Path, resume_at: int | None) -> None:
         from mlflow.tracking import MlflowClient
 
-        self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or _default_database())
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or _default_database()
+        with _one_at_a_time(uri):
+            self._client = MlflowClient(uri)
+            self._begin(config, directory, resume_at)
+
+    def _begin(self, config: TrackerConfig, directory: Path, resume_at: int | None) -> None:
         known = _known_id(directory, "mlflow") if resume_at is not None else None
         if known is not None:
             self._id = known
@@ -251,7 +258,24 @@ def _flatten(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 def _default_database() -> str:
     path = Path("runs").absolute() / "mlflow.db"
     path.parent.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{path}"
+    return f"{_SQLITE}{path}"
+
+
+@contextlib.contextmanager
+def _one_at_a_time(uri: str) -> Iterator[None]:
+    """Holds the directory of a database in a file: MLflow makes one in many steps, and a second process breaks it."""
+    if not uri.startswith(_SQLITE):
+        yield
+        return
+    descriptor = os.open(Path(uri.removeprefix(_SQLITE)).absolute().parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(ImportError, OSError):  # there are systems without locks
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _known_id(directory: Path, name: str) -> str | None:
