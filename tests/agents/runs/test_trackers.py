@@ -7,6 +7,7 @@ import json
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ def test_wandb_has_the_metrics_and_the_config(offline: Path) -> None:
     config = TrackerConfig("wandb", project="mine", mode="offline")
     record(offline, config)
     first = read_json(offline / TRACKER_FILE)["wandb"]
+    time.sleep(1.1)  # the directory of an offline run is named by its second
     record(offline, config, resume_at=4, first=4)
     assert read_json(offline / TRACKER_FILE)["wandb"] == first
     kept = sorted(offline.glob(f"wandb/offline-run-*/run-{first}.wandb"))
@@ -203,13 +205,15 @@ def test_a_tracker_writes_through_no_link(offline: Path, name: str) -> None:
 def test_a_package_that_is_missing_is_named_before_anything_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    one = composed("tracker=wandb")
+    many = composed("tracker=mlflow", "seeds=2")
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     directory = tmp_path / "run"
     with pytest.raises(InvalidArgumentError, match=r"got 'wandb': it needs the package wandb \(pip install wandb\)"):
-        begin(composed("tracker=wandb"), directory)
+        begin(one, directory)
     assert not directory.exists()
     with pytest.raises(InvalidArgumentError, match="pip install mlflow"):
-        begin_many(composed("tracker=mlflow", "seeds=2"), directory)
+        begin_many(many, directory)
     assert not directory.exists()
     check_tracker({"tracker": {"name": "none"}})
 
