@@ -63,6 +63,13 @@ def looks_of(labels: Sequence[str]) -> dict[str, Look]:
     }
 
 
+def plain_texts() -> Any:
+    """In this context a text that is drawn has no formulas: a "$" in the name of a run is a character."""
+    import matplotlib
+
+    return matplotlib.rc_context({"text.parse_math": False})
+
+
 def file_name(kind: str, number: int, task: str) -> str:
     """The name of the figure of a kind for one of the tasks: letters, digits and hyphens."""
     return f"{kind}-{number + 1}-{re.sub(r'[^A-Za-z0-9.]+', '-', task).strip('-')}"
@@ -109,7 +116,8 @@ def inline_svg(panel: Panel) -> str:
 def write_panel(panel: Panel, directory: Path, command: str) -> None:
     """Writes `<name>.svg` and `<name>.png`, with a legend and the command in their metadata."""
     if panel.legend:
-        _add_legend(panel)
+        with plain_texts():
+            _add_legend(panel)
     write_atomically(directory / f"{panel.name}.svg", _saved(panel, "svg", {"Description": command, "Date": None}))
     write_atomically(directory / f"{panel.name}.png", _saved(panel, "png", {"Description": command}))
 
@@ -131,7 +139,7 @@ def _saved(panel: Panel, kind: str, metadata: Mapping[str, Any] | None) -> bytes
 
     file = io.BytesIO()
     metadata = {"Date": None, "Creator": None, "Format": None, "Type": None} if metadata is None else dict(metadata)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.name}):
+    with plain_texts(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.name}):
         panel.figure.savefig(file, format=kind, metadata=metadata)
     return file.getvalue()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from agents.comparison.anatomy import coloured_examples, draw_anatomy
 from agents.comparison.exports import write_exports
-from agents.comparison.figures import Look, Panel, inline_svg, legend_marker, looks_of, write_panel
+from agents.comparison.figures import Look, Panel, inline_svg, legend_marker, looks_of, plain_texts, write_panel
 from agents.comparison.figures_course import draw_curves
 from agents.comparison.figures_frontier import draw_frontiers, draw_gold, known_scales
 from agents.comparison.figures_scores import draw_aggregates, draw_improvement, draw_profiles, draw_tasks
@@ -69,6 +69,12 @@ def write_report(directories: Sequence[str | os.PathLike[str]], out: Path, comma
 
 def draw_figures(study: Study, looks: Mapping[str, Look]) -> dict[str, list[Panel]]:
     """The figures of each section of the page, by its name."""
+    with plain_texts():
+        groups = _draw(study, looks)
+    return {name: panels for name, panels in groups.items() if panels}
+
+
+def _draw(study: Study, looks: Mapping[str, Look]) -> dict[str, list[Panel]]:
     groups: dict[str, list[Panel]] = {"tasks": draw_tasks(study, looks), "curves": draw_curves(study, looks)}
     if study.matrix is not None:
         groups["aggregates"] = draw_aggregates(study, looks)

@@ -14,7 +14,7 @@ import pytest
 from finished_runs import batch, grading, write_run
 
 from agents.comparison.exports import to_csv, to_latex, to_marl_eval, to_rliable
-from agents.comparison.figures import looks_of
+from agents.comparison.figures import inline_svg, looks_of
 from agents.comparison.report import draw_figures, page_of, write_report
 from agents.comparison.study import SEED, comparable_part, matrix_of, study_of
 from agents.comparison.table import read_runs
@@ -153,6 +153,18 @@ def test_the_same_runs_give_the_same_page(out: Path) -> None:
     page = page_of(study, draw_figures(study, looks), looks, COMMAND)
     is_same = (out / "report.html").read_text(encoding="utf-8") == page
     assert is_same
+
+
+def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    """Neither a formula nor markup, whatever is in the name of a task or of a setting."""
+    write_run(tmp_path / "a", env={"reward": "$\\frac$<b>"}, settings={"lr": "$x"})
+    write_run(tmp_path / "b", env={"reward": "$\\frac$<b>"}, settings={"lr": "&y"}, seed=1)
+    study = study_of(read_runs([tmp_path]))
+    panels = draw_figures(study, looks_of(study.labels))["tasks"]
+    svg = inline_svg(panels[0])
+    assert "$\\frac$&lt;b&gt;" in svg
+    assert "ppo lr=$x" in svg
+    assert "ppo lr=&amp;y" in svg
 
 
 def test_only_what_every_agent_has_run_is_compared(tmp_path: Path) -> None:
