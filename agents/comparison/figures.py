@@ -119,6 +119,7 @@ def write_panel(panel: Panel, directory: Path, command: str) -> None:
         with plain_texts():
             _add_legend(panel)
     write_atomically(directory / f"{panel.name}.svg", _saved(panel, "svg", {"Description": command, "Date": None}))
+    panel.figure.set_layout_engine("none")  # it stays as it is in the other file
     write_atomically(directory / f"{panel.name}.png", _saved(panel, "png", {"Description": command}))
 
 
