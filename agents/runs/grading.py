@@ -88,6 +88,7 @@ def summarise(plan: Plan, before: Evaluation, after: Evaluation, train_seconds: 
             "assumption": None if optimum is None else optimum.assumption or None,
             "best_response": find_best_response(plan, agent),
         },
+        "solved_at": None,  # `agents.runs.along.solved_at`, of a run that was graded along the way
         "train_seconds": train_seconds,
         "total_timesteps": agent.num_timesteps,
         "forward_tokens": agent.tokens.forward,
