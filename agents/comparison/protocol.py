@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,8 @@ class Protocol:
     """What is compared.
 
     Attributes:
-        agents, tasks: by name. seeds: of the reported runs.
+        agents, tasks: by name. seeds: of the reported runs; of the first group of them where more are added.
+        max_seeds: how many there may be at most, where they are added; None adds none. margin: of "the same" then.
         overrides: `key=value`, of every run. varied: keys with the values that they have in turn.
         tune: what is tuned. trials: settings that are tried for each agent. tuning_seeds: runs of each setting.
         config_dir: another directory of configs, with agents of one's own.
@@ -44,6 +46,8 @@ class Protocol:
     agents: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
+    max_seeds: int | None = None
+    margin: float | None = None
     overrides: tuple[str, ...] = ()
     varied: tuple[tuple[str, tuple[str, ...]], ...] = ()
     tune: tuple[Space, ...] = ()
@@ -60,8 +64,12 @@ class Protocol:
 
     @property
     def name(self) -> str:
-        """What the comparison is called: the same for every number of seeds, so that more can be added."""
-        digest = hashlib.sha256(repr(replace(self, seeds=())).encode()).hexdigest()[:8]
+        """What the comparison is called: the same for every number of seeds, so that more can be added.
+
+        Where seeds are added by a rule, how many at a time is a part of the rule.
+        """
+        kept = replace(self, seeds=()) if self.max_seeds is None else self
+        digest = hashlib.sha256(repr(kept).encode()).hexdigest()[:8]
         words = "-".join(["+".join(self.agents), "+".join(self.tasks)])
         return f"compare-{file_name(words)[:_MAX_NAME]}-{digest}"
 
@@ -139,10 +147,12 @@ def _protocol(given: Mapping[str, str], overrides: Sequence[str], config_dir: st
         if agent not in known:
             raise unknown_name("agents", agent, known)
     tune = _text(given, "tune")
-    return Protocol(
+    protocol = Protocol(
         agents,
         tuple(dict.fromkeys(_named_task(task) for task in tasks)),
         _read_seeds(given.get("seeds", str(defaults["seeds"]))),
+        None if _text(given, "max_seeds") is None else _count("max_seeds", given["max_seeds"]),
+        _read_margin(_text(given, "margin")),
         fixed,
         varied,
         () if tune is None else read_spaces(tune),
@@ -150,6 +160,42 @@ def _protocol(given: Mapping[str, str], overrides: Sequence[str], config_dir: st
         _count("tuning_seeds", given.get("tuning_seeds", str(defaults["tuning_seeds"]))),
         config_dir,
     )
+    _check_rule(protocol, _text(given, "runs"))
+    return protocol
+
+
+def _read_margin(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        margin = float(text)
+    except ValueError:
+        margin = math.nan
+    if not 0 < margin < math.inf:
+        raise InvalidArgumentError(f"`margin` must be a share of the gain above 0, such as 0.02, got {text!r}.")
+    return margin
+
+
+def _check_rule(protocol: Protocol, runs: str | None) -> None:
+    """Raises `InvalidArgumentError` where seeds are to be added and cannot be."""
+    most = protocol.max_seeds
+    if most is None:
+        if protocol.margin is not None:
+            raise InvalidArgumentError("`margin` must come with `max_seeds`, which adds seeds until pairs are decided.")
+        return
+    group = len(protocol.seeds)
+    if protocol.seeds != tuple(range(group)) or group < 2:
+        raise InvalidArgumentError("`seeds` must be a number of at least 2 with `max_seeds`: how many come at a time.")
+    if most <= group or most % group:
+        raise InvalidArgumentError(f"`max_seeds` must be a multiple of `seeds`={group} and above it, got {most}.")
+    labels = len(protocol.agents) * math.prod(len(values) for _, values in protocol.varied)
+    if labels < 2:
+        raise InvalidArgumentError(f"`agents` must be two at least with `max_seeds`, got {', '.join(protocol.agents)}.")
+    for name, given in (("tune", protocol.tune), ("runs", runs)):
+        if given:
+            raise InvalidArgumentError(
+                f"`{name}` must not be given with `max_seeds`: its rule is about runs of its own."
+            )
 
 
 def _named_task(name: str) -> str:

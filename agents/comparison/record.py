@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from typing import Any
 
 from agents.comparison.protocol import Request
@@ -13,6 +14,7 @@ from lmgym.errors import InvalidArgumentError
 from lmgym.files import write_atomically
 
 PROTOCOL = "protocol.yaml"
+RULE = ("max_seeds", "margin", "seeds")  # by which seeds are added
 _HEADER = "# What python -m agents.compare ran here: the protocol, and every call of the command."
 
 
@@ -23,7 +25,8 @@ def write_protocol(request: Request, command: str) -> None:
         request: what was asked for. command: the command.
 
     Raises:
-        InvalidArgumentError: for a directory of a protocol in a file that was changed since the first run.
+        InvalidArgumentError: for a directory of a protocol in a file that was changed since the first run, or of runs
+            that another rule has added.
     """
     path = request.out / PROTOCOL
     values: dict[str, Any] = read_config(path) if path.is_file() else {}
@@ -34,6 +37,7 @@ def write_protocol(request: Request, command: str) -> None:
             f"`protocol` must be as it was when {request.out} was begun, and {source['path']} has changed: put it "
             "back, or choose another `out`."
         )
+    _check_rule(values.get("protocol") or {}, request)
     call = {**find_origin(), "command": command, "packages": versions()}
     calls = values.get("calls") or []
     if not calls or {**calls[-1], "time": None} != {**call, "time": None}:
@@ -41,3 +45,15 @@ def write_protocol(request: Request, command: str) -> None:
         calls.append({"time": now, **call})
     values = {"protocol": request.protocol.as_values(), "file": source, "calls": calls}
     write_atomically(path, f"{_HEADER}\n{config_text(values)}")
+
+
+def _check_rule(before: Mapping[str, Any], request: Request) -> None:
+    """Raises `InvalidArgumentError` where seeds are added by another rule than when the directory was begun."""
+    now = request.protocol.as_values()
+    rules = [{name: values.get(name) for name in RULE} for values in (before, now)]
+    adds = any(rule["max_seeds"] is not None for rule in rules)
+    if before and adds and rules[0] != rules[1]:
+        raise InvalidArgumentError(
+            f"`max_seeds`, `margin` and `seeds` must be as they were when {request.out} was begun, because its runs "
+            "have been looked at: choose another `out`."
+        )

@@ -30,7 +30,7 @@ from agents.comparison.sections import (
 )
 from agents.comparison.study import Study, study_of
 from agents.comparison.table import read_runs
-from agents.comparison.verdict import find_verdict
+from agents.comparison.verdict import Rule, find_verdict
 from agents.runs.surroundings import prepare_process
 from lmgym.files import replace_directory, write_atomically
 
@@ -40,7 +40,9 @@ _HERE = Path(__file__).parent
 _MORE = {key: f"<!-- {key} -->" for key in ("improvement", "curves", "anatomy")}  # what comes after the figures
 
 
-def write_report(directories: Sequence[str | os.PathLike[str]], out: Path, command: str) -> None:
+def write_report(
+    directories: Sequence[str | os.PathLike[str]], out: Path, command: str, rule: Rule | None = None
+) -> None:
     """Writes `report.html`, `figures/`, `results.parquet`, `runs.parquet` and `exports/`.
 
     A reader of any of these sees the old one or the new one, never half.
@@ -49,6 +51,7 @@ def write_report(directories: Sequence[str | os.PathLike[str]], out: Path, comma
         directories: of runs, finished or not; folders of runs, or globs (`agents.comparison.directories.find_runs`).
         out: the directory that they go into; made if it does not exist.
         command: that made the report, as it is to be shown beside the figures.
+        rule: by which seeds were added until the verdict was known, with what it found.
 
     Raises:
         InvalidArgumentError: where one of `directories` holds no run.
@@ -61,7 +64,7 @@ def write_report(directories: Sequence[str | os.PathLike[str]], out: Path, comma
     write_exports(study, out / "exports")
     looks = looks_of(study.labels)
     groups = draw_figures(study, looks)
-    write_atomically(out / REPORT, page_of(study, groups, looks, command))
+    write_atomically(out / REPORT, page_of(study, groups, looks, command, rule))
     with replace_directory(out / FIGURES) as scratch:
         for panel in (panel for panels in groups.values() for panel in panels):
             write_panel(panel, scratch, command)
@@ -87,13 +90,19 @@ def _draw(study: Study, looks: Mapping[str, Look]) -> dict[str, list[Panel]]:
     return groups
 
 
-def page_of(study: Study, groups: Mapping[str, Sequence[Panel]], looks: Mapping[str, Look], command: str) -> str:
+def page_of(
+    study: Study,
+    groups: Mapping[str, Sequence[Panel]],
+    looks: Mapping[str, Look],
+    command: str,
+    rule: Rule | None = None,
+) -> str:
     """The whole page."""
     labels = len(study.labels)
     tasks = len(study.tasks)
     title = f"{labels} {_plural('agent', labels)} on {tasks} {_plural('task', tasks)}"
     sections = [
-        ("Verdict", verdict_section(find_verdict(study))),
+        ("Verdict", verdict_section(find_verdict(study, rule))),
         ("Results", section("results", "Results", results_table(study))),
         *((name, _figures(key, name, text, groups.get(key, ()), command)) for key, name, text in _texts(study)),
         ("Responses", examples_section(study)),

@@ -7,15 +7,20 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agents.comparison.directories import find_runs
 from agents.comparison.plan import Cell, make_cells, settings_of
 from agents.comparison.protocol import Request, read_request
 from agents.comparison.record import write_protocol
+from agents.comparison.sequential import rule_of, run_until_decided
 from agents.comparison.sweep import Sweep
 from agents.comparison.tuning import Search, begin_search
 from agents.runs.command_line import shell_command
 from agents.runs.lock import Lock
+
+if TYPE_CHECKING:
+    from agents.comparison.verdict import Rule
 
 TUNING = ".tuning"  # hidden, so that no glob takes its runs for reported ones
 _STOPPED = 130
@@ -32,20 +37,26 @@ def compare(arguments: Sequence[str]) -> int:
     command = shell_command("agents.compare", *arguments)
     protocol = request.protocol
     others = find_runs(request.runs) if request.runs else []
-    cells = make_cells(protocol, settings_of(protocol), protocol.seeds, request.out)
+    settings = settings_of(protocol)
+    cells = make_cells(protocol, settings, range(protocol.max_seeds or 0) or protocol.seeds, request.out)
     search = begin_search(protocol, request.out / TUNING) if protocol.tune else None
     request.out.mkdir(parents=True, exist_ok=True)
     with Lock(request.out):
         if cells:
             write_protocol(request, command)
-        code = 0
-        if search is None:
+        rule = None
+        if protocol.max_seeds is not None:
+            ended = run_until_decided(protocol, request.out, lambda some: run_cells(some, request, command))
+            code = ended.code
+            cells = ended.cells
+            rule = None if ended.found is None else rule_of(ended.found, protocol)
+        elif search is None:
             code = run_cells(cells, request, command)
         else:
             code = _tune(search, cells, request, command)
             cells = _distinct([*cells, *search.tuned])
         if code != _STOPPED:
-            _report([*(cell.directory for cell in cells), *others], request, command)
+            _report([*(cell.directory for cell in cells), *others], request, command, rule)
     return code
 
 
@@ -83,7 +94,7 @@ def _distinct(cells: Iterable[Cell]) -> list[Cell]:
     return list({cell.directory: cell for cell in reversed(list(cells))}.values())[::-1]
 
 
-def _report(directories: Sequence[Path], request: Request, command: str) -> None:
+def _report(directories: Sequence[Path], request: Request, command: str, rule: Rule | None) -> None:
     """Writes the report, and prints the results and the verdict."""
     from agents.comparison.report import REPORT, write_report
     from agents.comparison.study import study_of
@@ -94,7 +105,7 @@ def _report(directories: Sequence[Path], request: Request, command: str) -> None
     there = [path for path in directories if path.is_dir()]
     table = read_runs(there)
     print(f"\n{results_table(table)}\n", flush=True)
-    for sentence in find_verdict(study_of(table)).sentences:
+    for sentence in find_verdict(study_of(table), rule).sentences:
         print(textwrap.fill(sentence, _WIDTH, break_on_hyphens=False))
-    write_report(there, request.out, command)
+    write_report(there, request.out, command, rule)
     print(f"\n{request.out / REPORT}", flush=True)

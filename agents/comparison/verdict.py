@@ -40,9 +40,27 @@ class Findings:
     limits: Sequence[str]
 
 
-def find_verdict(study: Study) -> Findings:
-    """The verdict of a study."""
-    return Findings(_sentences(study), _rests_on(study), _limits(study))
+@dataclass(frozen=True)
+class Rule:
+    """What was found where seeds were added until it was known.
+
+    Attributes:
+        sentences: the verdict. evidence: the test, in a sentence.
+    """
+
+    sentences: Sequence[str]
+    evidence: str
+
+
+def find_verdict(study: Study, rule: Rule | None = None) -> Findings:
+    """The verdict of a study.
+
+    Args:
+        study: of the runs. rule: by which seeds were added until it was decided; its findings are the verdict then.
+    """
+    if rule is None:
+        return Findings(_sentences(study), _rests_on(study), _limits(study))
+    return Findings(rule.sentences, [*_rests_on(study, tested=False), rule.evidence], _limits(study))
 
 
 # -- the verdict -----------------------------------------------------------------------------------------------------
@@ -125,7 +143,7 @@ def _told_more(seeds: float) -> str:
 # -- what it rests on ------------------------------------------------------------------------------------------------
 
 
-def _rests_on(study: Study) -> list[str]:
+def _rests_on(study: Study, tested: bool = True) -> list[str]:
     states = Counter(run.state for run in study.table.runs)
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
     found = [f"{len(study.table.runs)} runs ({counts})."]
@@ -144,7 +162,7 @@ def _rests_on(study: Study) -> list[str]:
         "Agents are ordered by the mean over tasks of their share of the gain, (J - J_ref) / (V* - J_ref) on held-out "
         "prompts: 0 is the reference, 1 the optimum. Intervals are 95 %, of a bootstrap over seeds."
     )
-    if len(matrix.labels) > 1:
+    if tested and len(matrix.labels) > 1:
         found.append(
             f"Two agents differ where a permutation test of their mean gap says so at {LEVEL:g}, after Holm's "
             f"correction for {len(study.pairs)} {'pair' if len(study.pairs) == 1 else 'pairs'}."

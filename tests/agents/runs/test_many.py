@@ -16,12 +16,12 @@ import agents.train
 from agents.agent import Agent
 from agents.many_seeds import ManySeeds
 from agents.runs.directory import RUN_FILES, read_values
-from agents.runs.trackers import TRACKER_FILE, WANDB
 from agents.runs.many import begin_many, go_on_with_many, mean_return, seed_directories
 from agents.runs.recorder import read_rows
 from agents.runs.regrade import regrade
 from agents.runs.run import begin
 from agents.runs.signals import Interrupt
+from agents.runs.trackers import TRACKER_FILE, WANDB
 from lmgym.errors import InvalidArgumentError, NotFiniteError
 
 ROOT = Path(__file__).parents[3]
