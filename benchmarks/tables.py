@@ -2,19 +2,21 @@
 
 `python -m agents.compare ... out=runs/suite` makes the runs. Printed are the normalised returns, (J - J_ref) / (V* -
 J_ref), as means with 95 % t-intervals over seeds: 0 is the reference, 1 the optimum. The first table has a line an
-agent and task, the second a line an agent, with what it cost on average over the tasks; of one agent on one task a
-third has all metrics before and after. J_ref and V* are those the task is known by now, exact or stored, not what a
-run has measured or what was stored when it ran: where a bound is tighter since, finished runs need not be repeated.
-Where V* is known within bounds only, the number before them is the 1 of the normalised return.
+agent and task, the second a line an agent, with what it cost on average over the tasks. Where runs were graded along
+the way, a third says what it took to reach 0.9 of the gain; of one agent on one task the last has all metrics before
+and after. J_ref and V* are those the task is known by now, exact or stored, not what a run has measured or what was
+stored when it ran: where a bound is tighter since, finished runs need not be repeated. Where V* is known within bounds
+only, the number before them is the 1 of the normalised return.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from agents.comparison.table import read_runs
@@ -25,7 +27,8 @@ from builders.optima import find_tasks
 from lmgym.errors import InvalidArgumentError
 
 HEADS = ("agent", "task", "J_ref", "V\\*", "J", "score", "KL, nats", "normalised")
-TABLES = ("results", "leaderboard")
+TABLES = ("results", "leaderboard", "speedrun")
+GOAL = "0.9"  # of the gain: what a speedrun is after
 METRICS = ("return", "score", "sampled_score", "gold_score", "kl", "length", "normalised")
 
 Runs = dict[tuple[str, str], list[Mapping[str, Any]]]
@@ -112,8 +115,28 @@ def line(agent: str, by_task: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def speedrun(agents: Sequence[str], tasks: Sequence[str], runs: Runs) -> list[str]:
+    """The third table: a line an agent, with what it took to reach 0.9 of the gain on each task."""
+    lines = [f"| agent | {' | '.join(f'`{task}`' for task in tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+    for agent in agents:
+        cells = [f"`{agent}`", *(time_to_goal(runs[agent, task]) for task in tasks)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def time_to_goal(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Medians over seeds of seconds and of tokens read; a seed that never got there counts as for ever."""
+    points = [(summary.get("solved_at") or {}).get(GOAL) for summary in summaries]
+    reached = [point for point in points if point is not None]
+    count = f"{len(reached)} of {len(points)} seeds"
+    never = [math.inf] * (len(points) - len(reached))
+    seconds = median([point["seconds"] for point in reached] + never)
+    tokens = median([point["forward_tokens"] for point in reached] + never)
+    return f"{seconds:.1f} s, {tokens / 1e6:.2f} M ({count})" if math.isfinite(seconds) else f"not reached ({count})"
+
+
 def before_and_after(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The third table: all metrics of one agent on one task, and the seconds of its training."""
+    """The last table: all metrics of one agent on one task, and the seconds of its training."""
     lines = ["| | before | after |", "|---|---|---|"]
     for name in METRICS:
         if summaries[0]["after"].get(name) is not None:
@@ -131,18 +154,23 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=[], help="by name, or by what stands before the '-'; default all")
     parser.add_argument("--agents", nargs="+", default=["ppo"])
     parser.add_argument("--write", nargs="+", type=Path, default=[], help="pages whose tables are made anew")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="which of them; default all")
     args = parser.parse_args()
     for page in args.write:
-        if not any(has_markers(page, name) for name in TABLES):
-            parser.error(f"{page} has no markers of a table, such as {markers(TABLES[0])[0]}")
+        if not any(has_markers(page, name) for name in args.tables):
+            parser.error(f"{page} has no markers of a table, such as {markers(args.tables[0])[0]}")
     tasks = find_tasks(args.tasks)
     runs = find_runs(args.directories, args.agents, tasks)
     tables = [results(args.agents, tasks, runs), leaderboard(args.agents, tasks, runs)]
-    shown_tables = [*tables, before_and_after(*runs.values())] if len(runs) == 1 else tables
+    tables.append(speedrun(args.agents, tasks, runs))
+    graded = any(summary.get("solved_at") for several in runs.values() for summary in several)
+    shown_tables = tables if graded else tables[:2]
+    if len(runs) == 1:
+        shown_tables = [*shown_tables, before_and_after(*runs.values())]
     print("\n\n".join("\n".join(lines) for lines in shown_tables))
     for page in args.write:
         for name, lines in zip(TABLES, tables, strict=True):
-            if has_markers(page, name):
+            if name in args.tables and has_markers(page, name):
                 fill(page, name, lines)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.pages import fill, has_markers, markers, table
-from benchmarks.tables import best, estimate, find_runs, leaderboard, results, row
+from benchmarks.tables import best, estimate, find_runs, leaderboard, results, row, time_to_goal
 from lmgym.errors import InvalidArgumentError
 from lmgym.tasks import make_task
 
@@ -81,3 +81,14 @@ def test_runs_of_a_directory_are_found_on_the_scale_that_is_known_now(tmp_path: 
     assert row("ppo", "echo-4", [found]).endswith("**0.500** |")
     with pytest.raises(InvalidArgumentError, match="must hold finished runs of rloo on echo-4"):
         find_runs([tmp_path], ["rloo"], ["echo-4"])
+
+
+def test_a_seed_that_never_gets_there_counts_in_the_time_of_a_speedrun() -> None:
+    def ended(seconds: float | None) -> dict[str, Any]:
+        point = None if seconds is None else {"step": 10, "seconds": seconds, "forward_tokens": 1e6 * seconds}
+        return {"solved_at": {"0.5": None, "0.9": point}}
+
+    assert time_to_goal([ended(3.0), ended(1.0), ended(2.0)]) == "2.0 s, 2.00 M (3 of 3 seeds)"
+    assert time_to_goal([ended(1.0), ended(None), ended(2.0)]) == "2.0 s, 2.00 M (2 of 3 seeds)"
+    assert time_to_goal([ended(1.0), ended(None), ended(None)]) == "not reached (1 of 3 seeds)"
+    assert time_to_goal([{"solved_at": None}]) == "not reached (0 of 1 seeds)"
