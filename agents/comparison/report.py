@@ -57,10 +57,13 @@ def write_report(
         InvalidArgumentError: where one of `directories` holds no run.
     """
     prepare_process()
-    table = read_runs(directories)
+    write_study(study_of(read_runs(directories)), out, command, rule)
+
+
+def write_study(study: Study, out: Path, command: str, rule: Rule | None = None) -> None:
+    """Writes what `write_report` writes, of runs that have been read; `out`, `command` and `rule` as there."""
     out.mkdir(parents=True, exist_ok=True)
-    table.write(out)
-    study = study_of(table)
+    study.table.write(out)
     write_exports(study, out / "exports")
     looks = looks_of(study.labels)
     groups = draw_figures(study, looks)

@@ -37,8 +37,8 @@ def compare(arguments: Sequence[str]) -> int:
     command = shell_command("agents.compare", *arguments)
     protocol = request.protocol
     others = find_runs(request.runs) if request.runs else []
-    settings = settings_of(protocol)
-    cells = make_cells(protocol, settings, range(protocol.max_seeds or 0) or protocol.seeds, request.out)
+    seeds = protocol.seeds if protocol.max_seeds is None else range(protocol.max_seeds)
+    cells = make_cells(protocol, settings_of(protocol), seeds, request.out)
     search = begin_search(protocol, request.out / TUNING) if protocol.tune else None
     request.out.mkdir(parents=True, exist_ok=True)
     with Lock(request.out):
@@ -46,7 +46,7 @@ def compare(arguments: Sequence[str]) -> int:
             write_protocol(request, command)
         rule = None
         if protocol.max_seeds is not None:
-            ended = run_until_decided(protocol, request.out, lambda some: run_cells(some, request, command))
+            ended = run_until_decided(protocol, cells, lambda some: run_cells(some, request, command))
             code = ended.code
             cells = ended.cells
             rule = None if ended.found is None else rule_of(ended.found, protocol)
@@ -96,16 +96,16 @@ def _distinct(cells: Iterable[Cell]) -> list[Cell]:
 
 def _report(directories: Sequence[Path], request: Request, command: str, rule: Rule | None) -> None:
     """Writes the report, and prints the results and the verdict."""
-    from agents.comparison.report import REPORT, write_report
+    from agents.comparison.report import REPORT, write_study
     from agents.comparison.study import study_of
     from agents.comparison.table import read_runs
     from agents.comparison.terminal import results_table
     from agents.comparison.verdict import find_verdict
 
-    there = [path for path in directories if path.is_dir()]
-    table = read_runs(there)
+    table = read_runs([path for path in directories if path.is_dir()])
     print(f"\n{results_table(table)}\n", flush=True)
-    for sentence in find_verdict(study_of(table), rule).sentences:
+    study = study_of(table)
+    for sentence in find_verdict(study, rule).sentences:
         print(textwrap.fill(sentence, _WIDTH, break_on_hyphens=False))
-    write_report(there, request.out, command, rule)
+    write_study(study, request.out, command, rule)
     print(f"\n{request.out / REPORT}", flush=True)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agents.comparison.plan import Cell, make_cells, settings_of
+from agents.comparison.plan import Cell
 from agents.comparison.protocol import Protocol
 from lmgym.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from agents.comparison.verdict import Rule
-    from lmgym.intervals import Interval
     from lmgym.scores import ScoreMatrix, SequentialPlan, SequentialResult, Verdict
 
 
@@ -41,22 +39,20 @@ def plan_of(protocol: Protocol) -> SequentialPlan:
     return SequentialPlan(group, protocol.max_seeds // group, protocol.margin)
 
 
-def run_until_decided(protocol: Protocol, out: Path, run: Callable[[Sequence[Cell]], int]) -> Ended:
+def run_until_decided(protocol: Protocol, every: Sequence[Cell], run: Callable[[Sequence[Cell]], int]) -> Ended:
     """Runs a group of seeds of every agent that is in an open pair, looks, and so on.
 
     What is finished is not run again: the same command takes the same looks at the same runs, and goes on.
 
     Args:
-        protocol: what is compared. out: where the runs go. run: runs what is missing, and returns the exit code, which
-            is above 1 where it was stopped.
+        protocol: what is compared. every: the runs of all seeds that there may be.
+        run: runs what is missing, and returns the exit code, which is above 1 where it was stopped.
 
     Raises:
-        InvalidArgumentError: for what cannot be run, or a task whose optimum is not known.
+        InvalidArgumentError: for a task whose optimum is not known.
     """
     plan = plan_of(protocol)
-    settings = settings_of(protocol)
-    every = make_cells(protocol, settings, range(protocol.max_seeds or 0), out)
-    wanted = {setting.label: plan.group for setting in settings}
+    wanted = {cell.setting.label: plan.group for cell in every}
     failed = 0
     while True:
         cells = [cell for cell in every if cell.seed < wanted[cell.setting.label]]
@@ -127,10 +123,16 @@ def standing(found: SequentialResult) -> str:
 
 def sentences_of(found: SequentialResult, margin: float | None) -> list[str]:
     """A sentence a pair, the decided ones first."""
+    from agents.comparison.verdict import shown
+    from lmgym.intervals import Interval
 
     def line(pair: tuple[str, str], verdict: Verdict) -> str:
-        first, second = pair if verdict.gap.mean >= 0 else pair[::-1]
-        gap = _number(verdict.gap)
+        first, second = pair
+        interval = verdict.gap
+        if interval.mean < 0:
+            first, second = second, first
+            interval = Interval(-interval.mean, -interval.high, -interval.low)
+        gap = shown(interval)
         if verdict.verdict in ("better", "worse"):
             return f"{first} is better than {second} by {gap} of the gain, after {verdict.seeds} seeds."
         if verdict.verdict == "same":
@@ -140,14 +142,6 @@ def sentences_of(found: SequentialResult, margin: float | None) -> list[str]:
 
     ordered = sorted(found.verdicts.items(), key=lambda item: item[1].verdict == "undecided")
     return [line(pair, verdict) for pair, verdict in ordered]
-
-
-def _number(gap: Interval) -> str:
-    """A gap as that of the better label; without its interval where few seeds leave that infinite."""
-    if math.isinf(gap.low) or math.isinf(gap.high):
-        return f"{abs(gap.mean):.3f}"
-    ends = (gap.low, gap.high) if gap.mean >= 0 else (-gap.high, -gap.low)
-    return f"{abs(gap.mean):.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"
 
 
 def _told(seeds: float) -> str:

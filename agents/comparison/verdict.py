@@ -74,7 +74,7 @@ def _sentences(study: Study) -> list[str]:
     best = labels[0]
     where = f"on {matrix.tasks[0]}" if len(matrix.tasks) == 1 else f"over {len(matrix.tasks)} tasks"
     if len(labels) == 1:
-        share = _number(study.aggregates["mean"][best])
+        share = shown(study.aggregates["mean"][best])
         return [f"{best} has {share} of the gain {where} on average; there is nothing to compare it with."]
     found = [_of_label(study, best, labels[1:], f" {where} with {_seeds(study)}")]
     if len(labels) <= 1 + _NAMED:
@@ -102,7 +102,7 @@ def _beaten(study: Study, label: str, beaten: Sequence[str], others: int) -> str
     """Those that a label is better than, the nearest first, with the gaps."""
     gaps = {other: study.pair(label, other).gap for other in beaten}
     ordered = sorted(beaten, key=lambda other: gaps[other].mean)
-    told = [f"{other} by {_number(gaps[other])}" for other in ordered]
+    told = [f"{other} by {shown(gaps[other])}" for other in ordered]
     if len(told) <= _NAMED:
         return f"{_listed(told)} of the gain"
     farthest = f"{ordered[-1]} by {gaps[ordered[-1]].mean:.3f}"
@@ -115,7 +115,7 @@ def _equal(study: Study, label: str, equal: Sequence[str]) -> str:
     told = []
     for other in nearest:
         more = _told_more(_more_seeds(study, label, other))
-        told.append(f"{other} (gap {_number(study.pair(label, other).gap)}{more})")
+        told.append(f"{other} (gap {shown(study.pair(label, other).gap)}{more})")
     if len(equal) > len(nearest):
         told.append(f"{len(equal) - len(nearest)} others")
     return _listed(told, "or")
@@ -270,7 +270,8 @@ def _seeds(study: Study) -> str:
     return "1 seed" if counts == {1} else f"{min(counts)} seeds"
 
 
-def _number(interval: Interval) -> str:
+def shown(interval: Interval) -> str:
+    """A number with its interval; without it where few seeds leave that infinite."""
     if not (math.isfinite(interval.low) and math.isfinite(interval.high)):
         return f"{interval.mean:.3f}"
     return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

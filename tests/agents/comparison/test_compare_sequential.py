@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from finished_runs import write_run
 
-from agents.comparison.plan import Cell
-from agents.comparison.protocol import read_request
+from agents.comparison.plan import Cell, make_cells, settings_of
+from agents.comparison.protocol import Protocol, read_request
 from agents.comparison.record import write_protocol
 from agents.comparison.sequential import look, plan_of, rule_of, run_until_decided, sentences_of, standing
 from agents.comparison.study import study_of
@@ -44,10 +44,15 @@ def write(cells: Sequence[Cell], given: list[str]) -> int:
     return 0
 
 
+def cells_of(protocol: Protocol, out: Path) -> list[Cell]:
+    assert protocol.max_seeds is not None
+    return make_cells(protocol, settings_of(protocol), range(protocol.max_seeds), out)
+
+
 def test_only_labels_of_open_pairs_get_more_seeds_until_all_are_decided(tmp_path: Path) -> None:
     protocol = read_request([*THREE, f"out={tmp_path}"]).protocol
     given: list[str] = []
-    ended = run_until_decided(protocol, tmp_path, lambda cells: write(cells, given))
+    ended = run_until_decided(protocol, cells_of(protocol, tmp_path), lambda cells: write(cells, given))
     assert ended.code == 0
     assert ended.found is not None
     assert ended.found.finished
@@ -70,7 +75,7 @@ def test_only_labels_of_open_pairs_get_more_seeds_until_all_are_decided(tmp_path
     }
 
     again: list[str] = []  # the same command: nothing is run, and the same is found
-    repeated = run_until_decided(protocol, tmp_path, lambda cells: write(cells, again))
+    repeated = run_until_decided(protocol, cells_of(protocol, tmp_path), lambda cells: write(cells, again))
     assert not again
     assert repeated.found == ended.found
 
@@ -83,7 +88,7 @@ def test_only_labels_of_open_pairs_get_more_seeds_until_all_are_decided(tmp_path
 
 def test_a_stop_ends_it_and_a_failed_run_counts_as_the_reference(tmp_path: Path) -> None:
     protocol = read_request([*THREE, f"out={tmp_path}"]).protocol
-    stopped = run_until_decided(protocol, tmp_path, lambda cells: 130)
+    stopped = run_until_decided(protocol, cells_of(protocol, tmp_path), lambda cells: 130)
     assert (stopped.code, stopped.found) == (130, None)
     given: list[str] = []
 
@@ -96,7 +101,7 @@ def test_a_stop_ends_it_and_a_failed_run_counts_as_the_reference(tmp_path: Path)
             (broken / "error.txt").write_text("NotFiniteError: the loss is nan\n")
         return 1
 
-    ended = run_until_decided(protocol, tmp_path, fail_one)
+    ended = run_until_decided(protocol, cells_of(protocol, tmp_path), fail_one)
     assert ended.code == 1
     assert ended.found is not None
     assert ended.found.verdicts["ppo", "rloo"].gap.mean < -0.05
@@ -104,7 +109,7 @@ def test_a_stop_ends_it_and_a_failed_run_counts_as_the_reference(tmp_path: Path)
 
 def test_what_is_said_names_the_better_label_first(tmp_path: Path) -> None:
     protocol = read_request(["agents=sft,ppo", "tasks=keyword-8", "seeds=4", "max_seeds=8", f"out={tmp_path}"]).protocol
-    ended = run_until_decided(protocol, tmp_path, lambda cells: write(cells, []))
+    ended = run_until_decided(protocol, cells_of(protocol, tmp_path), lambda cells: write(cells, []))
     assert ended.found is not None
     (sentence,) = sentences_of(ended.found, None)
     assert sentence.startswith("ppo is better than sft by 1.0")
@@ -117,7 +122,7 @@ def test_open_and_undecided_pairs_are_named(tmp_path: Path) -> None:
     protocol = read_request(
         ["agents=ppo,rloo", "tasks=keyword-8", "seeds=3", "max_seeds=6", f"out={tmp_path}"]
     ).protocol
-    ended = run_until_decided(protocol, tmp_path, lambda cells: write(cells, []))
+    ended = run_until_decided(protocol, cells_of(protocol, tmp_path), lambda cells: write(cells, []))
     assert ended.found is not None
     assert "undecided after 6 seeds" in sentences_of(ended.found, None)[0]
     first = look([cell for cell in ended.cells if cell.seed < 3], plan_of(protocol))
