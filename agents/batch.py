@@ -30,19 +30,31 @@ class Batch:
         advantages: (B, T).
         returns: (B, T) the critic's targets.
         progress: share of the run before the batch.
+        sampler_log_probs: (B, T) those that the tokens were sampled with, where the episodes have recomputed ones; or
+            None.
+        importance: (B, T) what the advantages of tokens are multiplied by when they are read; None is 1.
     """
 
     episodes: Episodes
     advantages: Tensor
     returns: Tensor
     progress: float = 0.0
+    sampler_log_probs: Tensor | None = None
+    importance: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.episodes)
 
     def __getitem__(self, rows: Tensor | slice) -> Batch:
         """The batch of some rows, (b,) int64 or a slice."""
-        return replace(self, episodes=self.episodes[rows], advantages=self.advantages[rows], returns=self.returns[rows])
+        return replace(
+            self,
+            episodes=self.episodes[rows],
+            advantages=self.advantages[rows],
+            returns=self.returns[rows],
+            sampler_log_probs=None if self.sampler_log_probs is None else self.sampler_log_probs[rows],
+            importance=None if self.importance is None else self.importance[rows],
+        )
 
     def sort_by_length(self) -> Batch:
         """The same episodes, short ones first: parts of them have little padding."""
@@ -117,6 +129,9 @@ def read_minibatch(policy: TrainablePolicy, sampler: Sampler, part: Batch, total
     read = policy.read(episodes)
     logits = sampler.adjust_rows(read.logits, positions)
     log_probs, entropies = log_probs_and_entropies(logits, episodes.response_ids[chosen])
+    advantages = part.advantages[chosen]
+    if part.importance is not None:  # a positive weight on the policy's loss, whatever it does with advantages
+        advantages = advantages * part.importance[chosen]
     return Minibatch(
         logits=logits,
         log_probs=log_probs,
@@ -124,7 +139,7 @@ def read_minibatch(policy: TrainablePolicy, sampler: Sampler, part: Batch, total
         old_log_probs=episodes.log_probs[chosen],
         values=read.values,
         old_values=episodes.values[chosen],
-        advantages=part.advantages[chosen],
+        advantages=advantages,
         returns=part.returns[chosen],
         weights=torch.full_like(read.values, 1.0) / total,
         episode_weights=torch.full_like(read.values, 1.0 / count),

@@ -32,6 +32,12 @@ def eos_fraction(episodes: Episodes, is_eos: npt.NDArray[np.bool_]) -> float:
     return torch.from_numpy(is_eos)[last].float().mean().item()
 
 
+def log_prob_gap(episodes: Episodes, others: Tensor) -> float:
+    """Nats a token between the log-probs of episodes and others (B, T) of the same tokens: mean absolute difference."""
+    gaps = (episodes.log_probs - others) * episodes.response_mask
+    return gaps.abs().sum().item() / episodes.num_tokens
+
+
 def round_off(dtype: torch.dtype) -> float:
     """Nats a token by which two computations of one log-prob in a type may differ on average."""
     return 1e-3 if dtype == torch.float32 else 0.1

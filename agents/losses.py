@@ -57,6 +57,29 @@ def clipped_policy_loss(
     return PolicyLoss(loss, clip_fraction, approx_kl)
 
 
+def truncated_importance(log_ratio: Tensor, cap: float) -> Tensor:
+    """min(ratio, cap), without a gradient: weights of truncated importance sampling (TIS; Yao et al. 2025).
+
+    Multiplied with what an expectation under the sampler is of, they make one under the trainer, but for
+    E_trainer[(1 - cap / ratio)^+ ...], which the cap takes away.
+
+    Args:
+        log_ratio: log of the trainer's probability over the sampler's, before an update; any shape.
+        cap: C.
+    """
+    return log_ratio.detach().exp().clamp(max=cap)
+
+
+def masked_importance(log_ratio: Tensor, low: float, high: float) -> Tensor:
+    """The ratio where it lies in [low, high], and 0 elsewhere, without a gradient (IcePop; arXiv 2510.18855).
+
+    Args:
+        log_ratio: as in `truncated_importance`. low: alpha. high: beta.
+    """
+    ratio = log_ratio.detach().exp()
+    return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
+
+
 def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
     """- sum of weights * advantages * log pi: its gradient is that of the policy-gradient theorem, negated.
 

@@ -12,6 +12,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -21,8 +22,10 @@ from torch import Tensor
 from agents.advantages import gae
 from agents.agent import Callback
 from agents.batch import Batch, Minibatch, read_minibatch, recompute, with_values
-from agents.diagnostics import check_groups, check_ratio, check_start, eos_fraction, exact_kl
+from agents.diagnostics import check_groups, check_ratio, check_start, eos_fraction, exact_kl, log_prob_gap
+from agents.faults.fault import Faults
 from agents.finite import check_weights
+from agents.importance import measure_sampler, weigh
 from agents.learning import LearningAgent
 from agents.losses import explained_variance
 from agents.memory import Sizes, check_fits, estimate, free_bytes, measure
@@ -63,6 +66,7 @@ class OnPolicyAgent(LearningAgent):
         Config: a subclass of `OnPolicyConfig`.
         carried: names of attributes that an algorithm carries from batch to batch, JSON values; they are saved.
         kl: the price of a nat, which `kl_controller` may adapt.
+        faults: by which the loop is wrong on purpose; none at first (`agents.faults.make.add_faults`).
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = OnPolicyConfig
@@ -79,6 +83,7 @@ class OnPolicyAgent(LearningAgent):
         if config.collect == "steps":
             check_same_step(envs)
         super().__init__(envs, config, seed=seed, sampler=sampler)
+        self.faults = Faults()
         self.kl: KLCoefficient = FixedKL(envs.kl_coef)
         if config.kl_controller == "adaptive":
             self.kl = AdaptiveKL(envs.kl_coef, config.kl_target, config.kl_horizon)
@@ -217,11 +222,8 @@ class OnPolicyAgent(LearningAgent):
                 return
 
     def collect(self) -> Episodes:
-        """Samples a batch, on the policy's device, and checks that its log-probs are those of the sampling."""
-        gather = collect if self.config.collect == "episodes" else collect_steps
-        episodes = gather(self.envs, self.policy, self.config.batch_size, self.sampler, self.generator)
-        check_collected(self, episodes)
-        return episodes.to(self.policy.device)
+        """The batch that is learned from next, on the policy's device."""
+        return self.faults.choose(partial(sample_batch, self))
 
     def describe(self, episodes: Episodes) -> dict[str, float]:
         """Metrics of a batch before it is learned from."""
@@ -242,33 +244,42 @@ class OnPolicyAgent(LearningAgent):
     def shape(self, episodes: Episodes, progress: float = 0.0) -> Batch:
         """Gives episodes their values, rewards and advantages; `progress` is the share of the run before them."""
         config = self.config
+        episodes = self.faults.tell(episodes)
+        sampler_log_probs = None
         if config.recompute_log_probs:
-            sampled = episodes.log_probs
+            sampler_log_probs = episodes.log_probs
             episodes = recompute(self.policy, self.sampler, episodes, config.micro_batch_size)
             self.tokens.read(episodes)
-            gap = (episodes.log_probs - sampled).abs().sum().item() / episodes.num_tokens
-            check_ratio(gap, self.policy.dtype)
+            if not self.faults.trips("ratio"):
+                check_ratio(log_prob_gap(episodes, sampler_log_probs), self.policy.dtype)
         elif episodes.values is None:  # a critic with its own trunk gives none while decoding
             episodes = with_values(self.policy, episodes, config.micro_batch_size)
             self.tokens.read(episodes)
+        episodes = self.faults.judge(episodes)
         if config.score_clip is not None:
             episodes = replace(episodes, scores=episodes.scores.clamp(-config.score_clip, config.score_clip))
         advantages, returns = self.advantages(episodes, self.rewards(episodes))
-        return Batch(episodes, advantages, returns, progress)
+        batch = Batch(episodes, advantages, returns, progress, sampler_log_probs)
+        if config.importance != "none":
+            batch = replace(batch, importance=weigh(batch, config))
+        return self.faults.filter(batch)
 
     def learn_from(self, batch: Batch) -> dict[str, float]:
         """Updates on a batch, and checks what came of it; returns the metrics of the update."""
         metrics = self.update(batch)
         check_weights(self.policy, self.config)
-        check_ratio(metrics["train/ratio_error"], self.policy.dtype)
-        return metrics | measure_critic(self, batch)
+        if self.config.recompute_log_probs or not self.faults.trips("ratio"):
+            check_ratio(metrics["train/ratio_error"], self.policy.dtype)
+        self.faults.finish_update()
+        return metrics | measure_critic(self, batch) | measure_sampler(batch) | self.faults.metrics
 
     # -- saving and loading --------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """What changes from batch to batch, but for the weights (`LearningAgent.state`)."""
         own = {name: getattr(self, name) for name in self.carried}
-        return {**super().state(), "kl_coef": self.kl.value, "own": own}
+        faults = {f"fault.{name}": value for name, value in self.faults.state().items()}
+        return {**super().state(), "kl_coef": self.kl.value, "own": own, **faults}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up what `state` gave."""
@@ -276,6 +287,8 @@ class OnPolicyAgent(LearningAgent):
         self.kl.value = state["kl_coef"]
         for name in self.carried:
             setattr(self, name, state["own"][name])
+        faults = {name.removeprefix("fault."): x for name, x in state.items() if name.startswith("fault.")}
+        self.faults.restore(faults)
 
 
 def memory_sizes(agent: OnPolicyAgent) -> Sizes:
@@ -302,14 +315,28 @@ def average_steps(history: Sequence[dict[str, float]]) -> dict[str, float]:
     return metrics
 
 
+def sample_batch(agent: OnPolicyAgent) -> Episodes:
+    """Samples a batch, on the policy's device, and checks that its log-probs are those of the sampling."""
+    gather = collect if agent.config.collect == "episodes" else collect_steps
+    sampler = agent.faults.change_sampler(agent.sampler)
+    with agent.faults.sampling():
+        episodes = gather(agent.envs, agent.policy, agent.config.batch_size, sampler, agent.generator)
+        check_collected(agent, episodes)
+    return episodes.to(agent.policy.device)
+
+
 def check_collected(agent: OnPolicyAgent, episodes: Episodes) -> None:
     """Counts the tokens of a batch, and checks that its log-probs are those of the sampling."""
     check_groups(episodes, agent.config.responses)
     agent.tokens.read(episodes)
     if agent.envs.kl_coef > 0:
         check_kl_is_plausible(episode_kl(episodes))
-        if agent.num_timesteps == 0 and agent.sampler == Sampler():
+        if agent.num_timesteps == 0 and agent.sampler == Sampler() and not agent.faults.trips("start"):
             check_start(episodes, agent.start_log_probs(episodes), agent.policy.dtype)
+    if agent.faults.trips("ratio"):  # which no update can check then
+        sampler = agent.faults.change_sampler(agent.sampler)
+        again = recompute(agent.policy, sampler, episodes.to(agent.policy.device), agent.config.micro_batch_size)
+        check_ratio(log_prob_gap(again, episodes.log_probs.to(agent.policy.device)), agent.policy.dtype)
 
 
 def measure_exact_kl(agent: OnPolicyAgent, episodes: Episodes) -> dict[str, float]:

@@ -38,11 +38,20 @@ class OnPolicyConfig(LearningConfig):
     kl_horizon: Positive = 10_000.0  # episodes, for the adaptive coefficient
     score_clip: Positive | None = None  # scores are clipped to +- this before they are learned from; null does not clip
     recompute_log_probs: bool = False  # those that an update starts from: of one more forward, or of the sampling
+    importance: Literal["none", "truncated", "masked"] = "none"  # tokens weigh trainer's over sampler's probability
+    importance_level: Literal["token", "response"] = "token"  # the ratio is of a token, or of the whole response
+    importance_high: Positive = 2.0  # the largest weight; masked ratios above it weigh 0
+    importance_low: NonNegative = 0.5  # masked ratios below it weigh 0
     collect: Literal["episodes", "steps"] = "episodes"  # whole episodes at once, or one env step at a time
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("minibatches", self.minibatches, 1, self.batch_size)
+        if self.importance != "none" and not self.recompute_log_probs:
+            raise InvalidArgumentError(
+                f"`recompute_log_probs` must be true where `importance` is {self.importance!r}: the trainer's "
+                "log-probs are compared with the sampler's."
+            )
 
     @property
     def num_envs(self) -> int:

@@ -20,6 +20,7 @@ COMPLETIONS = 6  # tokens sampled to be judged
 REFERENCE_SAMPLES = 7  # tokens sampled to centre a reward model
 LABELS = 8  # prompts and completions to be labelled, of each round
 JUDGES = 9  # simulated annotators of each round
+FAULTS = 10  # noise of a reward that is noisy on purpose
 EVALUATION = 20_000_003  # tokens sampled to grade a policy
 
 

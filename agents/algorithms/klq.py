@@ -32,6 +32,13 @@ class KLQConfig(OnPolicyConfig):
     lr: NonNegative = 1e-3
     td_lambda: Fraction = 0.95  # of the lambda-return; 0 is one-step soft Q-learning, 1 is Monte Carlo
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.importance != "none":
+            raise InvalidArgumentError(
+                f"`importance` must be 'none' for a loss without advantages, got {self.importance!r}."
+            )
+
 
 class KLQ(OnPolicyAgent):
     """Squared error of Q at the chosen tokens to its lambda-returns, and nothing else."""

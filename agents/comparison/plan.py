@@ -14,6 +14,7 @@ from hydra.errors import CompactHydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from agents.comparison.protocol import Protocol
+from agents.faults.config import KNOBS
 from agents.runs.config import CONF, explained
 from agents.runs.directory import CONFIG_FILE
 from agents.runs.plan import check_values_of_run, plain
@@ -21,7 +22,7 @@ from agents.runs.sweeps import file_name
 from agents.runs.trust import read_config
 from lmgym.errors import InvalidArgumentError, LmGymError
 
-_COMPARED = ("task", "env", "agent", "sampler", "seed", "total_timesteps", "budget", "evaluation")
+_COMPARED = ("task", "env", "agent", "sampler", "seed", "total_timesteps", "budget", "evaluation", *KNOBS)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from agents.faults.config import KNOBS
 from lmgym.files import RunFileError, checksum
 from lmgym.rewards.members import is_ensemble, read_members
 
 # The other parts may change, or are of the machine. The last three are of a reward model's training.
-COMPARED = ("task", "env", "agent", "sampler", "seed", "model", "preferences", "reward")
+COMPARED = ("task", "env", "agent", "sampler", "seed", *KNOBS, "model", "preferences", "reward")
 _DIRECTORIES = ("env.model", "env.reward", "model")  # which may be directories
 _PATHS = (*_DIRECTORIES, "env.prompts", "preferences")  # where a bare word may be a path
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from agents.faults.config import FaultConfig
 from agents.runs.config import check_values, validated
 from agents.runs.defaults import find_defaults, find_types
 from agents.runs.directory import CONFIG_FILE, read_values
@@ -72,6 +73,7 @@ class Plan:
     budget: Budget = Budget()
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     trust: tuple[str, ...] = ()  # modules that have to be named again when it is resumed or graded
+    faults: FaultConfig = field(default_factory=FaultConfig)
 
 
 def plain(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +108,8 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
     if not (isinstance(agent_class, type) and issubclass(agent_class, agents.agent.Agent)):
         raise InvalidArgumentError(f"`agent._target_` must be an agent (`agents.agent.Agent`), got {target!r}.")
     agent_config = validated(agent_class.Config, agent, "agent")
+    faults = FaultConfig.of(values)
+    check_faults(faults, agent_class, agent_config)
     from lmgym.models.sampling import Sampler
     from lmgym.models.sharing import resolve_device
 
@@ -123,6 +127,7 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
         _budget(values),
         find_tracker(values),
         needed_trust(values),
+        faults,
     )
 
 
@@ -137,6 +142,9 @@ def check_values_of_run(values: Mapping[str, Any]) -> dict[str, Any]:
         check_int(name, values[name], 1)
     check_int("seed", values["seed"], 0)
     check_int("seeds", values.get("seeds", 1), 1)
+    on = FaultConfig.of(values).on
+    if on and values.get("seeds", 1) > 1:
+        raise InvalidArgumentError(f"`{on[0]}` must be null where `seeds` is above 1. Or: -m seed=0,1,2.")
     if _budget(values) != Budget() and values.get("seeds", 1) > 1:
         raise InvalidArgumentError("`budget` must be null where `seeds` is above 1: all seeds take total_timesteps.")
     find_tracker(values)
@@ -149,6 +157,19 @@ def check_values_of_run(values: Mapping[str, Any]) -> dict[str, Any]:
     check_values(find_types("lmgym.models.sampling.Sampler"), values["sampler"], "sampler")
     check_algorithm(target, agent)
     return settings
+
+
+def check_faults(faults: FaultConfig, agent_class: type[Agent], agent_config: AgentConfig) -> None:
+    """Raises `InvalidArgumentError` where an agent cannot be wrong as a config asks; nothing is loaded for it."""
+    if not faults.on:
+        return
+    from agents.on_policy import OnPolicyAgent
+
+    if not issubclass(agent_class, OnPolicyAgent):
+        raise InvalidArgumentError(
+            f"`{faults.on[0]}` must be null for an agent that does not learn from its own episodes in the loop of "
+            f"lmgym, such as {agent_class.__name__}."
+        )
 
 
 def _budget(values: Mapping[str, Any]) -> Budget:
@@ -235,4 +256,9 @@ def build(plan: Plan) -> Agent:
     envs: Any = gym.make_vec(
         "lmgym/RLHF-v0", num_envs=rows, group_size=group, autoreset_mode="SameStep", **plan.settings
     )
-    return plan.agent_class(envs, plan.agent_config, seed=plan.seed, sampler=plan.sampler)
+    agent: Any = plan.agent_class(envs, plan.agent_config, seed=plan.seed, sampler=plan.sampler)
+    if plan.faults.on:
+        from agents.faults.make import add_faults
+
+        add_faults(agent, plan.faults, plan.seed)
+    return agent
