@@ -1,4 +1,4 @@
-"""The conformance kit: checks a task of your own as the built-in tasks are checked."""
+"""Checks a task of your own as the built-in tasks are checked."""
 
 from __future__ import annotations
 
