@@ -24,7 +24,7 @@ LAYERS = (
     " < agents.agent < agents.policies < agents.batch, agents.diagnostics, agents.update"
     " < agents.memory, agents.learning, agents.stacked_adam, agents.stacked_batch"
     " < agents.faults < agents.on_policy_config < agents.importance < agents.on_policy, agents.fixed, agents.supervised"
-    " < agents.algorithms, agents.sb3 < agents.stack, agents.many_seeds < agents.runs < agents.comparison"
+    " < agents.algorithms, agents.sb3 < agents.stack, agents.many_seeds, agents.exact < agents.runs < agents.comparison"
     " < agents < builders"
 )
 HEIGHT = {name.strip(): height for height, layer in enumerate(LAYERS.split("<")) for name in layer.split(",")}

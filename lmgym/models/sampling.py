@@ -71,7 +71,7 @@ class Sampler:
         Returns:
             (n, V), -inf outside the support; not normalised.
         """
-        if self == Sampler():
+        if self == _PLAIN:
             return logits
         adjusted = self.adjust_logits(logits, self.greedy_tokens)
         if self.greedy_tokens:
@@ -98,6 +98,9 @@ class Sampler:
             top = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float()
             return tokens, top - top  # 0, or NaN where the logits are not finite
         return inverse_cdf(self.adjust_logits(logits, t), uniforms)
+
+
+_PLAIN = Sampler()  # made once: its fields are checked when it is made
 
 
 def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
