@@ -155,7 +155,7 @@ def measure_estimator(
         for name, variant in variants.items():
             given = collected
             if name == "exact_values" and exact is not None:
-                given = replace(collected, values=_read_values(exact, collected).to(collected.log_probs))
+                given = replace(collected, values=exact.values_along(collected.to("cpu")).to(collected.log_probs))
             found[name].append(_update_of(variant, given))
     qualities = {name: asdict(GradientQuality.of_samples(torch.stack(g), gradient)) for name, g in found.items()}
     return {"update": None, "policy": None, "exact_values": None, **qualities, "batches": batches}
@@ -168,18 +168,6 @@ def _make_twin(agent: OnPolicyAgent, envs: RLHFVectorEnv, seed: int, **changes: 
     twin.policy.load_state_dict(agent.policy.state_dict())
     twin.num_timesteps = agent.num_timesteps
     return twin
-
-
-def _read_values(policy: TreePolicy, episodes: Episodes) -> Tensor:
-    """(B, T) the values of a table before each chosen token."""
-    episodes = episodes.to("cpu")
-    horizon = episodes.response_ids.shape[1]
-    state = policy.begin(episodes.prompt_ids, episodes.prompt_mask, horizon)
-    columns = [state.values]
-    for t in range(horizon - 1):
-        state.step(episodes.response_ids[:, t])
-        columns.append(state.values)
-    return torch.stack(columns, 1) * episodes.response_mask
 
 
 def _update_of(agent: OnPolicyAgent, episodes: Episodes) -> Tensor:

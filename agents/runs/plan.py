@@ -170,6 +170,14 @@ def check_faults(faults: FaultConfig, agent_class: type[Agent], agent_config: Ag
             f"`{faults.on[0]}` must be null for an agent that does not learn from its own episodes in the loop of "
             f"lmgym, such as {agent_class.__name__}."
         )
+    if faults.critic_values is None:
+        return
+    agent: Any = object.__new__(agent_class)  # which loads nothing, and knows whether it has a critic by its config
+    agent.config = agent_config
+    if not agent.uses_critic or agent_class.estimates is not OnPolicyAgent.estimates:
+        raise InvalidArgumentError(
+            f"`critic_values` must be null for an agent without a critic of states, such as {agent_class.__name__}."
+        )
 
 
 def _budget(values: Mapping[str, Any]) -> Budget:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
 from lmgym.optimum.tree.responses import Responses
 
@@ -61,6 +62,15 @@ class TreePolicy:
         state = TreeState(self, len(prompt_ids))
         state.begin(torch.arange(len(prompt_ids)), prompt_ids, prompt_mask)
         return state
+
+    def values_along(self, episodes: Episodes) -> Tensor:
+        """(B, T) float64 the values before each chosen token of episodes on the CPU, 0 off their mask."""
+        state = self.begin(episodes.prompt_ids, episodes.prompt_mask, episodes.response_ids.shape[1])
+        columns = [state.values]
+        for t in range(episodes.response_ids.shape[1] - 1):
+            state.step(episodes.response_ids[:, t])
+            columns.append(state.values)
+        return torch.stack(columns, 1) * episodes.response_mask
 
 
 class TreeState:
