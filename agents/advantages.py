@@ -95,3 +95,31 @@ def group_standardised(returns: Tensor, group_size: int, *, scale: bool = True) 
     if scale:
         centred = centred / (groups.std(1, keepdim=True) + 1e-4)
     return centred.flatten()
+
+
+def batch_standardised(returns: Tensor, group_size: int) -> Tensor:
+    """(B,) returns less the mean of their group, over the root mean square of all these differences."""
+    centred = group_standardised(returns, group_size, scale=False)
+    return centred / (centred.square().mean().sqrt() + 1e-4)
+
+
+def group_baseline(returns: Tensor, totals: Tensor, group_size: int) -> Tensor:
+    """(B, T) returns-to-go less the mean of the whole returns (B,) of their group."""
+    means = totals.view(-1, group_size).mean(1).repeat_interleave(group_size)
+    return returns - means.unsqueeze(1)
+
+
+def soft_overlong_penalty(lengths: Tensor, horizon: int, cache: int) -> Tensor:
+    """(B,) what DAPO adds to the score of a long response (Yu et al. 2025, eq. 13): 0 down to -1.
+
+    Args:
+        lengths: (B,) tokens of responses. horizon: the most that a response may have.
+        cache: the last tokens before it, over which the penalty falls from 0 to -1.
+    """
+    return ((horizon - cache - lengths) / cache).clamp(-1.0, 0.0)
+
+
+def mixed_groups(scores: Tensor, group_size: int) -> Tensor:
+    """(B / group_size,) bool: whether the scores (B,) of a group are not all equal (Yu et al. 2025, eq. 11)."""
+    groups = scores.view(-1, group_size)
+    return (groups != groups[:, :1]).any(1)

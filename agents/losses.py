@@ -23,6 +23,12 @@ class PolicyLoss(NamedTuple):
     clip_fraction: Tensor
     approx_kl: Tensor
 
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """What an algorithm logs of it where its weights are those of a mean over tokens."""
+        names = ("policy_loss", "clip_fraction", "approx_kl")
+        return {f"train/{name}": value.detach() for name, value in zip(names, self, strict=True)}
+
 
 def clipped_policy_loss(
     log_probs: Tensor,
@@ -50,11 +56,102 @@ def clipped_policy_loss(
     if dual_clip is not None:
         clipped = torch.where(advantages < 0, torch.maximum(clipped, dual_clip * advantages), clipped)
     loss = -(weights * clipped).sum()
+    clip_fraction = (weights * (clipped != plain)).sum()
+    return PolicyLoss(loss, clip_fraction, approximate_kl(log_probs, old_log_probs, weights))
+
+
+@torch.no_grad()
+def approximate_kl(log_probs: Tensor, old_log_probs: Tensor, weights: Tensor) -> Tensor:
+    """k3(pi_old || pi) of (n,) tokens that pi_old sampled, nats a token."""
+    log_ratio = log_probs - old_log_probs
+    # A token that left the support of a truncated distribution has ratio 0, and its log-ratio would drown the rest.
+    return (weights * (log_ratio.exp() - 1 - log_ratio.clamp(min=-20.0))).sum()
+
+
+def response_means(x: Tensor, positions: Tensor, lengths: Tensor, is_token: Tensor) -> Tensor:
+    """(n,) for each token the mean of x over the tokens of its response, differentiable.
+
+    Args:
+        x: (n,), the tokens of a response next to each other. positions: (n,) int64 in the response, from 0.
+        lengths: (n,) int64 tokens of the response. is_token: (n,) bool, False on copies that fill up a row.
+    """
+    response = (positions == 0).cumsum(0) - 1
+    sums = torch.zeros_like(x).scatter_add(0, response, torch.where(is_token, x, 0.0))
+    return sums.gather(0, response) / lengths
+
+
+def clipped_sequence_loss(
+    log_ratios: Tensor, advantages: Tensor, weights: Tensor, clip_range: float, clip_range_high: float
+) -> PolicyLoss:
+    """GSPO's clipped surrogate of whole responses (Zheng et al. 2025, eq. 5), negated.
+
+    Args:
+        log_ratios: (n,) for each token the mean log-ratio of its response, log s_i (eq. 7). advantages: (n,).
+        weights: (n,), of all tokens of a response alike. clip_range, clip_range_high: of s_i, below and above 1.
+
+    Returns:
+        The loss, whose `approx_kl` is that of responses, a token.
+    """
+    return clipped_policy_loss(
+        log_ratios, torch.zeros_like(log_ratios), advantages, weights, clip_range, clip_range_high
+    )
+
+
+def clipped_weight_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    clip_range_high: float,
+    clip_range: float | None = None,
+) -> PolicyLoss:
+    """CISPO: the policy gradient of each token, weighted with its clipped ratio (MiniMax 2025, eqs. 4 and 5), negated.
+
+    The ratio is a constant, so every token has a gradient, wherever its ratio is.
+
+    Args:
+        log_probs: (n,) nats under the policy being updated. old_log_probs: (n,) under the one that sampled.
+        advantages: (n,). weights: (n,). clip_range_high: the ratio is at most 1 plus this.
+        clip_range: the ratio is at least 1 less this; None leaves it free below.
+    """
     with torch.no_grad():
-        clip_fraction = (weights * (clipped != plain)).sum()
-        # A token that left the support of a truncated distribution has ratio 0, and its log-ratio would drown the rest.
-        approx_kl = (weights * (ratio - 1 - log_ratio.clamp(min=-20.0))).sum()
-    return PolicyLoss(loss, clip_fraction, approx_kl)
+        ratio = (log_probs - old_log_probs).exp()
+        clipped = ratio.clamp(None if clip_range is None else 1 - clip_range, 1 + clip_range_high)
+        clip_fraction = (weights * (clipped != ratio)).sum()
+    loss = policy_gradient_loss(log_probs, clipped * advantages, weights)
+    return PolicyLoss(loss, clip_fraction, approximate_kl(log_probs, old_log_probs, weights))
+
+
+class GatedLoss(NamedTuple):
+    """`loss` to minimise, and the mean slope of the `gate`: 1 at ratio 1, 0 far from it."""
+
+    loss: Tensor
+    gate: Tensor
+
+
+def soft_gated_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    temperature: float,
+    temperature_negative: float,
+) -> GatedLoss:
+    """SAPO's surrogate with a sigmoid gate instead of a clip (Gao et al. 2025, section 3), negated.
+
+    f(r) = 4 / tau * sigmoid(tau * (r - 1)), whose slope is 4 * sigmoid * (1 - sigmoid): 1 at r = 1.
+
+    Args:
+        log_probs: (n,) nats under the policy being updated. old_log_probs: (n,) under the one that sampled.
+        advantages: (n,). weights: (n,). temperature: tau where the advantage is positive.
+        temperature_negative: tau elsewhere.
+    """
+    # A ratio beyond e^20 has no slope left in the gate, and would overflow.
+    ratio = (log_probs - old_log_probs).clamp(max=20.0).exp()
+    tau = torch.full_like(advantages, temperature_negative).masked_fill(advantages > 0, temperature)
+    share = torch.sigmoid(tau * (ratio - 1))
+    loss = -(weights * advantages * share * 4 / tau).sum()
+    return GatedLoss(loss, (weights * 4 * share * (1 - share)).sum().detach())
 
 
 def truncated_importance(log_ratio: Tensor, cap: float) -> Tensor:

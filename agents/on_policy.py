@@ -315,12 +315,13 @@ def average_steps(history: Sequence[dict[str, float]]) -> dict[str, float]:
     return metrics
 
 
-def sample_batch(agent: OnPolicyAgent) -> Episodes:
-    """Samples a batch, on the policy's device, and checks that its log-probs are those of the sampling."""
+def sample_batch(agent: OnPolicyAgent, count: int | None = None) -> Episodes:
+    """Samples a batch, or so many episodes, on the policy's device; checks that log-probs are those of the sampling."""
     gather = collect if agent.config.collect == "episodes" else collect_steps
     sampler = agent.faults.change_sampler(agent.sampler)
+    count = agent.config.batch_size if count is None else count
     with agent.faults.sampling():
-        episodes = gather(agent.envs, agent.policy, agent.config.batch_size, sampler, agent.generator)
+        episodes = gather(agent.envs, agent.policy, count, sampler, agent.generator)
         check_collected(agent, episodes)
     return episodes.to(agent.policy.device)
 

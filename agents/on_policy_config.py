@@ -88,10 +88,20 @@ class GroupConfig(OnPolicyConfig):
             raise InvalidArgumentError(
                 f"`batch_size` must be a multiple of `group_size`={self.group_size}, got {self.batch_size}."
             )
-        if self.collect == "steps":  # rows that wait for the slowest draw prompts of their own, and groups fall apart
+        if (
+            self.group_size > 1 and self.collect == "steps"
+        ):  # rows that wait for the slowest draw prompts of their own, and groups fall apart
             raise InvalidArgumentError("`collect` must be 'episodes' where responses are compared in groups.")
 
     @property
     def responses(self) -> int:
         """Responses to each prompt of a batch."""
         return self.group_size
+
+
+@dataclass(frozen=True)
+class ScaledGroupConfig(GroupConfig):
+    """What an agent has that divides the differences in a group by a standard deviation."""
+
+    group_size: GroupSize = 8
+    scale: Literal["batch", "group"] = "batch"  # whose standard deviation that is

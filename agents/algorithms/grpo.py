@@ -1,4 +1,4 @@
-"""Group-relative policy optimisation (Shao et al. 2024), and Dr. GRPO (Liu et al. 2025) by its two removals."""
+"""Group-relative policy optimisation (Shao et al. 2024), with switches for what Dr. GRPO (Liu et al. 2025) removes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from agents.advantages import group_standardised
 from agents.batch import Batch, Minibatch
+from agents.groups import GroupAgent
 from agents.losses import KLEstimator, clipped_policy_loss, kl_estimate
-from agents.on_policy import OnPolicyAgent
 from agents.on_policy_config import GroupConfig, GroupSize
 from agents.policies.actor_critic import read_logits
 from agents.update import Loss
 from lmgym.episodes import Episodes
-from lmgym.kl import discounted_return, token_rewards
+from lmgym.kl import token_rewards
 from lmgym.ranges import Positive
 
 
@@ -26,30 +26,23 @@ class GRPOConfig(GroupConfig):
     group_size: GroupSize = 8
     clip_range: Positive = 0.2  # of the ratio
     kl_estimator: KLEstimator = "k3"  # of the KL in the loss, token by token
-    scale_by_std: bool = True  # divide a group's advantages by their standard deviation; Dr. GRPO does not
-    length_mean: bool = True  # mean over a response's tokens; Dr. GRPO divides by the horizon instead
+    scale_by_std: bool = True  # divide a group's advantages by their standard deviation
+    length_mean: bool = True  # mean over a response's tokens; else their sum over the horizon
 
 
-class GRPO(OnPolicyAgent):
+class GRPO(GroupAgent):
     """The clipped surrogate on standardised scores of a group, with the KL in the loss instead of the reward."""
 
     Config = GRPOConfig
     config: GRPOConfig
 
-    @property
-    def uses_critic(self) -> bool:
-        """False: the baseline is the mean score of the group."""
-        return False
-
     def rewards(self, episodes: Episodes) -> Tensor:
         """The score alone, at the end."""
         return token_rewards(episodes, 0.0)
 
-    def advantages(self, episodes: Episodes, rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """(R_i - mean R) / std R of the group, the same at every token (Shao et al. 2024, section 4.1.2)."""
-        returns = discounted_return(rewards, self.envs.gamma)
-        advantages = group_standardised(returns, self.config.group_size, scale=self.config.scale_by_std).unsqueeze(1)
-        return torch.where(episodes.response_mask, advantages, 0.0), torch.zeros_like(rewards)
+    def compare(self, returns: Tensor) -> Tensor:
+        """(B,) (R_i - mean R) / std R of the group (Shao et al. 2024, section 4.1.2)."""
+        return group_standardised(returns, self.config.group_size, scale=self.config.scale_by_std)
 
     def read(self, part: Batch, total: Tensor, count: int, *, backward: int = 0) -> Minibatch:
         """For the exact KL, reads the reference too: one more forward, without a gradient."""

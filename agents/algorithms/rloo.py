@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from agents.advantages import group_leave_one_out
 from agents.batch import Minibatch
+from agents.groups import GroupAgent
 from agents.losses import policy_gradient_loss
-from agents.on_policy import OnPolicyAgent
 from agents.on_policy_config import GroupConfig
 from agents.update import Loss
-from lmgym.episodes import Episodes
-from lmgym.kl import discounted_return
 from lmgym.ranges import Count, NonNegative
 
 
@@ -28,22 +25,15 @@ class RLOOConfig(GroupConfig):
     lr: NonNegative = 1e-3
 
 
-class RLOO(OnPolicyAgent):
+class RLOO(GroupAgent):
     """The whole response is one action; its baseline is the mean return of the group's other responses."""
 
     Config = RLOOConfig
     config: RLOOConfig
 
-    @property
-    def uses_critic(self) -> bool:
-        """False: the baseline is the mean return of the group's other responses."""
-        return False
-
-    def advantages(self, episodes: Episodes, rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """R_i - mean of the others' R_j, the same at every token (Ahmadian et al. 2024, section 2.3)."""
-        returns = discounted_return(rewards, self.envs.gamma)
-        advantages = group_leave_one_out(returns, self.config.group_size).unsqueeze(1)
-        return torch.where(episodes.response_mask, advantages, 0.0), torch.zeros_like(rewards)
+    def compare(self, returns: Tensor) -> Tensor:
+        """(B,) R_i - mean of the others' R_j (Ahmadian et al. 2024, section 2.3)."""
+        return group_leave_one_out(returns, self.config.group_size)
 
     def loss(self, batch: Minibatch) -> Loss:
         """- mean over episodes of A_i log pi(y_i|x)."""

@@ -10,11 +10,15 @@ from torch import Tensor
 
 from agents.advantages import (
     _gae_at_once,
+    batch_standardised,
     gae,
+    group_baseline,
     group_leave_one_out,
     group_standardised,
     leave_one_out,
+    mixed_groups,
     returns_to_go,
+    soft_overlong_penalty,
     whiten,
 )
 
@@ -315,3 +319,34 @@ def test_a_group_of_equal_returns_gets_0(value: float) -> None:
     ):
         assert found[:4].abs().max() < 1e-2 * found[4:].abs().max()
         assert found.isfinite().all()
+
+
+def test_the_deviation_of_a_batch_is_that_of_all_differences_in_groups() -> None:
+    returns = groups_of(4)
+    centred = [x - statistics.fmean(group) for group in returns.view(-1, 4).tolist() for x in group]
+    over = statistics.fmean([x * x for x in centred]) ** 0.5
+    assert batch_standardised(returns, 4).tolist() == pytest.approx([x / (over + 1e-4) for x in centred])
+    assert not batch_standardised(torch.full((8,), 0.3), 4).any()
+
+
+def test_the_group_baseline_is_the_mean_of_whole_returns() -> None:
+    rewards, _, mask = problem([1, 4, 6, 2])
+    returns = monte_carlo(rewards, mask, 1.0)
+    found = group_baseline(returns, returns[:, 0], 2)
+    for i in range(4):
+        first = i - i % 2
+        mean = (returns[first, 0].item() + returns[first + 1, 0].item()) / 2
+        assert found[i].tolist() == pytest.approx([x - mean for x in returns[i].tolist()])
+
+
+@pytest.mark.parametrize(
+    ("length", "penalty"), [(1, 0.0), (6, 0.0), (7, -0.25), (8, -0.5), (9, -0.75), (10, -1.0), (12, -1.0)]
+)
+def test_the_overlong_penalty_falls_linearly_over_the_last_tokens(length: int, penalty: float) -> None:
+    assert soft_overlong_penalty(torch.tensor([length]), 10, 4).item() == pytest.approx(penalty)
+
+
+def test_a_group_is_mixed_where_one_score_differs() -> None:
+    scores = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.3, 0.3, 0.3])
+    assert mixed_groups(scores, 3).tolist() == [True, True, False]
+    assert not mixed_groups(scores, 1).any()

@@ -11,10 +11,14 @@ from torch import Tensor
 from agents.losses import (
     KLEstimator,
     clipped_policy_loss,
+    clipped_sequence_loss,
     clipped_value_loss,
+    clipped_weight_loss,
     explained_variance,
     kl_estimate,
     policy_gradient_loss,
+    response_means,
+    soft_gated_loss,
     value_loss,
 )
 
@@ -166,6 +170,116 @@ def test_weights_choose_the_mean() -> None:
     over_episodes = clipped_policy_loss(new, old, advantages, 1 / (3 * lengths), EPS).loss.item()
     assert over_episodes == pytest.approx((each[0] + sum(each[1:3]) / 2 + sum(each[3:]) / 3) / 3)
     assert abs(over_tokens - over_episodes) > 1e-3
+
+
+# -- other ratios ----------------------------------------------------------------------------------------------------
+
+
+def test_the_mean_of_a_response_reaches_its_tokens_alone() -> None:
+    """The last row is a copy, as where shorter rows are filled up; a loss has no weight for it."""
+    lengths = torch.tensor([2, 2, 1, 3, 3, 3, 3])
+    positions = torch.tensor([0, 1, 0, 0, 1, 2, 2])
+    is_token = torch.tensor([True] * 6 + [False])
+    x = torch.tensor([1.0, 3, 5, 1, 2, 6, 6], dtype=torch.float64, requires_grad=True)
+    means = response_means(x, positions, lengths, is_token)
+    assert means[:6].tolist() == [2, 2, 5, 3, 3, 3]
+    (slope,) = torch.autograd.grad((means[:6] * torch.arange(1, 7)).sum(), x)
+    assert slope.tolist() == pytest.approx([1.5, 1.5, 3, 5, 5, 5, 0])
+
+
+def test_the_sequence_surrogate_clips_whole_responses() -> None:
+    """Slow twin: the geometric mean of a response's ratios, and its objective case by case (GSPO, eqs. 5 and 7)."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [1, 4, 2, 3, 5, 2]
+    gains = [2.0, -1.0, 0.5, -2.0, 1.0, -0.5]
+    lengths = torch.tensor([n for n in sizes for _ in range(n)])
+    positions = torch.tensor([t for n in sizes for t in range(n)])
+    old = -torch.rand(len(lengths), generator=generator, dtype=torch.float64)
+    new = (old + 0.3 * torch.randn(len(old), generator=generator, dtype=torch.float64)).requires_grad_()
+    log_ratios = response_means(new - old, positions, lengths, torch.ones(len(old), dtype=torch.bool))
+    advantages = torch.tensor([a for n, a in zip(sizes, gains, strict=True) for _ in range(n)])
+    found = clipped_sequence_loss(log_ratios, advantages, 1 / (6 * lengths.double()), 0.1, 0.2)
+    expected = 0.0
+    clipped = 0.0
+    slopes = []
+    start = 0
+    for n, gain in zip(sizes, gains, strict=True):
+        s = math.exp(sum((new - old)[start : start + n].tolist()) / n)
+        reached = objective(s, gain, 0.1, 0.2, None)
+        free = reached == pytest.approx(s * gain)
+        expected -= reached / 6
+        clipped += (not free) / 6
+        slopes += [-s * gain / n / 6 if free else 0.0] * n
+        start += n
+    assert found.loss.item() == pytest.approx(expected)
+    assert found.clip_fraction.item() == pytest.approx(clipped)
+    assert 0 < clipped < 1
+    (slope,) = torch.autograd.grad(found.loss, new)
+    assert slope.tolist() == pytest.approx(slopes)
+
+
+@pytest.mark.parametrize("low", [None, 0.3])
+def test_the_clipped_weight_leaves_every_token_its_gradient(low: float | None) -> None:
+    new, old, advantages, weights = tokens()
+    found = clipped_weight_loss(new.requires_grad_(), old, advantages, weights, 0.25, low)
+    loss = 0.0
+    slopes = []
+    clipped = 0.0
+    for n, o, a, w in zip(new.tolist(), old.tolist(), advantages.tolist(), weights.tolist(), strict=True):
+        ratio = math.exp(n - o)
+        held = max(min(ratio, 1.25), 0.0 if low is None else 1 - low)
+        loss -= w * held * a * n
+        slopes.append(-w * held * a)
+        clipped += w * (held != ratio)
+    assert found.loss.item() == pytest.approx(loss)
+    assert found.clip_fraction.item() == pytest.approx(clipped)
+    (slope,) = torch.autograd.grad(found.loss, new)
+    assert slope.tolist() == pytest.approx(slopes)
+    assert slope.abs().min() > 0
+    # What PPO clips, has none.
+    (hard,) = torch.autograd.grad(clipped_policy_loss(new, old, advantages, weights, 0.25).loss, new)
+    assert (hard == 0).any()
+
+
+def test_the_soft_gate_is_its_formula_and_its_slope_falls_away_from_ratio_1() -> None:
+    new, old, advantages, weights = tokens()
+    found = soft_gated_loss(new.requires_grad_(), old, advantages, weights, 1.0, 4.0)
+    loss = 0.0
+    gate = 0.0
+    slopes = []
+    for n, o, a, w in zip(new.tolist(), old.tolist(), advantages.tolist(), weights.tolist(), strict=True):
+        ratio = math.exp(n - o)
+        tau = 1.0 if a > 0 else 4.0
+        share = 1 / (1 + math.exp(-tau * (ratio - 1)))
+        loss -= w * a * share * 4 / tau
+        gate += w * 4 * share * (1 - share)
+        slopes.append(-w * a * ratio / math.cosh(tau * (ratio - 1) / 2) ** 2)
+    assert found.loss.item() == pytest.approx(loss)
+    assert found.gate.item() == pytest.approx(gate)
+    (slope,) = torch.autograd.grad(found.loss, new)
+    assert slope.tolist() == pytest.approx(slopes)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("advantage", [1.5, -1.5])
+def test_at_ratio_one_the_gate_is_open_whatever_its_temperature(tau: float, advantage: float) -> None:
+    old = torch.tensor([-1.3], dtype=torch.float64)
+    new = old.clone().requires_grad_()
+    one = torch.ones(1, dtype=torch.float64)
+    found = soft_gated_loss(new, old, advantage * one, one, tau, tau)
+    found.loss.backward()
+    assert new.grad is not None
+    assert new.grad.item() == pytest.approx(-advantage)
+    assert found.gate.item() == pytest.approx(1)
+
+
+def test_the_gate_of_a_negative_advantage_has_its_own_temperature() -> None:
+    old = torch.tensor([-1.3, -1.3], dtype=torch.float64)
+    new = (old + math.log(2)).requires_grad_()
+    advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    soft_gated_loss(new, old, advantages, torch.ones_like(old), 1.0, 3.0).loss.backward()
+    assert new.grad is not None
+    assert new.grad.tolist() == pytest.approx([-2 / math.cosh(0.5) ** 2, 2 / math.cosh(1.5) ** 2])
 
 
 # -- the critic ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.padding import pad_left
 
-STACKED = ("a2c", "grpo", "klq", "ppo", "reinforce", "rloo")
+STACKED = ("a2c", "cispo", "dr_grpo", "grpo", "gspo", "klq", "ppo", "reinforce", "reinforce_pp", "rloo", "sapo")
 SMALL = {"batch_size": 16, "width": 16, "layers": 1, "lr": 1e-3}
 TOTAL = 400  # env steps of the schedule
 
