@@ -6,6 +6,7 @@ import gc
 import itertools
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lmgym.models import decoding
 from lmgym.models.causal import CausalLM, freeze
 from lmgym.models.sharing import load_causal_lm
 from lmgym.rewards.classifier import load_reward_model
@@ -69,6 +71,33 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def architecture(lm: CausalLM) -> tuple[object, ...]:
+    """All of a model but its weights, of which only whether they are finite."""
+    finite = all(bool(p.isfinite().all()) for p in lm.model.parameters())
+    modules = tuple(map(type, lm.model.modules()))
+    return (*modules, lm.model.config.to_json_string(), lm.vocab_size, lm.temperature, lm.dtype, lm.device, finite)
+
+
+EXACT: dict[tuple[object, ...], bool] = {}  # whether the ring is exact for an architecture
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rings_are_tried_once_an_architecture(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every new model would be tried, which takes longer than most tests; tests/models does try each of its own."""
+    ring_is_exact = decoding.ring_is_exact
+
+    def once(lm: CausalLM) -> bool:
+        key = architecture(lm)
+        if key not in EXACT:
+            EXACT[key] = ring_is_exact(lm)
+        return EXACT[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        if request.path.parent.name != "models":
+            patched.setattr(decoding, "ring_is_exact", once)
+        yield
 
 
 TEXT = "the a film book meal was is very not good bad fine dull and but , . it we liked hated"
