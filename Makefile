@@ -36,6 +36,9 @@ except ImportError: sys.exit("Python cannot make virtual environments here: on D
 endef
 export CHECK_PYTHON
 
+# Tests start dozens of processes; where the environment forbids bytecode, each would compile all that it imports.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: help train docs check test test-only test-lowest test-bare test-seeds gpu lint format clean
 .DEFAULT_GOAL := help
 

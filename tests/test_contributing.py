@@ -30,7 +30,7 @@ OTHERS = ["test_readme", "test_project", "test_structure", "agents/runs/test_con
 
 
 def copy_checkout(to: Path) -> Path:
-    """The files of the checkout as they are now."""
+    """The files of the checkout as they are now, with the bytecode that Python and pytest have of them."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -38,10 +38,14 @@ def copy_checkout(to: Path) -> Path:
         check=True,
         text=True,
     ).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, to / name)
+    names = [name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+    for name in names:
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, to / name)  # as old as it is, or its bytecode would not be its
+    for room in {Path(name).parent / "__pycache__" for name in names if name.endswith(".py")}:
+        for file in (ROOT / room).glob("*.pyc"):
+            (to / room).mkdir(exist_ok=True)
+            shutil.copy2(file, to / room)
     return to
 
 
