@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import itertools
 import math
@@ -126,6 +128,11 @@ def gpt2(
     vocab_size: int, *, seed: int = 0, cls: type = GPT2LMHeadModel, scale: float = 0.3, **config: int
 ) -> torch.nn.Module:
     """A random GPT-2 shape whose logits are far from uniform."""
+    return copy.deepcopy(_draw_gpt2(vocab_size, seed, cls, scale, **config))
+
+
+@functools.cache
+def _draw_gpt2(vocab_size: int, seed: int, cls: type, scale: float, **config: int) -> torch.nn.Module:
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48} | config
     shape = GPT2Config(
         vocab_size=vocab_size,

@@ -157,7 +157,15 @@ def test_the_card_says_what_was_built_and_how(artefacts: Path) -> None:
     assert not re.search(r"\bnan\b|\binf\b|np\.float|\{|\}", text)
 
 
+@pytest.fixture
+def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured on all prompts takes longer than a tiny build, and is not what a test of its files is about."""
+    few = {split: reviews.prompts(split)[:48] for split in ("train", "test")}
+    monkeypatch.setattr(reviews, "prompts", few.__getitem__)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_prompts")
 def test_an_equal_build_gives_equal_weights_and_replaces_an_older_one(tmp_path: Path) -> None:
     tiny = {"reference": {"reviews": 64, "epochs": 1}, "reward": {"prompts": 16, "epochs": 1, "samples": 2}}
     weights = []
@@ -206,6 +214,7 @@ REVERSED = {"reward": {**FEW_RANKINGS["reward"], "prompts": [16, 8]}}
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize(
     ("task", "builds", "models"),
     [

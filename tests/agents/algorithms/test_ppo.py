@@ -95,22 +95,25 @@ def enumerate_responses(
     done: list[tuple[int, ...]] = []
     log_probs: list[Tensor] = []
     distributions: list[Tensor] = []
-    open_: list[tuple[tuple[int, ...], Tensor, list[Tensor]]] = [((), torch.zeros(()), [])]
+    growing: list[tuple[int, ...]] = [()]
+    log_prob = torch.zeros(1)
+    path: Tensor | None = None  # (n, t, V), log-probs along what is growing
     for t in range(horizon):
-        ids = torch.tensor([prompt + prefix for prefix, _, _ in open_])
+        ids = torch.tensor([prompt + prefix for prefix in growing])
         log_pi = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1].log_softmax(-1)
-        grown = []
-        for i, (prefix, log_prob, path) in enumerate(open_):
-            for token in range(log_pi.shape[1]):
-                entry = ((*prefix, token), log_prob + log_pi[i, token], [*path, log_pi[i]])
-                if token == eos or t == horizon - 1:
-                    done.append(entry[0])
-                    log_probs.append(entry[1])
-                    distributions.append(torch.stack(entry[2] + [torch.zeros_like(log_pi[i])] * (horizon - t - 1)))
-                else:
-                    grown.append(entry)
-        open_ = grown
-    return done, torch.stack(log_probs), torch.stack(distributions)
+        total = log_prob[:, None] + log_pi
+        path = log_pi[:, None] if path is None else torch.cat([path, log_pi[:, None]], 1)
+        tokens = range(log_pi.shape[1])
+        ending = [token for token in tokens if token == eos or t == horizon - 1]
+        others = [token for token in tokens if token not in ending]
+        done += [(*prefix, token) for prefix in growing for token in ending]
+        log_probs.append(total[:, ending].flatten())
+        padded = torch.nn.functional.pad(path, (0, 0, 0, horizon - t - 1))
+        distributions.append(padded.repeat_interleave(len(ending), 0))
+        growing = [(*prefix, token) for prefix in growing for token in others]
+        log_prob = total[:, others].flatten()
+        path = path.repeat_interleave(len(others), 0)
+    return done, torch.cat(log_probs), torch.cat(distributions)
 
 
 class Truth:

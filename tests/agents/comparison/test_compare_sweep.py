@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from sources import ROOT
 
+import agents.compare
 import agents.comparison.sweep
 from agents.comparison.live import FINISHED, RUNNING, WAITING, Live, Row, last_step, seconds_left
 from agents.comparison.plan import Cell, Setting
@@ -194,8 +195,11 @@ TINY += ["agent.width=8", "agent.layers=1", "evaluation.samples=2", "evaluation.
 
 
 @pytest.mark.slow
-def test_a_comparison_that_was_killed_is_finished_by_the_same_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "agents.compare", *TINY, f"out={tmp_path}"]
+def test_a_comparison_that_was_killed_is_finished_by_the_same_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*TINY, f"out={tmp_path}"]
+    command = [sys.executable, "-m", "agents.compare", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     first = tmp_path / "rloo-echo-2-0" / "summary.json"
     until = time.monotonic() + 120
@@ -204,9 +208,8 @@ def test_a_comparison_that_was_killed_is_finished_by_the_same_command(tmp_path: 
     process.kill()
     process.wait()
     written = first.stat().st_mtime_ns
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "share of the gain" in done.stdout
+    assert agents.compare.main(arguments) == 0
+    assert "share of the gain" in capsys.readouterr().out
     assert first.stat().st_mtime_ns == written
     assert (tmp_path / "report.html").is_file()
     for name in ("rloo", "a2c"):
