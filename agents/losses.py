@@ -13,7 +13,7 @@ from torch import Tensor
 from lmgym.kl import k1, k2, k3
 from lmgym.models.categorical import exact_kl
 
-KLEstimator = Literal["k1", "k2", "k3", "exact"]
+KLEstimator = Literal["k1", "k2", "k3", "exact", "k2_to_go"]
 
 
 class PolicyLoss(NamedTuple):
@@ -196,7 +196,7 @@ def kl_estimate(
 
     Args:
         kind: k1, k2, k3 of the chosen tokens, or exact over the vocabulary. What their gradients estimate differs:
-            docs/optimum.md has their bias, measured.
+            docs/optimum.md has their bias, measured. For k2_to_go, which is of several tokens, see `kl_to_go`.
         log_probs: (n,) under the policy being updated. ref_log_probs: (n,).
         logits: (n, V) of the policy being updated, which need not be normalised, -inf outside the support.
         ref_logits: (n, V) of the reference, needed for the exact one.
@@ -209,6 +209,30 @@ def kl_estimate(
         return exact_kl(logits, ref_logits)
     log_ratio = (log_probs - ref_log_probs).masked_fill(log_probs == -torch.inf, 0.0)
     return {"k1": k1, "k2": k2, "k3": k3}[kind](log_ratio)
+
+
+def kl_to_go(log_probs: Tensor, ref_log_probs: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+    """k2 with the gradient of the KL between whole responses, as a loss: differentiable, nats.
+
+    The gradient of k2 of a token is l_t grad log pi(a_t). A token also moves the KL of the states after it: with the
+    log-ratios from t to the end instead of l_t, the mean over responses of the sum over tokens is grad KL(pi || pi_ref)
+    (docs/optimum.md, eq. 11). That is on-policy: tokens of another policy would need its ratio.
+
+    Args:
+        log_probs: (n,) under the policy being updated, the tokens of a response next to each other.
+        ref_log_probs: (n,). positions: (n,) int64 in the response, from 0. lengths: (n,) int64 of the response.
+
+    Returns:
+        (n,) with the value of k1, whose sum is the estimate of the KL; 0 for a token that left the support of a
+        truncated distribution.
+    """
+    gone = log_probs == -torch.inf
+    own = log_probs.masked_fill(gone, 0.0)
+    log_ratio = (own - ref_log_probs).masked_fill(gone, 0.0).detach()
+    so_far = log_ratio.double().cumsum(0)
+    last = torch.arange(len(own), device=own.device) - positions + lengths - 1
+    to_go = (so_far[last] - so_far).to(own.dtype) + log_ratio
+    return log_ratio + to_go * (own - own.detach())
 
 
 def value_loss(values: Tensor, returns: Tensor, weights: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from agents.advantages import group_standardised
 from agents.batch import Batch, Minibatch
 from agents.groups import GroupAgent
-from agents.losses import KLEstimator, clipped_policy_loss, kl_estimate
+from agents.losses import KLEstimator, clipped_policy_loss, kl_estimate, kl_to_go
 from agents.on_policy_config import GroupConfig, GroupSize
 from agents.policies.actor_critic import read_logits
 from agents.update import Loss
@@ -53,6 +53,13 @@ class GRPO(GroupAgent):
         with torch.no_grad():
             return replace(minibatch, ref_logits=read_logits(self.envs.engine.lm, part.episodes))
 
+    def token_kls(self, batch: Minibatch) -> Tensor:
+        """(n,) what each token adds to the KL in the loss."""
+        kind = self.config.kl_estimator
+        if kind == "k2_to_go":
+            return kl_to_go(batch.log_probs, batch.ref_log_probs, batch.positions, batch.lengths)
+        return kl_estimate(kind, batch.log_probs, batch.ref_log_probs, batch.logits, batch.ref_logits)
+
     def loss(self, batch: Minibatch) -> Loss:
         """L_clip + kl_coef * KL(pi || pi_ref), means over episodes (Shao et al. 2024, eq. 3, negated)."""
         config = self.config
@@ -61,8 +68,7 @@ class GRPO(GroupAgent):
         loss = clipped_policy_loss(*ratio, weights, config.clip_range).loss
         metrics = {"train/policy_loss": loss.detach()}
         if self.envs.kl_coef > 0:  # without a price the reference is never asked
-            logits = (batch.logits, batch.ref_logits)
-            kl = (weights * kl_estimate(config.kl_estimator, batch.log_probs, batch.ref_log_probs, *logits)).sum()
+            kl = (weights * self.token_kls(batch)).sum()
             loss = loss + self.kl.value * kl
             metrics["train/kl_loss"] = kl.detach()
         with torch.no_grad():

@@ -16,6 +16,7 @@ from agents.losses import (
     clipped_weight_loss,
     explained_variance,
     kl_estimate,
+    kl_to_go,
     policy_gradient_loss,
     response_means,
     soft_gated_loss,
@@ -405,6 +406,32 @@ def test_what_the_gradient_of_an_estimate_of_the_kl_is_in_expectation(kind: KLEs
     truth = {"k1": torch.zeros_like(right), "k2": right, "k3": other, "exact": right}[kind]
     torch.testing.assert_close(found, truth, rtol=0, atol=1e-12)
     assert (right - other).norm() > 0.1
+
+
+def test_k2_to_go_has_the_gradient_of_the_kl_of_responses() -> None:
+    """Over every response of one token (an end) or two; k2 a token leaves out the KL of the second state."""
+    generator = torch.Generator().manual_seed(5)
+    logits, ref = torch.randn((2, 4, 3), generator=generator, dtype=torch.float64)  # of the first token, and after each
+    logits.requires_grad_()
+    log_pi = logits.log_softmax(-1)
+    log_ref = ref.log_softmax(-1)
+    responses = [[0], *([a, b] for a in (1, 2) for b in range(3))]
+    states = torch.tensor([state for y in responses for state in ([0] if len(y) == 1 else [0, 1 + y[0]])])
+    tokens = torch.tensor([token for y in responses for token in y])
+    positions = torch.tensor([t for y in responses for t in range(len(y))])
+    lengths = torch.tensor([len(y) for y in responses for _ in y])
+    row = torch.tensor([i for i, y in enumerate(responses) for _ in y])
+    own = log_pi[states, tokens]
+    other = log_ref[states, tokens]
+    log_probs = torch.zeros(len(responses), dtype=torch.float64).index_add(0, row, own)
+    ratios = torch.zeros_like(log_probs).index_add(0, row, own - other)
+    weights = log_probs.detach().exp()[row]
+    right = torch.autograd.grad((log_probs.exp() * ratios).sum(), logits, retain_graph=True)[0]
+    found = (weights * kl_to_go(own, other, positions, lengths)).sum()
+    assert found.item() == pytest.approx((log_probs.exp() * ratios).sum().item())
+    torch.testing.assert_close(torch.autograd.grad(found, logits, retain_graph=True)[0], right)
+    a_token = (weights * kl_estimate("k2", own, other, log_pi, log_ref)).sum()
+    assert (torch.autograd.grad(a_token, logits)[0] - right).norm() > 0.05 * right.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)

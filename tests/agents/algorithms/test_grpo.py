@@ -135,6 +135,13 @@ def test_no_kl_of_grpo_is_the_gradient_of_j(task: Task, tree: Tree, estimator: s
     assert bias > 0.03
 
 
+def test_k2_to_go_makes_it_the_gradient_of_j(task: Task, tree: Tree) -> None:
+    agent, pull = kl_part(tree, "k2_to_go")
+    right = gradient(agent, tree)
+    score = 2 * task.max_new_tokens * score_part(tree, task)[0]
+    assert (score + task.kl_coef * pull - right).norm() < 1e-3 * right.norm()
+
+
 def test_the_two_parts_of_grpo_add_up(task: Task, tree: Tree) -> None:
     agent = agent_of(GRPO, task, **DR)
     whole = direction(agent, tree, pairs(agent, tree))
