@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from agents.runs.cost import Cost
 from agents.runs.plan import Plan
 from agents.runs.recorder import grading_bar
 from lmgym.envs.settings import Settings
@@ -64,7 +65,7 @@ def samples_for(plan: Plan, envs: Any, episodes: int) -> int:
     return math.ceil(episodes / (plan.evaluation.prompts or len(envs.engine.prompts)))
 
 
-def summarise(plan: Plan, before: Evaluation, after: Evaluation, train_seconds: float, agent: Agent) -> dict[str, Any]:
+def summarise(plan: Plan, before: Evaluation, after: Evaluation, cost: Cost, agent: Agent) -> dict[str, Any]:
     """`summary.json`: metrics before and after, what is known of the optimum, the share of the gain, and the cost."""
     from lmgym.evaluation import as_json
     from lmgym.scores import normalised
@@ -89,7 +90,8 @@ def summarise(plan: Plan, before: Evaluation, after: Evaluation, train_seconds: 
             "best_response": find_best_response(plan, agent),
         },
         "solved_at": None,  # `agents.runs.along.solved_at`, of a run that was graded along the way
-        "train_seconds": train_seconds,
+        "train_seconds": cost.seconds,
+        "peak_memory_bytes": cost.peak_memory_bytes,
         "total_timesteps": agent.num_timesteps,
         "forward_tokens": agent.tokens.forward,
         "backward_tokens": agent.tokens.backward,

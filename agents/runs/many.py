@@ -6,7 +6,6 @@ The directory of the command holds `seed0` to `seed31`, and in each of them lies
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import statistics
 import sys
@@ -20,6 +19,7 @@ from omegaconf import DictConfig
 from agents.runs.along import Along
 from agents.runs.clock import Clock
 from agents.runs.command_line import shell_command
+from agents.runs.cost import Cost, PeakMemory
 from agents.runs.directory import CONFIG_FILE, empty_again, new_run, resumed_run, write_config
 from agents.runs.grading import grade
 from agents.runs.inputs import notes_of
@@ -115,13 +115,15 @@ def _train(runs: Sequence[_Run], directory: Path, resume: bool) -> int:
     """Trains, evaluates and reports, as `agents.runs.run.train` does for one run."""
     from agents.algorithms.reference import Reference
     from agents.many_seeds import ManySeeds
+    from lmgym.models.sharing import resolve_device
 
     agents: list[Any] = [build(run.plan) for run in runs]
     clock = Clock()
+    memory = PeakMemory(resolve_device(runs[0].plan.settings["device"]))
     many = ManySeeds(agents)
     command = shell_command("agents.train", f"resume={directory}") + trust_argument(runs[0].plan.trust)
     savers = [
-        Saver(agent, run.directory, run.plan.checkpoint_every, run.notes, command, clock=clock)
+        Saver(agent, run.directory, run.plan.checkpoint_every, run.notes, command, clock=clock, memory=memory)
         for agent, run in zip(agents, runs, strict=True)
     ]
     if resume:
@@ -130,12 +132,12 @@ def _train(runs: Sequence[_Run], directory: Path, resume: bool) -> int:
     try:
         before = [grade(run.plan, Reference(agent.envs)) for agent, run in zip(agents, runs, strict=True)]
         with Interrupt() as stop:
-            seconds = _learn(many, runs, savers, stop, resume)
+            costs = _learn(many, runs, savers, stop, resume)
         if stop.asked and any(x.num_timesteps < runs[0].plan.total_timesteps for x in agents if x not in many.failures):
             print(f"Stopped after {sum(x.num_timesteps for x in agents):,} tokens of all seeds. Go on with: {command}")
             return 130
-        for run, agent, first, spent in zip(runs, agents, before, seconds, strict=True):
-            if agent not in many.failures:
+        for run, agent, first, spent in zip(runs, agents, before, costs, strict=True):
+            if spent is not None:
                 write_result(run.plan, run.directory, agent, first, spent)
     except KeyboardInterrupt:
         print(f"\nStopped at once. What the last checkpoints hold goes on with: {command}", file=sys.stderr)
@@ -148,11 +150,11 @@ def _train(runs: Sequence[_Run], directory: Path, resume: bool) -> int:
 
 def _learn(
     many: ManySeeds, runs: Sequence[_Run], savers: Sequence[Saver], stop: Interrupt, resume: bool
-) -> list[float]:
+) -> list[Cost | None]:
     """Trains all agents until their budgets are spent or a stop is asked for, and saves them.
 
     Returns:
-        The seconds that training has taken, of each; nan for one that has failed.
+        What training has taken, of each; None for one that has failed.
     """
     total = runs[0].plan.total_timesteps
     with contextlib.ExitStack() as recorders:
@@ -174,6 +176,4 @@ def _learn(
                     saver.save_before(error)
             print(f"What was saved goes on with: {savers[0].go_on}", file=sys.stderr)
             raise
-    return [
-        math.nan if agent in many.failures else saver.save() for agent, saver in zip(many.agents, savers, strict=True)
-    ]
+    return [None if agent in many.failures else saver.save() for agent, saver in zip(many.agents, savers, strict=True)]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from agents.runs.cost import Cost
 from agents.runs.directory import changes_since, read_checkpoint
 from agents.runs.grading import grade, summarise
 from agents.runs.inputs import notes_of
@@ -35,10 +36,12 @@ def regrade(directory: Path, changed: Mapping[str, Any], trusted: Sequence[str])
     saved["evaluation"] |= {name: value for name, value in changed.items() if value is not None}
     plan = check_saved(directory, saved)
     agent = build(plan)
-    manifest = read_checkpoint(directory, agent.load)
+    notes = read_checkpoint(directory, agent.load).notes
     before = grade(plan, Reference(agent.envs))
     after = grade(plan, agent)
-    summary = summarise(plan, before, after, manifest.notes.get("train_seconds", 0.0), agent)
+    summary = summarise(
+        plan, before, after, Cost(notes.get("train_seconds", 0.0), notes.get("peak_memory_bytes")), agent
+    )
     try:
         write_json(directory / "evaluation.json", summary)
     except OSError as error:  # the table is of use without

@@ -17,6 +17,7 @@ import lmgym
 from agents.runs.along import Along, solved_at
 from agents.runs.command_line import shell_command
 from agents.runs.config import CONF
+from agents.runs.cost import Cost, PeakMemory
 from agents.runs.directory import (
     CONFIG_FILE,
     changes_since,
@@ -118,12 +119,14 @@ def train(plan: Plan, directory: Path, resume: bool, notes: dict[str, Any] | Non
         notes: that its checkpoints carry, as `notes_of` gives them of its config; None reads that there.
     """
     from agents.algorithms.reference import Reference
+    from lmgym.models.sharing import resolve_device
 
     agent = build(plan)
     if notes is None:
         notes = notes_of(read_values(directory)) if (directory / CONFIG_FILE).is_file() else {}
     command = shell_command("agents.train", f"resume={directory}") + trust_argument(plan.trust)
-    saver = Saver(agent, directory, plan.checkpoint_every, notes, command, plan.budget)
+    memory = PeakMemory(resolve_device(plan.settings["device"]))
+    saver = Saver(agent, directory, plan.checkpoint_every, notes, command, plan.budget, memory=memory)
     if resume:
         saver.load()
     try:
@@ -134,11 +137,11 @@ def train(plan: Plan, directory: Path, resume: bool, notes: dict[str, Any] | Non
             Interrupt() as stop,
         ):
             along = None if plan.evaluation.every is None else Along(plan, agent, recorder)
-            train_seconds = saver.learn(plan.total_timesteps, recorder, stop, along)
+            cost = saver.learn(plan.total_timesteps, recorder, stop, along)
         if stop.asked and agent.num_timesteps < plan.total_timesteps and not saver.is_spent():
             print(f"Stopped after {agent.num_timesteps:,} tokens. Go on with: {command}")
             return 130
-        summary, rows = write_result(plan, directory, agent, before, train_seconds)
+        summary, rows = write_result(plan, directory, agent, before, cost)
     except KeyboardInterrupt:
         print(f"\nStopped at once. {saver.what_is_saved()}", file=sys.stderr)
         raise
@@ -147,16 +150,16 @@ def train(plan: Plan, directory: Path, resume: bool, notes: dict[str, Any] | Non
 
 
 def write_result(
-    plan: Plan, directory: Path, agent: Agent, before: Evaluation, train_seconds: float
+    plan: Plan, directory: Path, agent: Agent, before: Evaluation, cost: Cost
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Grades a trained agent and writes what came of it; returns the summary and the samples.
 
     Args:
         plan: of the run. directory: its own. agent: that has been trained.
-        before: the reference's grade. train_seconds: that training has taken.
+        before: the reference's grade. cost: what training has taken.
     """
     after = grade(plan, agent)
-    summary = summarise(plan, before, after, train_seconds, agent)
+    summary = summarise(plan, before, after, cost, agent)
     summary["solved_at"] = solved_at(read_rows(directory / METRICS_FILE), summary)
     rows = samples(agent.envs.engine.lm, before, after)
     write_json(directory / "summary.json", summary)

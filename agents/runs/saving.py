@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from agents.checkpoint import newest, read_manifest, replacing
 from agents.runs.clock import Clock
+from agents.runs.cost import Cost, PeakMemory, highest
 from agents.runs.directory import CHECKPOINT, read_checkpoint
 from agents.runs.plan import Budget
 from agents.runs.recorder import Recorder
@@ -34,7 +35,7 @@ class Saver:
         notes: that each checkpoint carries (`agents.runs.inputs.notes_of`).
         go_on: the command by which the run goes on.
         budget: what ends training early, if anything.
-        clock: of training; one of its own if None.
+        clock: of training; one of its own if None. memory: of training; likewise.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Saver:
         go_on: str,
         budget: Budget | None = None,
         clock: Clock | None = None,
+        memory: PeakMemory | None = None,
     ) -> None:
         self.agent = agent
         self.directory = directory
@@ -54,7 +56,8 @@ class Saver:
         self.go_on = go_on
         self.budget = budget or Budget()
         self._clock = clock or Clock()
-        self._seconds = 0.0  # before this process
+        self._memory = memory or PeakMemory()
+        self._before: Cost | None = None  # what other processes have spent on the run
         self._saved_at = 0
         self._is_recorded = True
 
@@ -65,10 +68,11 @@ class Saver:
             LmGymError: as `read_checkpoint`.
         """
         manifest = read_checkpoint(self.directory, self.agent.load)
-        self._seconds = float(manifest.notes.get("train_seconds", 0.0))
+        peak = manifest.notes.get("peak_memory_bytes")
+        self._before = Cost(float(manifest.notes.get("train_seconds", 0.0)), peak)
         self._saved_at = self.agent.num_timesteps
 
-    def learn(self, total_timesteps: int, recorder: Recorder, stop: Interrupt, along: Along | None = None) -> float:
+    def learn(self, total_timesteps: int, recorder: Recorder, stop: Interrupt, along: Along | None = None) -> Cost:
         """Trains until the budget is spent or a stop is asked for.
 
         Args:
@@ -76,7 +80,7 @@ class Saver:
             along: grades the agent along the way.
 
         Returns:
-            The seconds that training has taken, in all processes of the run.
+            What training has taken, in all processes of the run.
         """
         try:
             callback = self.start(recorder, stop, along)
@@ -94,13 +98,20 @@ class Saver:
     def start(self, recorder: Recorder, stop: Interrupt, along: Along | None = None) -> Callback:
         """What the agent is to call after every batch, from now on; the arguments are those of `learn`."""
         self._clock.start()
+        self._memory.start()
         if not self.is_spent():  # where the end of the run was here, and is farther off now
             self._grade(along, self.agent.num_timesteps)
         return partial(self._after_batch, recorder, stop, along)
 
     def seconds(self) -> float:
         """The seconds that training has taken so far, in all processes of the run."""
-        return self._seconds + self._clock.seconds()
+        before = 0.0 if self._before is None else self._before.seconds
+        return before + self._clock.seconds()
+
+    def cost(self) -> Cost:
+        """What training has taken so far, in all processes of the run."""
+        peak = self._memory.read()
+        return Cost(self.seconds(), peak if self._before is None else highest(self._before.peak_memory_bytes, peak))
 
     def is_spent(self) -> bool:
         """Whether the budget is spent."""
@@ -108,7 +119,7 @@ class Saver:
 
     def _grade(self, along: Along | None, step: int) -> None:
         if along is not None and along.is_due(step):
-            with self._clock.stopped():
+            with self._clock.stopped(), self._memory.paused():
                 along.grade(step, self.seconds())
 
     def what_is_saved(self) -> str:
@@ -135,15 +146,16 @@ class Saver:
             self.save()
         return not (stop.asked or is_spent)
 
-    def save(self) -> float:
-        """Writes a checkpoint; returns the seconds that training has taken so far."""
-        seconds = self.seconds()
+    def save(self) -> Cost:
+        """Writes a checkpoint; returns what training has taken so far."""
+        cost = self.cost()
         steps = self.agent.num_timesteps
-        notes = {**self.notes, "train_seconds": seconds, "num_timesteps": steps}
+        spent = {"train_seconds": cost.seconds, "peak_memory_bytes": cost.peak_memory_bytes}
+        notes = {**self.notes, **spent, "num_timesteps": steps}
         with replacing(self.directory / CHECKPOINT, notes) as scratch:
             self.agent.write(scratch)
         self._saved_at = steps
-        return seconds
+        return cost
 
     def _rescue(self, error: Exception) -> None:
         """Saves what training had reached before it failed, unless that is already done or cannot be gone on from.
