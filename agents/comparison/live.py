@@ -30,17 +30,21 @@ class Row:
     """A run, and how far it is.
 
     Attributes:
-        cell: the run. state: one of the five above. error: what ended it. result: its share of the gain or its return.
-        seconds: that it took here. started: the clock then.
+        cell: the run. label: what it is called. state: one of the five above. error: what ended it.
+        result: its share of the gain or its return. seconds: that it took here. started: the clock then.
     """
 
     cell: Cell
+    label: str
     state: str = WAITING
     error: str = ""
     result: str = ""
     seconds: float = math.nan
     started: float = 0.0
     share: float = field(default=0.0)
+
+    def __str__(self) -> str:
+        return f"{self.label} on {self.cell.problem}, seed {self.cell.seed}"
 
     def look(self) -> None:
         """Reads how far a running one is."""
@@ -125,7 +129,7 @@ class Plain:
             left = seconds_left(self._rows, self._workers)
             more = f", {duration(left)} left" if left else ""
             took = f" in {duration(row.seconds)}" if math.isfinite(row.seconds) else ""
-            print(f"[{done}/{len(self._rows)}] {row.cell}: {result}{took}{more}", flush=True)
+            print(f"[{done}/{len(self._rows)}] {row}: {result}{took}{more}", flush=True)
 
 
 class Live(Plain):
@@ -163,9 +167,9 @@ class Live(Plain):
         )
         lines: dict[tuple[str, str], dict[int, Row]] = {}
         for row in self._rows:
-            lines.setdefault((row.cell.setting.label, row.cell.task), {})[row.cell.seed] = row
-        for (label, task), by_seed in lines.items():
-            table.add_row(label, task, *(_cell(by_seed.get(seed)) for seed in seeds))
+            lines.setdefault((row.label, row.cell.problem), {})[row.cell.seed] = row
+        for (label, problem), by_seed in lines.items():
+            table.add_row(label, problem, *(_cell(by_seed.get(seed)) for seed in seeds))
         return table
 
 

@@ -37,11 +37,21 @@ def agent_name(config: Config) -> str:
     module, _, class_name = target.rpartition(".")
     if not module.startswith("agents"):
         return target
-    for name, choice in _choices().items():
-        same_class = choice["_target_"].rpartition(".")[2] == class_name
-        if same_class and choice.get("algorithm") == agent.get("algorithm"):
-            return name
+    same = {
+        name: choice
+        for name, choice in _choices().items()
+        if choice["_target_"].rpartition(".")[2] == class_name and choice.get("algorithm") == agent.get("algorithm")
+    }
+    if same:  # of several names for one class, the one whose values these are
+        return min(same, key=lambda name: _apart(same[name], agent))
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name).lower()
+
+
+def _apart(choice: Mapping[str, Any], agent: Mapping[str, Any]) -> tuple[int, int]:
+    """How many values of a file of conf/agent a config has otherwise, and minus how many it has as they are there."""
+    own = [key for key in choice if key != "_target_"]
+    equal = sum(agent.get(key) == choice[key] for key in own)
+    return len(own) - equal, -equal
 
 
 @functools.cache
@@ -78,7 +88,10 @@ def _changes(config: Config) -> list[str]:
 
 
 def find_labels(configs: Sequence[Config]) -> list[str]:
-    """The name of each run's agent, with the values of what differs between runs of that agent on one task."""
+    """The name of each run's agent, with the values of what differs between runs of that agent on one task.
+
+    A key that a config does not have is one that is younger than its run, and is not said of it.
+    """
     agents = [agent_name(config) for config in configs]
     settings = [_settings(config) for config in configs]
     labels = list(agents)
@@ -90,10 +103,12 @@ def find_labels(configs: Sequence[Config]) -> list[str]:
         varied = [
             key
             for key in dict.fromkeys(key for i in rows for key in settings[i])
-            if any(len({repr(settings[i].get(key)) for i in several}) > 1 for several in by_task.values())
+            if any(
+                len({repr(settings[i][key]) for i in several if key in settings[i]}) > 1 for several in by_task.values()
+            )
         ]
         for i in rows:
-            values = [f"{_last(key, varied)}={_short(settings[i].get(key))}" for key in varied]
+            values = [f"{_last(key, varied)}={_short(settings[i][key])}" for key in varied if key in settings[i]]
             labels[i] = " ".join([agent, *values])
     return labels
 

@@ -13,6 +13,8 @@ import hydra
 from hydra.errors import CompactHydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from agents.comparison.directories import is_finished
+from agents.comparison.names import find_labels, problem_name
 from agents.comparison.protocol import Protocol
 from agents.faults.config import KNOBS
 from agents.runs.config import CONF, explained
@@ -36,10 +38,9 @@ class Setting:
     agent: str
     values: tuple[str, ...] = ()
 
-    @property
-    def label(self) -> str:
-        """What the comparison calls it: `ppo lr=1e-3`."""
-        return " ".join([self.agent, *map(_short, self.values)])
+    def __str__(self) -> str:
+        """As it was typed."""
+        return " ".join([self.agent, *self.values])
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,13 @@ class Cell:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it has been run to its end."""
-        return (self.directory / "summary.json").is_file()
+        """Whether it has been run to its end, and what it left can be read."""
+        return is_finished(self.directory)
 
-    def __str__(self) -> str:
-        return f"{self.setting.label} on {self.task}, seed {self.seed}"
+    @property
+    def problem(self) -> str:
+        """The task with what is changed of it, as the report calls it."""
+        return problem_name(self.values)
 
 
 def settings_of(protocol: Protocol) -> list[Setting]:
@@ -104,17 +107,31 @@ def make_cells(
             try:
                 check_values_of_run(values)
             except LmGymError as error:
-                wrong[f"{setting.label} on {task}: {error}"] = None
+                wrong[f"{setting} on {task}: {error}"] = None
             found += [_make_cell(protocol, setting, values, seed, out) for seed in seeds]
     if wrong:
         raise InvalidArgumentError("\n".join(wrong))
     found.sort(key=lambda cell: seeds.index(cell.seed))
-    directories = [cell.directory for cell in found]
     for cell in found:
-        if directories.count(cell.directory) > 1:
-            raise InvalidArgumentError(f"`{cell.directory.name}` must be the directory of one run: vary a value once.")
         _check_same(cell, protocol)
     return found
+
+
+def labels_of(cells: Sequence[Cell]) -> list[str]:
+    """What each run is called, in the table of runs and in the report: `ppo lr=1e-3`."""
+    return find_labels([cell.values for cell in cells])
+
+
+def check_distinct(cells: Sequence[Cell]) -> None:
+    """Raises `InvalidArgumentError` where two runs of one seed would be the same one."""
+    seen: dict[tuple[str, str, int], Cell] = {}
+    for label, cell in zip(labels_of(cells), cells, strict=True):
+        other = seen.setdefault((label, cell.problem, cell.seed), cell)
+        if other is not cell:
+            raise InvalidArgumentError(
+                f"`{other.setting}` and `{cell.setting}` must be different runs, and are one and the same: vary what "
+                "makes a difference, and each value once."
+            )
 
 
 def _make_cell(protocol: Protocol, setting: Setting, values: Mapping[str, Any], seed: int, out: Path) -> Cell:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -11,10 +12,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from agents.comparison.protocol_file import read_protocol
 from agents.comparison.spaces import Space, read_spaces
 from agents.runs.arguments import find_configs
 from agents.runs.command_line import prepared
@@ -98,9 +99,14 @@ def read_request(arguments: Sequence[str]) -> Request:
         LmGymError: naming the argument, with the nearest name where one is not known.
     """
     arguments, config_dir = _without_config_dir(arguments)
+    seen: set[str] = set()
     for argument in arguments:
         if "=" not in argument or argument.startswith("-"):
             raise InvalidArgumentError(f"`{argument}` must be KEY=VALUE, such as agents=ppo,rloo or seeds=5.")
+        key = argument.partition("=")[0].lstrip("+")
+        if key in seen:
+            raise InvalidArgumentError(f"`{key}` must be given once: {key}=VALUE,VALUE for several values.")
+        seen.add(key)
     given = {}
     overrides = []
     for argument in arguments:
@@ -116,7 +122,7 @@ def read_request(arguments: Sequence[str]) -> Request:
             raise InvalidArgumentError(
                 f"`protocol` must be all that is asked for, got {shlex.join(beside)} beside it: write that in the file."
             )
-        source, of_file = _read_file(Path(given["protocol"]))
+        source, of_file = read_protocol(Path(given["protocol"]))
         own = {key: value for key, value in of_file.items() if key in KEYS}
         overrides = [f"{key}={value}" for key, value in of_file.items() if key not in KEYS]
         given = {**own, **given}
@@ -188,9 +194,6 @@ def _check_rule(protocol: Protocol, runs: str | None) -> None:
         raise InvalidArgumentError("`seeds` must be a number of at least 2 with `max_seeds`: how many come at a time.")
     if most <= group or most % group:
         raise InvalidArgumentError(f"`max_seeds` must be a multiple of `seeds`={group} and above it, got {most}.")
-    labels = len(protocol.agents) * math.prod(len(values) for _, values in protocol.varied)
-    if labels < 2:
-        raise InvalidArgumentError(f"`agents` must be two at least with `max_seeds`, got {', '.join(protocol.agents)}.")
     for name, given in (("tune", protocol.tune), ("runs", runs)):
         if given:
             raise InvalidArgumentError(
@@ -215,8 +218,15 @@ def _split_overrides(
         key = override.partition("=")[0].lstrip("+")
         if key in _PLURAL:
             raise InvalidArgumentError(f"`{key}` is called `{_PLURAL[key]}` here: {_PLURAL[key]}=...")
-        if key in _NOT_OURS or key.startswith("hydra."):
+        if key in _NOT_OURS:
             raise InvalidArgumentError(f"`{key}` must not be given here: the same command goes on with what is there.")
+        first = re.split(r"[./@]", key)[0]
+        if first in KEYS:
+            raise InvalidArgumentError(f"`{first}` must be a value or several, and has no parts: got {override}.")
+        if first == "hydra":
+            raise InvalidArgumentError(f"`{key}` must not be given here: the runs go to processes of this command.")
+        if first not in _keys_of_training() and not override.startswith(("+", "~")):
+            raise unknown_name(first, first, {*KEYS, *_keys_of_training()} - set(_PLURAL) - set(_NOT_OURS))
         try:
             meant = OverridesParser.create().parse_overrides([override])[0]
         except HydraException as error:
@@ -226,6 +236,13 @@ def _split_overrides(
         else:
             fixed.append(override)
     return tuple(fixed), tuple(varied)
+
+
+@functools.cache
+def _keys_of_training() -> frozenset[str]:
+    """Keys of `conf/train.yaml`, and groups of files of configs."""
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    return frozenset((groups | set(read_config(CONF / "train.yaml"))) - {"defaults", "hydra"})
 
 
 def _read_seeds(text: str) -> tuple[int, ...]:
@@ -263,39 +280,15 @@ def _without_config_dir(arguments: Sequence[str]) -> tuple[list[str], str | None
     for option in ("--config-dir", "-cd"):
         if option in kept and kept.index(option) + 1 < len(kept):
             i = kept.index(option)
-            directory = kept[i + 1]
-            return [*kept[:i], *kept[i + 2 :]], str(Path(directory).resolve())
+            return [*kept[:i], *kept[i + 2 :]], _directory(kept[i + 1])
         for argument in kept:
             if argument.startswith(f"{option}="):
                 kept.remove(argument)
-                return kept, str(Path(argument.partition("=")[2]).resolve())
+                return kept, _directory(argument.partition("=")[2])
     return kept, None
 
 
-# -- a protocol in a file --------------------------------------------------------------------------------------------
-
-
-def _read_file(path: Path) -> tuple[tuple[str, str], dict[str, str]]:
-    """The path and SHA-256 of a protocol, and its keys with values as on a command line."""
-    values = read_config(path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return (str(path), digest), {key: _as_argument(value) for key, value in _leaves(values)}
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found += _leaves(value, f"{prefix}{name}.")
-        else:
-            found.append((f"{prefix}{name}", value))
-    return found
-
-
-def _as_argument(value: Any) -> str:
-    """A list stands for several values."""
-    if isinstance(value, list):
-        return ",".join(map(_as_argument, value))
-    if isinstance(value, str):
-        return value
-    return yaml.safe_dump(value).partition("\n")[0]
+def _directory(path: str) -> str:
+    if not Path(path).is_dir():
+        raise InvalidArgumentError(f"`--config-dir` must be a directory, got {path!r}.")
+    return str(Path(path).resolve())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from agents.comparison.protocol import Request
@@ -11,7 +12,7 @@ from agents.runs.origin import find_origin
 from agents.runs.run import versions
 from agents.runs.trust import config_text, read_config
 from lmgym.errors import InvalidArgumentError
-from lmgym.files import write_atomically
+from lmgym.files import RunFileError, write_atomically
 
 PROTOCOL = "protocol.yaml"
 RULE = ("max_seeds", "margin", "seeds")  # by which seeds are added
@@ -29,22 +30,36 @@ def write_protocol(request: Request, command: str) -> None:
             that another rule has added.
     """
     path = request.out / PROTOCOL
-    values: dict[str, Any] = read_config(path) if path.is_file() else {}
+    values = _read(path)
     source = None if request.source is None else {"path": request.source[0], "sha256": request.source[1]}
     before = values.get("file")
-    if before and source and before["sha256"] != source["sha256"]:
+    if before and source and before.get("sha256") != source["sha256"]:
         raise InvalidArgumentError(
             f"`protocol` must be as it was when {request.out} was begun, and {source['path']} has changed: put it "
             "back, or choose another `out`."
         )
     _check_rule(values.get("protocol") or {}, request)
     call = {**find_origin(), "command": command, "packages": versions()}
-    calls = values.get("calls") or []
+    calls = list(values.get("calls") or [])
     if not calls or {**calls[-1], "time": None} != {**call, "time": None}:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         calls.append({"time": now, **call})
     values = {"protocol": request.protocol.as_values(), "file": source, "calls": calls}
     write_atomically(path, f"{_HEADER}\n{config_text(values)}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What was noted before.
+
+    Raises:
+        RunFileError: for a file that this command has not written so.
+    """
+    values = read_config(path) if path.is_file() else {}
+    kinds = {"protocol": dict, "file": dict, "calls": list}
+    whole = all(isinstance(values.get(name) or kind(), kind) for name, kind in kinds.items())
+    if not whole or not all(isinstance(call, dict) for call in values.get("calls") or []):
+        raise RunFileError(f"`{path}` must be as this command wrote it, and is not.")
+    return values
 
 
 def _check_rule(before: Mapping[str, Any], request: Request) -> None:

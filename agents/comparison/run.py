@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agents.comparison.directories import find_runs
-from agents.comparison.plan import Cell, make_cells, settings_of
+from agents.comparison.plan import Cell, check_distinct, make_cells, settings_of
 from agents.comparison.protocol import Request, read_request
 from agents.comparison.record import write_protocol
 from agents.comparison.sequential import rule_of, run_until_decided
 from agents.comparison.sweep import Sweep
 from agents.comparison.tuning import Search, begin_search
 from agents.runs.command_line import shell_command
+from agents.runs.directory import CONFIG_FILE
 from agents.runs.lock import Lock
+from lmgym.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from agents.comparison.verdict import Rule
@@ -39,8 +41,9 @@ def compare(arguments: Sequence[str]) -> int:
     others = find_runs(request.runs) if request.runs else []
     seeds = protocol.seeds if protocol.max_seeds is None else range(protocol.max_seeds)
     cells = make_cells(protocol, settings_of(protocol), seeds, request.out)
+    check_distinct(cells)
     search = begin_search(protocol, request.out / TUNING) if protocol.tune else None
-    request.out.mkdir(parents=True, exist_ok=True)
+    _make_directory(request.out)
     with Lock(request.out):
         if cells:
             write_protocol(request, command)
@@ -60,6 +63,18 @@ def compare(arguments: Sequence[str]) -> int:
     return code
 
 
+def _make_directory(out: Path) -> None:
+    """Raises `InvalidArgumentError` where the results cannot go there."""
+    if (out / CONFIG_FILE).is_file():
+        raise InvalidArgumentError(f"`out` must be the directory of a comparison, and {out} is that of a run.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"`out` must be a directory that can be made, got {out}: {error.strerror}."
+        ) from None
+
+
 def _tune(search: Search, cells: Sequence[Cell], request: Request, command: str) -> int:
     """Searches, runs what won on the reported seeds, and says how sensitive the agents are."""
     code = run_cells(search.cells, request, command)
@@ -77,7 +92,7 @@ def run_cells(cells: Sequence[Cell], request: Request, command: str) -> int:
     sweep = Sweep(cells, request.workers or cores())
     sweep.run()
     for row in sweep.failed:
-        print(f"{row.cell} failed: {row.error} ({row.cell.directory / 'log.txt'})", file=sys.stderr)
+        print(f"{row} failed: {row.error} ({row.cell.directory / 'log.txt'})", file=sys.stderr)
     if sweep.is_stopped:
         print(f"Stopped. Go on with: {command}", flush=True)
         return _STOPPED

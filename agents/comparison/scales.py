@@ -17,9 +17,10 @@ def regraded(summary: Mapping[str, Any], task: str | None) -> dict[str, Any]:
     Where a bound of V* is tighter than when a run ended, the run need not be repeated.
 
     Args:
-        summary: of a run. task: that it was graded on, as it is registered; None keeps the scale that it has.
+        summary: of a run; one that is empty stays so.
+        task: that it was graded on, as it is registered; None keeps the scale that it has.
     """
-    optimum = None if task is None else known_optimum(task)
+    optimum = None if task is None or not summary else known_optimum(task)
     if optimum is None:
         return dict(summary)
     reference = reference_return(optimum)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from agents.comparison.plan import Cell
+from agents.comparison.plan import Cell, labels_of
 from agents.comparison.protocol import Protocol
 from lmgym.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from agents.comparison.verdict import Rule
-    from lmgym.scores import ScoreMatrix, SequentialPlan, SequentialResult, Verdict
+    from lmgym.scores import SequentialPlan, SequentialResult, Verdict
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Ended:
 
     Attributes:
         code: the exit code. cells: the runs of all groups so far.
-        found: what the last look has found; None where it was stopped before.
+        found: what the last look has found; None where it was stopped before, or nothing can be decided.
     """
 
     code: int
@@ -49,52 +49,49 @@ def run_until_decided(protocol: Protocol, every: Sequence[Cell], run: Callable[[
         run: runs what is missing, and returns the exit code, which is above 1 where it was stopped.
 
     Raises:
-        InvalidArgumentError: for a task whose optimum is not known.
+        InvalidArgumentError: for a task whose optimum is not known, or where there is one label alone.
     """
     plan = plan_of(protocol)
-    wanted = {cell.setting.label: plan.group for cell in every}
+    labels = labels_of(every)
+    if len(set(labels)) < 2:
+        raise InvalidArgumentError(f"`agents` must be two at least with `max_seeds`, got {labels[0]}.")
+    wanted = dict.fromkeys(labels, plan.group)
     failed = 0
     while True:
-        cells = [cell for cell in every if cell.seed < wanted[cell.setting.label]]
+        cells = [cell for cell, label in zip(every, labels, strict=True) if cell.seed < wanted[label]]
         code = run(cells)
         if code > 1:
             return Ended(code, cells, None)
         failed = max(failed, code)
         found = look(cells, plan)
+        if found is None:
+            print("\nNothing can be decided: on a task every run has failed.", flush=True)
+            return Ended(failed, cells, None)
         if found.finished:
             return Ended(failed, cells, found)
         print(f"\n{standing(found)}", flush=True)
         wanted |= found.wanted
 
 
-def look(cells: Sequence[Cell], plan: SequentialPlan) -> SequentialResult:
-    """What the runs so far decide; a failed run counts as the reference."""
-    from agents.comparison.study import FAILURE_COUNTS_AS
+def look(cells: Sequence[Cell], plan: SequentialPlan) -> SequentialResult | None:
+    """What the runs so far decide; a failed run counts as the reference. None where none has finished on some task.
+
+    Raises:
+        InvalidArgumentError: for a task whose optimum is not known.
+    """
+    from agents.comparison.study import FAILURE_COUNTS_AS, matrix_of
+    from agents.comparison.table import read_runs
     from lmgym.scores import sequential_test
 
-    return sequential_test(_shares(cells).with_failures_as(FAILURE_COUNTS_AS), plan)
-
-
-def _shares(cells: Sequence[Cell]) -> ScoreMatrix:
-    """The shares of the gain; NaN of a run that has failed."""
-    from agents.comparison.table import read_runs
-    from agents.comparison.terminal import share_of
-    from lmgym.scores import ScoreMatrix
-
-    runs = {run.directory.resolve(): run for run in read_runs([cell.directory for cell in cells]).runs}
-    shares = []
-    for cell in cells:
-        found = runs[cell.directory.resolve()]
-        share = share_of(found) if found.finished else math.nan
-        if share is None:
-            raise InvalidArgumentError(f"`tasks` must have a known optimum where seeds are added, got {cell.task}.")
-        shares.append(share)
-    return ScoreMatrix.from_columns(
-        label=[cell.setting.label for cell in cells],
-        task=[cell.task for cell in cells],
-        seed=[cell.seed for cell in cells],
-        score=shares,
-    )
+    table = read_runs([cell.directory for cell in cells])
+    matrix = matrix_of(table)
+    known = () if matrix is None else matrix.tasks
+    for run in table.finished:
+        if run.task not in known:
+            raise InvalidArgumentError(f"`tasks` must have a known optimum where seeds are added, got {run.task}.")
+    if matrix is None or len(known) < len({cell.problem for cell in cells}):
+        return None
+    return sequential_test(matrix.with_failures_as(FAILURE_COUNTS_AS), plan)
 
 
 def rule_of(found: SequentialResult, protocol: Protocol) -> Rule:

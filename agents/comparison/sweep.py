@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from agents.comparison.live import FAILED, INTERRUPTED, RUNNING, WAITING, Plain, Row, make_display
-from agents.comparison.plan import Cell
+from agents.comparison.plan import Cell, labels_of
 from agents.comparison.workers import INTERRUPTED as STOPPED
 from agents.comparison.workers import Answer, Job, Worker, wait_for
 from agents.runs.signals import Stops
@@ -30,7 +30,7 @@ class Sweep:
     """
 
     def __init__(self, cells: Sequence[Cell], workers: int) -> None:
-        self.rows = [Row(cell) for cell in cells]
+        self.rows = [Row(cell, label) for cell, label in zip(cells, labels_of(cells), strict=True)]
         self.is_stopped = False
         for row in self.rows:
             if row.cell.is_finished:
@@ -81,7 +81,7 @@ class Sweep:
                     worker.job = None
                     del asked[worker]
                     if answer.code:
-                        wrong.append(f"{cell.setting.label} on {cell.task}: {answer.error}")
+                        wrong.append(f"{cell.setting} on {cell.task}: {answer.error}")
         if wrong:
             raise InvalidArgumentError("\n".join(wrong))
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.comparison.directories import ERROR_FILE, find_runs
+from agents.comparison.directories import ERROR_FILE, find_runs, read_summary
 from agents.comparison.names import agent_name, find_labels, own_task, problem_name
 from agents.comparison.scales import interval_of, regraded
 from agents.comparison.series import GRADED, Series, read_series
@@ -183,7 +183,7 @@ def _read_run(path: Path, name: str, config: dict[str, Any], label: str) -> Run:
     try:
         if not config:
             read_config(path / CONFIG_FILE)
-        summary = _read_summary(path, config)
+        summary = regraded(read_summary(path), own_task(config))
         rows = read_rows(path / METRICS_FILE) if (path / METRICS_FILE).is_file() else []
         origin = _read_origin(path)
     except LmGymError as error:
@@ -205,15 +205,6 @@ def _read_or(path: Path, read: Any) -> dict[str, Any]:
         return dict(read(path))
     except RunFileError:
         return {}
-
-
-def _read_summary(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    if not (path / "summary.json").is_file():
-        return {}
-    summary = read_json(path / "summary.json")
-    if not isinstance(summary, dict) or not {"before", "after", "train_seconds", "total_timesteps"} <= summary.keys():
-        raise RunFileError(f"`{path / 'summary.json'}` must be the summary of a run, and is not.")
-    return regraded(summary, own_task(config))
 
 
 def _read_origin(path: Path) -> dict[str, Any]:

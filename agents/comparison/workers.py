@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from agents.comparison.directories import ERROR_FILE
-from agents.runs.directory import CHECKPOINT
+from agents.runs.directory import CHECKPOINT, CONFIG_FILE, write_config
 from agents.runs.lock import Lock
 from agents.runs.signals import Stoppable
 from agents.runs.surroundings import prepare_process
@@ -91,8 +91,8 @@ class Worker:
         code = self._process.exitcode or 0
         reason = f"signal {-code}" if code < 0 else f"exit code {code}"
         error = f"the process died of {reason}"
-        if self.job is not None and self.job.directory is not None:
-            note_error(self.job.directory, error)
+        if self.job is not None:
+            note_error(self.job, error)
         return Answer(code or 1, error)
 
     @property
@@ -122,10 +122,15 @@ def wait_for(workers: Sequence[Worker], seconds: float) -> None:
     wait([worker.connection for worker in workers], seconds)
 
 
-def note_error(directory: Path, error: str) -> None:
-    """Leaves in a run directory what ended the run."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / ERROR_FILE, f"{error}\n")
+def note_error(job: Job, error: str) -> None:
+    """Leaves in a run directory what ended the run, and of which run that is, where something can be left there."""
+    if job.directory is None:
+        return
+    with contextlib.suppress(OSError):
+        job.directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(job.directory / ERROR_FILE, f"{error}\n")
+        if not (job.directory / CONFIG_FILE).is_file():
+            write_config(job.directory, job.values)
 
 
 @contextlib.contextmanager
@@ -176,17 +181,25 @@ def _end_with(lifeline: Connection) -> None:
 def _do(job: Job) -> Answer:
     if job.directory is None:
         return _check(job.values)
-    job.directory.mkdir(parents=True, exist_ok=True)
-    with _writing_to(job.directory / LOG):
+    try:
+        job.directory.mkdir(parents=True, exist_ok=True)
+        return _do_here(job, job.directory)
+    except OSError as error:  # the directory or its log cannot be written
+        return Answer(1, str(error))
+
+
+def _do_here(job: Job, directory: Path) -> Answer:
+    """Does a job; what it prints goes to a file in the directory."""
+    with _writing_to(directory / LOG):
         try:
-            return _run(job, job.directory)
+            return _run(job, directory)
         except KeyboardInterrupt:
             return Answer(INTERRUPTED)
         except BaseException as error:
             traceback.print_exc()
             found = str(error) if isinstance(error, LmGymError) else traceback.format_exception_only(error)[-1]
             found = found.strip().splitlines()[-1] if found.strip() else type(error).__name__
-            note_error(job.directory, found)
+            note_error(job, found)
             return Answer(1, found)
         finally:
             gc.collect()  # models that are held in cycles

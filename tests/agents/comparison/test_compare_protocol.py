@@ -10,9 +10,11 @@ import pytest
 import yaml
 from sources import ROOT
 
-from agents.comparison.plan import Setting, make_cells, settings_of
+from agents.comparison.plan import Cell, Setting, check_distinct, labels_of, make_cells, settings_of
 from agents.comparison.protocol import KEYS, Protocol, read_request
 from agents.comparison.record import PROTOCOL, write_protocol
+from agents.comparison.run import compare
+from agents.comparison.table import read_runs
 from agents.runs.defaults import complete_agents
 from agents.runs.help_page import compare_help_page
 from agents.runs.trust import read_config
@@ -30,7 +32,7 @@ def test_a_command_is_agents_times_tasks_times_seeds_times_what_varies(tmp_path:
     assert len(cells) == 2 * 2 * 2 * 2
     assert [cell.seed for cell in cells] == [0] * 8 + [1] * 8  # all of a seed, then all of the next
     assert cells[0].directory == tmp_path / "rloo-lr0.001-echo-2-0"
-    assert (cells[0].setting.label, cells[0].values["agent"]["lr"]) == ("rloo lr=0.001", 1e-3)
+    assert (labels_of(cells)[0], cells[0].values["agent"]["lr"]) == ("rloo lr=1e-3", 1e-3)
     assert all(cell.values["total_timesteps"] == 2000 for cell in cells)
     assert {cell.values["seed"] for cell in cells} == {0, 1}
     assert cells[0].arguments == ("agent=rloo", "task=echo-2", "seed=0", "total_timesteps=2000", "agent.lr=0.001")
@@ -69,6 +71,15 @@ def test_seeds_are_a_number_or_named() -> None:
         ([*BOTH, "tune=agent.lr:normal(1,2)"], "`tune: agent.lr` must be one of"),
         ([*BOTH, "tune=agent.lr"], "`tune` must be such as agent.lr:loguniform"),
         ([*BOTH, "protocol=x.yaml"], "`protocol` must be all that is asked for"),
+        ([*BOTH, "agents=ppo"], "`agents` must be given once: agents=VALUE,VALUE"),
+        ([*BOTH, "agent.lr=1", "+agent.lr=2,3"], "`agent.lr` must be given once"),
+        ([*BOTH, "worker=1"], "`worker` must be one of .* Did you mean 'workers'?"),
+        ([*BOTH, "max_seed=1"], "`max_seed` must be one of .* Did you mean 'max_seeds'?"),
+        (["agnts=ppo", "tasks=echo-2"], "`agnts` must be one of .* Did you mean 'agents'?"),
+        ([*BOTH, "seeds.a=1"], "`seeds` must be a value or several"),
+        ([*BOTH, "hydra/launcher=joblib"], "`hydra/launcher` must not be given here"),
+        ([*BOTH, "--config-dir", "/nowhere"], "`--config-dir` must be a directory, got '/nowhere'"),
+        ([*BOTH, f"--config-dir={__file__}"], "`--config-dir` must be a directory"),
     ],
 )
 def test_a_command_that_cannot_be_is_answered_in_a_line(arguments: list[str], message: str) -> None:
@@ -117,6 +128,70 @@ def test_a_protocol_in_a_file_is_the_same_as_on_the_command_line(tmp_path: Path)
     path.write_text(path.read_text() + "trials: 3\n")
     with pytest.raises(InvalidArgumentError, match="`protocol` must be as it was when"):
         write_protocol(read_request([f"protocol={path}", f"out={tmp_path / 'a'}"]), "two")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("protocol: other.yaml", "`protocol` must not stand in"),
+        ("tasks: [[echo-2], reviews]", "`tasks` must be a value or a list of values"),
+        ("seeds: {from: 3}", "`seeds` must be a value or several"),
+        ("- agents", "must hold names with values"),
+        ("", "must hold names with values"),
+    ],
+)
+def test_a_file_that_is_no_protocol_is_answered_in_a_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(LmGymError, match=message):
+        read_request([f"protocol={tmp_path / 'study.yaml'}"])
+
+
+@pytest.mark.parametrize("text", ["protocol: 3", "file: x.yaml", "calls: [1]", "calls: {a: 1}", "- 1", "a: ["])
+def test_notes_that_this_command_did_not_write_are_not_written_over(tmp_path: Path, text: str) -> None:
+    (tmp_path / PROTOCOL).write_text(text)
+    with pytest.raises(LmGymError, match=PROTOCOL):
+        write_protocol(read_request([*BOTH, f"out={tmp_path}"]), "one")
+    assert (tmp_path / PROTOCOL).read_text() == text
+
+
+def cells_of(arguments: list[str], out: Path) -> list[Cell]:
+    protocol = read_request([*arguments, f"out={out}"]).protocol
+    return make_cells(protocol, settings_of(protocol), protocol.seeds, out)
+
+
+@pytest.mark.parametrize("varied", ["agent.lr=1,1.0", "evaluation.samples=2,4", "device=cpu,auto"])
+def test_what_makes_no_other_run_is_not_varied(tmp_path: Path, varied: str) -> None:
+    cells = cells_of(["agents=rloo", "tasks=echo-2", varied], tmp_path)
+    with pytest.raises(InvalidArgumentError, match="must be different runs, and are one and the same"):
+        check_distinct(cells)
+
+
+def test_runs_are_called_as_the_report_calls_them(tmp_path: Path) -> None:
+    cells = cells_of([*BOTH, "seeds=1", "agent.lr=1e-3,5e-3", "env.kl_coef=0.1,0.2"], tmp_path)
+    check_distinct(cells)
+    for cell in cells:
+        cell.directory.mkdir()
+        (cell.directory / "config.yaml").write_text(yaml.safe_dump(cell.values))
+    runs = read_runs([tmp_path]).runs
+    reported = {run.directory: (run.label, run.task) for run in runs}
+    assert reported == {
+        cell.directory: (label, cell.problem) for cell, label in zip(cells, labels_of(cells), strict=True)
+    }
+    assert ("rloo lr=5e-3", "anchor-0.1 kl_coef=0.2") in reported.values()
+
+
+@pytest.mark.parametrize("kind", ["file", "run", "proc"])
+def test_results_that_can_go_nowhere_are_answered_in_a_line(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("")
+    elif kind == "run":
+        out.mkdir()
+        (out / "config.yaml").write_text("task: echo-2\n")
+    else:
+        out = Path("/proc/nowhere")
+    with pytest.raises(InvalidArgumentError, match="`out` must be "):
+        compare(["agents=reference", "tasks=echo-2", "seeds=1", f"out={out}"])
 
 
 def test_the_help_page_has_every_key() -> None:

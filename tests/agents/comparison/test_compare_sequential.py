@@ -98,6 +98,8 @@ def test_a_stop_ends_it_and_a_failed_run_counts_as_the_reference(tmp_path: Path)
         if (broken / "summary.json").is_file():
             shutil.rmtree(broken)
             write_run(broken, seed=3, finished=False)
+            (cell,) = [cell for cell in cells if cell.directory == broken]
+            (broken / "config.yaml").write_text(config_text(cell.values))
             (broken / "error.txt").write_text("NotFiniteError: the loss is nan\n")
         return 1
 
@@ -155,5 +157,9 @@ def test_a_rule_is_not_changed_after_a_look(tmp_path: Path) -> None:
 def test_a_rule_that_cannot_be_is_refused(more: list[str], message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         read_request(["agents=ppo,rloo", "tasks=echo-2", *more])
+
+
+def test_one_label_alone_is_not_compared(tmp_path: Path) -> None:
+    protocol = read_request(["agents=ppo", "tasks=echo-2", "env.kl_coef=0.1,0.2", "max_seeds=10"]).protocol
     with pytest.raises(InvalidArgumentError, match="`agents` must be two at least"):
-        read_request(["agents=ppo", "tasks=echo-2", "max_seeds=10"])
+        run_until_decided(protocol, cells_of(protocol, tmp_path), lambda cells: 0)

@@ -23,14 +23,16 @@ from lmgym.errors import InvalidArgumentError
 
 
 def make_cell(directory: Path, agent: str = "a", task: str = "t", seed: int = 0) -> Cell:
-    values = {"total_timesteps": 100}
+    values = {"total_timesteps": 100, "task": task, "agent": {"_target_": f"own.{agent}"}}
     return Cell(Setting(agent), task, seed, values, ("agent=a",), directory / f"{agent}-{task}-{seed}")
 
 
 def finish(directory: Path, share: float | None = 0.5) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     graded = {"return": {"mean": 2.0}, "normalised": None if share is None else {"mean": share}}
-    (directory / "summary.json").write_text(json.dumps({"after": graded}))
+    summary = {"before": graded, "after": graded, "train_seconds": 1.0, "total_timesteps": 100}
+    (directory / "config.yaml").write_text("task: t\n")
+    (directory / "summary.json").write_text(json.dumps(summary))
 
 
 class Fake:
@@ -119,7 +121,7 @@ def test_a_run_that_fails_and_a_worker_that_dies_stop_no_other(
         ("failed", "the last line"),
     ]
     assert states(sweep).count(FINISHED) == 2
-    assert "[1/4] a on t, seed 0: failed the process died of signal 9" in capsys.readouterr().out
+    assert "[1/4] own.a on t, seed 0: failed the process died of signal 9" in capsys.readouterr().out
     fakes.fates = {}
     again = Sweep(cells, 1)
     again.run()
@@ -150,8 +152,8 @@ def test_a_config_that_cannot_be_starts_no_run(fakes: type[Fake], tmp_path: Path
 
 
 def test_the_time_left_is_that_of_runs_alike(tmp_path: Path) -> None:
-    fast = [Row(make_cell(tmp_path, "a", seed=seed)) for seed in range(3)]
-    slow = [Row(make_cell(tmp_path, "b", seed=seed)) for seed in range(3)]
+    fast = [Row(make_cell(tmp_path, "a", seed=seed), "a") for seed in range(3)]
+    slow = [Row(make_cell(tmp_path, "b", seed=seed), "b") for seed in range(3)]
     assert seconds_left([*fast, *slow], 2) is None
     fast[0].state = slow[0].state = FINISHED
     fast[0].seconds = 10.0
@@ -172,7 +174,7 @@ def test_how_far_a_run_is_stands_in_its_metrics(tmp_path: Path) -> None:
 def test_the_table_has_a_line_a_label_and_task_and_a_cell_a_seed(tmp_path: Path) -> None:
     import rich.console
 
-    rows = [Row(make_cell(tmp_path, agent, seed=seed)) for agent in ("a", "b") for seed in (0, 1)]
+    rows = [Row(make_cell(tmp_path, agent, seed=seed), agent) for agent in ("a", "b") for seed in (0, 1)]
     finish(rows[0].cell.directory)
     rows[0].finish()
     rows[1].state = RUNNING

@@ -14,6 +14,7 @@ from agents.comparison.protocol import Protocol
 from agents.comparison.spaces import read_spaces
 from agents.comparison.tuning import begin_search, best_trial, draw_trials, tuning_seeds
 from agents.runs.defaults import complete_agents
+from agents.runs.trust import config_text
 from lmgym.errors import InvalidArgumentError
 
 complete_agents()
@@ -67,7 +68,9 @@ def test_tuning_seeds_are_no_reported_seeds() -> None:
 def finish(cell: Cell, share: float) -> None:
     cell.directory.mkdir(parents=True)
     graded = {"return": {"mean": share}, "normalised": {"mean": share}}
-    (cell.directory / "summary.json").write_text(json.dumps({"after": graded}))
+    summary = {"before": graded, "after": graded, "train_seconds": 1.0, "total_timesteps": 100}
+    (cell.directory / "config.yaml").write_text(config_text(cell.values))
+    (cell.directory / "summary.json").write_text(json.dumps(summary))
 
 
 def test_the_winners_run_again_on_the_reported_seeds_and_these_runs_are_what_is_reported(tmp_path: Path) -> None:
