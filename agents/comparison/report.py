@@ -26,8 +26,10 @@ from agents.comparison.sections import (
     results_table,
     runs_section,
     solve_table,
+    tuning_tables,
     verdict_section,
 )
+from agents.comparison.sensitivity import draw_sensitivity
 from agents.comparison.study import Study, study_of
 from agents.comparison.table import read_runs
 from agents.comparison.verdict import Rule, find_verdict
@@ -37,7 +39,9 @@ from lmgym.files import replace_directory, write_atomically
 REPORT = "report.html"
 FIGURES = "figures"
 _HERE = Path(__file__).parent
-_MORE = {key: f"<!-- {key} -->" for key in ("improvement", "curves", "anatomy")}  # what comes after the figures
+_MORE = {
+    key: f"<!-- {key} -->" for key in ("improvement", "tuning", "curves", "anatomy")
+}  # what comes after the figures
 
 
 def write_report(
@@ -87,6 +91,8 @@ def _draw(study: Study, looks: Mapping[str, Look]) -> dict[str, list[Panel]]:
         groups["profiles"] = [draw_profiles(study, looks)]
         if len(study.matrix.labels) > 1:
             groups["improvement"] = [draw_improvement(study)]
+    if study.tuning:
+        groups["tuning"] = [draw_sensitivity(study.tuning)]
     groups["frontier"] = draw_frontiers(study, looks)
     groups["gold"] = draw_gold(study, looks)
     groups["anatomy"] = draw_anatomy(study, looks)
@@ -115,7 +121,7 @@ def page_of(
     there = [(name, part) for name, part in sections if part]
     parts = [part for _, part in there]
     parts.insert(2, _legend(looks))
-    added = {"improvement": pairs_table, "curves": solve_table, "anatomy": coloured_examples}
+    added = {"improvement": pairs_table, "tuning": tuning_tables, "curves": solve_table, "anatomy": coloured_examples}
     for key, make in added.items():
         parts = [part.replace(_MORE[key], make(study)) if _MORE[key] in part else part for part in parts]
     anchors = [part.split('"')[1] for _, part in there]
@@ -164,6 +170,13 @@ def _texts(study: Study) -> list[tuple[str, str, str]]:
             "Over all tasks",
             "Four ways to make one number of all runs, each with its 95 % interval over seeds. The interquartile mean "
             "leaves out the best and the worst quarter of the runs.",
+        ),
+        (
+            "tuning",
+            "Tuning",
+            "Marks are means over seeds that tuning has not seen, bars their 95 % intervals. Sensitivity is the "
+            "distance from one setting that has to do for all tasks to a setting for each task; an agent with little "
+            "of it needs no tuning anew. The settings were chosen on other seeds, so these numbers are not flattered.",
         ),
         (
             "curves",

@@ -22,6 +22,7 @@ from agents.runs.lock import Lock
 from lmgym.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from agents.comparison.sensitivity import Sensitivity
     from agents.comparison.verdict import Rule
 
 TUNING = ".tuning"  # hidden, so that no glob takes its runs for reported ones
@@ -48,6 +49,7 @@ def compare(arguments: Sequence[str]) -> int:
         if cells:
             write_protocol(request, command)
         rule = None
+        tuning: Sequence[Sensitivity] = ()
         if protocol.max_seeds is not None:
             ended = run_until_decided(protocol, cells, lambda some: run_cells(some, request, command))
             code = ended.code
@@ -57,9 +59,12 @@ def compare(arguments: Sequence[str]) -> int:
             code = run_cells(cells, request, command)
         else:
             code = _tune(search, cells, request, command)
+            if code != _STOPPED:
+                tuning = search.found(cells)
+                search.write(tuning, request.out)
             cells = _distinct([*cells, *search.tuned])
         if code != _STOPPED:
-            _report([*(cell.directory for cell in cells), *others], request, command, rule)
+            _report([*(cell.directory for cell in cells), *others], request, command, rule, tuning)
     return code
 
 
@@ -76,15 +81,12 @@ def _make_directory(out: Path) -> None:
 
 
 def _tune(search: Search, cells: Sequence[Cell], request: Request, command: str) -> int:
-    """Searches, runs what won on the reported seeds, and says how sensitive the agents are."""
+    """Searches, and runs what won on the reported seeds."""
     code = run_cells(search.cells, request, command)
     if code == _STOPPED:
         return code
     search.choose(request.protocol, request.out)
-    code = max(code, run_cells(_distinct([*cells, *search.tuned, *search.tuned_by_task]), request, command))
-    if code != _STOPPED:
-        print(f"\n{search.report(cells, request.out)}", flush=True)
-    return code
+    return max(code, run_cells(_distinct([*cells, *search.tuned, *search.tuned_by_task]), request, command))
 
 
 def run_cells(cells: Sequence[Cell], request: Request, command: str) -> int:
@@ -109,9 +111,12 @@ def _distinct(cells: Iterable[Cell]) -> list[Cell]:
     return list({cell.directory: cell for cell in reversed(list(cells))}.values())[::-1]
 
 
-def _report(directories: Sequence[Path], request: Request, command: str, rule: Rule | None) -> None:
+def _report(
+    directories: Sequence[Path], request: Request, command: str, rule: Rule | None, tuning: Sequence[Sensitivity]
+) -> None:
     """Writes the report, and prints the results and the verdict."""
     from agents.comparison.report import REPORT, write_study
+    from agents.comparison.sensitivity import sensitivity_text
     from agents.comparison.study import study_of
     from agents.comparison.table import read_runs
     from agents.comparison.terminal import results_table
@@ -119,7 +124,9 @@ def _report(directories: Sequence[Path], request: Request, command: str, rule: R
 
     table = read_runs([path for path in directories if path.is_dir()])
     print(f"\n{results_table(table)}\n", flush=True)
-    study = study_of(table)
+    if tuning:
+        print(f"{sensitivity_text(tuning)}\n", flush=True)
+    study = study_of(table, tuning)
     for sentence in find_verdict(study, rule).sentences:
         print(textwrap.fill(sentence, _WIDTH, break_on_hyphens=False))
     write_study(study, request.out, command, rule)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agents.comparison.markup import escape, listed, paragraphs, section, shortened, table
+from agents.comparison.sensitivity import sensitivity_tables
 from agents.comparison.study import Study
 from agents.comparison.table import Run
 from agents.comparison.verdict import Findings
@@ -75,6 +76,11 @@ def pairs_table(study: Study) -> str:
     heads = ["pair", "gap of means", "P(first better)", "p", "p after Holm"]
     shown = table("Pairs of agents", heads, rows)
     return f"<details><summary>All {len(rows)} pairs as a table</summary>{shown}</details>"
+
+
+def tuning_tables(study: Study) -> str:
+    """What tuning has made of each agent, and the settings."""
+    return sensitivity_tables(study.tuning, list(study.tasks))
 
 
 def solve_table(study: Study) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from agents.comparison.sensitivity import Sensitivity
 from agents.comparison.table import FAILED, Run, Table
 from lmgym.intervals import Interval
 from lmgym.scores import (
@@ -38,6 +39,7 @@ class Study:
             on every one of these tasks. A failed run counts as the reference. None where no share is known.
         aggregates: by statistic and label. pairs: every two labels of the matrix. profiles: by label.
         failures: the share of runs that failed or ended below the reference, by label.
+        tuning: what tuning has made of the agents, where they were tuned.
     """
 
     table: Table
@@ -48,6 +50,7 @@ class Study:
     pairs: Mapping[tuple[str, str], PairComparison]
     profiles: Mapping[str, Band]
     failures: Mapping[str, Interval]
+    tuning: Sequence[Sensitivity] = ()
 
     def cell(self, label: str, task: str, metric: str = "normalised") -> Interval | None:
         """The mean of a metric over the finished runs of a label on a task, with Student's interval."""
@@ -73,8 +76,8 @@ def over_runs(runs: Sequence[Run], metric: str) -> Interval | None:
     return student_interval(means) if means else None
 
 
-def study_of(table: Table) -> Study:
-    """Computes the statistics of a table."""
+def study_of(table: Table, tuning: Sequence[Sensitivity] = ()) -> Study:
+    """Computes the statistics of a table; `tuning` is what tuning has made of its agents."""
     whole = matrix_of(table)
     matrix = None if whole is None else comparable_part(whole)
     found: dict[str, dict[str, Interval]] = {}
@@ -92,7 +95,8 @@ def study_of(table: Table) -> Study:
         profiles = performance_profiles(matrix, _PROFILE, rng=np.random.default_rng(SEED))
     labels = [] if matrix is None else list(matrix.labels)
     labels += sorted(set(table.labels()) - set(labels))
-    return Study(table, tuple(labels), tuple(_by_difficulty(table)), matrix, found, pairs, profiles, failures)
+    tasks = tuple(_by_difficulty(table))
+    return Study(table, tuple(labels), tasks, matrix, found, pairs, profiles, failures, tuning)
 
 
 def matrix_of(table: Table) -> ScoreMatrix | None:

@@ -13,17 +13,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from agents.comparison.directories import read_summary
+from agents.comparison.names import own_task
 from agents.comparison.plan import Cell, Setting, compose, make_cells
 from agents.comparison.protocol import Protocol
 from agents.comparison.spaces import Space
-from agents.comparison.terminal import shown
 from agents.runs.report import write_json
-from agents.runs.sweeps import aligned
 from lmgym.errors import InvalidArgumentError
-from lmgym.files import read_json
+
+if TYPE_CHECKING:
+    from agents.comparison.sensitivity import Sensitivity
 
 TUNING_FILE = "tuning.json"
 FIRST_TUNING_SEED = 1_000_000  # reported seeds are below; all streams of a run come from its seed by SeedSequence
@@ -120,24 +123,28 @@ class Search:
                 best = Setting(agent, best_trial(self.trials, agent, task).values)
                 self.tuned_by_task += make_cells(protocol, [best], protocol.seeds, out, [task])
 
-    def report(self, defaults: Sequence[Cell], out: Path) -> str:
-        """The table of sensitivity; all of the search goes to `tuning.json`.
+    def found(self, defaults: Sequence[Cell]) -> list[Sensitivity]:
+        """What tuning has made of each agent, once all runs are through; `defaults` are those on the reported seeds."""
+        from agents.comparison.sensitivity import Sensitivity
 
-        Args:
-            defaults: the runs of the defaults on the reported seeds. out: of the comparison.
-        """
-        rows = [["mean share of the gain", "defaults", "tuned", "tuned for each task", "sensitivity", "tuned to"]]
-        noted = []
+        tasks = list(dict.fromkeys(cell.task for cell in defaults))
+        found = []
         for agent in dict.fromkeys(cell.setting.agent for cell in defaults):
-            several = (defaults, self.tuned, self.tuned_by_task)
-            shares = [mean_shares([cell for cell in cells if cell.setting.agent == agent]) for cells in several]
-            gap = fmean(shares[2]) - fmean(shares[1])
-            best = best_trial(self.trials, agent)
-            rows.append([agent, *map(shown, shares), f"{gap:.3f}", " ".join(best.values) or "the defaults"])
-            names = ("defaults", "tuned", "tuned_by_task")
-            noted.append({"agent": agent, **dict(zip(names, shares, strict=True)), "sensitivity": gap})
+            several = {"defaults": defaults, "tuned": self.tuned, "tuned_by_task": self.tuned_by_task}
+            shares = {
+                kind: mean_shares([cell for cell in cells if cell.setting.agent == agent])
+                for kind, cells in several.items()
+            }
+            best_by_task = {task: best_trial(self.trials, agent, task).values for task in tasks}
+            trials = sum(trial.agent == agent for trial in self.trials)
+            best = best_trial(self.trials, agent).values
+            found.append(Sensitivity(agent, trials=trials, best=best, best_by_task=best_by_task, **shares))
+        return found
+
+    def write(self, found: Sequence[Sensitivity], out: Path) -> None:
+        """Writes `tuning.json`: every trial, and what came of the winners."""
+        noted = [x.as_values() for x in found]
         write_json(out / TUNING_FILE, {"trials": list(map(asdict, self.trials)), "reported": noted})
-        return aligned(rows)
 
 
 def begin_search(protocol: Protocol, out: Path) -> Search:
@@ -155,9 +162,14 @@ def begin_search(protocol: Protocol, out: Path) -> Search:
 
 
 def mean_shares(cells: Sequence[Cell]) -> list[float]:
-    """What each seed has reached on average over tasks."""
-    seeds = dict.fromkeys(cell.seed for cell in cells)
-    return [fmean(share_of_run(cell) for cell in cells if cell.seed == seed) for seed in seeds]
+    """What each seed has reached on average over tasks; a run that failed counts as the reference, as in the report."""
+    from agents.comparison.study import FAILURE_COUNTS_AS
+
+    by_seed: dict[int, list[float]] = {}
+    for cell in cells:
+        share = share_of_run(cell)
+        by_seed.setdefault(cell.seed, []).append(share if math.isfinite(share) else FAILURE_COUNTS_AS)
+    return [fmean(shares) for shares in by_seed.values()]
 
 
 def score_trials(trials: Sequence[Trial], cells: Sequence[Cell], tasks: Sequence[str]) -> list[Trial]:
@@ -176,9 +188,11 @@ def score_trials(trials: Sequence[Trial], cells: Sequence[Cell], tasks: Sequence
 
 def share_of_run(cell: Cell) -> float:
     """The share of the gain that a run has reached, its return where V* is not known, and minus infinity of none."""
+    from agents.comparison.scales import regraded
+
     if not cell.is_finished:
         return -math.inf
-    after = read_json(cell.directory / "summary.json")["after"]
+    after = regraded(read_summary(cell.directory), own_task(cell.values))["after"]
     found = after["return"] if after.get("normalised") is None else after["normalised"]
     return -math.inf if found["mean"] is None else float(found["mean"])
 

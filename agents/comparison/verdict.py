@@ -175,15 +175,24 @@ def _rests_on(study: Study, tested: bool = True) -> list[str]:
 
 def _limits(study: Study) -> list[str]:
     found = [*_of_runs(study), *_of_seeds(study), *_of_bounds(study), *_of_budgets(study), *_of_kl(study)]
-    varied = {run.label for run in study.table.finished} != {run.agent for run in study.table.finished}
-    found.append(
-        "Settings of an agent that were tried are agents of their own here: the best of them was chosen on these very "
-        "runs, and is flattered by it."
-        if varied
-        else "Every agent ran with the settings of its config; the runs do not say that any was tuned for these tasks."
-    )
+    found.append(_of_settings(study))
     found.append("Intervals are about other seeds on these tasks, and say nothing of other tasks or models.")
     return found
+
+
+def _of_settings(study: Study) -> str:
+    if study.tuning:
+        trials = max(x.trials for x in study.tuning)
+        return (
+            f"Every agent was tuned by {trials} settings, on seeds of their own. More trials, or wider ranges of "
+            "values, may find better ones."
+        )
+    if {run.label for run in study.table.finished} != {run.agent for run in study.table.finished}:
+        return (
+            "Settings of an agent that were tried are agents of their own here: the best of them was chosen on these "
+            "very runs, and is flattered by it."
+        )
+    return "Every agent ran with the settings of its config; the runs do not say that any was tuned for these tasks."
 
 
 def _of_runs(study: Study) -> list[str]:

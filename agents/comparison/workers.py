@@ -198,7 +198,7 @@ def _do_here(job: Job, directory: Path) -> Answer:
         except BaseException as error:
             traceback.print_exc()
             found = str(error) if isinstance(error, LmGymError) else traceback.format_exception_only(error)[-1]
-            found = found.strip().splitlines()[-1] if found.strip() else type(error).__name__
+            found = found.strip().splitlines()[0] if found.strip() else type(error).__name__
             note_error(job, found)
             return Answer(1, found)
         finally:

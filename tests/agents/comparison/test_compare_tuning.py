@@ -8,11 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from finished_runs import write_run
 
 from agents.comparison.plan import Cell
 from agents.comparison.protocol import Protocol
+from agents.comparison.scales import known_optimum
+from agents.comparison.sensitivity import Sensitivity, draw_sensitivity, sensitivity_tables, sensitivity_text
 from agents.comparison.spaces import read_spaces
-from agents.comparison.tuning import begin_search, best_trial, draw_trials, tuning_seeds
+from agents.comparison.study import study_of
+from agents.comparison.table import read_runs
+from agents.comparison.tuning import begin_search, best_trial, draw_trials, mean_shares, tuning_seeds
+from agents.comparison.verdict import find_verdict
 from agents.runs.defaults import complete_agents
 from agents.runs.trust import config_text
 from lmgym.errors import InvalidArgumentError
@@ -67,7 +73,10 @@ def test_tuning_seeds_are_no_reported_seeds() -> None:
 
 def finish(cell: Cell, share: float) -> None:
     cell.directory.mkdir(parents=True)
-    graded = {"return": {"mean": share}, "normalised": {"mean": share}}
+    known = known_optimum(cell.task)
+    assert known is not None
+    returned = known.reference + share * (known.value - known.reference)
+    graded = {"return": {"mean": returned}, "normalised": {"mean": 0.123}}  # on a scale that is tighter by now
     summary = {"before": graded, "after": graded, "train_seconds": 1.0, "total_timesteps": 100}
     (cell.directory / "config.yaml").write_text(config_text(cell.values))
     (cell.directory / "summary.json").write_text(json.dumps(summary))
@@ -94,17 +103,20 @@ def test_the_winners_run_again_on_the_reported_seeds_and_these_runs_are_what_is_
     shares = {second: 0.5, third: 0.4}
     for cell in {cell.directory: cell for cell in (*search.tuned, *search.tuned_by_task)}.values():
         finish(cell, shares[cell.setting.values])
-    defaults = begin_search(Protocol(("rloo",), ("echo-2",), (0,), trials=1), tmp_path / "d").cells
+    defaults = begin_search(Protocol(("rloo",), protocol.tasks, (0,), trials=1), tmp_path / "d").cells
     for cell in defaults:
         finish(cell, 0.3)
-    table = search.report(defaults, tmp_path)
+    (found,) = search.found(defaults)
+    table = sensitivity_text([found])
     line = table.splitlines()[1].split()
     assert line[:2] == ["rloo", "0.300"]
     assert "0.400 ± 0.000" in table  # of the fresh runs; the search had seen 0.7
     assert "0.450 ± 0.000" in table
     assert "0.050" in table  # the sensitivity
+    search.write([found], tmp_path)
     noted = json.loads((tmp_path / "tuning.json").read_text())
     assert noted["reported"][0]["sensitivity"] == pytest.approx(0.05)
+    assert noted["reported"][0]["best_by_task"] == {"echo-2": list(second), "anchor-0.1": list(third)}
     assert len(noted["trials"]) == 3
 
 
@@ -115,3 +127,33 @@ def test_a_trial_that_failed_does_not_win(tmp_path: Path) -> None:
     search.choose(protocol, tmp_path)
     assert search.trials[1].score == -math.inf
     assert best_trial(search.trials, "rloo").values == ()
+
+
+def test_sensitivity_is_of_the_same_seeds_and_a_failed_run_is_the_reference() -> None:
+    found = Sensitivity("rloo", 3, (0.1, 0.2), (0.4, 0.6), (0.5, 0.7), ("agent.lr=1",), {"a": ("agent.lr=1",), "b": ()})
+    assert found.sensitivity.mean == pytest.approx(0.1)
+    assert found.sensitivity.high == pytest.approx(0.1)  # every seed loses as much, however far seeds are apart
+    assert found.difference("tuned", "defaults").mean == pytest.approx(0.35)
+    panel = draw_sensitivity([found])
+    assert "rloo defaults 0.150, tuned for all tasks 0.500, tuned for each task 0.600" in panel.alt
+    page = sensitivity_tables([found], ["b", "a"])
+    assert ">0.100 <span" in page
+    assert page.index("the defaults") < page.rindex("agent.lr=1")  # of b, then of a
+
+
+def test_the_report_of_agents_that_were_tuned_says_so(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", settings={"lr": 1e-3})
+    table = read_runs([tmp_path])
+    tuned = Sensitivity("ppo", 16, (0.1,), (0.4,), (0.5,), (), {})
+    assert any("flattered" in limit for limit in find_verdict(study_of(table)).limits)
+    limits = find_verdict(study_of(table, [tuned])).limits
+    assert not any("flattered" in limit for limit in limits)
+    assert any("tuned by 16 settings, on seeds of their own" in limit for limit in limits)
+
+
+def test_a_reported_run_that_failed_counts_as_the_reference(tmp_path: Path) -> None:
+    protocol = Protocol(("rloo",), ("echo-2", "anchor-0.1"), (0, 1), tune=SPACES, trials=1)
+    cells = begin_search(protocol, tmp_path).cells
+    finish(cells[0], 0.5)
+    assert mean_shares(cells) == [0.25]
