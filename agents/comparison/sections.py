@@ -127,6 +127,8 @@ def cost_section(study: Study) -> str:
         "Means over all finished runs of an agent. Tokens are those that the networks read, forward and backward. "
         "Seconds are of training, without grading, and are not to be compared closely where runs shared a machine."
     )
+    if has_memory:
+        note += " Memory is the most at a time: on a GPU what torch allocated, on a CPU all that the process held."
     return section("cost", "Cost", paragraphs([note]), table("What a run cost on average", heads, rows))
 
 

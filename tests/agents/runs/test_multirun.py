@@ -134,15 +134,25 @@ def test_a_run_that_is_refused_does_not_stop_the_others(
     assert "1 of 1 runs" in capsys.readouterr().out
 
 
+LAUNCHERS = [
+    ("joblib", "0,1", ["hydra.launcher.n_jobs=2"]),
+    ("submitit_local", "0", ["hydra.launcher.timeout_min=5"]),  # a process for every run; one is enough here
+    ("ray", "0,1", ["+hydra.launcher.ray.init.num_cpus=2"]),
+]
+
+
 @pytest.mark.slow
-def test_joblib_runs_them_side_by_side(command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("launcher", "seeds", "more"), LAUNCHERS, ids=[launcher for launcher, _, _ in LAUNCHERS])
+def test_other_launchers_run_them_elsewhere(
+    command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], launcher: str, seeds: str, more: list[str]
+) -> None:
     """In processes of their own, which get the run handed over and hand its result back."""
-    names = ["agent=uniform", "task=echo-2", *GRADED, "device=cpu", "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
-    command("-m", *names, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    assert sorted(path.parent.name for path in tmp_path.glob("*/summary.json")) == [
-        "uniform-echo-2-seed0-0",
-        "uniform-echo-2-seed1-1",
-    ]
+    plugin = launcher.partition("_")[0]
+    pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher", reason=f"needs hydra-{plugin}-launcher")
+    names = ["agent=uniform", "task=echo-2", *GRADED, "device=cpu", f"seed={seeds}", f"hydra.sweep.dir={tmp_path}"]
+    command("-m", *names, f"hydra/launcher={launcher}", *more)
+    runs = [f"uniform-echo-2-seed{seed}-{i}" for i, seed in enumerate(seeds.split(","))]
+    assert sorted(path.parent.name for path in tmp_path.glob("*/summary.json")) == runs
     assert multirun_table(tmp_path) in capsys.readouterr().out
 
 
