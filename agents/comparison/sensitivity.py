@@ -75,7 +75,7 @@ def sensitivity_text(found: Sequence[Sensitivity]) -> str:
 
 def draw_sensitivity(found: Sequence[Sensitivity]) -> Panel:
     """A row an agent, with a mark for each of `KINDS`."""
-    figure, axes = new_axes("mean share of the gain over tasks", width=6.2, height=1.2 + 0.5 * len(found))
+    figure, axes = new_axes("mean share of the gain over tasks", height=1.5 + 0.5 * len(found))
     for row, x in enumerate(found):
         for i, kind in enumerate(KINDS):
             _draw_mean(
@@ -86,12 +86,12 @@ def draw_sensitivity(found: Sequence[Sensitivity]) -> Panel:
     axes.set_yticks(range(len(found)), [x.agent for x in found], fontsize=9.5, color=INK)
     axes.set_ylim(len(found) - 0.5, -0.5)
     label_axes(axes, "share of the gain")
-    for text in figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9).get_texts():
+    for text in figure.legend(loc="outside lower left", frameon=False, fontsize=9).get_texts():
         text.set_color(INK)
     told = "; ".join(
         f"{x.agent} {', '.join(f'{KINDS[kind]} {x.mean(kind).mean:.3f}' for kind in KINDS)}" for x in found
     )
-    return Panel("tuning", figure, f"Mean share of the gain with 95 % intervals: {told}.", wide=True)
+    return Panel("tuning", figure, f"Mean share of the gain with 95 % intervals: {told}.")
 
 
 def _draw_mean(axes: Axes, interval: Interval, row: float, color: str, marker: str, name: str) -> None:

@@ -55,6 +55,8 @@ def write_runs(directory: Path) -> None:
     }
     (directory / "ppo-keyword-8-0" / "anatomy.json").write_text(json.dumps(taken_apart), encoding="utf-8")
     (directory / "rloo-keyword-8-0" / "anatomy.json").write_text("{", encoding="utf-8")  # is as if it were not there
+    long = {"commit": "0123456789" * 8, "command": "python", "machine": {"cores": 2}}
+    (directory / "ppo-keyword-8-1" / "origin.json").write_text(json.dumps(long), encoding="utf-8")
     failed = write_run(directory / "ppo-keyword-8-3", seed=3, finished=False)
     (failed / "error.txt").write_text(f"ValueError: {HOSTILE}\n", encoding="utf-8")
 

@@ -54,6 +54,7 @@ def coin(prompts: list[str], completions: list[str], **columns: Any) -> list[flo
 
 ROOT = Path(__file__).parents[3]
 SMALL = ["agent.batch_size=16", "evaluation.samples=16", "evaluation.prompts=8", "device=cpu", "seed=3"]
+COST = ("/train_seconds", "/peak_memory_bytes")  # of a run, which another one need not have
 QUICK = [*SMALL, "agent.epochs=1", "agent.minibatches=2", "agent.kl_controller=adaptive", "agent.kl_horizon=100"]
 
 
@@ -180,6 +181,7 @@ def test_a_run_leaves_its_result_and_prints_it(finished: Finished) -> None:
     assert (summary["agent"], summary["task"], summary["seed"]) == ("PPO", "reviews", 3)
     assert summary["total_timesteps"] == curve(finished.directory)[-1]["step"]
     assert summary["train_seconds"] > 0
+    assert summary["peak_memory_bytes"] > 100 * 2**20  # Python and torch alone
     assert table(summary) in finished.stdout
     assert "Traceback" not in finished.stderr
     assert "Warning" not in finished.stderr
@@ -252,8 +254,8 @@ def test_a_finished_run_that_is_resumed_only_grades_itself_again(finished: Finis
     rows = curve(finished.directory)
     resume(finished.directory)
     again = numbers(summary_of(finished.directory))
-    seconds = "/train_seconds"
-    assert again.pop(seconds) >= recorded.pop(seconds)
+    for cost in COST:
+        assert again.pop(cost) >= recorded.pop(cost)
     assert again == pytest.approx(recorded, abs=1e-6)
     assert curve(finished.directory) == rows
 
@@ -273,9 +275,7 @@ def assert_same_run(directory: Path, whole: Path) -> None:
     assert curve(directory) == curve(whole)  # to the last bit
     mine = numbers(summary_of(directory))
     theirs = numbers(summary_of(whole))
-    assert {n: x for n, x in mine.items() if n != "/train_seconds"} == {
-        n: x for n, x in theirs.items() if n != "/train_seconds"
-    }
+    assert {n: x for n, x in mine.items() if n not in COST} == {n: x for n, x in theirs.items() if n not in COST}
 
 
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_run_goes_on(whole: Path, tmp_path: Path) -> None:
