@@ -18,7 +18,7 @@ from lmgym.files import RunFileError, read_json
 
 ERROR_FILE = "error.txt"  # what ended a run of a sweep
 SUMMARY = "summary.json"  # of a run that has ended well
-_ENDS = ("before", "after")
+_COUNTS = ("total_timesteps", "forward_tokens", "backward_tokens")
 _OF_A_SUMMARY = frozenset({"before", "after", "train_seconds", "total_timesteps"})
 
 
@@ -54,10 +54,53 @@ def read_summary(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     summary: Any = read_json(path)
-    whole = isinstance(summary, dict) and summary.keys() >= _OF_A_SUMMARY
-    if not whole or not all(isinstance(summary[when], dict) and "return" in summary[when] for when in _ENDS):
+    if not _is_summary(summary):
         raise RunFileError(f"`{path}` must be the summary of a run, and is not.")
     return dict(summary)
+
+
+def read_run_config(directory: Path) -> dict[str, Any]:
+    """`config.yaml` of a run.
+
+    Raises:
+        RunFileError: for one that is damaged, or of something else.
+    """
+    path = directory / CONFIG_FILE
+    config = read_config(path)
+    seed = config.get("seed")
+    parts = (config.get(name) for name in ("env", "evaluation", "sampler"))
+    if not all(part is None or isinstance(part, dict) for part in parts) or not (seed is None or _is_count(seed)):
+        raise RunFileError(f"`{path}` must be the config of a run, and is not.")
+    return config
+
+
+def _is_summary(summary: Any) -> bool:
+    """Whether all that is read of a summary has its kind."""
+    if not isinstance(summary, dict) or not summary.keys() >= _OF_A_SUMMARY:
+        return False
+    graded = [summary[when] for when in ("before", "after")]
+    scale = summary.get("optimum") or {}
+    if not all(isinstance(part, dict) for part in (*graded, scale)):
+        return False
+    ends = (scale.get(name) for name in ("reference", "lower", "upper"))
+    intervals = [x for part in graded for x in part.values()] + list(ends)
+    counts = [summary[name] for name in _COUNTS if name in summary]
+    return (
+        all(isinstance(part.get("return"), dict) for part in graded)
+        and all(x is None or (isinstance(x, dict) and all(map(_is_number, x.values()))) for x in intervals)
+        and all(_is_number(summary.get(name)) for name in ("train_seconds", "peak_memory_bytes"))
+        and _is_number(scale.get("value"))
+        and all(map(_is_count, counts))
+    )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number, or null, which stands for one that is not finite or not known."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_finished(directory: Path) -> bool:
@@ -96,7 +139,7 @@ def _runs_in(directory: Path, seen: set[Path]) -> list[Path]:
 def _is_training(directory: Path) -> bool:
     """Whether a run trains an agent, and not a reward model; one whose config is damaged is shown as such."""
     try:
-        config = read_config(directory / CONFIG_FILE)
+        config = read_run_config(directory)
     except RunFileError:
         return True
     return isinstance(config.get("agent"), dict) and "total_timesteps" in config and "labels" not in config

@@ -26,18 +26,15 @@ def write_protocol(request: Request, command: str) -> None:
         request: what was asked for. command: the command.
 
     Raises:
-        InvalidArgumentError: for a directory of a protocol in a file that was changed since the first run, or of runs
-            that another rule has added.
+        InvalidArgumentError: for a directory of a protocol in a file that is another one since the first run, or of
+            runs that another rule has added.
     """
     path = request.out / PROTOCOL
     values = _read(path)
     source = None if request.source is None else {"path": request.source[0], "sha256": request.source[1]}
-    before = values.get("file")
-    if before and source and before.get("sha256") != source["sha256"]:
-        raise InvalidArgumentError(
-            f"`protocol` must be as it was when {request.out} was begun, and {source['path']} has changed: put it "
-            "back, or choose another `out`."
-        )
+    if values:
+        _check_file(values, source, request)
+        source = values.get("file")
     _check_rule(values.get("protocol") or {}, request)
     call = {**find_origin(), "command": command, "packages": versions()}
     calls = list(values.get("calls") or [])
@@ -60,6 +57,24 @@ def _read(path: Path) -> dict[str, Any]:
     if not whole or not all(isinstance(call, dict) for call in values.get("calls") or []):
         raise RunFileError(f"`{path}` must be as this command wrote it, and is not.")
     return values
+
+
+def _check_file(values: Mapping[str, Any], source: Mapping[str, str] | None, request: Request) -> None:
+    """Raises `InvalidArgumentError` where the file that a directory was begun with is not the one that is given now."""
+    before = values.get("file") or {}
+    if source is None and before and values.get("protocol") != request.protocol.as_values():
+        raise InvalidArgumentError(
+            f"`protocol` must be given, for {request.out} was begun with {before.get('path')}: choose another `out`."
+        )
+    if source is not None and not before:
+        raise InvalidArgumentError(
+            f"`protocol` must be there before the first run, and {request.out} was begun without: choose another `out`."
+        )
+    if source is not None and before.get("sha256") != source["sha256"]:
+        raise InvalidArgumentError(
+            f"`protocol` must be as it was when {request.out} was begun, and {source['path']} has changed: put it "
+            "back, or choose another `out`."
+        )
 
 
 def _check_rule(before: Mapping[str, Any], request: Request) -> None:

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.comparison.directories import ERROR_FILE, find_runs, read_summary
+from agents.comparison.directories import ERROR_FILE, find_runs, read_run_config, read_summary
 from agents.comparison.names import agent_name, find_labels, own_task, problem_name
 from agents.comparison.scales import interval_of, regraded
 from agents.comparison.series import GRADED, Series, read_series
-from agents.runs.directory import CONFIG_FILE, VERSIONS
+from agents.runs.directory import VERSIONS
 from agents.runs.origin import ORIGIN
 from agents.runs.recorder import METRICS_FILE, read_rows
-from agents.runs.trust import read_config
 from lmgym.errors import LmGymError
 from lmgym.files import RunFileError, read_json, read_text, replace_file
 from lmgym.intervals import Interval
@@ -157,7 +156,7 @@ def read_runs(directories: Sequence[str | os.PathLike[str]]) -> Table:
     """
     paths = find_runs(directories)
     names = _short_names(paths)
-    configs = [_read_or(path / CONFIG_FILE, read_config) for path in paths]
+    configs = list(map(_config_or_nothing, paths))
     whole = [config for config in configs if "agent" in config]
     labels = iter(find_labels(whole))
     runs = []
@@ -182,7 +181,7 @@ def _read_run(path: Path, name: str, config: dict[str, Any], label: str) -> Run:
     )
     try:
         if not config:
-            read_config(path / CONFIG_FILE)
+            read_run_config(path)
         summary = regraded(read_summary(path), own_task(config))
         rows = read_rows(path / METRICS_FILE) if (path / METRICS_FILE).is_file() else []
         origin = _read_origin(path)
@@ -200,9 +199,9 @@ def _read_run(path: Path, name: str, config: dict[str, Any], label: str) -> Run:
     )
 
 
-def _read_or(path: Path, read: Any) -> dict[str, Any]:
+def _config_or_nothing(path: Path) -> dict[str, Any]:
     try:
-        return dict(read(path))
+        return read_run_config(path)
     except RunFileError:
         return {}
 

@@ -115,7 +115,8 @@ def test_a_protocol_in_a_file_is_the_same_as_on_the_command_line(tmp_path: Path)
         "agents: [rloo, a2c]\ntasks: echo-2,anchor\nseeds: 2\nagent.lr: [1e-3, 3e-3]\nenv: {kl_coef: 0.1}\n"
     )
     of_file = read_request([f"protocol={path}", f"out={tmp_path / 'a'}"])
-    typed = read_request([*BOTH, "seeds=2", "agent.lr=0.001,0.003", "env.kl_coef=0.1"])
+    typed_as = [*BOTH, "seeds=2", "agent.lr=0.001,0.003", "env.kl_coef=0.1"]
+    typed = read_request(typed_as)
     assert of_file.protocol == typed.protocol
     assert of_file.out == tmp_path / "a"
     of_file.out.mkdir()
@@ -125,6 +126,13 @@ def test_a_protocol_in_a_file_is_the_same_as_on_the_command_line(tmp_path: Path)
     assert len(noted["file"]["sha256"]) == 64
     assert [call["command"] for call in noted["calls"]] == ["one"]
     assert {"time", "commit", "machine", "packages"} <= noted["calls"][0].keys()
+    write_protocol(read_request([*typed_as, f"out={tmp_path / 'a'}"]), "the same without the file")
+    with pytest.raises(InvalidArgumentError, match="`protocol` must be given, for"):
+        write_protocol(read_request([*BOTH, f"out={tmp_path / 'a'}"]), "another")
+    (tmp_path / "b").mkdir()
+    write_protocol(read_request([*BOTH, f"out={tmp_path / 'b'}"]), "one")
+    with pytest.raises(InvalidArgumentError, match="`protocol` must be there before the first run"):
+        write_protocol(read_request([f"protocol={path}", f"out={tmp_path / 'b'}"]), "two")
     path.write_text(path.read_text() + "trials: 3\n")
     with pytest.raises(InvalidArgumentError, match="`protocol` must be as it was when"):
         write_protocol(read_request([f"protocol={path}", f"out={tmp_path / 'a'}"]), "two")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from finished_runs import batch, grading, write_run
 
 from agents.comparison.table import COLUMNS, read_runs
+from agents.runs.trust import config_text, read_config
 from lmgym.errors import InvalidArgumentError
 from lmgym.optimum import find_known
 from lmgym.tasks import make_task
@@ -138,3 +140,48 @@ def test_a_value_that_was_not_finite_is_left_out(tmp_path: Path) -> None:
     series = read_runs([tmp_path]).runs[0].series["rollout/return"]
     assert series.value.tolist() == [0.2]
     assert np.isfinite(series.seconds).all()
+
+
+def test_a_key_that_is_younger_than_some_runs_makes_no_other_label(tmp_path: Path) -> None:
+    write_run(tmp_path / "old")
+    write_run(tmp_path / "new", seed=1, settings={"younger": None})
+    write_run(tmp_path / "other", seed=1, settings={"younger": 3})
+    assert [run.label for run in read_runs([tmp_path / name for name in ("old", "new")]).runs] == ["ppo", "ppo"]
+    labels = [run.label for run in read_runs([tmp_path / name for name in ("old", "new", "other")]).runs]
+    assert labels == ["ppo", "ppo younger=null", "ppo younger=3"]
+
+
+DAMAGE = [
+    ("config.yaml", ["env"], 3),
+    ("config.yaml", ["evaluation"], [1]),
+    ("config.yaml", ["seed"], True),
+    ("summary.json", ["after"], 1),
+    ("summary.json", ["after", "return"], "x"),
+    ("summary.json", ["after", "return", "mean"], "x"),
+    ("summary.json", ["after", "kl"], [1]),
+    ("summary.json", ["optimum"], "x"),
+    ("summary.json", ["optimum", "reference"], 3),
+    ("summary.json", ["optimum", "value"], {}),
+    ("summary.json", ["train_seconds"], "x"),
+    ("summary.json", ["total_timesteps"], None),
+    ("summary.json", ["forward_tokens"], []),
+    ("summary.json", ["peak_memory_bytes"], "1 GB"),
+]
+
+
+@pytest.mark.parametrize(("name", "keys", "value"), DAMAGE, ids=[f"{'.'.join(keys)}={x}" for _, keys, x in DAMAGE])
+def test_a_run_that_somebody_has_written_by_hand_is_read_or_named(
+    tmp_path: Path, name: str, keys: list[str], value: Any
+) -> None:
+    run = write_run(tmp_path / "run", rows=[batch(500, 0.2), batch(1000, 0.4)])
+    whole = read_config(run / name) if name == "config.yaml" else json.loads((run / name).read_text())
+    part = whole
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
+    (run / name).write_text(config_text(whole) if name == "config.yaml" else json.dumps(whole))
+    table = read_runs([tmp_path])
+    (found,) = table.runs
+    assert found.state == "failed"
+    assert str(run / name) in found.error
+    table.write(tmp_path)
