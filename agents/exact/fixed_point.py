@@ -23,6 +23,7 @@ from lmgym.optimum.tree import EpisodeLogits, Tree
 
 MAX_MOVE = 0.5  # nats that a logit moves in a step, at most
 TOLERANCE = 1e-8
+_GONE = -200.0  # nats: an action so unlikely is gone, and a loss that still pulls at it has no end
 _STILL = 1e-3  # of the natural gradient, in units of its first norm: below it every action is at rest
 
 
@@ -32,7 +33,8 @@ class FixedPoint:
 
     Attributes:
         log_probs: (X, N_t, A) of each level.
-        converged: whether the norm has come below the tolerance; if not, the rest is of the last step.
+        converged: whether the norm has come below the tolerance; if not, the rest is of the last step. A loss that
+            drives an action's probability to 0 and pulls ever harder never converges.
         inside: whether every action of every state is at rest. If not, the loss goes on to take probability from some
             actions for ever, and the limit is a policy that never takes them.
         steps: taken. norm: of the expected update in the metric of the policy's own KL.
@@ -106,7 +108,7 @@ def find_fixed_point(
         update = find(agent, tree, sampled).view_as(policy.logits)
         direction, norm = _natural(policy, tree, update)
         first = max(first, norm)
-        if norm < tolerance or step == max_steps:
+        if norm < tolerance or step == max_steps or policy.logits.min() < _GONE:
             break
         if not staleness:  # each logit goes on faster while it goes on, and slower where it turns (Jacobs 1988)
             rates = rates * torch.where(direction * previous < 0, 0.5, 1.2)

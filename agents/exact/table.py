@@ -123,9 +123,10 @@ def make_table_agent(
 
     Args:
         kind: the algorithm. tree: all responses. split: of the prompts of the tree.
-        seed: of what the agent draws. config: the algorithm's numbers.
+        seed: of what the agent draws. config: the algorithm's numbers; a batch is one step unless they say otherwise.
     """
-    numbers: dict[str, Any] = {"policy": "mlp", "width": 2, "layers": 1} | config  # of a network that is not used
+    network = {"policy": "mlp", "width": 2, "layers": 1}  # which is not used
+    numbers: dict[str, Any] = {"epochs": 1, "minibatches": 1, **network, **config}
     made = kind.Config(**numbers)
     envs = RLHFVectorEnv(
         made.num_envs,

@@ -1,0 +1,138 @@
+"""The questions: pages that are made of their data, rules that can say no, and templates without a typed number."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import run_command_here
+
+from agents.exact import exact_gradient, expected_update, make_table_agent
+from agents.questions.page import INDEX, fill_template, render_index, render_page
+from agents.questions.protocol import list_questions, load_protocol, template_of
+from agents.questions.run import PAGES, answer_question, measure_question, read_seeds
+from agents.questions.tasks import make_binary_tree, make_random_tree
+from lmgym.errors import InvalidArgumentError, UnknownNameError
+from studies.kl_estimator import METHODS, KLAgent
+
+QUESTIONS = list_questions()
+
+
+def data_of(question: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((PAGES / f"{question}.json").read_text(encoding="utf-8"))
+    return data
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_page_is_that_of_its_data(question: str) -> None:
+    page = (PAGES / f"{question}.md").read_text(encoding="utf-8")
+    same = page == render_page(question, load_protocol(question), data_of(question))
+    assert same, f"python -m agents.study question={question} redraw=true"
+
+
+def test_the_page_of_all_questions_is_that_of_their_data() -> None:
+    same = (PAGES / INDEX).read_text(encoding="utf-8") == render_index(PAGES)
+    assert same, "python -m agents.study question=kl-estimator redraw=true"
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_ten_seeds_in_under_twenty_minutes(question: str) -> None:
+    data = data_of(question)
+    assert data["seeds"] == list(load_protocol(question).seeds)
+    assert len(data["seeds"]) >= 10
+    assert data["seconds"] < 20 * 60
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_no_result_is_typed_into_a_template(question: str) -> None:
+    prose = re.sub(r"\(https?://[^)]*\)|`[^`]*`|95 % interval", "", template_of(question))
+    assert not re.findall(r"\d\.\d|\d ?%|\d+ (?:nats|percent|times)", prose)
+
+
+def test_a_template_has_a_text_for_every_name_and_a_name_for_every_text() -> None:
+    assert fill_template("{{ a }} and {{b}}", {"a": "1", "b": "2"}) == "1 and 2"
+    for names in ({"a": "1"}, {"a": "1", "b": "2", "c": "3"}):
+        with pytest.raises(InvalidArgumentError, match="must have the names"):
+            fill_template("{{ a }} and {{b}}", names)
+
+
+def test_the_rule_of_the_kl_says_no() -> None:
+    found = data_of("kl-estimator")["found"]
+    judge = load_protocol("kl-estimator").judge
+    claims = judge(found).claims
+    assert "k1 in the reward" in claims[0]
+    assert "k3 in the loss" not in claims[0]
+    other = copy.deepcopy(found)
+    other["methods"]["k1 in the reward"]["on-policy"][3]["gap"] = 0.02  # on one task
+    for end in other["methods"]["k3 in the loss"]["on-policy"]:
+        end["gap"] = 0.005
+    changed = judge(other).claims
+    assert "k1 in the reward" not in changed[0]
+    assert "k3 in the loss" in changed[0]
+
+
+def test_the_command_makes_the_page_of_the_data_that_are_there(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="`redraw` must be false where there are no data yet"):
+        answer_question("kl-estimator", output=str(tmp_path), redraw=True)
+    shutil.copy(PAGES / "kl-estimator.json", tmp_path)
+    run_command_here("agents.study", "question=kl-estimator", "redraw=true", f"output={tmp_path}")
+    assert (tmp_path / "kl-estimator.md").read_bytes() == (PAGES / "kl-estimator.md").read_bytes()
+    assert (tmp_path / "kl-estimator-gaps.png").stat().st_size > 10_000
+    assert "grpo" not in (tmp_path / INDEX).read_text(encoding="utf-8")  # of which there are no data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_other_seeds_give_the_same_verdict(question: str) -> None:
+    protocol = load_protocol(question)
+    found = measure_question(question, range(100, 104))["found"]
+    assert protocol.judge(found).short == protocol.judge(data_of(question)["found"]).short
+
+
+@pytest.mark.parametrize(("seeds", "expected"), [(3, [0, 1, 2]), ("10-12", [10, 11, 12]), ([4, 7], [4, 7])])
+def test_seeds_are_a_number_a_range_or_a_list(seeds: Any, expected: list[int]) -> None:
+    assert read_seeds(seeds) == expected
+
+
+@pytest.mark.parametrize("seeds", [1, "a few", [3], "5-5", None])
+def test_other_seeds_are_refused(seeds: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="`seeds` must be two or more"):
+        read_seeds(seeds)
+
+
+def test_an_unknown_question_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="kl-estimator"):
+        load_protocol("kl-estimater")
+    with pytest.raises(InvalidArgumentError, match="`question` must be one of"):
+        answer_question(None)
+
+
+# -- the losses and tasks of the protocols ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_three_ways_to_pay_the_kl_go_along_the_gradient_of_j(name: str) -> None:
+    tree = make_random_tree(0, horizon=3, kl_coef=0.2)
+    agent = make_table_agent(KLAgent, tree, group_size=2, batch_size=2, **METHODS[name])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in agent.policy.policy_parameters():
+            parameter += 0.7 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    cosine = torch.cosine_similarity(expected_update(agent, tree), exact_gradient(agent, tree), 0).item()
+    right = ("k1 in the reward", "whole-response k2 in the loss", "exact in both")
+    assert (cosine > 1 - 1e-9) == (name in right)
+
+
+def test_a_task_of_mixed_difficulty_has_a_hard_prompt_and_an_easy_one() -> None:
+    for seed in range(3):
+        tree = make_binary_tree(seed, (0.05, 0.7), horizon=3, kl_coef=1.0, same_length=True)
+        hard, easy = (tree.responses.add_up(tree.reference).exp() * tree.scores).sum(1).tolist()
+        assert 0.05 <= hard < 0.2
+        assert 0.7 <= easy <= 0.95
+        assert tree.episodes.lengths.unique().tolist() == [3]
