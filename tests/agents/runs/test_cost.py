@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import agents.runs.cost
 from agents.runs.cost import PeakMemory, highest
@@ -71,3 +72,22 @@ def test_the_peak_of_a_process_is_known_without_proc(monkeypatch: pytest.MonkeyP
 def test_a_run_that_went_on_had_the_highest_of_its_parts() -> None:
     assert highest(3, 5) == highest(5, 3) == 5
     assert highest(None, 5) is None
+
+
+def test_on_a_gpu_it_is_what_torch_allocated_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated = {"now": 5, "peak": 900}  # 900 of a run before
+
+    def reset(device: torch.device) -> None:
+        allocated["peak"] = allocated["now"]
+
+    def hold_there(size: int) -> None:
+        allocated["peak"] = max(allocated["peak"], size)
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated["peak"])
+    memory = PeakMemory(torch.device("cuda"))
+    hold_there(70)
+    with memory.paused():
+        hold_there(800)
+    hold_there(60)
+    assert memory.read() == 70
