@@ -70,6 +70,7 @@ class Worker:
         theirs.close()
         lifeline.close()
         self.job: Job | None = None
+        self._is_interrupted = False
 
     def give(self, job: Job) -> None:
         """Has it do a job."""
@@ -88,6 +89,8 @@ class Worker:
 
     def _last_words(self) -> Answer:
         self._process.join()
+        if self._is_interrupted:  # perhaps after its job, before it could answer
+            return Answer(INTERRUPTED)
         code = self._process.exitcode or 0
         reason = f"signal {-code}" if code < 0 else f"exit code {code}"
         error = f"the process died of {reason}"
@@ -102,6 +105,7 @@ class Worker:
 
     def interrupt(self) -> None:
         """The first time it stops after its batch, with a checkpoint; the second time at once."""
+        self._is_interrupted = True
         if self._process.pid is not None and self._process.is_alive():
             os.kill(self._process.pid, signal.SIGINT)
 

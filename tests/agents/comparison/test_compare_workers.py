@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from agents.comparison.directories import find_runs, is_finished
 from agents.comparison.plan import make_cells, settings_of
 from agents.comparison.protocol import Protocol
 from agents.comparison.table import FAILED, read_runs
-from agents.comparison.workers import Job, _do
+from agents.comparison.workers import INTERRUPTED, Job, Worker, _do
 from agents.runs.defaults import complete_agents
 from agents.runs.directory import new_run
 from lmgym.errors import NotFiniteError
@@ -53,6 +55,25 @@ def test_a_directory_that_cannot_be_made_fails_its_run_alone(job: Job) -> None:
     answer = _do(job)
     assert answer.code == 1
     assert str(job.directory) in answer.error
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_a_process_that_ends_after_ctrl_c_has_been_interrupted_and_not_failed(job: Job, is_interrupted: bool) -> None:
+    """The second Ctrl-C may reach it between its last batch and its answer."""
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    worker = Worker.__new__(Worker)
+    worker.connection = ours
+    worker._process = SimpleNamespace(pid=None, exitcode=0, join=lambda: None, is_alive=lambda: False)  # type: ignore[assignment]
+    worker.job = job
+    worker._is_interrupted = False
+    if is_interrupted:
+        worker.interrupt()
+    answer = worker.answer()
+    assert answer is not None
+    assert (answer.code == INTERRUPTED) is is_interrupted
+    assert job.directory is not None
+    assert (job.directory / "error.txt").is_file() is not is_interrupted
 
 
 @pytest.mark.parametrize(
