@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from agents.comparison.directories import ERROR_FILE
+from agents.comparison.directories import ERROR_FILE, SUMMARY
 from agents.runs.directory import CHECKPOINT, CONFIG_FILE, write_config
 from agents.runs.lock import Lock
 from agents.runs.signals import Stoppable
@@ -133,7 +133,7 @@ def note_error(job: Job, error: str) -> None:
     with contextlib.suppress(OSError):
         job.directory.mkdir(parents=True, exist_ok=True)
         write_atomically(job.directory / ERROR_FILE, f"{error}\n")
-        if not (job.directory / CONFIG_FILE).is_file():
+        if not any((job.directory / name).exists() for name in (CONFIG_FILE, SUMMARY, CHECKPOINT)):
             write_config(job.directory, job.values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,17 @@ def test_a_run_that_fails_before_its_first_batch_is_a_failed_run_of_its_label(
     with new_run(job.directory, job.values):  # the same command begins it anew
         pass
     assert not is_finished(job.directory)
+
+
+def test_results_without_their_config_do_not_get_another(job: Job) -> None:
+    assert job.directory is not None
+    job.directory.mkdir()
+    graded = {"return": {"mean": 1.0}, "normalised": None}
+    summary = {"before": graded, "after": graded, "train_seconds": 1.0, "total_timesteps": 100}
+    (job.directory / "summary.json").write_text(json.dumps(summary))
+    for _ in range(2):
+        assert _do(job).code == 1
+        assert not is_finished(job.directory)
 
 
 def test_a_directory_that_cannot_be_made_fails_its_run_alone(job: Job) -> None:
