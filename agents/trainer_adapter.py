@@ -18,8 +18,10 @@ from torch import Tensor
 from agents.advantages import whiten
 from agents.algorithms.a2c import A2C
 from agents.algorithms.grpo import GRPO
+from agents.algorithms.gspo import GSPO
 from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
+from agents.algorithms.sapo import SAPO
 from agents.batch import Batch, Minibatch, read_minibatch
 from agents.diagnostics import check_ratio
 from agents.on_policy import OnPolicyAgent
@@ -35,16 +37,20 @@ from lmgym.tasks.base import Task
 from lmgym.testing import GAEInputs, GroupInputs, LossInputs, Responses, RewardInputs, TrainerAdapter
 from lmgym.testing.probes import VOCABULARY, rotary_model, word_tokenizer
 
+HORIZON = 8  # at least the tokens of any response that is checked
 ON_POLICY = "it takes one step a batch, so that no token is stale"
+LENGTH_MEAN = "it divides by a response's length"
 BY_DESIGN: dict[type[OnPolicyAgent], dict[str, str]] = {
     A2C: {"off-policy": ON_POLICY},
     REINFORCE: {"off-policy": ON_POLICY},
     RLOO: {"off-policy": ON_POLICY},
     GRPO: {
-        "policy-gradient": "it divides by a response's length; `length_mean=False` does not",
+        "policy-gradient": f"{LENGTH_MEAN}; `length_mean=False` does not",
         "kl-gradient-token": "k3 in the loss has the gradient of another KL; `kl_estimator=exact` has its own",
         "kl-gradient-response": "a KL in the loss is of each token by itself",
     },
+    GSPO: {"policy-gradient": LENGTH_MEAN},
+    SAPO: {"off-policy": "the gate is soft: it damps a token before it is far", "policy-gradient": LENGTH_MEAN},
 }
 
 
@@ -90,7 +96,6 @@ class _Parts:
         temperature: float = 1.0,
         kl_coef: float = 0.0,
         gamma: float = 1.0,
-        horizon: int = 8,
         **config: Any,
     ) -> OnPolicyAgent:
         """An agent over a task with these numbers."""
@@ -102,7 +107,7 @@ class _Parts:
             prompts={"train": ["a"]},
             kl_coef=kl_coef,
             gamma=gamma,
-            max_new_tokens=horizon,
+            max_new_tokens=HORIZON,
         )
         envs = RLHFVectorEnv(
             numbers.num_envs, group_size=numbers.responses, autoreset_mode="SameStep", task=task, device="cpu"
@@ -124,7 +129,7 @@ class _Parts:
         """The loss of a micro-batch, without what it adds for a critic."""
         if inputs.ranks > 1:
             raise NotImplementedError("the agents train in one process")
-        agent = self.recall(kl_coef=inputs.kl_coef, horizon=inputs.mask.shape[1])
+        agent = self.recall(kl_coef=inputs.kl_coef)
         mask = inputs.mask
         row, positions = mask.nonzero(as_tuple=True)
         zeros = torch.zeros(len(row), dtype=inputs.log_probs.dtype)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import plain_trainer as plain
@@ -39,7 +41,7 @@ def test_a_function_that_is_not_implemented_is_not_checked() -> None:
 
 def test_a_failure_raises_with_the_report_unless_it_is_asked_for() -> None:
     wrong = plain_trainer(loss=lambda inputs: -plain.loss(inputs))
-    with pytest.raises(TrainerError, match=r"plain: 1 FAILS\n  FAILS        ratio-one  At the first step"):
+    with pytest.raises(TrainerError, match=r"plain: 1 FAILS\n  FAILS      ratio-one  At the first step"):
         check_trainer(wrong, only=["ratio-one"])
     report = check_trainer(wrong, raises=False, only=["ratio-one", "padding-out-of-loss"])
     assert report.failures == ["ratio-one"]
@@ -53,10 +55,11 @@ def test_a_failure_by_design_does_not_raise_and_keeps_its_numbers() -> None:
     assert result.detail.startswith("it climbs; direction of response 0: 1")
 
 
-def test_a_function_that_raises_fails() -> None:
-    result = check_trainer(plain_trainer(whiten=lambda numbers: numbers), raises=False, only=["whitening"])["whitening"]
-    assert result.status == "FAILS"
-    assert "raised TypeError" in result.detail
+def test_a_function_that_raises_is_an_error_and_no_finding() -> None:
+    report = check_trainer(plain_trainer(whiten=lambda numbers: numbers), raises=False, only=["whitening"])
+    assert report.failures == ["whitening"]
+    assert report["whitening"].status == "error"
+    assert report["whitening"].detail.startswith("TypeError: ")
 
 
 def test_nan_fails() -> None:
@@ -69,6 +72,22 @@ def test_an_unknown_invariant_is_refused() -> None:
         check_trainer(plain_trainer(), only=["ratio_one"])
     with pytest.raises(UnknownNameError, match="`invariant` must be"):
         check_trainer(plain_trainer(by_design={"no": ""}))
+
+
+def test_the_table_names_at_its_end_what_was_not_checked() -> None:
+    report = check_trainer(TrainerAdapter(name="mine", whiten=plain.whiten), only=["gae", "truncation", "whitening"])
+    lines = str(report).splitlines()
+    assert lines[0] == "mine: 1 ok, 2 not checked"
+    assert lines[1].split()[:2] == ["ok", "whitening"]
+    assert lines[-1] == "  not checked: gae, truncation (needs `gae`)"
+
+
+def test_the_page_lists_every_invariant() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "check_trainer.md").read_text(encoding="utf-8")
+    first_table = page.split("| invariant |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `(.*?)`", first_table, flags=re.MULTILINE) == list(INVARIANTS)
+    for invariant in INVARIANTS.values():
+        assert f"| `{invariant.name}` | {invariant.statement.replace('|', chr(92) + '|')} |" in first_table
 
 
 def test_every_invariant_says_what_holds_and_why_it_may_be_off() -> None:

@@ -140,7 +140,8 @@ class TrainerAdapter:
         log_probs: (B, T) nats of the response tokens, differentiable, 0 or anything off the mask. Takes what `prepare`
             made, `Responses` and the temperature.
         lora_log_probs: of the policy and of its reference, each (B, T), where the policy is a model with LoRA adapters.
-            Takes the model, `Responses`, and a function to call with the policy: it changes all weights called lora.
+            Takes the model, `Responses`, and a function to call with the policy: it changes the weights called lora
+            that learn.
         model_loss: the policy loss at the first optimiser step of `Responses` with advantages (B,), differentiable.
             Takes what `prepare` made, `Responses` and the advantages. None is made of `log_probs` and `loss`.
         loss: the policy loss of `LossInputs`, differentiable, with its KL term where it has one.

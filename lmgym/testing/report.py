@@ -8,7 +8,8 @@ from typing import Literal
 
 from lmgym.errors import LmGymError
 
-Status = Literal["ok", "FAILS", "by design", "not checked"]
+Status = Literal["ok", "FAILS", "error", "by design", "not checked"]
+STATUSES: tuple[Status, ...] = ("ok", "FAILS", "error", "by design", "not checked")
 
 
 class TrainerError(LmGymError, AssertionError):
@@ -21,7 +22,7 @@ class Result:
 
     Attributes:
         name: of the invariant. statement: what must hold.
-        status: "by design" is a failure that the adapter has announced, with its reason.
+        status: "error" where a function raised; "by design" is a failure that the adapter has announced.
         detail: the largest gap and its tolerance, or why it was not checked.
     """
 
@@ -33,7 +34,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """The invariants of a trainer, in their order; `print` shows a table."""
+    """The invariants of a trainer, in their order; `print` shows a table, with what was not checked at its end."""
 
     trainer: str
     results: tuple[Result, ...]
@@ -44,18 +45,23 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        """The names of the invariants that fail, without those that fail by design."""
-        return self.named("FAILS")
+        """The names of the invariants that fail or raise, without those that fail by design."""
+        return [result.name for result in self.results if result.status in ("FAILS", "error")]
 
     def __getitem__(self, name: str) -> Result:
         return next(result for result in self.results if result.name == name)
 
     def __str__(self) -> str:
-        counts = [(len(self.named(status)), status) for status in ("ok", "FAILS", "by design", "not checked")]
+        counts = [(len(self.named(status)), status) for status in STATUSES]
         lines = [f"{self.trainer}: " + ", ".join(f"{count} {status}" for count, status in counts if count)]
         width = max((len(result.name) for result in self.results), default=0)
         indent = " " * (width + 15)
+        unchecked: dict[str, list[str]] = {}
         for result in self.results:
-            lines.append(f"  {result.status:<11}  {result.name:<{width}}  {result.statement}")
+            if result.status == "not checked":
+                unchecked.setdefault(result.detail, []).append(result.name)
+                continue
+            lines.append(f"  {result.status:<9}  {result.name:<{width}}  {result.statement}")
             lines += textwrap.wrap(result.detail, 120, initial_indent=indent, subsequent_indent=indent)
+        lines += [f"  not checked: {', '.join(names)} ({reason})" for reason, names in unchecked.items()]
         return "\n".join(lines)

@@ -327,7 +327,6 @@ MUTANTS = [
 def test_the_invariant_catches_the_mutant(mutant: Mutant) -> None:
     result = check_trainer(plain_trainer(**mutant.changes), raises=False, only=[mutant.breaks])[mutant.breaks]
     assert result.status == "FAILS"
-    assert "raised" not in result.detail
 
 
 def test_every_invariant_has_a_mutant() -> None:

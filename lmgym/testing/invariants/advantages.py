@@ -168,7 +168,6 @@ def group_axis(trainer: TrainerAdapter) -> Gaps:
         harder[3 * prompt : 3 * prompt + 3] -= 5
         after = group_advantages(trainer, group_inputs(harder, 3))
         yield f"change of an advantage, prompt {prompt} harder", largest_gap(after, before)
-    yield "mean advantage of a group", before.view(2, 3).mean(1).abs().max().item()
     in_order = before.view(2, 3).argsort(1).eq(scores.view(2, 3).argsort(1)).all().item()
     yield "advantages that are not in the order of the scores", float(not in_order)
 

@@ -135,15 +135,15 @@ def lora_reference(trainer: TrainerAdapter) -> Gaps:
 
 @torch.no_grad()
 def _disturb(policy: Any) -> None:
-    """Moves the weights of LoRA adapters, the same for every policy of one shape."""
+    """Moves the weights of LoRA adapters that learn, the same for every policy of one shape."""
     generator = torch.Generator().manual_seed(0)
     count = 0
     for name, weight in policy.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name and weight.requires_grad:
             weight += 0.5 * torch.randn(weight.shape, generator=generator).to(weight)
             count += 1
     if not count:
-        raise ValueError("The policy must have weights with 'lora_' in their names, got none.")
+        raise ValueError("The policy must have weights that learn with 'lora_' in their names, got none.")
 
 
 INVARIANTS = (
