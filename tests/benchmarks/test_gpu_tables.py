@@ -101,10 +101,10 @@ def _is_running(pid: str) -> bool:
 
 def test_a_part_that_takes_too_long_ends_with_all_that_it_has_started() -> None:
     inner = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
-    failure = gpu.run_within([sys.executable, "-c", outer], 5)
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-I', '-S', '-c', {inner!r}])"
+    failure = gpu.run_within([sys.executable, "-I", "-S", "-c", outer], 3)
     first, pid = failure.splitlines()
-    assert first == "took more than 5 s"
+    assert first == "took more than 3 s"
     deadline = time.monotonic() + 20  # a signal takes its time on a busy machine; the process sleeps for 60 s
     while _is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
