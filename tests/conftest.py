@@ -32,7 +32,17 @@ from lmgym.models.sharing import load_causal_lm
 from lmgym.rewards.classifier import load_reward_model
 from lmgym.tasks import Task
 
-LONG = ("test_contributing.py", "test_pipeline.py", "test_page.py", "test_train.py")
+LONG = (
+    "test_contributing.py",
+    "test_pipeline.py",
+    "test_compare_sweep.py",
+    "test_page.py",
+    "test_train.py",
+    "test_own_feedback.py",
+    "test_multirun.py",
+    "test_build.py",
+    "test_examples.py",
+)
 SEED_SHIFT = int(os.environ.get("SEED_SHIFT", "0"))
 
 
