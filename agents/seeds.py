@@ -20,11 +20,9 @@ COMPLETIONS = 6  # tokens sampled to be judged
 REFERENCE_SAMPLES = 7  # tokens sampled to centre a reward model
 LABELS = 8  # prompts and completions to be labelled, of each round
 JUDGES = 9  # simulated annotators of each round
-FAULTS = 10  # what is random in a run that is wrong on purpose: of each fault
+REWARD_NOISE = 10  # noise on the scores, put there on purpose
+RANDOM_CRITIC = 12  # what a critic says that knows nothing
 EVALUATION = 20_000_003  # tokens sampled to grade a policy
-
-REWARD_NOISE = 0  # after FAULTS
-RANDOM_CRITIC = 1
 
 
 def stream_seed(seed: int, *key: int) -> int:

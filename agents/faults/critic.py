@@ -11,7 +11,7 @@ from agents.batch import Batch
 from agents.faults.config import CRITIC_VALUES, parse_setting
 from agents.faults.fault import Fault, Learner
 from agents.losses import explained_variance
-from agents.seeds import FAULTS, RANDOM_CRITIC, torch_generator
+from agents.seeds import RANDOM_CRITIC, torch_generator
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
 from lmgym.optimum.anatomy.parts import check_additive
@@ -82,7 +82,7 @@ def state_noise(episodes: Episodes, seed: int) -> Tensor:
     States are told apart by a polynomial hash of their tokens, which chooses one of 65,536 numbers.
     """
     ids = episodes.input_ids
-    numbers = torch.randn(_NUMBERS, generator=torch_generator(seed, FAULTS, RANDOM_CRITIC)).to(ids.device)
+    numbers = torch.randn(_NUMBERS, generator=torch_generator(seed, RANDOM_CRITIC)).to(ids.device)
     width = episodes.prompt_ids.shape[1]
     state = torch.ones_like(ids[:, 0])
     columns = []

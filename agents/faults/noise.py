@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from agents.faults.fault import Fault
-from agents.seeds import FAULTS, REWARD_NOISE, torch_generator
+from agents.seeds import REWARD_NOISE, torch_generator
 from lmgym.episodes import Episodes
 
 
@@ -25,7 +25,7 @@ class RewardNoise(Fault):
     def __init__(self, sigma: float, seed: int = 0) -> None:
         super().__init__()
         self._sigma = sigma
-        self._generator = torch_generator(seed, FAULTS, REWARD_NOISE)
+        self._generator = torch_generator(seed, REWARD_NOISE)
 
     def tell(self, episodes: Episodes) -> Episodes:
         noise = torch.randn(len(episodes), generator=self._generator).to(episodes.scores.device)
