@@ -233,7 +233,9 @@ def judge(found: Found) -> Verdict:
         f"Some tokens are left without any probability, on-policy and on the task of every seed, by {_join(drifting)}.",
         f"Sampled runs come within {REACHED:.0%} of the gain to V\\* with {_join(reached)}, and with no other.",
     )
-    return Verdict(f"On-policy, only {_join(right['on-policy'])} have pi\\* for their fixed point.", claims)
+    return Verdict(
+        f"On-policy, the fixed point is pi\\* with {_join(right['on-policy'])}, and with nothing else.", claims
+    )
 
 
 def _ends(found: Found, name: str, regime: str) -> list[dict[str, Any]]:

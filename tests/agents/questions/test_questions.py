@@ -77,6 +77,17 @@ def test_the_rule_of_the_kl_says_no() -> None:
     assert "k3 in the loss" in changed[0]
 
 
+def test_the_rule_of_the_normalisation_says_no() -> None:
+    found = data_of("grpo-normalisation")["found"]
+    judge = load_protocol("grpo-normalisation").judge
+    other = copy.deepcopy(found)
+    for ends in other["kinds"].values():
+        for end in ends["group mean / deviation"]:
+            end["weights"] = [0.9, 0.9]
+    assert judge(found).claims[2].endswith("yes.")
+    assert judge(other).claims[2].endswith("no.")
+
+
 def test_the_command_makes_the_page_of_the_data_that_are_there(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="`redraw` must be false where there are no data yet"):
         answer_question("kl-estimator", output=str(tmp_path), redraw=True)
