@@ -61,6 +61,8 @@ class DAPO(ScaledGroupAgent):
     def choose(self, episodes: Episodes) -> Episodes:
         """A batch of those sampled: groups of unequal scores first, in the order in which they were sampled."""
         config = self.config
+        if config.sampling_rounds == 1:
+            return episodes
         is_mixed = mixed_groups(episodes.scores, config.group_size)
         order = (~is_mixed).long().argsort(stable=True)[: config.batch_size // config.group_size]
         rows = order.sort().values.unsqueeze(1) * config.group_size

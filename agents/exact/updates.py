@@ -129,7 +129,13 @@ def _undisturbed(agent: OnPolicyAgent) -> Iterator[None]:
 def _shape(agent: OnPolicyAgent, episodes: Episodes) -> Batch:
     """Values, rewards and advantages, as if the agent had not seen these episodes before."""
     with _undisturbed(agent):
-        return agent.shape(episodes)
+        batch = agent.shape(episodes)
+    if len(batch) != len(episodes):
+        raise InvalidArgumentError(
+            f"`agent` must learn from every episode that it samples, and {agent.name} with these numbers drops some: "
+            "switch its dynamic sampling off (`sampling_rounds=1`)."
+        )
+    return batch
 
 
 @torch.no_grad()

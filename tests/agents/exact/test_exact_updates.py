@@ -10,11 +10,16 @@ import torch
 
 from agents.agent import Agent
 from agents.algorithms.a2c import A2C
+from agents.algorithms.cispo import CISPO
+from agents.algorithms.dapo import DAPO
+from agents.algorithms.dr_grpo import DrGRPO
 from agents.algorithms.grpo import GRPO
+from agents.algorithms.gspo import GSPO
 from agents.algorithms.klq import KLQ
 from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
+from agents.algorithms.sapo import SAPO
 from agents.exact import (
     TablePolicy,
     enumerate_updates,
@@ -48,6 +53,13 @@ BIASED: list[tuple[type[OnPolicyAgent], dict[str, Any]]] = [
     (GRPO, {"group_size": 2, "scale_by_std": False, "kl_estimator": "k2"}),
     (GRPO, {"group_size": 2, "scale_by_std": False, "length_mean": False, "kl_estimator": "k3"}),
     (GRPO, {"group_size": 2, "scale_by_std": False, "length_mean": False, "kl_estimator": "k1"}),
+]
+KL_IN_THE_REWARD: list[tuple[type[OnPolicyAgent], dict[str, Any]]] = [
+    (DrGRPO, {"group_size": 2}),
+    (DAPO, {"group_size": 2, "scale": "group", "sampling_rounds": 1}),
+    (GSPO, {"group_size": 2, "scale": "group"}),
+    (CISPO, {"group_size": 2, "scale": "group"}),
+    (SAPO, {"group_size": 2, "scale": "group"}),
 ]
 KL_COEF = 0.3
 
@@ -92,7 +104,7 @@ def batches(tree: Tree) -> list[Episodes]:
     return [agent.collect() for _ in range(40)]
 
 
-@pytest.mark.parametrize(("kind", "config"), UNBIASED + BIASED, ids=str)
+@pytest.mark.parametrize(("kind", "config"), UNBIASED + BIASED + KL_IN_THE_REWARD, ids=str)
 def test_it_is_the_mean_of_many_sampled_updates(
     tree: Tree, batches: list[Episodes], kind: type[OnPolicyAgent], config: dict[str, Any]
 ) -> None:
@@ -180,15 +192,22 @@ def test_too_large_a_tree_is_refused(tree: Tree) -> None:
 # -- fixed points ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "config"), UNBIASED[2:], ids=str)
+@pytest.mark.parametrize(("kind", "config"), UNBIASED[2:] + KL_IN_THE_REWARD, ids=str)
 def test_iterated_the_unbiased_ones_reach_the_optimum(
     tree: Tree, kind: type[OnPolicyAgent], config: dict[str, Any]
 ) -> None:
+    """And those that divide by a deviation or a length: at the optimum there is nothing to divide."""
     found = find_fixed_point(agent_of(kind, tree, config), tree, tolerance=1e-5)
     assert found.converged
     assert found.inside
     assert abs(found.gap) < 1e-6
     assert found.gap == pytest.approx(KL_COEF * found.to_optimum, abs=1e-9)
+
+
+def test_an_agent_that_drops_groups_has_no_expected_update_here(tree: Tree) -> None:
+    agent = agent_of(DAPO, tree, {"group_size": 2, "batch_size": 2})
+    with pytest.raises(InvalidArgumentError, match="`agent` must learn from every episode that it samples, and DAPO"):
+        expected_update(agent, tree)
 
 
 def test_plain_steps_and_stale_samples_end_in_the_same_point(tree: Tree) -> None:
