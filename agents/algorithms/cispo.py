@@ -9,13 +9,14 @@ from agents.groups import ScaledGroupAgent
 from agents.losses import clipped_weight_loss
 from agents.on_policy_config import ScaledGroupConfig
 from agents.update import Loss
-from lmgym.ranges import Positive, PositiveFraction
+from lmgym.ranges import Count, Positive, PositiveFraction
 
 
 @dataclass(frozen=True)
 class CISPOConfig(ScaledGroupConfig):
-    """CISPO's own numbers."""
+    """CISPO's own numbers. Nothing stops a token that has moved far: a batch has fewer passes than PPO's."""
 
+    epochs: Count = 2
     clip_range_high: Positive = 0.28  # the weight of a token is at most 1 plus this
     clip_range: PositiveFraction | None = None  # and at least 1 less this; null leaves it free below
 

@@ -11,13 +11,14 @@ from agents.groups import ScaledGroupAgent
 from agents.losses import approximate_kl, soft_gated_loss
 from agents.on_policy_config import ScaledGroupConfig
 from agents.update import Loss
-from lmgym.ranges import Positive
+from lmgym.ranges import Count, Positive
 
 
 @dataclass(frozen=True)
 class SAPOConfig(ScaledGroupConfig):
-    """SAPO's own numbers."""
+    """SAPO's own numbers. The gate closes late: a batch has fewer passes than PPO's."""
 
+    epochs: Count = 2
     temperature: Positive = 1.0  # tau of a positive advantage: the larger, the nearer to ratio 1 the gate closes
     temperature_negative: Positive = 1.05  # tau of a negative one
 
