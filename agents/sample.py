@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from agents.runs.command_line import ending_in_a_line, run_command
-from agents.runs.completions import Request, is_run, load_writers, write_completions
+from agents.runs.completions import Request, check_sampler, load_writers, write_completions
 from agents.runs.config import CONF
 from agents.runs.help_page import sample_help_page
 from agents.runs.sweeps import given
@@ -39,16 +39,6 @@ def main(cfg: DictConfig) -> None:
     with ending_in_a_line():
         check_sampler(values, any(key.partition(".")[0] == "sampler" for key in keys))
         sample(values)
-
-
-def check_sampler(values: dict[str, Any], is_given: bool) -> None:
-    """Raises `InvalidArgumentError` where a sampler is given for a run."""
-    policies = values["policies"]
-    runs = [name for name in ([policies] if isinstance(policies, str) else policies) if is_run(str(name))]
-    if is_given and runs:
-        raise InvalidArgumentError(
-            f"`sampler` must be left out where `policies` has a run, which draws as it was trained: {runs[0]}."
-        )
 
 
 def sample(values: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ REFERENCE_SAMPLES = 7  # tokens sampled to centre a reward model
 LABELS = 8  # prompts and completions to be labelled, of each round
 JUDGES = 9  # simulated annotators of each round
 REWARD_NOISE = 10  # noise on the scores, put there on purpose
+DATASETS = 11  # tokens of a data set, of each of its policies
 RANDOM_CRITIC = 12  # what a critic says that knows nothing
 EVALUATION = 20_000_003  # tokens sampled to grade a policy
 

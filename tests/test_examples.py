@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from agents.runs.completions import Request
+from agents.runs.datasets import write_datasets
 from lmgym.optimum import solve
 from lmgym.tasks import make_task, registry
 
@@ -28,6 +30,7 @@ TINY = {
     "dqn_mlp": ["--steps", "40", "--episodes", "2"],
     "feedback_loop": ["--rounds", "2", "--labels", "24", "--steps", "600"],
     "mcts": ["--simulations", "20", "--prompts", "1"],
+    "offline_cql": ["lmgym/echo-2/medium-v0", "--steps", "500"],
     "ppo_single_file": ["--steps", "1024"],
     "sb3_ppo_mlp": ["--steps", "2048", "--samples", "16"],
 }
@@ -92,6 +95,11 @@ def check_mcts(lines: list[str]) -> None:
     assert greedy < found <= optimum == round(float(solve("keyword-8", kl_coef=0.02).values[0]), 4)
 
 
+def check_offline_cql(lines: list[str]) -> None:
+    """It is better than the reference, and no better than the optimum."""
+    assert 0 < numbers(lines[-1])[1] <= 1
+
+
 def check_ppo_single_file(lines: list[str]) -> None:
     """Before the first update it is the reference, up to the noise of 256 episodes."""
     assert abs(numbers(lines[0])[0]) < 0.1
@@ -104,6 +112,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "custom_task": check_custom_task,
     "feedback_loop": check_feedback_loop,
     "mcts": check_mcts,
+    "offline_cql": check_offline_cql,
     "ppo_single_file": check_ppo_single_file,
 }
 
@@ -123,6 +132,12 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def write_medium(out: Path) -> None:
+    """The data set of `python -m agents.dataset task=echo-2 policies=medium samples=8 out=...`."""
+    sampler = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "greedy_tokens": 0}
+    write_datasets(Request(["medium"], sampler, "echo-2", samples=8, device="cpu"), str(out))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_as_before")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
@@ -131,6 +146,10 @@ def test_an_example_runs(
 ) -> None:
     """In this process, which has imported already what each would import for seconds; from another directory."""
     monkeypatch.chdir(tmp_path)
+    if example.stem == "offline_cql":
+        pytest.importorskip("d3rlpy")  # it asks for an older Gymnasium than this project (docs/libraries.md)
+        write_medium(tmp_path)
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     monkeypatch.setattr(sys, "argv", [str(example), *TINY[example.stem]])
     runpy.run_path(str(example), run_name="__main__")
     printed = capsys.readouterr().out

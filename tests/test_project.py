@@ -19,7 +19,8 @@ import lmgym.tasks
 # A module imports from its own layer and from lower ones (to the left).
 LAYERS = (
     "errors, episodes, forking, ending, output < ranges, files, kl, intervals, data < models < automata < rewards"
-    " < tasks < feedback < reward_models < optimum < envs < wrappers < rollout < evaluation, scores, testing, trl < sb3"
+    " < tasks < feedback < reward_models < optimum < envs < wrappers < rollout < evaluation, scores, testing, trl"
+    " < sb3, minari"
     " < agents.checkpoint, agents.seeds, agents.finite, agents.losses, agents.advantages, agents.master_weights"
     " < agents.agent < agents.policies < agents.batch, agents.diagnostics, agents.update"
     " < agents.memory, agents.learning, agents.stacked_adam, agents.stacked_batch"
@@ -205,7 +206,7 @@ def test_the_wheel_stays_small() -> None:
 # --- versions ----------------------------------------------------------------------------------------------------
 
 
-TESTED_EXTRAS = ("render", "agents", "feedback", "test")
+TESTED_EXTRAS = ("minari", "render", "agents", "feedback", "test")
 
 
 def test_the_lowest_versions_are_those_that_the_project_declares() -> None:

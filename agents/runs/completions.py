@@ -79,6 +79,16 @@ def is_run(name: str) -> bool:
     return (Path(name) / CONFIG_FILE).is_file()
 
 
+def check_sampler(values: dict[str, Any], is_given: bool) -> None:
+    """Raises `InvalidArgumentError` where a sampler is given for a run."""
+    policies = values["policies"]
+    runs = [name for name in ([policies] if isinstance(policies, str) else policies) if is_run(str(name))]
+    if is_given and runs:
+        raise InvalidArgumentError(
+            f"`sampler` must be left out where `policies` has a run, which draws as it was trained: {runs[0]}."
+        )
+
+
 # -- who writes ------------------------------------------------------------------------------------------------------
 
 
@@ -153,14 +163,15 @@ def _load_writer(name: str, plan: Plan, split: str, *, is_saved: bool) -> Writer
     return Writer(name, str(plan.settings["task"]), agent, envs.unwrapped)
 
 
-def _prompts(envs: RLHFVectorEnv, request: Request) -> list[Prompt]:
+def prompts_of(envs: RLHFVectorEnv, request: Request) -> list[Prompt]:
+    """The prompts of a request: the first of the split."""
     available = envs.engine.prompts
     count = len(available) if request.prompts is None else min(request.prompts, len(available))
     return [available[i] for i in range(count)]
 
 
 def _texts(writer: Writer, request: Request) -> list[str]:
-    return [prompt.text for prompt in _prompts(writer.envs, request)]
+    return [prompt.text for prompt in prompts_of(writer.envs, request)]
 
 
 # -- what they write -------------------------------------------------------------------------------------------------
@@ -186,7 +197,7 @@ def write_completions(
     from agents.seeds import COMPLETIONS, torch_generator
 
     generators = [torch_generator(request.seed, COMPLETIONS, i) for i in range(len(writers))]
-    prompts = _prompts(writers[0].envs, request)
+    prompts = prompts_of(writers[0].envs, request)
     chosen = range(len(prompts)) if order is None else order
     size = max(1, BATCH_SIZE // request.samples)
     for start in range(0, len(chosen), size):

@@ -188,6 +188,25 @@ def sample_help_page(conf: Path) -> str:
     return "\n\n".join(parts)
 
 
+def dataset_help_page(conf: Path) -> str:
+    """What `python -m agents.dataset --help` prints: every key in a line.
+
+    Args:
+        conf: the directory of configs.
+    """
+    agents = _of_each(conf / "agent", _blurb)
+    samplers = _of_each(conf / "sampler", _comment)
+    parts = [
+        "python -m agents.dataset [task=NAME] [policies=NAME,NAME,DIRECTORY,mixed] [key=value ...]",
+        "Writes what policies answer as Minari data sets, for offline RL: docs/offline.md.",
+        f"Keys:\n{_indented(_keys_of(conf / 'dataset.yaml'))}",
+        f"Policies besides run directories, each as it is before it learns:\n{_listed(agents)}",
+        f"sampler=NAME, the distribution that tokens are drawn from (a run keeps its own):\n{_listed(samplers)}",
+        "Hydra's own options: --hydra-help",
+    ]
+    return "\n\n".join(parts)
+
+
 def reward_help_page(conf: Path) -> str:
     """What `python -m agents.reward --help` prints: every key in a line.
 

@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 
 import agents.train  # noqa: F401  has Hydra read conf as the commands do
 from agents.algorithms.best_of_n import BestOfN, BestOfNConfig, best_of_n_log_probs, kl_bound, log_ratio_of_best
+from agents.algorithms.medium import Medium, MediumConfig, return_of_optimum
 from agents.algorithms.optimal import Optimal
 from agents.algorithms.reference import Reference
 from agents.algorithms.uniform import Uniform
@@ -30,6 +31,7 @@ from lmgym.errors import InvalidArgumentError
 from lmgym.evaluation import evaluate
 from lmgym.kl import episode_kl
 from lmgym.models.sampling import Sampler
+from lmgym.optimum import solve
 from lmgym.optimum.tree import Tree, make_episode_logits
 from lmgym.rewards.noise import NoisyReward
 
@@ -51,10 +53,44 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(shifted(seed))
 
 
+# -- half as good as the optimum ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_medium_has_its_share_of_the_gain_by_enumeration(share: float) -> None:
+    """J of its policy at the task's own price, from the probability and the score of every response."""
+    envs = tiny()
+    tree = Tree.of(PROBLEM.task, "train")
+    best = solve(PROBLEM.task, split="train")
+    policy = Medium(envs, MediumConfig(share=share)).policy
+    found = tree.evaluate(make_episode_logits(policy)).metrics["return"]
+    assert (found - best.reference) / (best.value - best.reference) == pytest.approx(share, abs=2e-3)
+
+
+def test_the_return_of_an_optimum_at_another_price_is_that_of_its_policy() -> None:
+    """The derivative of V* by the price is the KL of the policy that is best at it: score and KL from enumeration."""
+    task = PROBLEM.task
+    tree = Tree.of(task, "train")
+    for factor in (1.0, 2.0, 10.0):
+        other = solve(task, split="train", kl_coef=factor * task.kl_coef)
+        assert other.policy is not None
+        by_slope = return_of_optimum(
+            lambda k: solve(task, split="train", kl_coef=k).value, factor * task.kl_coef, task.kl_coef
+        )
+        by_hand = tree.evaluate(make_episode_logits(other.policy)).metrics["return"]
+        assert by_slope == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_medium_needs_a_policy_that_a_solver_represents() -> None:
+    envs: Any = gym.make_vec("lmgym/Reviews-v0", num_envs=1, device="cpu")
+    with pytest.raises(InvalidArgumentError, match="responses"):
+        Medium(envs.unwrapped)
+
+
 # -- policies that are given -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [Reference, Uniform, Optimal])
+@pytest.mark.parametrize("kind", [Reference, Uniform, Optimal, Medium])
 def test_predict_draws_from_the_distribution_of_the_policy(kind: Any) -> None:
     """Tokens after one prefix, drawn many times, against the distribution that enumeration has there."""
     envs = tiny(300)

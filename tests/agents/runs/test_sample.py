@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from agents.runs.completions import Request, load_writers, write_completions
-from agents.sample import check_sampler, sample
+from agents.runs.completions import Request, check_sampler, load_writers, write_completions
+from agents.sample import sample
 from lmgym.errors import InvalidArgumentError, LmGymError
 from lmgym.feedback.files import read_records
 from lmgym.feedback.records import Record
