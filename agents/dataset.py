@@ -7,7 +7,6 @@ scores are J of the frozen reference and V*. An offline agent is then graded bet
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -61,12 +60,5 @@ def write(values: dict[str, Any]) -> None:
         print(f"{directory}: {episodes:,} episodes, {steps:,} steps")
 
 
-def listed(argument: str) -> str:
-    """`policies=[a,b]` of `policies=a,b`, which Hydra would take for two runs."""
-    key, _, names = argument.partition("=")
-    return f"{key}=[{names}]" if key == "policies" and "," in names and not names.startswith("[") else argument
-
-
 if __name__ == "__main__":
-    sys.argv[1:] = [listed(argument) for argument in sys.argv[1:]]
     run_command(main, help_page=lambda: dataset_help_page(CONF))

@@ -37,6 +37,7 @@ from agents.algorithms.sft import SFT, SFTConfig
 from agents.comparison.plan import make_cells, settings_of
 from agents.comparison.protocol import read_request
 from agents.on_policy_config import OnPolicyConfig
+from agents.runs.command_line import prepared
 from agents.runs.plan import check
 from agents.runs.run import train
 from agents.runs.worth_plan import with_lists
@@ -447,7 +448,7 @@ def test_commands_compose(document: Path, alone: pytest.MonkeyPatch, tmp_path: P
         if any("<" in argument or argument == "--help" for argument in arguments):
             continue  # a form to fill in, or nothing to compose
         sweep = "-m" in arguments
-        overrides = [a.split(",")[0] if sweep else a for a in arguments if a != "-m"]
+        overrides = [a.split(",")[0] if sweep else a for a in prepared(arguments) if a != "-m"]
         if module == "compare":
             protocol = read_request(shlex.split(command)[1:]).protocol
             make_cells(protocol, settings_of(protocol), protocol.seeds, tmp_path / "compared")

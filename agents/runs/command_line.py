@@ -29,6 +29,7 @@ from lmgym.errors import LmGymError
 from lmgym.output import ending_with_its_reader
 
 RUN_DIRECTORIES = ("run", "resume")  # keys whose values are paths and nothing else
+_LISTS = ("policies",)  # keys that take several values: a,b is [a,b], but with -m
 _NEW_DIRECTORIES = ("hydra.run.dir", "hydra.sweep.dir")
 
 
@@ -90,12 +91,20 @@ def ending_in_a_line(directory: str | os.PathLike[str] | None = None) -> Iterato
 
 
 def prepared(arguments: Sequence[str]) -> list[str]:
-    """Arguments in which a path may stand as it is, and a whole number as 2e4.
+    """Arguments in which a path may stand as it is, a whole number as 2e4, and several policies as a,b.
 
     A path is quoted for Hydra, whose grammar reads "=" and "," in it.
     """
     multirun = bool({"-m", "--multirun"} & set(arguments))
-    return [_with_quoted_path(_with_whole_numbers(argument), multirun) for argument in arguments]
+    listed = arguments if multirun else [_with_list(argument) for argument in arguments]
+    return [_with_quoted_path(_with_whole_numbers(argument), multirun) for argument in listed]
+
+
+def _with_list(argument: str) -> str:
+    """`policies=[a,b]` of `policies=a,b`, which Hydra would take for two runs."""
+    key, _, values = argument.partition("=")
+    is_bare = key in _LISTS and "," in values and values[0] not in "[\"'" and not os.path.exists(values)
+    return f"{key}=[{values}]" if is_bare else argument
 
 
 def _with_whole_numbers(argument: str) -> str:

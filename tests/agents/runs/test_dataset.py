@@ -9,7 +9,8 @@ import minari
 import numpy as np
 import pytest
 
-from agents.dataset import listed, write
+from agents.dataset import write
+from agents.runs.command_line import prepared
 from agents.runs.datasets import names_of, split_policies
 from lmgym.errors import InvalidArgumentError, UnknownNameError
 from lmgym.scores import reference_return
@@ -88,7 +89,6 @@ def test_names_are_those_of_policies_and_of_directories() -> None:
 
 
 def test_policies_with_commas_are_a_list() -> None:
-    assert listed("policies=a,b") == "policies=[a,b]"
-    assert listed("policies=[a,b]") == "policies=[a,b]"
-    assert listed("policies=a") == "policies=a"
-    assert listed("task=a,b") == "task=a,b"
+    given = ["policies=a,b", "policies=[a,b]", "policies='a,b'", "policies=a", "task=a,b"]
+    assert prepared(given) == ["policies=[a,b]", *given[1:]]
+    assert prepared([*given, "-m"]) == [*given, "-m"]
