@@ -94,6 +94,7 @@ class Agent(ABC):
         num_timesteps: env steps (sampled tokens) so far.
         tokens: what the policy has read for them.
         deterministic: whether the agent is certain of every token, whatever the sampler.
+        knows_log_probs: whether the log-probs that `respond` gives are of the distribution that it answers with.
         at_rest: whether a run that goes on from what `save` would write now gives the same curve.
         generator: what the agent draws from.
 
@@ -104,6 +105,7 @@ class Agent(ABC):
     Config: ClassVar[type[AgentConfig]] = AgentConfig
     num_timesteps: int = 0
     deterministic: bool = False
+    knows_log_probs: bool = True
     at_rest: bool = True
 
     def __init__(

@@ -49,7 +49,8 @@ def write_minari(
         env: the token MDP that they are of, with dict observations, in `PolicyKL`.
         root: a directory of data sets, `MINARI_DATASETS_PATH` when they are loaded; None is Minari's own.
         optimum: of that split: J of the reference is then `ref_min_score`, and V* is `ref_max_score`, so that
-            `minari.get_normalized_score` of an undiscounted return is its share of the gain.
+            `minari.get_normalized_score` of a return is its share of the gain. Both are discounted by the env's gamma:
+            below 1, so must the return be.
         progress: called with 1 after every episode.
         about: other metadata of `minari.create_dataset_from_buffers`: algorithm_name, description, author, ...
 

@@ -51,6 +51,7 @@ class BestOfN(FixedAgent):
 
     Config = BestOfNConfig
     config: BestOfNConfig
+    knows_log_probs = False
 
     def __init__(
         self, envs: RLHFVectorEnv, config: BestOfNConfig | None = None, *, seed: int = 0, sampler: Sampler | None = None

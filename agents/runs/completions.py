@@ -233,7 +233,8 @@ def _write(writer: Writer, rows: Sequence[int], samples: int, generator: Any) ->
     written = []
     for text, response, log_prob in zip(texts, responses, episodes.log_probs.sum(1).tolist(), strict=True):
         ended = bool(end.is_end_by_eos(response[-1], len(response) - 1))
-        written.append(Completion(text, policy=writer.name, sampler=sampler, log_prob=log_prob, ended=ended))
+        known = log_prob if writer.agent.knows_log_probs else None
+        written.append(Completion(text, policy=writer.name, sampler=sampler, log_prob=known, ended=ended))
     return [written[i : i + samples] for i in range(0, len(written), samples)]
 
 

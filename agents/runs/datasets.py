@@ -76,6 +76,7 @@ def write_datasets(
     from lmgym.optimum import find_known
 
     writers = load_writers(request, trusted)
+    check_log_probs(writers)
     names = names_of(request, writers[0].task)
     if mixed:
         names[MIXED] = f"lmgym/{writers[0].task}/{MIXED}-v0"
@@ -109,6 +110,16 @@ def check_new(names: Iterable[str], root: str | None) -> None:
         directory = dataset_directory(name, root)
         if directory.exists():
             raise InvalidArgumentError(f"`out` must not have {str(directory)!r} yet: move it away.")
+
+
+def check_log_probs(writers: Sequence[Writer]) -> None:
+    """Raises `InvalidArgumentError` where a policy does not know the log-probs of its tokens, which rewards need."""
+    for writer in writers:
+        if not writer.agent.knows_log_probs:
+            raise InvalidArgumentError(
+                f"`policies` must know the log-probs of their tokens, of which the KL in the rewards is, and "
+                f"{writer.name!r} does not."
+            )
 
 
 def check_same_mdp(writers: Sequence[Writer]) -> None:

@@ -53,7 +53,7 @@ class Completion:
         text: as it was written, or the messages that answer the prompt's.
         policy: who wrote it: the name of a task's reference, the directory of a run, or a person.
         sampler: how: "temperature=0.7, top_p=0.9".
-        log_prob: of all its tokens under what sampled it, nats.
+        log_prob: of all its tokens under what sampled it, nats; None where that is not known, as of the best of n.
         ended: True where it is complete though its text has no EOS, so that training puts one after it; False where it
             was cut by a length limit; None where only its text says so, by the EOS that it ends with or has not.
     """

@@ -65,6 +65,7 @@ def test_the_same_seed_samples_the_same(tmp_path: Path, monkeypatch: pytest.Monk
         ({"policies": ["mixed", "reference"]}, InvalidArgumentError, "`policies` must have two others beside 'mixed'"),
         ({"policies": ["refrence"]}, UnknownNameError, "reference"),
         ({"policies": []}, InvalidArgumentError, "`policies` must name an agent"),
+        ({"policies": ["reference", "best_of_n:4"]}, InvalidArgumentError, "must know the log-probs of their tokens"),
         ({"samples": 0}, InvalidArgumentError, "samples"),
         ({"task": "echoes-2"}, UnknownNameError, "echo-2"),
     ],
@@ -80,10 +81,10 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(
 def test_names_are_those_of_policies_and_of_directories() -> None:
     from agents.runs.completions import Request
 
-    names = names_of(Request(["reference", "best_of_n:16"], SAMPLER), "echo-2")
+    names = names_of(Request(["reference", "sft"], SAMPLER), "echo-2")
     assert names == {
         "reference": "lmgym/echo-2/reference-v0",
-        "best_of_n:16": "lmgym/echo-2/best_of_n-16-v0",
+        "sft": "lmgym/echo-2/sft-v0",
     }
     assert split_policies(["a", "mixed", "b"]) == (["a", "b"], True)
 
