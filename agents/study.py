@@ -14,18 +14,20 @@ if __name__ == "__main__":
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from agents.questions.run import answer_question
 from agents.runs.command_line import ending_in_a_line, run_command
 from agents.runs.config import CONF
+from agents.runs.help_page import study_help_page
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="study")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry: measures, judges, writes, and prints the verdict."""
+    from agents.questions.run import answer_question
+
     with ending_in_a_line():
         seeds = OmegaConf.to_container(cfg.seeds) if OmegaConf.is_list(cfg.seeds) else cfg.seeds
         print(answer_question(cfg.question, seeds, cfg.output, redraw=cfg.redraw))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, help_page=lambda: study_help_page(CONF))

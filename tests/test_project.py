@@ -242,6 +242,7 @@ IMPORTERS = {
         "lmgym/tasks/registry.py",
         "lmgym/rewards/base.py",
         "agents/sb3/algorithms.py",
+        "agents/questions/protocol.py",  # a file of studies/, which no config can add to
     },
     "hydra.utils.get_class": {"agents/runs/plan.py"},
     "hydra.utils.get_object": set(),

@@ -13,7 +13,7 @@ import torch
 
 from agents.questions.page import write_page
 from agents.questions.protocol import ROOT, list_questions, load_protocol
-from lmgym.errors import InvalidArgumentError
+from lmgym.errors import InvalidArgumentError, check_bool, check_int
 
 PAGES = ROOT / "docs" / "questions"
 
@@ -27,6 +27,7 @@ def answer_question(question: str | None, seeds: Any = None, output: str | None 
     """
     if question is None:
         raise InvalidArgumentError(f"`question` must be one of {list_questions()}, got none.")
+    check_bool("redraw", redraw)
     protocol = load_protocol(question)
     directory = PAGES if output is None else Path(output)
     if redraw:
@@ -57,7 +58,7 @@ def read_seeds(seeds: Any) -> list[int]:
     """The seeds of a list, of a number (0, 1, ... so many) or of a range as text: "10-19".
 
     Raises:
-        InvalidArgumentError: for anything else, and for fewer than two.
+        InvalidArgumentError: for anything else, for fewer than two, and for one that comes twice.
     """
     found: list[int] = []
     if isinstance(seeds, int):
@@ -66,7 +67,9 @@ def read_seeds(seeds: Any) -> list[int]:
         first, last = (int(part) for part in seeds.split("-"))
         found = list(range(first, last + 1))
     elif isinstance(seeds, Sequence) and not isinstance(seeds, str):
-        found = [int(seed) for seed in seeds]
-    if len(found) < 2:
+        found = list(seeds)
+    for seed in found:
+        check_int("seeds", seed, 0)
+    if len(set(found)) < max(2, len(found)):
         raise InvalidArgumentError(f"`seeds` must be two or more, as 20, 10-19 or [3, 4, 5], got {seeds!r}.")
     return found

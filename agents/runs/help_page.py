@@ -77,6 +77,11 @@ def _blurb(path: Path) -> str:
     return "" if found is None else (ast.get_docstring(found[1]) or "").partition("\n")[0]
 
 
+def _docstring(path: Path) -> str:
+    """The first line on a module, read without importing it."""
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
 def _comment(path: Path) -> str:
     """The comment that a config begins with."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
@@ -202,6 +207,25 @@ def dataset_help_page(conf: Path) -> str:
         f"Keys:\n{_indented(_keys_of(conf / 'dataset.yaml'))}",
         f"Policies besides run directories, each as it is before it learns:\n{_listed(agents)}",
         f"sampler=NAME, the distribution that tokens are drawn from (a run keeps its own):\n{_listed(samplers)}",
+        "Hydra's own options: --hydra-help",
+    ]
+    return "\n\n".join(parts)
+
+
+def study_help_page(conf: Path) -> str:
+    """What `python -m agents.study --help` prints: every key in a line, and the questions there are.
+
+    Args:
+        conf: the directory of configs.
+    """
+    keys = (conf / "study.yaml").read_text(encoding="utf-8").partition("\nquestion:")[2].partition("\nhydra:")[0]
+    files = [path for path in sorted((conf.parent / "studies").glob("*.py")) if path.stem != "__init__"]
+    questions = {path.stem.replace("_", "-"): _docstring(path) for path in files}
+    parts = [
+        "python -m agents.study question=NAME [key=value ...]",
+        "Measures a question of RLHF where the optimum is known, and writes its page: docs/questions/README.md.",
+        f"Keys:\n{_indented(f'question:{keys}')}",
+        f"question=NAME:\n{_listed(questions)}",
         "Hydra's own options: --hydra-help",
     ]
     return "\n\n".join(parts)

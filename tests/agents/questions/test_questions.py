@@ -18,6 +18,8 @@ from agents.questions.page import INDEX, fill_template, render_index, render_pag
 from agents.questions.protocol import list_questions, load_protocol, template_of
 from agents.questions.run import PAGES, answer_question, measure_question, read_seeds
 from agents.questions.tasks import make_binary_tree, make_random_tree
+from agents.runs.config import CONF
+from agents.runs.help_page import study_help_page
 from lmgym.errors import InvalidArgumentError, UnknownNameError
 from studies.kl_estimator import METHODS, KLAgent
 
@@ -111,10 +113,24 @@ def test_seeds_are_a_number_a_range_or_a_list(seeds: Any, expected: list[int]) -
     assert read_seeds(seeds) == expected
 
 
-@pytest.mark.parametrize("seeds", [1, "a few", [3], "5-5", None])
+@pytest.mark.parametrize("seeds", [1, "a few", [3], "5-5", [3, 3], None])
 def test_other_seeds_are_refused(seeds: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="`seeds` must be two or more"):
         read_seeds(seeds)
+
+
+def test_the_help_page_has_every_key_and_every_question() -> None:
+    page = study_help_page(CONF)
+    for name in ("question", "seeds", "redraw", "output"):
+        assert re.search(rf"^ +{name}: .*# \w", page, re.MULTILINE), name
+    for question in list_questions():
+        assert re.search(rf"^ +{question} +\w", page, re.MULTILINE), question
+
+
+@pytest.mark.parametrize("seed", ["x", 1.5, -1])
+def test_a_seed_is_a_whole_number(seed: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="`seeds` must be an int >= 0"):
+        read_seeds([3, seed])
 
 
 def test_an_unknown_question_is_refused() -> None:
