@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -155,12 +156,21 @@ def with_values(policy: TrainablePolicy, episodes: Episodes, size: int) -> Episo
     return replace(episodes, values=torch.cat(parts))
 
 
+class Recomputed(NamedTuple):
+    """Episodes with new log-probs and values; `is_possible` (B, T) is False for tokens that a truncation leaves out."""
+
+    episodes: Episodes
+    is_possible: Tensor
+
+
 @torch.no_grad()
-def recompute(policy: TrainablePolicy, sampler: Sampler, episodes: Episodes, size: int) -> Episodes:
+def recompute(policy: TrainablePolicy, sampler: Sampler, episodes: Episodes, size: int) -> Recomputed:
     """Episodes with the log-probs and values of a new forward, `size` episodes at a time, not those of the sampling.
 
-    A token that rounding puts off the support of a truncated distribution keeps the log-prob that it was drawn with.
+    A token that is off the support of a truncated distribution, by rounding or because something else has sampled it,
+    keeps the log-prob that it was drawn with.
     """
+    is_possible = torch.ones_like(episodes.response_mask)
     values = torch.zeros_like(episodes.log_probs)
     log_probs = episodes.log_probs.clone()
     for rows in _chunks(episodes, size):
@@ -169,13 +179,15 @@ def recompute(policy: TrainablePolicy, sampler: Sampler, episodes: Episodes, siz
         read = policy.read(few)
         logits = sampler.adjust_rows(read.logits, mask.nonzero()[:, 1])
         found = token_log_probs(logits, few.response_ids[mask])
+        is_gone = found == -torch.inf
+        is_possible[rows] = is_possible[rows].masked_scatter(mask, ~is_gone)
         new_log_probs = few.log_probs.clone()
-        new_log_probs[mask] = torch.where(found == -torch.inf, new_log_probs[mask], found)
+        new_log_probs[mask] = torch.where(is_gone, new_log_probs[mask], found)
         log_probs[rows] = new_log_probs
         new_values = torch.zeros_like(new_log_probs)
         new_values[mask] = read.values
         values[rows] = new_values
-    return replace(episodes, values=values, log_probs=log_probs)
+    return Recomputed(replace(episodes, values=values, log_probs=log_probs), is_possible)
 
 
 def _chunks(episodes: Episodes, size: int) -> Iterator[slice]:

@@ -18,11 +18,18 @@ from agents.losses import masked_importance, truncated_importance
 from agents.on_policy_config import OnPolicyConfig
 
 
-def weigh(batch: Batch, config: OnPolicyConfig) -> Tensor:
-    """(B, T) importance weights of a batch's tokens, the trainer's log-probs over the sampler's; 0 off the mask."""
+def weigh(batch: Batch, config: OnPolicyConfig, is_possible: Tensor | None = None) -> Tensor:
+    """(B, T) importance weights of a batch's tokens, the trainer's log-probs over the sampler's; 0 off the mask.
+
+    Args:
+        batch: with both. config: what the weights are.
+        is_possible: (B, T) bool, False for tokens that the trainer cannot draw, whose ratio is 0; None is all.
+    """
     assert batch.sampler_log_probs is not None
     mask = batch.episodes.response_mask
     log_ratio = (batch.episodes.log_probs - batch.sampler_log_probs) * mask
+    if is_possible is not None:
+        log_ratio = log_ratio.masked_fill(~is_possible, -torch.inf)
     if config.importance_level == "response":
         log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(log_ratio)
     if config.importance == "truncated":

@@ -173,7 +173,7 @@ class OnPolicyAgent(LearningAgent):
             loss, metrics = self.loss(read)
             with torch.no_grad():
                 metrics["train/entropy"] = (read.weights * read.entropies).sum()
-                metrics["train/ratio_error"] = (read.weights * (read.log_probs - read.old_log_probs).abs()).sum()
+                metrics["train/ratio_error"] = (read.weights * ratio_gaps(self, read)).sum()
             yield loss, metrics
 
     def read(self, part: Batch, total: Tensor, count: int, *, backward: int = 0) -> Minibatch:
@@ -246,9 +246,10 @@ class OnPolicyAgent(LearningAgent):
         config = self.config
         episodes = self.faults.tell(episodes)
         sampler_log_probs = None
+        is_possible = None
         if config.recompute_log_probs:
             sampler_log_probs = episodes.log_probs
-            episodes = recompute(self.policy, self.sampler, episodes, config.micro_batch_size)
+            episodes, is_possible = recompute(self.policy, self.sampler, episodes, config.micro_batch_size)
             self.tokens.read(episodes)
             if not self.faults.trips("ratio"):
                 check_ratio(log_prob_gap(episodes, sampler_log_probs), self.policy.dtype)
@@ -261,7 +262,7 @@ class OnPolicyAgent(LearningAgent):
         advantages, returns = self.advantages(episodes, self.rewards(episodes))
         batch = Batch(episodes, advantages, returns, progress, sampler_log_probs)
         if config.importance != "none":
-            batch = replace(batch, importance=weigh(batch, config))
+            batch = replace(batch, importance=weigh(batch, config, is_possible))
         return self.faults.filter(batch)
 
     def learn_from(self, batch: Batch) -> dict[str, float]:
@@ -336,8 +337,17 @@ def check_collected(agent: OnPolicyAgent, episodes: Episodes) -> None:
             check_start(episodes, agent.start_log_probs(episodes), agent.policy.dtype)
     if agent.faults.trips("ratio"):  # which no update can check then
         sampler = agent.faults.change_sampler(agent.sampler)
-        again = recompute(agent.policy, sampler, episodes.to(agent.policy.device), agent.config.micro_batch_size)
-        check_ratio(log_prob_gap(again, episodes.log_probs.to(agent.policy.device)), agent.policy.dtype)
+        episodes = episodes.to(agent.policy.device)
+        again = recompute(agent.policy, sampler, episodes, agent.config.micro_batch_size).episodes
+        check_ratio(log_prob_gap(again, episodes.log_probs), agent.policy.dtype)
+
+
+def ratio_gaps(agent: OnPolicyAgent, read: Minibatch) -> Tensor:
+    """(n,) how far each token is from ratio 1, nats."""
+    gaps = (read.log_probs - read.old_log_probs).abs()
+    if agent.config.recompute_log_probs or agent.faults.trips("ratio"):  # a token off the support is no mistake then
+        gaps = gaps.masked_fill(read.log_probs == -torch.inf, 0.0)
+    return gaps
 
 
 def measure_exact_kl(agent: OnPolicyAgent, episodes: Episodes) -> dict[str, float]:

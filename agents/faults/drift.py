@@ -51,7 +51,7 @@ class ReferenceDrift(Fault):
         learner = self.learner
         mask = episodes.response_mask
         with swapped(learner.policy.policy_parameters(), self._weights):
-            again = recompute(learner.policy, Sampler(), episodes, learner.config.micro_batch_size)
+            again = recompute(learner.policy, Sampler(), episodes, learner.config.micro_batch_size).episodes
         drift = (again.log_probs - episodes.ref_log_probs)[mask].abs().mean().item()
         self.metrics = {"train/reference_gap": drift}
         return replace(episodes, ref_log_probs=again.log_probs)

@@ -70,7 +70,12 @@ every_fault = pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
 
 
 def agent_of(
-    kind: type[OnPolicyAgent] = PPO, faults: dict[str, Any] | None = None, *, horizon: int = 4, **config: Any
+    kind: type[OnPolicyAgent] = PPO,
+    faults: dict[str, Any] | None = None,
+    *,
+    horizon: int = 4,
+    sampler: Sampler | None = None,
+    **config: Any,
 ) -> Any:
     """A small agent that is wrong on purpose."""
     grouped = {"group_size": 4} if kind is not PPO else {}
@@ -78,7 +83,7 @@ def agent_of(
     task = replace(TASK, max_new_tokens=horizon)
     rows = made.num_envs
     envs = RLHFVectorEnv(rows, group_size=made.responses, autoreset_mode="SameStep", task=task, device="cpu")
-    agent = kind(envs, made, seed=shifted())
+    agent = kind(envs, made, seed=shifted(), sampler=sampler)
     add_faults(agent, FaultConfig(**(faults or {})), shifted())
     return agent
 
@@ -102,7 +107,7 @@ def learned_batches(agent: Any, count: int) -> tuple[list[Batch], list[dict[str,
 def read_again(agent: Any, state: dict[str, Any], sampler: Sampler, episodes: Episodes) -> torch.Tensor:
     """(B, T) log-probs of episodes under some weights, as a sampler draws."""
     agent.policy.load_state_dict(state)
-    return recompute(agent.policy, sampler, episodes, 64).log_probs
+    return recompute(agent.policy, sampler, episodes, 64).episodes.log_probs
 
 
 # -- staleness -------------------------------------------------------------------------------------------------------
@@ -172,6 +177,16 @@ def test_a_sampler_in_bfloat16_leaves_the_weights_as_they_are() -> None:
     assert torch.equal(changed, rounded.detach().bfloat16().float())
 
 
+@pytest.mark.parametrize("importance", ["none", "truncated"])
+@pytest.mark.parametrize("faults", [{"staleness": 2}, {"sampler_mismatch": "top_k:3"}], ids=["stale", "wider"])
+def test_tokens_that_a_truncated_trainer_cannot_draw_are_no_mistake(faults: dict[str, Any], importance: str) -> None:
+    agent = agent_of(faults=faults, sampler=Sampler(top_k=2), lr=0.1, recompute_log_probs=True, importance=importance)
+    metrics = learn(agent, 4)
+    kept = recompute(agent.policy, agent.sampler, agent.collect(), 64)
+    assert not kept.is_possible.all()
+    assert all(np.isfinite(list(row.values())).all() for row in metrics)
+
+
 def test_a_mismatch_that_is_none_is_refused() -> None:
     with pytest.raises(LmGymError, match=r"`sampler_mismatch` must be another distribution.*'top_p:1'"):
         agent_of(faults={"sampler_mismatch": "top_p:1"})
@@ -209,7 +224,7 @@ def test_exact_values_are_those_of_the_bellman_equation() -> None:
     tree = Tree.of(TASK, "train")
     earned = tree.evaluate(make_sampled_logits(agent.policy, Sampler(), TASK.max_new_tokens))
     values = exact_values(tree, agent, tree.episodes)
-    rewards = token_rewards(recompute(agent.policy, Sampler(), tree.episodes, 1024), TASK.kl_coef).double()
+    rewards = token_rewards(recompute(agent.policy, Sampler(), tree.episodes, 1024).episodes, TASK.kl_coef).double()
     roots = values[:, 0].view(len(earned.returns), -1)
     torch.testing.assert_close(roots, earned.returns.unsqueeze(1).expand_as(roots), atol=1e-5, rtol=0)
     after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)

@@ -147,6 +147,33 @@ def test_the_bias_of_a_cap_is_what_the_formula_says(config: dict[str, object], s
     assert bias.norm() > 0.01
 
 
+def test_a_response_that_the_trainer_cannot_give_weighs_nothing() -> None:
+    """The trainer never begins with the last token, and the sampler does."""
+    logits = table()
+    gone = torch.zeros((1 + V, V), dtype=torch.bool)
+    gone[0, -1] = True
+    trainer = token_log_probs(logits.masked_fill(gone, -torch.inf))
+    sampled = token_log_probs(logits, SAMPLER.temperature).detach()
+    is_possible = trainer.detach() > -torch.inf
+    begins = is_possible[:, :1].expand_as(trainer)
+    batch = batch_of(torch.where(is_possible, trainer, sampled), sampled)
+    config = PPOConfig(
+        recompute_log_probs=True, importance="truncated", importance_level="response", importance_high=1e9
+    )
+
+    def update(weights: Tensor) -> Tensor:
+        probs = sampled.sum(1, keepdim=True).exp().expand_as(trainer)
+        loss = policy_gradient_loss(trainer.flatten(), (batch.advantages * weights).flatten(), probs.flatten())
+        return -torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+    weights = weigh(batch, config, is_possible)
+    assert (weights[~begins] == 0).all()
+    value = (trainer.sum(1).exp() * SCORES).sum()
+    exact = torch.autograd.grad(value, logits, retain_graph=True)[0]
+    torch.testing.assert_close(update(weights), exact)
+    assert (update(weigh(batch, config)) - exact).norm() > 0.01 * exact.norm()
+
+
 def test_metrics_say_how_far_the_sampler_is() -> None:
     logits = table()
     trainer = token_log_probs(logits).detach()

@@ -657,7 +657,8 @@ def test_a_token_on_the_edge_of_a_truncated_distribution_keeps_the_log_prob_it_w
     off = agent.policy.read(episodes).logits[position].argmin()  # never among the two likeliest
     ids = episodes.response_ids.clone()
     ids[0, last] = off
-    found = recompute(agent.policy, agent.sampler, replace(episodes, response_ids=ids), 24)
+    found, is_possible = recompute(agent.policy, agent.sampler, replace(episodes, response_ids=ids), 24)
+    assert (~is_possible).nonzero().tolist() == [[0, int(last)]]
     assert found.log_probs[0, last] == episodes.log_probs[0, last]
     torch.testing.assert_close(found.log_probs, episodes.log_probs, rtol=0, atol=1e-5)
 
