@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
+from agents.algorithms.optimal import prompts_of_all_splits, solve_policy
 from agents.fixed import FixedConfig, FixedPolicyAgent
 from lmgym.errors import InvalidArgumentError
 from lmgym.models.policy import Policy
-from lmgym.optimum import solve
 from lmgym.ranges import Range
 from lmgym.tasks.base import Task
 
@@ -43,23 +43,19 @@ class Medium(FixedPolicyAgent):
     def make_policy(self) -> Policy:
         """The policy, for the prompts of every split; its share is a mean over some prompts of all."""
         task = self.envs.task
-        texts = tuple(dict.fromkeys(text for split in task.prompts.values() for text in split))
-        price = self.price(replace(task, prompts={"all": texts[:: -(-len(texts) // _MAX_PROMPTS)]}, optima={}))
-        policy = solve(replace(task, prompts={"all": texts}, optima={}), split="all", kl_coef=price).policy
-        assert policy is not None
-        return policy
+        prompts = prompts_of_all_splits(task)
+        price = self.price(task, prompts[:: -(-len(prompts) // _MAX_PROMPTS)])
+        return solve_policy(task, prompts, price)[1]
 
-    def price(self, task: Task) -> float:
-        """The price of a nat whose optimal policy has the share, on the prompts of a task."""
-        best = solve(task, split="all")
-        if best.policy is None:
-            raise InvalidArgumentError(f"`task` must be one whose optimal policy is known, got {task.name!r}.")
+    def price(self, task: Task, prompts: Sequence[str]) -> float:
+        """The price of a nat whose optimal policy has the share, on some prompts of a task."""
+        best = solve_policy(task, prompts)[0]
         gain = best.value - best.reference
         if gain <= 0:
             raise InvalidArgumentError(f"`task` must have something to gain over the reference, got {task.name!r}.")
 
         def share(price: float) -> float:
-            value = return_of_optimum(lambda k: solve(task, split="all", kl_coef=k).value, price, task.kl_coef)
+            value = return_of_optimum(lambda k: solve_policy(task, prompts, k)[0].value, price, task.kl_coef)
             return (value - best.reference) / gain
 
         return find_price(share, task.kl_coef, self.config.share)

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from agents.batch import Batch, Minibatch
 from agents.finite import diverged
 from agents.losses import value_loss
-from agents.on_policy import OnPolicyAgent
+from agents.on_policy import OnPolicyAgent, ratio_gaps
 from agents.on_policy_config import OnPolicyConfig
 from agents.update import Loss
 from lmgym.episodes import Episodes
@@ -92,7 +92,7 @@ class TRPO(OnPolicyAgent):
             gradient += flat(torch.autograd.grad(part_gain, parameters, materialize_grads=True))
             distributions.append(part.log_distribution.detach())
             gain += part_gain.item()
-            ratio_error += (part.weights * (part.log_probs - part.old_log_probs).abs()).sum().item()
+            ratio_error += (part.weights * ratio_gaps(self, part)).sum().item()
         self.tokens.read(batch.episodes, forward=0, backward=1)
 
         # 2. the direction, as long as the KL allows

@@ -56,12 +56,15 @@ def seeded(seed: int) -> torch.Generator:
 # -- half as good as the optimum ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_medium_has_its_share_of_the_gain_by_enumeration(share: float) -> None:
+@pytest.mark.parametrize(
+    ("share", "changes"),
+    [(0.1, {}), (0.5, {}), (0.9, {}), (0.5, {"gamma": 0.7}), (0.5, {"gamma": 0.7, "dense_kl": False})],
+)
+def test_medium_has_its_share_of_the_gain_by_enumeration(share: float, changes: dict[str, Any]) -> None:
     """J of its policy at the task's own price, from the probability and the score of every response."""
-    envs = tiny()
-    tree = Tree.of(PROBLEM.task, "train")
-    best = solve(PROBLEM.task, split="train")
+    envs = tiny(**changes)
+    tree = Tree.of(envs.task, "train")
+    best = solve(envs.task, split="train")
     policy = Medium(envs, MediumConfig(share=share)).policy
     found = tree.evaluate(make_episode_logits(policy)).metrics["return"]
     assert (found - best.reference) / (best.value - best.reference) == pytest.approx(share, abs=2e-3)
@@ -83,7 +86,7 @@ def test_the_return_of_an_optimum_at_another_price_is_that_of_its_policy() -> No
 
 def test_medium_needs_a_policy_that_a_solver_represents() -> None:
     envs: Any = gym.make_vec("lmgym/Reviews-v0", num_envs=1, device="cpu")
-    with pytest.raises(InvalidArgumentError, match="responses"):
+    with pytest.raises(InvalidArgumentError, match="`task` must be one whose optimal policy is known.*responses"):
         Medium(envs.unwrapped)
 
 
