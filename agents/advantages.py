@@ -72,6 +72,26 @@ def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
 
 
+def segment_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, size: int) -> Tensor:
+    """(B, T) the rewards of a segment of `size` tokens and V after it, less V before it, at all tokens of the segment.
+
+    For a segment that begins at token i, A = sum_{k < size} gamma^k r_{i+k} + gamma^size V(s_{i+size}) - V(s_i)
+    (Kazemnejad et al. 2024, section 4). The last one ends with its response, where V is 0.
+
+    Args:
+        rewards: (B, T). values: (B, T), of which those at tokens 0, size, 2 size, ... are looked at.
+        mask: (B, T) bool, a prefix of each row. gamma: discount a token. size: tokens of a segment.
+    """
+    horizon = rewards.shape[1]
+    inside = torch.arange(horizon, device=rewards.device) % size
+    before = torch.where(mask, values, 0.0)[:, ::size]
+    after = torch.nn.functional.pad(before[:, 1:], (0, 1))
+    discounted = torch.nn.functional.pad(torch.where(mask, rewards, 0.0) * gamma**inside, (0, -horizon % size))
+    paid = discounted.view(len(rewards), -1, size).sum(2)
+    advantages = (paid + gamma**size * after - before).repeat_interleave(size, dim=1)
+    return torch.where(mask, advantages[:, :horizon], 0.0)
+
+
 def leave_one_out(returns: Tensor, mask: Tensor) -> Tensor:
     """(B, T) for each entry the mean of the other episodes' entries at the same position; 0 where there is none."""
     others = mask.sum(0, keepdim=True) - mask.to(returns.dtype)

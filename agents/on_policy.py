@@ -249,7 +249,10 @@ class OnPolicyAgent(LearningAgent):
         is_possible = None
         if config.recompute_log_probs:
             sampler_log_probs = episodes.log_probs
-            episodes, is_possible = recompute(self.policy, self.sampler, episodes, config.micro_batch_size)
+            again, is_possible = recompute(self.policy, self.sampler, episodes, config.micro_batch_size)
+            if not self.uses_critic and episodes.values is not None:
+                again = replace(again, values=episodes.values)
+            episodes = again
             self.tokens.read(episodes)
             if not self.faults.trips("ratio"):
                 check_ratio(log_prob_gap(episodes, sampler_log_probs), self.policy.dtype)
@@ -257,8 +260,7 @@ class OnPolicyAgent(LearningAgent):
             episodes = with_values(self.policy, episodes, config.micro_batch_size)
             self.tokens.read(episodes)
         episodes = self.faults.judge(episodes)
-        if config.score_clip is not None:
-            episodes = replace(episodes, scores=episodes.scores.clamp(-config.score_clip, config.score_clip))
+        episodes = clip_scores(episodes, config.score_clip)
         advantages, returns = self.advantages(episodes, self.rewards(episodes))
         batch = Batch(episodes, advantages, returns, progress, sampler_log_probs)
         if config.importance != "none":
@@ -290,6 +292,11 @@ class OnPolicyAgent(LearningAgent):
             setattr(self, name, state["own"][name])
         faults = {name.removeprefix("fault."): x for name, x in state.items() if name.startswith("fault.")}
         self.faults.restore(faults)
+
+
+def clip_scores(episodes: Episodes, limit: float | None) -> Episodes:
+    """Episodes whose scores are clipped to +- `limit`; None does not clip."""
+    return episodes if limit is None else replace(episodes, scores=episodes.scores.clamp(-limit, limit))
 
 
 def memory_sizes(agent: OnPolicyAgent) -> Sizes:

@@ -37,6 +37,7 @@ def collect(
     episodes: int | list[Prompt],
     sampler: Sampler | None = None,
     generator: torch.Generator | None = None,
+    response_ids: Tensor | None = None,
 ) -> Episodes:
     """Decodes whole episodes and has the env pay for them in one teacher-forced pass.
 
@@ -49,16 +50,21 @@ def collect(
         episodes: how many (prompts are the next of the env's stream), or the prompts themselves.
         sampler: how tokens are drawn, given the policy's logits; None draws from the policy as it is.
         generator: a CPU generator; B x T uniforms are drawn from it. One of its own if None.
+        response_ids: (B, S) tokens that the responses go on from, as with the option of `reset`. They stand in the
+            episodes and their mask, with log-probs of 0 under policy and reference alike: nobody chose them.
 
     Returns:
         Episodes on the CPU.
     """
     prompts = envs.next_prompts(episodes) if isinstance(episodes, int) else episodes
+    prefix = _check_prefixes(envs.engine, len(prompts), response_ids)
     uniforms = _draw_uniforms(len(prompts), envs.engine.horizon, generator or fresh_generator())
-    decoded = _decode(envs.engine, policy, prompts, sampler or Sampler(), uniforms)
+    decoded = _decode(envs.engine, policy, prompts, sampler or Sampler(), uniforms, prefix)
     # What samples from the reference itself has just given the reference's log-probs.
     is_reference = isinstance(policy, CausalPolicy) and policy.lm is envs.engine.lm and sampler in (None, Sampler())
-    return _pay(envs, prompts, decoded, decoded.log_probs.numpy() if is_reference else None)
+    paid = _pay(envs, prompts, decoded, decoded.log_probs.numpy() if is_reference else None)
+    paid.ref_log_probs[:, : prefix.shape[1]] = 0.0
+    return paid
 
 
 @torch.no_grad()
@@ -128,16 +134,36 @@ class _Decoded(NamedTuple):
         return [_Decoded(*part) for part in zip(*columns, strict=True)]
 
 
+def _check_prefixes(engine: Engine, count: int, response_ids: Tensor | None) -> Tensor:
+    """(B, S) int64 on the CPU: the tokens that B responses go on from, none where none are given."""
+    if response_ids is None:
+        return torch.zeros((count, 0), dtype=torch.int64)
+    if response_ids.ndim != 2 or len(response_ids) != count:
+        raise InvalidArgumentError(f"`response_ids` must have shape ({count}, S), got {tuple(response_ids.shape)}.")
+    prefix = response_ids.cpu()
+    for tokens in {tuple(row) for row in prefix.tolist()}:
+        engine.check_prefix(tokens)
+    return prefix
+
+
 def _draw_uniforms(count: int, horizon: int, generator: torch.Generator) -> Tensor:
     """(B, T) float64: all the randomness of so many responses."""
     return torch.rand((count, horizon), generator=generator, dtype=torch.float64)
 
 
-def _decode(engine: Engine, policy: Policy, prompts: list[Prompt], sampler: Sampler, uniforms: Tensor) -> _Decoded:
-    """Draws a response to each of B prompts, to its end, by uniforms (B, T)."""
+def _decode(
+    engine: Engine,
+    policy: Policy,
+    prompts: list[Prompt],
+    sampler: Sampler,
+    uniforms: Tensor,
+    prefix: Tensor | None = None,
+) -> _Decoded:
+    """Draws a response to each of B prompts, to its end, by uniforms (B, T); it goes on from a prefix (B, S)."""
     device = policy.device
-    steps = _begin(engine, policy, *engine.pad_prompts(prompts), sampler, uniforms)
-    for t in range(1, engine.horizon):
+    prefix = uniforms.new_zeros((len(prompts), 0), dtype=torch.int64) if prefix is None else prefix
+    steps = _begin(engine, policy, prompts, sampler, uniforms, prefix)
+    for t in range(prefix.shape[1] + 1, engine.horizon):
         drawing = steps.drawing
         if not is_captured(device) or t % _LOOK_EVERY == 0:
             running = drawing.running[: drawing.size]
@@ -155,14 +181,19 @@ def _decode(engine: Engine, policy: Policy, prompts: list[Prompt], sampler: Samp
 
 
 def _begin(
-    engine: Engine, policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, sampler: Sampler, uniforms: Tensor
+    engine: Engine, policy: Policy, prompts: list[Prompt], sampler: Sampler, uniforms: Tensor, prefix: Tensor
 ) -> Steps:
-    """Has a policy read prompts (B, P), and draws the first token of each response, by uniforms (B, T)."""
+    """Has a policy read B prompts and a prefix (B, S) of each response, and draws the next token by uniforms (B, T)."""
     device = policy.device
-    state = policy.begin(to_device(prompt_ids, device), to_device(prompt_mask, device), engine.horizon)
+    prompt_ids, prompt_mask = (to_device(x, device) for x in engine.pad_prompts(prompts))
+    state = policy.begin(prompt_ids, prompt_mask, engine.horizon)
+    prefix = to_device(prefix, device)
+    for tokens in prefix.T:
+        state.step(tokens)
     end_rule = engine.task.end_rule(engine.lm, device)
     key = (engine.task.min_new_tokens, *sorted(engine.lm.eos_token_ids))
     drawing = Drawing(sampler, end_rule, to_device(uniforms, device), engine.lm.pad_token_id, key)
+    drawing.start(prefix)
     drawing.draw(state.logits, state.values)
     drawing.position += 1
     drawing.column += 1

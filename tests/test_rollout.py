@@ -109,6 +109,56 @@ def test_whole_episodes_are_those_of_stepping(parts: Parts, policy: CausalPolicy
     assert fast.values is not None
 
 
+@pytest.mark.parametrize("config", [{}, {"kl_coef": 0.0}, {"min_new_tokens": 4}], ids=str)
+def test_responses_that_go_on_from_a_prefix_are_those_of_stepping(
+    parts: Parts, policy: CausalPolicy, config: Parts
+) -> None:
+    envs = native(parts, **config)
+    prompts = [envs.engine.prompts[i] for i in (0, 1, 0, 1, 0, 1)]
+    prefix = torch.tensor([[4, 5, 3], [3, 3, 6], [4, 5, 3], [5, 4, 4], [3, 4, 5], [6, 6, 6]])
+    sampler = Sampler(temperature=2.0)
+    episodes = collect(envs, policy, prompts, sampler, rng(), prefix)
+    assert torch.equal(episodes.response_ids[:, :3], prefix)
+    for name in ("log_probs", "ref_log_probs", "values"):
+        assert (getattr(episodes, name)[:, :3] == 0).all()
+    uniforms = torch.rand((6, T), generator=rng(), dtype=torch.float64)
+    rewards = token_rewards(episodes, 0.0) + envs.kl_coef * episodes.ref_log_probs
+    env = gym.make(ID, **{**parts, **config})
+    for i, prompt in enumerate(prompts):
+        env.reset(options={"prompt_index": prompt.index, "response_ids": prefix[i].tolist()})
+        state = policy.begin(*(x[i : i + 1] for x in (episodes.prompt_ids, episodes.prompt_mask)), T)
+        for token in prefix[i]:
+            state.step(token.unsqueeze(0))
+        for t in range(3, T):
+            tokens, log_probs = sampler.sample(state.logits, t, uniforms[i : i + 1, t])
+            _, reward, terminated, _, _ = env.step(int(tokens))
+            assert tokens == episodes.response_ids[i, t]
+            assert reward == pytest.approx(rewards[i, t].item(), abs=1e-5)
+            torch.testing.assert_close(log_probs, episodes.log_probs[i : i + 1, t], rtol=0, atol=1e-5)
+            torch.testing.assert_close(state.values, episodes.values[i : i + 1, t], rtol=0, atol=1e-5)  # type: ignore[index]
+            assert terminated == (t == episodes.lengths[i] - 1)
+            if terminated:
+                break
+            state.step(tokens)
+    assert len(set(episodes.lengths.tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ([3], r"`response_ids` must have shape \(1, S\), got \(1,\)"),
+        ([[3, EOS]], "`response_ids` must not end the episode, and token 1 is an EOS"),
+        ([[3] * T], "`response_ids` must be shorter than 8 tokens, got 8"),
+    ],
+)
+def test_a_prefix_must_leave_something_to_choose(
+    parts: Parts, policy: CausalPolicy, prefix: list[Any], message: str
+) -> None:
+    envs = native(parts)
+    with pytest.raises(InvalidArgumentError, match=message):
+        collect(envs, policy, [envs.engine.prompts[0]], response_ids=torch.tensor(prefix))
+
+
 @pytest.mark.parametrize(
     "config",
     [

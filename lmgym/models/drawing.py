@@ -57,6 +57,13 @@ class Drawing:
         self._end_rule = end_rule
         self._pad_token_id = pad_token_id
 
+    def start(self, prefix: Tensor) -> None:
+        """Goes on from tokens (B, S) of the responses, before anything has been drawn."""
+        size = prefix.shape[1]
+        self.response_ids[:, :size] = prefix
+        self.position = size
+        self.column += size
+
     def draw(self, logits: Tensor, estimates: Tensor | None, column: int | Tensor | None = None) -> None:
         """Draws the next token of each slot.
 

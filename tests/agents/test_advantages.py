@@ -18,6 +18,7 @@ from agents.advantages import (
     leave_one_out,
     mixed_groups,
     returns_to_go,
+    segment_advantages,
     soft_overlong_penalty,
     whiten,
 )
@@ -93,6 +94,22 @@ def test_lambda_zero_is_one_step_td() -> None:
     following = following * torch.cat([mask[:, 1:], torch.zeros(3, 1, dtype=torch.bool)], dim=1)  # no future at the end
     torch.testing.assert_close(returns, (rewards + GAMMA * following) * mask, rtol=0, atol=1e-12)
     torch.testing.assert_close(advantages, returns - values * mask, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 9])
+def test_a_segment_s_advantage_is_its_rewards_and_the_value_after_less_that_before(size: int) -> None:
+    rewards, values, mask = problem([6, 2, 5, 1])
+    found = segment_advantages(rewards, torch.where(mask, values, 7.0), mask, GAMMA, size)
+    for i, n in enumerate(mask.sum(1).tolist()):
+        for t in range(mask.shape[1]):
+            start = t - t % size
+            end = min(start + size, n)
+            expected = sum(GAMMA ** (k - start) * rewards[i, k].item() for k in range(start, end))
+            expected += 0.0 if end == n else GAMMA**size * values[i, end].item()
+            expected = expected - values[i, start].item() if t < n else 0.0
+            assert found[i, t].item() == pytest.approx(expected)
+    if size == 1:
+        torch.testing.assert_close(found, gae(rewards, values, mask, GAMMA, 0.0)[0])
 
 
 def test_the_advantages_of_a_perfect_critic_of_a_deterministic_chain_are_zero() -> None:

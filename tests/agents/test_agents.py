@@ -260,7 +260,16 @@ class Judge:
         return table_reward(*args, **columns)
 
 
-STEPPED = {f"{name} steps": (case, "steps") for name, case in CASES.items() if "group_size" not in case.config}
+def can_step(case: Case) -> bool:
+    """Whether an algorithm learns from episodes that are collected step by step."""
+    try:
+        case.kind.Config(**case.config, collect="steps")
+    except InvalidArgumentError:
+        return False
+    return True
+
+
+STEPPED = {f"{name} steps": (case, "steps") for name, case in CASES.items() if can_step(case)}
 COLLECTED = {name: (case, "episodes") for name, case in CASES.items()} | STEPPED
 
 
