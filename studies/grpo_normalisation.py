@@ -1,7 +1,7 @@
 """GRPO: what is optimised instead, where advantages are divided by the group's deviation, or responses by their length?
 
-The methods, the tasks, the numbers below and the rule in `judge` were fixed before the ten tasks were measured, but after
-trials on the task of seed 0, which is one of them.
+The methods, the tasks, the numbers below and the rule in `judge` were fixed before the ten tasks were measured, but
+after trials on the task of seed 0, which is one of them.
 
 Shapes: B episodes, T response columns, n chosen tokens, X prompts, R responses of all prompts together.
 """

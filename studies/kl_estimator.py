@@ -1,7 +1,7 @@
 """KL: which estimator, and in the reward or in the loss? Which of them have the optimum for their fixed point?
 
-The methods, the tasks, the numbers below and the rule in `judge` were fixed before the ten tasks were measured, but after
-trials on the task of seed 0, which is one of them.
+The methods, the tasks, the numbers below and the rule in `judge` were fixed before the ten tasks were measured, but
+after trials on the task of seed 0, which is one of them.
 
 Shapes: B episodes, T response columns, n chosen tokens.
 """

@@ -21,6 +21,7 @@ from agents.questions.tasks import make_binary_tree, make_random_tree
 from agents.runs.config import CONF
 from agents.runs.help_page import study_help_page
 from lmgym.errors import InvalidArgumentError, UnknownNameError
+from studies import ratio
 from studies.kl_estimator import METHODS, KLAgent
 
 QUESTIONS = list_questions()
@@ -90,6 +91,19 @@ def test_the_rule_of_the_normalisation_says_no() -> None:
     assert judge(other).claims[2].endswith("no.")
 
 
+def test_the_rule_of_the_ratio_says_no() -> None:
+    found = data_of("ratio")["found"]
+    judge = load_protocol("ratio").judge
+    other = copy.deepcopy(found)
+    other["methods"]["response"]["8"][2]["bias"] = 1e-3  # on one task
+    for numbers in other["methods"]["token, clipped (PPO)"]["4"]:
+        numbers["bias"] = 0.1
+    assert "*response*" in judge(found).claims[0]
+    assert "(PPO)" in judge(found).claims[5]
+    assert "with no method" in judge(other).claims[0]
+    assert "(PPO)" not in judge(other).claims[5]
+
+
 def test_the_command_makes_the_page_of_the_data_that_are_there(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="`redraw` must be false where there are no data yet"):
         answer_question("kl-estimator", output=str(tmp_path), redraw=True)
@@ -154,6 +168,16 @@ def test_three_ways_to_pay_the_kl_go_along_the_gradient_of_j(name: str) -> None:
     cosine = torch.cosine_similarity(expected_update(agent, tree), exact_gradient(agent, tree), 0).item()
     right = ("k1 in the reward", "whole-response k2 in the loss", "exact in both")
     assert (cosine > 1 - 1e-9) == (name in right)
+
+
+@pytest.mark.parametrize("name", ratio.METHODS)
+def test_every_ratio_is_right_on_fresh_samples_and_that_of_the_response_on_stale_ones(name: str) -> None:
+    tree = make_random_tree(0, horizon=3, kl_coef=0.2)
+    agent = ratio.make_agent(tree, name, 16)
+    gradient = exact_gradient(agent, tree)
+    stale = expected_update(agent, tree, ratio.sampler(tree, agent, 0))
+    assert torch.allclose(expected_update(agent, tree), gradient, rtol=0, atol=1e-9)
+    assert torch.allclose(stale, gradient, rtol=0, atol=1e-9) == (name == "response")
 
 
 def test_a_task_of_mixed_difficulty_has_a_hard_prompt_and_an_easy_one() -> None:
