@@ -1,4 +1,4 @@
-# make train   install, train PPO on the built-in task, show what it learned
+# make train   install, train PPO on the built-in task (ARGS: experiment=fast), show what it learned
 # make test    install, then lint, types, documentation and tests
 # make check   lint, types, and the first case of every test that is not slow: a minute or so, for the inner loop
 # make docs    install, then build the documentation site in build/site, where a warning is an error
@@ -20,7 +20,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 WORKERS ?= auto
 SHIFTS ?= 100 200 300
-ARGS ?=
+ARGS ?= experiment=fast
 THREADS ?= 1
 
 BIN := $(VENV)/bin

@@ -190,7 +190,8 @@ def test_a_bare_path_is_answered_with_its_key(path: str) -> None:
         ["task=keyword-8", "-m", "seed=0,1", "~experiment", "hydra/launcher=joblib", "+agent.x=1", "run=/a=b"],
         ["--config-dir", "somewhere", "--cfg", "job", "--resolve", "--multi", "-cd", "here", "--info", "config"],
         ["--config-dir=somewhere", "-h"],
-        [],  # `make train`
+        [],
+        ["experiment=fast"],  # `make train`
     ],
 )
 def test_what_hydra_takes_passes(arguments: list[str]) -> None:
