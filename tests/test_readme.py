@@ -213,7 +213,7 @@ def test_every_agent_has_a_page() -> None:
     """One of its own, one that it shares, or one that the site makes of its docstring."""
     pages = {page.stem for page in AGENTS.glob("*.md")} - {"README"}
     assert pages <= {*ON_POLICY, *WHOLE, "reference", "sb3"}
-    assert {*NAMES} == {*pages, *missing_agents(ROOT), *BARE, *SB3} - {"sb3"}
+    assert {*NAMES} == {*pages, *missing_agents(ROOT), *FIXED, *SB3} - {"sb3"}
 
 
 def test_the_fields_that_agents_have_in_common() -> None:
