@@ -204,17 +204,24 @@ def _episodes_of(inputs: RewardInputs) -> Episodes:
     return _episodes(inputs.mask, inputs.log_probs.detach(), inputs.ref_log_probs.detach(), inputs.scores, ended)
 
 
-def _read(policy: TrainablePolicy, sampler: Sampler, responses: Responses) -> Tensor:
-    """(B, T) log-probs of a policy as an update reads them; 0 off the mask."""
+def _episodes_to_read(responses: Responses) -> Episodes:
+    """Episodes whose numbers do not matter."""
     mask = responses.response_mask
     zeros = torch.zeros(mask.shape)
     ended = torch.ones(len(mask), dtype=torch.bool)
-    episodes = replace(
+    return replace(
         _episodes(mask, zeros, zeros, torch.zeros(len(mask)), ended),
         prompt_ids=responses.prompt_ids,
         prompt_mask=responses.prompt_mask,
         response_ids=responses.response_ids,
     )
+
+
+def _read(policy: TrainablePolicy, sampler: Sampler, responses: Responses) -> Tensor:
+    """(B, T) log-probs of a policy as an update reads them; 0 off the mask."""
+    mask = responses.response_mask
+    zeros = torch.zeros(mask.shape)
+    episodes = _episodes_to_read(responses)
     read = read_minibatch(policy, sampler, Batch(episodes, zeros, zeros), mask.sum(), len(mask))
     return zeros.masked_scatter(mask, read.log_probs)
 
@@ -233,16 +240,9 @@ def _lora_log_probs(model: Any, responses: Responses, disturb: Callable[[Any], N
     disturb(policy.actor)
     found = _read(policy, Sampler(), responses)
     mask = responses.response_mask
-    zeros = torch.zeros(mask.shape)
-    ended = torch.ones(len(mask), dtype=torch.bool)
-    episodes = replace(
-        _episodes(mask, zeros, zeros, torch.zeros(len(mask)), ended),
-        prompt_ids=responses.prompt_ids,
-        prompt_mask=responses.prompt_mask,
-        response_ids=responses.response_ids,
-    )
-    chosen = read_logits(reference, episodes).log_softmax(-1).gather(1, responses.response_ids[mask].unsqueeze(1))
-    return found, zeros.masked_scatter(mask, chosen.squeeze(1))
+    log_probs = read_logits(reference, _episodes_to_read(responses)).log_softmax(-1)
+    chosen = log_probs.gather(1, responses.response_ids[mask].unsqueeze(1))
+    return found, torch.zeros(mask.shape).masked_scatter(mask, chosen.squeeze(1))
 
 
 def _detect_stale(new: Tensor, old: Tensor, mask: Tensor) -> None:

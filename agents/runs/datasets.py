@@ -88,15 +88,16 @@ def write_datasets(
     found = []
     for policy, episodes in answers(request, writers, mixed=mixed).items():
         writer = by_name.get(policy, writers[0])
+        optimum = find_known(writer.envs.task, request.split)
         directory = write_minari(
             names[policy],
             episodes,
             env_of(writer),
             root=root,
-            optimum=find_known(writer.envs.task, request.split),
+            optimum=optimum,
             progress=progress,
             algorithm_name=policy,
-            description=describe(policy, writer.task, request),
+            description=describe(policy, writer.task, request, is_known=optimum is not None),
         )
         found.append((directory, len(episodes), episodes.num_tokens))
     return found
@@ -173,9 +174,10 @@ def env_of(writer: Writer) -> PolicyKL:
     return PolicyKL(gym.make("lmgym/RLHF-v0", **env_settings(writer)))
 
 
-def describe(policy: str, task: str, request: Request) -> str:
-    """What a data set holds, in a sentence."""
+def describe(policy: str, task: str, request: Request, *, is_known: bool) -> str:
+    """What a data set holds, in sentences; `is_known`: whether it has the scores of the reference and of the best."""
+    scores = " ref_min_score is J of the reference, ref_max_score is V*." if is_known else ""
     return (
         f"{request.samples} episodes of each prompt of the {request.split} split of lmgym's {task}, by {policy}. "
-        "Rewards are score and KL, both halves; ref_min_score is J of the reference, ref_max_score is V*."
+        f"Rewards are score and KL, both halves.{scores}"
     )

@@ -200,6 +200,7 @@ def dataset_help_page(conf: Path) -> str:
         conf: the directory of configs.
     """
     agents = _of_each(conf / "agent", _blurb)
+    agents.pop("best_of_n")  # which does not know its log-probs
     samplers = _of_each(conf / "sampler", _comment)
     parts = [
         "python -m agents.dataset [task=NAME] [policies=NAME,NAME,DIRECTORY,mixed] [key=value ...]",
