@@ -47,7 +47,7 @@ def help_page(arguments: Sequence[str]) -> str:
         f"agent=NAME:\n{_listed(agents)}",
         f"sampler=NAME, the distribution that tokens are drawn from:\n{_listed(samplers)}",
         f"tracker=NAME, where metrics go besides metrics.jsonl (its keys: conf/tracker):\n{_listed(trackers)}",
-        f"experiment=NAME, numbers of well-known code:\n{_listed(presets)}",
+        f"experiment=NAME, a preset for PPO: numbers of well-known code, and `fast`:\n{_listed(presets)}",
         f"Keys env.KEY (null keeps the task's own):\n{_listed(_env_keys())}",
         f"Keys agent.KEY of agent={agent} (of another: agent=NAME --help):\n{keys}",
         "Hydra's own options: --hydra-help",

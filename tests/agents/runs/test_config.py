@@ -149,7 +149,7 @@ def test_every_preset_is_of_ppo_and_takes_a_step(name: str) -> None:
     """Its numbers are those of the file, its first batch is that of the distribution it samples."""
     cfg = composed(f"experiment={name}", "env.max_new_tokens=4", "agent.batch_size=40", "device=cpu")
     preset = OmegaConf.load(CONF / "experiment" / f"{name}.yaml")
-    assert cfg.env == OmegaConf.merge(composed().env, preset.env, {"max_new_tokens": 4})
+    assert cfg.env == OmegaConf.merge(composed().env, preset.get("env", {}), {"max_new_tokens": 4})
     written = preset.agent
     assert cfg.agent == OmegaConf.merge(composed("agent=ppo").agent, written, {"batch_size": 40})
     agent = agents.runs.plan.build(agents.runs.plan.check(cfg))
