@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from agents.checkpoint import replacing
+from agents.distributed import Processes
 from agents.seeds import ACTIONS, torch_generator
 from lmgym.envs.prompts import Prompt
 from lmgym.envs.vector import RLHFVectorEnv
@@ -74,6 +75,12 @@ class TokenCount:
         size = int(episodes.attention_mask.sum())
         self.forward += forward * size
         self.backward += backward * size
+
+    def share(self, before: TokenCount, processes: Processes) -> None:
+        """Counts what all processes have read since an earlier count, where each has counted its own."""
+        read = processes.gather((self.forward - before.forward, self.backward - before.backward))
+        self.forward = before.forward + sum(forward for forward, _ in read)
+        self.backward = before.backward + sum(backward for _, backward in read)
 
     def metrics(self) -> dict[str, float]:
         """The sums so far, as metrics of a run."""

@@ -23,6 +23,7 @@ from agents.advantages import gae
 from agents.agent import Callback
 from agents.batch import Batch, Minibatch, read_minibatch, recompute, with_values
 from agents.diagnostics import check_groups, check_ratio, check_start, eos_fraction, exact_kl, log_prob_gap
+from agents.distributed import Processes
 from agents.faults.fault import Faults
 from agents.finite import check_weights
 from agents.importance import measure_sampler, weigh
@@ -67,6 +68,7 @@ class OnPolicyAgent(LearningAgent):
         carried: names of attributes that an algorithm carries from batch to batch, JSON values; they are saved.
         kl: the price of a nat, which `kl_controller` may adapt.
         faults: by which the loop is wrong on purpose; none at first (`agents.faults.make.add_faults`).
+        processes: that train this agent together; this one alone at first (`train_with`).
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = OnPolicyConfig
@@ -84,6 +86,7 @@ class OnPolicyAgent(LearningAgent):
             check_same_step(envs)
         super().__init__(envs, config, seed=seed, sampler=sampler)
         self.faults = Faults()
+        self.processes = Processes()
         self.kl: KLCoefficient = FixedKL(envs.kl_coef)
         if config.kl_controller == "adaptive":
             self.kl = AdaptiveKL(envs.kl_coef, config.kl_target, config.kl_horizon)
@@ -160,21 +163,27 @@ class OnPolicyAgent(LearningAgent):
         for rows in minibatch_rows(len(batch), config.epochs, config.minibatches, self.generator):
             # Short episodes first: parts have little padding. The host orders them, and rows are copied once.
             minibatch = batch[to_device(rows[lengths[rows].argsort()], self.policy.device)]
-            history.append(self.updater.step(self.losses(minibatch), inputs))
+            history.append(self.updater.step(self.losses(minibatch), inputs, self.processes))
             if self.stop_early(history[-1]):
                 break
         return average_steps(history)
 
     def losses(self, minibatch: Batch) -> Iterator[Loss]:
-        """Yields the losses of one optimiser step: one of each micro-batch, whose sum is that of the minibatch."""
+        """Yields the losses of one optimiser step: one of each micro-batch, whose sum is that of the minibatch.
+
+        Of several processes each yields those of its own rows.
+        """
         total = minibatch.episodes.lengths.sum()
-        for part in minibatch.split_for_gradients(self.config.micro_batch_size):
+        own = minibatch if self.processes.count == 1 else minibatch[self.processes.rows]
+        before = replace(self.tokens)
+        for part in own.split_for_gradients(self.config.micro_batch_size):
             read = self.read(part, total, len(minibatch), backward=1)
             loss, metrics = self.loss(read)
             with torch.no_grad():
                 metrics["train/entropy"] = (read.weights * read.entropies).sum()
                 metrics["train/ratio_error"] = (read.weights * ratio_gaps(self, read)).sum()
             yield loss, metrics
+        self.tokens.share(before, self.processes)
 
     def read(self, part: Batch, total: Tensor, count: int, *, backward: int = 0) -> Minibatch:
         """Has the policy read a part of a minibatch (`read_minibatch`), and counts the tokens.
@@ -186,6 +195,28 @@ class OnPolicyAgent(LearningAgent):
         """
         self.tokens.read(part.episodes, backward=backward)
         return read_minibatch(self.policy, self.sampler, part, total, count)
+
+    def train_with(self, processes: Processes) -> None:
+        """Shares every batch with other processes, whose agents are made and loaded like this one.
+
+        Raises:
+            InvalidArgumentError: for an agent whose batches cannot be shared.
+        """
+        config = self.config
+        smallest = config.batch_size // config.minibatches
+        if smallest < processes.count:
+            raise InvalidArgumentError(
+                f"`agent.minibatches` must leave every process an episode: {config.batch_size} in "
+                f"{config.minibatches} are {smallest} each, for {processes.count} processes."
+            )
+        if config.collect != "episodes":
+            raise InvalidArgumentError("`agent.collect` must be 'episodes' where several processes train an agent.")
+        if hasattr(self.envs.engine.reward, "get_state"):
+            raise InvalidArgumentError(
+                "`env.reward` must score a response by itself where several processes train an agent, and this one's "
+                "noise comes in the order of the calls."
+            )
+        self.processes = processes
 
     def stop_early(self, metrics: dict[str, float]) -> bool:
         """Whether the metrics of a minibatch say that the batch has been used enough."""
@@ -218,7 +249,8 @@ class OnPolicyAgent(LearningAgent):
             metrics["time/collect_seconds"] = collected - started
             metrics["time/update_seconds"] = ended - collected
             metrics |= self.tokens.metrics()
-            if callback is not None and callback(self.num_timesteps, metrics) is False:
+            goes_on = callback is None or callback(self.num_timesteps, metrics) is not False
+            if not self.processes.all_agree(goes_on):
                 return
 
     def collect(self) -> Episodes:
@@ -325,11 +357,17 @@ def average_steps(history: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def sample_batch(agent: OnPolicyAgent, count: int | None = None) -> Episodes:
     """Samples a batch, or so many episodes, on the policy's device; checks that log-probs are those of the sampling."""
-    gather = collect if agent.config.collect == "episodes" else collect_steps
     sampler = agent.faults.change_sampler(agent.sampler)
     count = agent.config.batch_size if count is None else count
     with agent.faults.sampling():
-        episodes = gather(agent.envs, agent.policy, count, sampler, agent.generator)
+        if agent.config.collect == "steps":
+            episodes = collect_steps(agent.envs, agent.policy, count, sampler, agent.generator)
+        elif agent.processes.count > count:  # too few to go round: every process plays them all
+            episodes = collect(agent.envs, agent.policy, count, sampler, agent.generator)
+        else:
+            rows = agent.processes.rows
+            episodes = collect(agent.envs, agent.policy, count, sampler, agent.generator, rows=rows)
+            episodes = agent.processes.join_rows(episodes)
         check_collected(agent, episodes)
     return episodes.to(agent.policy.device)
 

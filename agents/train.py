@@ -3,7 +3,7 @@
 A run directory holds `config.yaml`, `versions.json`, `origin.json`, `metrics.jsonl`, TensorBoard files, `checkpoint/`
 (the actor loads with `AutoModelForCausalLM`), `summary.json`, `samples.json` and `curves.png`. Ctrl-C leaves a
 checkpoint, and `resume=<run directory>` goes on from it to the same curve. `seeds=32` trains 32 seeds at once, each in
-`seed<k>/`.
+`seed<k>/`. Started by torchrun or `accelerate launch`, all processes train one run.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ if __name__ == "__main__":
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from agents.runs.command_line import ending_in_a_line, run_command
 from agents.runs.config import CONF
 from agents.runs.defaults import complete_agents
+from agents.runs.follow import follow
 from agents.runs.help_page import help_page
+from agents.runs.launch import check_one_run, launched_rank
 from agents.runs.many import begin_many, go_on_with_many, mean_return, seed_directories
 from agents.runs.run import begin, go_on
 from agents.runs.sweeps import given, output_directory, register
@@ -42,9 +45,13 @@ def main(cfg: DictConfig) -> float:
     """
     resume = cfg.resume is not None
     directory = Path(cfg.resume if resume else output_directory(HydraConfig.get()))
-    with ending_in_a_line(directory):
+    with ending_in_a_line(directory, shared=True):
+        overrides = given(HydraConfig.get()) if HydraConfig.initialized() else []
+        if launched_rank():
+            follow(cfg, directory if resume else None, overrides, trusted_modules(cfg.get("trust")))
+            return 0.0
+        check_one_run(cfg.get("seeds", 1), is_multirun=HydraConfig.get().mode == RunMode.MULTIRUN)
         if resume:
-            overrides = given(HydraConfig.get()) if HydraConfig.initialized() else []
             proceed = go_on_with_many if seed_directories(directory) else go_on
             code = proceed(directory, overrides, trusted_modules(cfg.get("trust")))
         else:
@@ -60,4 +67,4 @@ if __name__ == "__main__":
     from agents.train import main  # under its own name, by which processes of a multirun find what they run
 
     groups = ("task", "agent", "sampler", "tracker", "experiment")
-    run_command(main, path_key="resume", groups=groups, help_page=lambda: help_page(sys.argv[1:]))
+    run_command(main, path_key="resume", groups=groups, help_page=lambda: help_page(sys.argv[1:]), shared=True)

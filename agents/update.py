@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from agents.distributed import Processes
 from agents.finite import GRAD_NORM, check_saving, check_step
 from agents.master_weights import MasterWeights
 from agents.policies.actor_critic import TrainablePolicy
 from lmgym.models.lean.graphs import adding_gradients
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar to minimise, and scalar metrics
+_ALONE = Processes()
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,18 @@ class Updater:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
 
-    def step(self, losses: Iterable[Loss], inputs: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+    def step(
+        self,
+        losses: Iterable[Loss],
+        inputs: Mapping[str, Tensor] | None = None,
+        processes: Processes = _ALONE,
+    ) -> dict[str, float]:
         """Takes one step down the gradient of the sum of some losses.
 
         Args:
             losses: each is asked for after the gradient of the one before has been taken, and its graph is gone.
             inputs: what the losses are computed from, for the error where one of them is not finite.
+            processes: each of which has other losses of the sum.
 
         Returns:
             The metrics of the losses, summed, and the norm of the gradient before it was clipped.
@@ -107,7 +115,7 @@ class Updater:
             NotFiniteError: before the step, for a loss or a gradient that is not finite.
         """
         limit = self.adam.max_grad_norm or math.inf
-        sums = sum_gradients(losses, self.policy.parameters(), limit)
+        sums = sum_gradients(losses, self.policy.parameters(), limit, processes)
         # One look at all the numbers: on a GPU, every look waits for the queue.
         numbers = torch.stack(list(sums.values())).tolist()
         metrics = dict(zip(sums, numbers, strict=True))
@@ -135,13 +143,16 @@ class Updater:
             group["eps"] = self.adam.eps
 
 
-def sum_gradients(losses: Iterable[Loss], weights: Iterable[nn.Parameter], max_grad_norm: float) -> dict[str, Tensor]:
+def sum_gradients(
+    losses: Iterable[Loss], weights: Iterable[nn.Parameter], max_grad_norm: float, processes: Processes = _ALONE
+) -> dict[str, Tensor]:
     """Gives weights the gradient of the sum of some losses, scaled down to a norm where it is larger.
 
     Args:
         losses: scalars with their metrics, each asked for when the gradient of the one before has been taken.
         weights: what they depend on.
         max_grad_norm: of the gradients of all weights together.
+        processes: over whose losses the gradient and the metrics are summed.
 
     Returns:
         The metrics, summed by name, and the norm of the gradient before it was scaled, as float64 scalars.
@@ -157,6 +168,7 @@ def sum_gradients(losses: Iterable[Loss], weights: Iterable[nn.Parameter], max_g
             values = torch.stack(list(metrics.values())).double().unbind() if metrics else ()
             for name, value in zip(metrics, values, strict=True):
                 sums[name] = sums[name] + value if name in sums else value
+    processes.add_up([*sums.values(), *(weight.grad for weight in weights if weight.grad is not None)])
     sums[GRAD_NORM] = nn.utils.clip_grad_norm_(weights, max_grad_norm).double()
     return sums
 

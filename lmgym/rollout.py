@@ -38,6 +38,7 @@ def collect(
     sampler: Sampler | None = None,
     generator: torch.Generator | None = None,
     response_ids: Tensor | None = None,
+    rows: slice | None = None,
 ) -> Episodes:
     """Decodes whole episodes and has the env pay for them in one teacher-forced pass.
 
@@ -52,6 +53,8 @@ def collect(
         generator: a CPU generator; B x T uniforms are drawn from it. One of its own if None.
         response_ids: (B, S) tokens that the responses go on from, as with the option of `reset`. They stand in the
             episodes and their mask, with log-probs of 0 under policy and reference alike: nobody chose them.
+        rows: which of these episodes to play, where others play the rest: prompts and uniforms are drawn for all. None
+            is all.
 
     Returns:
         Episodes on the CPU.
@@ -59,6 +62,10 @@ def collect(
     prompts = envs.next_prompts(episodes) if isinstance(episodes, int) else episodes
     prefix = _check_prefixes(envs.engine, len(prompts), response_ids)
     uniforms = _draw_uniforms(len(prompts), envs.engine.horizon, generator or fresh_generator())
+    if rows is not None:
+        prompts = prompts[rows]
+        uniforms = uniforms[rows]
+        prefix = prefix[rows]
     decoded = _decode(envs.engine, policy, prompts, sampler or Sampler(), uniforms, prefix)
     # What samples from the reference itself has just given the reference's log-probs.
     is_reference = isinstance(policy, CausalPolicy) and policy.lm is envs.engine.lm and sampler in (None, Sampler())

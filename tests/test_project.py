@@ -21,6 +21,7 @@ LAYERS = (
     "errors, episodes, forking, ending, output < ranges, files, kl, intervals, data < models < automata < rewards"
     " < tasks < feedback < reward_models < optimum < envs < wrappers < rollout < evaluation, scores, testing, trl"
     " < sb3, minari"
+    " < agents.distributed"
     " < agents.checkpoint, agents.seeds, agents.finite, agents.losses, agents.advantages, agents.master_weights"
     " < agents.agent < agents.policies < agents.batch, agents.diagnostics, agents.update"
     " < agents.memory, agents.learning, agents.stacked_adam, agents.stacked_batch"

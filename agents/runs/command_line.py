@@ -39,6 +39,8 @@ def run_command(
     groups: Sequence[str] = (),
     configs: Path = CONF,
     help_page: Callable[[], str] | None = None,
+    *,
+    shared: bool = False,
 ) -> None:
     """Calls a Hydra main with the arguments of this process; ends in a line where they cannot be.
 
@@ -47,16 +49,17 @@ def run_command(
         path_key: the key whose value is a run directory, if there is one.
         groups: keys whose values are names; a bare word that is one of them is answered with its key.
         configs: the directory of its configs. help_page: what --help prints; None is Hydra's own.
+        shared: as for `prepare_process`.
     """
     with ending_with_its_reader():
         if help_page is not None and {"--help", "-h"} & set(sys.argv[1:]):
             print(help_page())
         else:
+            prepare_process(shared=shared)
             _run(main, path_key, groups, configs)
 
 
 def _run(main: Callable[[], Any], path_key: str | None, groups: Sequence[str], configs: Path) -> None:
-    prepare_process()
     with short_errors():
         check_forms(sys.argv[1:], path_key, groups)
         check_choices(sys.argv[1:], configs)
@@ -68,15 +71,16 @@ def _run(main: Callable[[], Any], path_key: str | None, groups: Sequence[str], c
 
 
 @contextlib.contextmanager
-def ending_in_a_line(directory: str | os.PathLike[str] | None = None) -> Iterator[None]:
+def ending_in_a_line(directory: str | os.PathLike[str] | None = None, *, shared: bool = False) -> Iterator[None]:
     """What a Hydra main does goes in here: Ctrl-C, SIGTERM and what cannot be end it in a line, or without a word.
 
     Of a multirun what cannot be ends that run alone.
 
     Args:
         directory: of the run, which a multirun names beside the error; None is where Hydra puts it.
+        shared: as for `prepare_process`.
     """
-    prepare_process()  # of a process of its own, which a launcher may have made
+    prepare_process(shared=shared)  # of a process of its own, which a launcher may have made
     try:
         with Stoppable():
             yield

@@ -26,6 +26,7 @@ from lmgym.ranges import Count, Positive
 
 if TYPE_CHECKING:
     from agents.agent import Agent, AgentConfig
+    from agents.distributed import Processes
 
 # What `env` takes: all that an environment does but the task and the device, which are keys of their own, and what
 # training has no use for.
@@ -255,8 +256,15 @@ def check_saved(directory: Path, values: dict[str, Any]) -> Plan:
         raise RunFileError(f"{error}\n(That is of {directory / CONFIG_FILE} and the command line.)") from error
 
 
-def build(plan: Plan) -> Agent:
-    """The agent in its env: loads the models."""
+def build(plan: Plan, processes: Processes | None = None) -> Agent:
+    """The agent in its env: loads the models.
+
+    Args:
+        plan: what to build. processes: that are to train the agent together; None is this one alone.
+
+    Raises:
+        InvalidArgumentError: for an agent that several processes cannot train.
+    """
     import gymnasium as gym
 
     rows = plan.agent_config.num_envs
@@ -269,4 +277,24 @@ def build(plan: Plan) -> Agent:
         from agents.faults.make import add_faults
 
         add_faults(agent, plan.faults, plan.seed)
+    if processes is not None and processes.count > 1:
+        share(agent, plan, processes)
     return agent
+
+
+def share(agent: Agent, plan: Plan, processes: Processes) -> None:
+    """Has several processes train an agent.
+
+    Raises:
+        InvalidArgumentError: for one that they cannot train.
+    """
+    from agents.on_policy import OnPolicyAgent
+
+    if not isinstance(agent, OnPolicyAgent):
+        raise InvalidArgumentError(
+            "`agent` must learn from its own episodes in the loop of lmgym where several processes train it, got "
+            f"{agent.name}."
+        )
+    if plan.budget != Budget():
+        raise InvalidArgumentError("`budget` must be null where several processes train an agent.")
+    agent.train_with(processes)

@@ -30,6 +30,7 @@ from agents.runs.directory import (
 )
 from agents.runs.grading import grade, samples, summarise
 from agents.runs.inputs import notes_of
+from agents.runs.launch import joined_processes
 from agents.runs.origin import ORIGIN, find_origin
 from agents.runs.picture import curves
 from agents.runs.plan import Plan, build, check, check_saved, plain, saved_config
@@ -121,32 +122,35 @@ def train(plan: Plan, directory: Path, resume: bool, notes: dict[str, Any] | Non
     from agents.algorithms.reference import Reference
     from lmgym.models.sharing import resolve_device
 
-    agent = build(plan)
-    if notes is None:
-        notes = notes_of(read_values(directory)) if (directory / CONFIG_FILE).is_file() else {}
-    command = shell_command("agents.train", f"resume={directory}") + trust_argument(plan.trust)
-    memory = PeakMemory(resolve_device(plan.settings["device"]))
-    saver = Saver(agent, directory, plan.checkpoint_every, notes, command, plan.budget, memory=memory)
-    if resume:
-        saver.load()
-    try:
-        before = grade(plan, Reference(agent.envs))
-        total = max(plan.total_timesteps, agent.num_timesteps)  # the last batch of a run may pass its end
-        with (
-            Recorder(directory, total, agent.num_timesteps if resume else None, tracker=plan.tracker) as recorder,
-            Interrupt() as stop,
-        ):
-            along = None if plan.evaluation.every is None else Along(plan, agent, recorder)
-            cost = saver.learn(plan.total_timesteps, recorder, stop, along)
-        if stop.asked and agent.num_timesteps < plan.total_timesteps and not saver.is_spent():
-            print(f"Stopped after {agent.num_timesteps:,} tokens. Go on with: {command}")
-            return 130
-        summary, rows = write_result(plan, directory, agent, before, cost)
-    except KeyboardInterrupt:
-        print(f"\nStopped at once. {saver.what_is_saved()}", file=sys.stderr)
-        raise
-    print(f"\n{samples_table(rows)}\n\n{table(summary)}\n\n{directory / 'curves.png'}")
-    return 0
+    with joined_processes(plan.settings["device"]) as processes:
+        agent = build(plan, processes)
+        if notes is None:
+            notes = notes_of(read_values(directory)) if (directory / CONFIG_FILE).is_file() else {}
+        command = shell_command("agents.train", f"resume={directory}") + trust_argument(plan.trust)
+        memory = PeakMemory(resolve_device(plan.settings["device"]))
+        saver = Saver(agent, directory, plan.checkpoint_every, notes, command, plan.budget, memory=memory)
+        if resume:
+            saver.load()
+        elif processes.count > 1:
+            saver.save()  # what goes on from it, should a process be lost
+        try:
+            before = grade(plan, Reference(agent.envs))
+            total = max(plan.total_timesteps, agent.num_timesteps)  # the last batch of a run may pass its end
+            with (
+                Recorder(directory, total, agent.num_timesteps if resume else None, tracker=plan.tracker) as recorder,
+                Interrupt() as stop,
+            ):
+                along = None if plan.evaluation.every is None else Along(plan, agent, recorder)
+                cost = saver.learn(plan.total_timesteps, recorder, stop, along)
+            if stop.asked and agent.num_timesteps < plan.total_timesteps and not saver.is_spent():
+                print(f"Stopped after {agent.num_timesteps:,} tokens. Go on with: {command}")
+                return 130
+            summary, rows = write_result(plan, directory, agent, before, cost)
+        except KeyboardInterrupt:
+            print(f"\nStopped at once. {saver.what_is_saved()}", file=sys.stderr)
+            raise
+        print(f"\n{samples_table(rows)}\n\n{table(summary)}\n\n{directory / 'curves.png'}")
+        return 0
 
 
 def write_result(

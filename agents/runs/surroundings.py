@@ -7,6 +7,8 @@ import os
 import sys
 from typing import NoReturn
 
+from agents.runs.launch import launched_count
+
 PLAIN = "lmgym.plain"
 _LOOKALIKES = {"±": "+-", "≥": ">=", "≤": "<=", "…": "...", "█": "#"}
 _SIZES = {  # and the process's number among so many; Slurm sets its own for what srun starts, not in a batch script
@@ -17,14 +19,18 @@ _SIZES = {  # and the process's number among so many; Slurm sets its own for wha
 }
 
 
-def prepare_process() -> None:
+def prepare_process(*, shared: bool = False) -> None:
     """To be called by every command first; a second call changes nothing.
 
     OpenMP's threads sleep while they wait, unless the environment says otherwise: by default they spin, which on a
     machine shared with other work makes two threads several times slower than one. Pictures are files: the backend of a
     notebook, which its shell commands inherit, need not be there. What a terminal lacks is shown in plainer characters.
+
+    Args:
+        shared: whether torchrun and accelerate may start the command in several processes.
     """
-    refuse_ranks()
+    if not (shared and launched_count() > 1):
+        refuse_ranks()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ["MPLBACKEND"] = "agg"
     codecs.register_error(PLAIN, plain)
@@ -56,6 +62,6 @@ def _refuse(found: str, rank: str) -> NoReturn:
     if rank != "0":
         sys.exit(1)
     sys.exit(
-        f"A run is one process, and this is one of several ({found}): start it with python instead of torchrun, "
+        f"This command is one process, and this is one of several ({found}): start it with python instead of torchrun, "
         "accelerate launch or mpirun, or with srun -n 1. Several runs side by side: -m seed=0,1 hydra/launcher=joblib."
     )

@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from agents.runs.launch import launched_rank
 from agents.runs.tasks import USUAL_SETTINGS
 from agents.runs.trust import read_config
 from lmgym.files import read_json
@@ -67,8 +68,8 @@ def output_directory(hydra: Any) -> str:
 
 
 def run_directory(time: str, _root_: DictConfig) -> str:
-    """Where a run goes; one that is resumed has a directory, and Hydra is to make none."""
-    return "." if _root_.resume is not None else f"runs/{run_name(_root_)}-{time}"
+    """Where a run goes. Hydra is to make no directory for one that has its own, nor for all processes but the first."""
+    return "." if _root_.resume is not None or launched_rank() else f"runs/{run_name(_root_)}-{time}"
 
 
 def file_name(text: str) -> str:

@@ -73,7 +73,7 @@ def test_a_batch_script_of_slurm_is_one_process(monkeypatch: pytest.MonkeyPatch)
         refuse_ranks()
 
 
-@pytest.mark.parametrize("module", ["agents.train", "agents.evaluate", "builders.build"])
+@pytest.mark.parametrize("module", ["agents.sample", "agents.evaluate", "builders.build"])
 def test_every_command_refuses_in_a_line_and_leaves_nothing(module: str, tmp_path: Path) -> None:
     env = os.environ | {"WORLD_SIZE": "2", "RANK": "0"}
     command = [sys.executable, "-m", module, f"hydra.run.dir={tmp_path / 'run'}"]
