@@ -1,0 +1,287 @@
+"""Several processes train as one: the same curve and weights on one and on two, and a wrong share is seen.
+
+Most tests run two agents in two threads that exchange as processes do; one has two real processes, with gloo.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from agents.algorithms.ppo import PPO, PPOConfig
+from agents.algorithms.rloo import RLOO, RLOOConfig
+from agents.distributed import ProcessLostError, Processes
+from agents.on_policy import OnPolicyAgent
+from agents.runs.launch import check_one_run, joined_processes, launched_rank
+from lmgym.envs.vector import RLHFVectorEnv
+from lmgym.errors import InvalidArgumentError
+from lmgym.rewards.noise import NoisyReward
+
+TASK = "keyword-8"
+Curve = list[dict[str, float]]
+
+
+@dataclass
+class Board:
+    """Where two threads lay down what they exchange."""
+
+    values: list[Any] = field(default_factory=lambda: [None, None])
+    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=60))
+
+
+@dataclass(frozen=True)
+class Threads(Processes):
+    """Two threads that exchange as two processes do."""
+
+    board: Board = field(default_factory=Board)
+
+    def gather(self, value: Any) -> list[Any]:
+        self.board.values[self.rank] = value
+        self.board.barrier.wait()
+        values = list(self.board.values)
+        self.board.barrier.wait()
+        return values
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        parts = self.gather([tensor.clone() for tensor in tensors])
+        for i, tensor in enumerate(tensors):
+            tensor.copy_(parts[0][i] + parts[1][i])
+
+
+class Averaging(Threads):
+    """The mean of the gradients, as of losses that are means over the rows of each process."""
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        super().add_up(tensors)
+        for tensor in tensors:
+            tensor.div_(2)
+
+
+class ReadingTheSame(Threads):
+    """Both play and read the same half of a batch."""
+
+    @property
+    def rows(self) -> slice:
+        return slice(0, None, 2)
+
+
+class Alone(Threads):
+    """Each takes the gradient of its rows, and nothing is summed."""
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        self.gather(None)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_each() -> Iterator[None]:
+    """Threads that wait for each other, and spin in OpenMP meanwhile, take ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(kind: str) -> OnPolicyAgent:
+    """A small agent of 8 episodes a batch; PPO's minibatches are ragged and whitened over the minibatch."""
+    config: Any
+    if kind == "ppo":
+        config = PPOConfig(batch_size=9, epochs=2, minibatches=2, micro_batch_size=3, whiten_advantages="minibatch")
+    else:
+        config = RLOOConfig(batch_size=8, lr=5e-3, micro_batch_size=3)
+    envs = RLHFVectorEnv(config.num_envs, group_size=config.responses, task=TASK, device="cpu")
+    return {"ppo": PPO, "rloo": RLOO}[kind](envs, config, seed=3)
+
+
+def train(agent: OnPolicyAgent, batches: int) -> Curve:
+    """The curve of some more batches, without its times."""
+    curve: Curve = []
+
+    def note(step: int, metrics: dict[str, float]) -> bool:
+        curve.append({"step": step} | {name: x for name, x in metrics.items() if not name.startswith("time/")})
+        return len(curve) < batches
+
+    agent.learn(10_000, note)
+    return curve
+
+
+def train_two(
+    kind: str, batches: int, shared: Callable[..., Threads] = Threads, start: Path | None = None
+) -> list[tuple[OnPolicyAgent, Curve]]:
+    """Two agents in two threads that share every batch."""
+    board = Board()
+
+    def one(rank: int) -> tuple[OnPolicyAgent, Curve]:
+        torch.set_num_threads(1)
+        agent = agents[rank]
+        try:
+            return agent, train(agent, batches)
+        except BaseException:
+            board.barrier.abort()
+            raise
+
+    agents = [make(kind) for _ in range(2)]
+    for rank, agent in enumerate(agents):
+        agent.train_with(shared(rank, 2, board=board))
+        if start is not None:
+            agent.load(start)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, range(2)))
+
+
+def gap(found: Curve, expected: Curve) -> float:
+    """The largest difference of a metric of two curves."""
+    assert [row.keys() for row in found] == [row.keys() for row in expected]
+    return max(abs(a[name] - b[name]) for a, b in zip(found, expected, strict=True) for name in b)
+
+
+def weight_gap(a: OnPolicyAgent, b: OnPolicyAgent) -> float:
+    """The largest difference of a weight."""
+    pairs = zip(a.policy.parameters(), b.policy.parameters(), strict=True)
+    return max(float((x - y).detach().abs().max()) for x, y in pairs)
+
+
+@pytest.mark.parametrize("kind", ["ppo", "rloo"])
+def test_two_train_as_one(kind: str) -> None:
+    alone = make(kind)
+    expected = train(alone, 3)
+    (first, curve), (second, other) = train_two(kind, 3)
+    assert curve == other
+    assert weight_gap(first, second) == 0
+    assert gap(curve, expected) < 1e-4
+    assert weight_gap(first, alone) < 1e-5
+    assert first.tokens == second.tokens == alone.tokens
+    assert torch.equal(first.generator.get_state(), alone.generator.get_state())
+
+
+@pytest.mark.parametrize("shared", [Averaging, ReadingTheSame])
+def test_a_wrong_share_is_seen(shared: type[Threads]) -> None:
+    expected = train(make("rloo"), 2)
+    (_, curve), _ = train_two("rloo", 2, shared)
+    assert gap(curve, expected) > 1e-2
+
+
+def test_weights_that_part_are_seen() -> None:
+    with pytest.raises(RuntimeError, match="must have ratio 1"):
+        train_two("rloo", 2, Alone)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    whole = make("rloo")
+    expected = train(whole, 4)
+    (first, _), _ = train_two("rloo", 2)
+    first.save(tmp_path / "two")
+    alone = make("rloo")
+    alone.load(tmp_path / "two")
+    assert gap(train(alone, 2), expected[2:]) < 1e-4
+    half = make("rloo")
+    train(half, 2)
+    half.save(tmp_path / "one")
+    (_, curve), _ = train_two("rloo", 2, start=tmp_path / "one")
+    assert gap(curve, expected[2:]) < 1e-4
+
+
+def test_one_that_stops_stops_all() -> None:
+    board = Board()
+    agents = [make("rloo") for _ in range(2)]
+    batches = [0, 0]
+
+    def one(rank: int) -> None:
+        torch.set_num_threads(1)
+
+        def stop(step: int, metrics: dict[str, float]) -> bool:
+            batches[rank] += 1
+            return not (rank == 1 and batches[rank] == 2)
+
+        agents[rank].learn(10_000, stop)
+
+    for rank, agent in enumerate(agents):
+        agent.train_with(Threads(rank, 2, board=board))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, range(2)))
+    assert batches == [2, 2]
+
+
+def test_one_process_exchanges_nothing() -> None:
+    one = Processes()
+    values = torch.tensor([1.0])
+    one.add_up([values])
+    assert values == 1
+    assert one.gather("x") == ["x"]
+    assert not one.all_agree(False)
+    assert list(range(5))[one.rows] == list(range(5))
+
+
+def test_what_cannot_be_shared_is_refused() -> None:
+    three = Processes(0, 3)
+    agent = make("ppo")
+    with pytest.raises(InvalidArgumentError, match=r"`agent.minibatches` must leave every process an episode: 9 in 2"):
+        agent.train_with(Processes(0, 5))
+    envs = agent.envs
+    envs.engine.reward = NoisyReward(envs.engine.reward, 0.1)
+    with pytest.raises(InvalidArgumentError, match=r"`env.reward` must score a response by itself"):
+        agent.train_with(three)
+    config = PPOConfig(batch_size=4, minibatches=1, collect="steps")
+    stepping = PPO(RLHFVectorEnv(4, autoreset_mode="SameStep", task=TASK, device="cpu"), config)
+    with pytest.raises(InvalidArgumentError, match=r"`agent.collect` must be 'episodes'"):
+        stepping.train_with(three)
+
+
+def test_several_processes_train_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_one_run(2, is_multirun=True)
+    assert launched_rank() == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert launched_rank() == 1
+    for seeds, is_multirun in ((2, False), (1, True)):
+        with pytest.raises(InvalidArgumentError, match="`seeds` must be 1, and -m left out, where 2 processes"):
+            check_one_run(seeds, is_multirun=is_multirun)
+
+
+# -- real processes --------------------------------------------------------------------------------------------------
+
+
+def work(rank: int, port: int, directory: Path) -> None:
+    """What each of two processes does: 20 batches of two agents; then the second is gone, and the first misses it."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with joined_processes("cpu") as processes:
+        for kind in ("ppo", "rloo"):
+            agent = make(kind)
+            agent.train_with(processes)
+            curve = train(agent, 20)
+            weights = [weight.detach() for weight in agent.policy.parameters()]
+            torch.save((curve, weights), directory / f"{kind}-{rank}.pt")
+        if rank == 1:
+            os._exit(0)
+        try:
+            train(agent, 1)
+        except ProcessLostError as error:
+            (directory / "lost").write_text(str(error), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_for_twenty_batches(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, tmp_path), nprocs=2)
+    for kind in ("ppo", "rloo"):
+        curve, weights = torch.load(tmp_path / f"{kind}-0.pt")
+        other, other_weights = torch.load(tmp_path / f"{kind}-1.pt")
+        assert curve == other
+        assert all(map(torch.equal, weights, other_weights))
+        alone = make(kind)
+        assert gap(curve, train(alone, 20)) < 1e-4
+        assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(weights, alone.policy.parameters(), strict=True))
+    assert "Process 0 of 2 cannot reach the others" in (tmp_path / "lost").read_text(encoding="utf-8")
