@@ -12,6 +12,7 @@ Shapes: B episodes of the whole batch.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -88,8 +89,8 @@ def _naming_the_lost(processes: Processes) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = re.sub(r"^\[\S+\] ", "", str(error).strip()).partition(". ")[0]  # without the line of its source
         raise ProcessLostError(
             f"Process {processes.rank} of {processes.count} cannot reach the others: one of them has ended, or the "
-            f"connection has. ({reason[:200]})"
+            f"connection has ({reason[:200]})."
         ) from error

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from agents.algorithms.ppo import PPO, PPOConfig
 from agents.algorithms.rloo import RLOO, RLOOConfig
-from agents.distributed import ProcessLostError, Processes
+from agents.distributed import Processes, ProcessLostError
 from agents.on_policy import OnPolicyAgent
 from agents.runs.launch import check_one_run, joined_processes, launched_rank
 from lmgym.envs.vector import RLHFVectorEnv
