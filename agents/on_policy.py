@@ -68,7 +68,7 @@ class OnPolicyAgent(LearningAgent):
         carried: names of attributes that an algorithm carries from batch to batch, JSON values; they are saved.
         kl: the price of a nat, which `kl_controller` may adapt.
         faults: by which the loop is wrong on purpose; none at first (`agents.faults.make.add_faults`).
-        processes: that train this agent together; this one alone at first (`train_with`).
+        processes: that train this agent together; this one alone at first (`agents.runs.sharing.share`).
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = OnPolicyConfig
@@ -195,28 +195,6 @@ class OnPolicyAgent(LearningAgent):
         """
         self.tokens.read(part.episodes, backward=backward)
         return read_minibatch(self.policy, self.sampler, part, total, count)
-
-    def train_with(self, processes: Processes) -> None:
-        """Shares every batch with other processes, whose agents are made and loaded like this one.
-
-        Raises:
-            InvalidArgumentError: for an agent whose batches cannot be shared.
-        """
-        config = self.config
-        smallest = config.batch_size // config.minibatches
-        if smallest < processes.count:
-            raise InvalidArgumentError(
-                f"`agent.minibatches` must leave every process an episode: {config.batch_size} in "
-                f"{config.minibatches} are {smallest} each, for {processes.count} processes."
-            )
-        if config.collect != "episodes":
-            raise InvalidArgumentError("`agent.collect` must be 'episodes' where several processes train an agent.")
-        if hasattr(self.envs.engine.reward, "get_state"):
-            raise InvalidArgumentError(
-                "`env.reward` must score a response by itself where several processes train an agent, and this one's "
-                "noise comes in the order of the calls."
-            )
-        self.processes = processes
 
     def stop_early(self, metrics: dict[str, float]) -> bool:
         """Whether the metrics of a minibatch say that the batch has been used enough."""

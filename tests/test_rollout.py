@@ -262,6 +262,20 @@ def test_rows_that_finish_and_leave_do_not_change_the_others(parts: Parts, polic
     assert torch.equal(together.prompt_index[order], torch.tensor([prompts[i].index for i in order]))
 
 
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(1, None, 2)])
+def test_some_rows_are_those_of_the_whole_batch(parts: Parts, policy: CausalPolicy, rows: slice) -> None:
+    generators = [rng(6), rng(6)]
+    envs = [native(parts), native(parts)]
+    for each in envs:
+        each.reset(seed=2)
+    whole = collect(envs[0], policy, N, None, generators[0])
+    some = collect(envs[1], policy, N, None, generators[1], rows)
+    assert_same(some, whole[rows], leave_out=())
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+    following = [[prompt.index for prompt in each.next_prompts(2)] for each in envs]
+    assert following[0] == following[1]
+
+
 def test_the_rows_of_the_env_are_not_touched(parts: Parts, policy: CausalPolicy) -> None:
     one = native(parts)
     other = native(parts)

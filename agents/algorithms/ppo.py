@@ -14,7 +14,6 @@ from torch import Tensor
 
 from agents.advantages import whiten
 from agents.batch import Batch, Minibatch
-from agents.distributed import Processes
 from agents.losses import clipped_policy_loss, clipped_value_loss
 from agents.on_policy import OnPolicyAgent
 from agents.on_policy_config import OnPolicyConfig
@@ -71,12 +70,6 @@ class PPO(OnPolicyAgent):
     ) -> None:
         super().__init__(envs, config, seed=seed, sampler=sampler)
         self._texts = [] if config.ptx_texts is None else self._pieces(config.ptx_texts)
-
-    def train_with(self, processes: Processes) -> None:
-        """Shares every batch with other processes (`OnPolicyAgent.train_with`); texts are not shared."""
-        if self._texts:
-            raise InvalidArgumentError("`agent.ptx_coef` must be 0 where several processes train an agent.")
-        super().train_with(processes)
 
     @property
     def unmasked(self) -> TrainablePolicy:

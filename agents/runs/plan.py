@@ -278,23 +278,9 @@ def build(plan: Plan, processes: Processes | None = None) -> Agent:
 
         add_faults(agent, plan.faults, plan.seed)
     if processes is not None and processes.count > 1:
-        share(agent, plan, processes)
+        from agents.runs.sharing import share
+
+        if plan.budget != Budget():
+            raise InvalidArgumentError("`budget` must be null where several processes train an agent.")
+        share(agent, processes)
     return agent
-
-
-def share(agent: Agent, plan: Plan, processes: Processes) -> None:
-    """Has several processes train an agent.
-
-    Raises:
-        InvalidArgumentError: for one that they cannot train.
-    """
-    from agents.on_policy import OnPolicyAgent
-
-    if not isinstance(agent, OnPolicyAgent):
-        raise InvalidArgumentError(
-            "`agent` must learn from its own episodes in the loop of lmgym where several processes train it, got "
-            f"{agent.name}."
-        )
-    if plan.budget != Budget():
-        raise InvalidArgumentError("`budget` must be null where several processes train an agent.")
-    agent.train_with(processes)

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from agents.algorithms.ppo import PPO, PPOConfig
 from agents.algorithms.rloo import RLOO, RLOOConfig
+from agents.algorithms.sft import SFT
 from agents.distributed import Processes, ProcessLostError
 from agents.on_policy import OnPolicyAgent
 from agents.runs.launch import check_one_run, joined_processes, launched_rank
+from agents.runs.sharing import share
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.errors import InvalidArgumentError
 from lmgym.rewards.noise import NoisyReward
@@ -131,7 +133,7 @@ def train_two(
 
     agents = [make(kind) for _ in range(2)]
     for rank, agent in enumerate(agents):
-        agent.train_with(shared(rank, 2, board=board))
+        share(agent, shared(rank, 2, board=board))
         if start is not None:
             agent.load(start)
     with ThreadPoolExecutor(2) as pool:
@@ -205,7 +207,7 @@ def test_one_that_stops_stops_all() -> None:
         agents[rank].learn(10_000, stop)
 
     for rank, agent in enumerate(agents):
-        agent.train_with(Threads(rank, 2, board=board))
+        share(agent, Threads(rank, 2, board=board))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(one, range(2)))
     assert batches == [2, 2]
@@ -225,15 +227,17 @@ def test_what_cannot_be_shared_is_refused() -> None:
     three = Processes(0, 3)
     agent = make("ppo")
     with pytest.raises(InvalidArgumentError, match=r"`agent.minibatches` must leave every process an episode: 9 in 2"):
-        agent.train_with(Processes(0, 5))
+        share(agent, Processes(0, 5))
     envs = agent.envs
     envs.engine.reward = NoisyReward(envs.engine.reward, 0.1)
     with pytest.raises(InvalidArgumentError, match=r"`env.reward` must score a response by itself"):
-        agent.train_with(three)
+        share(agent, three)
+    with pytest.raises(InvalidArgumentError, match=r"must learn from its own episodes .* got SFT"):
+        share(SFT(RLHFVectorEnv(1, task=TASK, device="cpu")), three)
     config = PPOConfig(batch_size=4, minibatches=1, collect="steps")
     stepping = PPO(RLHFVectorEnv(4, autoreset_mode="SameStep", task=TASK, device="cpu"), config)
     with pytest.raises(InvalidArgumentError, match=r"`agent.collect` must be 'episodes'"):
-        stepping.train_with(three)
+        share(stepping, three)
 
 
 def test_several_processes_train_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +262,7 @@ def work(rank: int, port: int, directory: Path) -> None:
     with joined_processes("cpu") as processes:
         for kind in ("ppo", "rloo"):
             agent = make(kind)
-            agent.train_with(processes)
+            share(agent, processes)
             curve = train(agent, 20)
             weights = [weight.detach() for weight in agent.policy.parameters()]
             torch.save((curve, weights), directory / f"{kind}-{rank}.pt")
