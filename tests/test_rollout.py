@@ -269,7 +269,7 @@ def test_some_rows_are_those_of_the_whole_batch(parts: Parts, policy: CausalPoli
     for each in envs:
         each.reset(seed=2)
     whole = collect(envs[0], policy, N, None, generators[0])
-    some = collect(envs[1], policy, N, None, generators[1], rows)
+    some = collect(envs[1], policy, N, None, generators[1], rows=rows)
     assert_same(some, whole[rows], leave_out=())
     assert torch.equal(generators[0].get_state(), generators[1].get_state())
     following = [[prompt.index for prompt in each.next_prompts(2)] for each in envs]
