@@ -42,7 +42,7 @@ def render_page(question: str, protocol: Protocol, data: Mapping[str, Any]) -> s
     texts = {
         "title": protocol.title,
         "command": f"python -m agents.study question={question}",
-        "minutes": f"{data['seconds'] / 60:.1f}",
+        "minutes": _in_minutes(data["seconds"]),
         "seeds": str(len(seeds)),
         "other_seeds": f"seeds={seeds[-1] + 1}-{seeds[-1] + len(seeds)}",
         "verdict": "\n".join(f"- {claim}" for claim in verdict.claims),
@@ -76,8 +76,13 @@ def render_index(directory: Path) -> str:
         data = json.loads(path.read_text(encoding="utf-8"))
         protocol = load_protocol(question)
         short = protocol.judge(data["found"]).short
-        rows.append(f"| [{protocol.title}]({question}.md) | {short} | {data['seconds'] / 60:.1f} |")
+        rows.append(f"| [{protocol.title}]({question}.md) | {short} | {_in_minutes(data['seconds'])} |")
     return fill_template((STUDIES / "index.md").read_text(encoding="utf-8"), {"questions": "\n".join(rows)})
+
+
+def _in_minutes(seconds: float) -> str:
+    """For a sentence and for a table."""
+    return f"{seconds / 60:.1f}" if seconds >= 6 else "less than 0.1"
 
 
 def make_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
