@@ -5,6 +5,7 @@
 # make test-lowest  the tests alone, in .venv-lowest with the oldest versions that pyproject.toml admits
 # make test-bare    tests of the package alone, in .venv-bare without any extra
 # make test-seeds   the tests that draw from a seed, at three others
+# make test-questions  the verdicts of docs/questions that take minutes, on other tasks
 # make lint, format  check the style and the types; mend the style
 # make test-only    the tests alone, in .venv
 # make clean   remove what builds and tools have left; .venv and runs stay
@@ -20,7 +21,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 WORKERS ?= auto
 SHIFTS ?= 100 200 300
-ARGS ?= experiment=fast
+ARGS ?=
 THREADS ?= 1
 
 BIN := $(VENV)/bin
@@ -39,7 +40,7 @@ export CHECK_PYTHON
 # Tests start dozens of processes; where the environment forbids bytecode, each would compile all that it imports.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help train docs check test test-only test-lowest test-bare test-seeds gpu lint format clean
+.PHONY: help train docs check test test-only test-lowest test-bare test-seeds test-questions gpu lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -55,7 +56,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 train: $(STAMP)
-	@$(BIN)/python -m agents.train $(ARGS)
+	@$(BIN)/python -m agents.train $(or $(ARGS),experiment=fast)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -89,6 +90,9 @@ test-only: $(STAMP)
 test-seeds: $(STAMP)
 	for shift in $(SHIFTS); do \
 		SEED_SHIFT=$$shift OMP_NUM_THREADS=$(THREADS) $(PYTEST) -m "seeds and not network" || exit; done
+
+test-questions: $(STAMP)
+	OMP_NUM_THREADS=$(THREADS) $(PYTEST) --timeout 900 -m minutes tests/agents/questions
 
 gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -23,7 +23,6 @@ from omegaconf import DictConfig
 from agents.runs.command_line import ending_in_a_line, run_command
 from agents.runs.config import CONF
 from agents.runs.defaults import complete_agents
-from agents.runs.follow import follow
 from agents.runs.help_page import help_page
 from agents.runs.launch import check_one_run, launched_rank
 from agents.runs.many import begin_many, go_on_with_many, mean_return, seed_directories
@@ -46,11 +45,15 @@ def main(cfg: DictConfig) -> float:
     resume = cfg.resume is not None
     directory = Path(cfg.resume if resume else output_directory(HydraConfig.get()))
     with ending_in_a_line(directory, shared=True):
-        overrides = given(HydraConfig.get()) if HydraConfig.initialized() else []
+        hydra_config = HydraConfig.get() if HydraConfig.initialized() else None  # none where a program calls this
+        overrides = [] if hydra_config is None else given(hydra_config)
         if launched_rank():
+            from agents.runs.follow import follow  # which loads torch
+
             follow(cfg, directory if resume else None, overrides, trusted_modules(cfg.get("trust")))
             return 0.0
-        check_one_run(cfg.get("seeds", 1), is_multirun=HydraConfig.get().mode == RunMode.MULTIRUN)
+        is_multirun = hydra_config is not None and hydra_config.mode == RunMode.MULTIRUN
+        check_one_run(cfg.get("seeds", 1), is_multirun=is_multirun)
         if resume:
             proceed = go_on_with_many if seed_directories(directory) else go_on
             code = proceed(directory, overrides, trusted_modules(cfg.get("trust")))

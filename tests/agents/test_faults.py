@@ -329,7 +329,7 @@ def spoil_log_probs(agent: Any, monkeypatch: pytest.MonkeyPatch, change: Callabl
     import agents.on_policy
 
     real = agents.on_policy.collect
-    monkeypatch.setattr(agents.on_policy, "collect", lambda *arguments: change(real(*arguments)))
+    monkeypatch.setattr(agents.on_policy, "collect", lambda *args, **named: change(real(*args, **named)))
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

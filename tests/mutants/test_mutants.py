@@ -294,8 +294,8 @@ def temperature_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def policy_moved_after_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    def collect(envs: Any, policy: Any, *rest: Any) -> Episodes:
-        episodes = rollout.collect(envs, policy, *rest)
+    def collect(envs: Any, policy: Any, *rest: Any, **named: Any) -> Episodes:
+        episodes = rollout.collect(envs, policy, *rest, **named)
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.mul_(0.9)

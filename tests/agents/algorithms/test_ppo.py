@@ -208,8 +208,8 @@ def test_the_update_is_of_the_distribution_that_sampled(sampler: Sampler) -> Non
     ],
 )
 def test_a_forgotten_temperature_is_loud(sampled: Sampler, updated: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    def other(envs: Any, policy: Any, episodes: int, sampler: Sampler, generator: torch.Generator) -> Episodes:
-        return collect(envs, policy, episodes, sampled, generator)
+    def other(envs: Any, policy: Any, episodes: int, sampler: Sampler, *others: Any, **named: Any) -> Episodes:
+        return collect(envs, policy, episodes, sampled, *others, **named)
 
     monkeypatch.setattr(agents.on_policy, "collect", other)
     with pytest.raises((RuntimeError, LogProbError), match=r"not of the distribution that sampled|must have KL 0"):
@@ -226,8 +226,8 @@ def test_a_policy_that_does_not_start_as_the_reference_is_loud() -> None:
 def test_log_probs_of_a_stale_policy_are_loud(monkeypatch: pytest.MonkeyPatch) -> None:
     agent = tiny_ppo()
 
-    def stale(*args: Any) -> Episodes:
-        episodes = collect(*args)
+    def stale(*args: Any, **named: Any) -> Episodes:
+        episodes = collect(*args, **named)
         moved(agent)
         return episodes
 

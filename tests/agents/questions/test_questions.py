@@ -132,8 +132,11 @@ def test_the_command_makes_the_page_of_the_data_that_are_there(tmp_path: Path) -
     assert "grpo" not in (tmp_path / INDEX).read_text(encoding="utf-8")  # of which there are no data
 
 
+MINUTES = ("kl-estimator", "ratio")  # `make test-questions`
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("question", [pytest.param(q, marks=[pytest.mark.minutes] * (q in MINUTES)) for q in QUESTIONS])
 def test_other_tasks_give_the_same_verdict(question: str) -> None:
     protocol = load_protocol(question)
     slow = question == "kl-estimator"  # whose rule is of every task by itself, so that one will do
