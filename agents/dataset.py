@@ -22,7 +22,7 @@ from agents.runs.completions import Request, check_sampler
 from agents.runs.config import CONF
 from agents.runs.datasets import split_policies, write_datasets
 from agents.runs.help_page import dataset_help_page
-from agents.runs.sweeps import given
+from agents.runs.sweeps import is_given
 from agents.runs.trust import trusted_modules
 
 
@@ -30,9 +30,8 @@ from agents.runs.trust import trusted_modules
 def main(cfg: DictConfig) -> None:
     """Loads the policies, samples, and writes each data set whole, or not at all."""
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    keys = [override.partition("=")[0].lstrip("+") for override in given(HydraConfig.get())]
     with ending_in_a_line():
-        check_sampler(values, any(key.partition(".")[0] == "sampler" for key in keys))
+        check_sampler(values, is_given("sampler", HydraConfig.get()))
         write(values)
 
 

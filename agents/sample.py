@@ -23,7 +23,7 @@ from agents.runs.command_line import ending_in_a_line, run_command
 from agents.runs.completions import Request, check_sampler, load_writers, write_completions
 from agents.runs.config import CONF
 from agents.runs.help_page import sample_help_page
-from agents.runs.sweeps import given
+from agents.runs.sweeps import is_given
 from agents.runs.trust import trusted_modules
 from lmgym.errors import InvalidArgumentError
 from lmgym.feedback.files import write_records
@@ -35,9 +35,8 @@ from lmgym.rewards.members import is_ensemble
 def main(cfg: DictConfig) -> None:
     """Loads the policies, samples, and writes the file whole, or not at all."""
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    keys = [override.partition("=")[0].lstrip("+") for override in given(HydraConfig.get())]
     with ending_in_a_line():
-        check_sampler(values, any(key.partition(".")[0] == "sampler" for key in keys))
+        check_sampler(values, is_given("sampler", HydraConfig.get()))
         sample(values)
 
 

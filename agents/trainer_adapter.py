@@ -128,7 +128,7 @@ class _Parts:
     def loss(self, inputs: LossInputs) -> Tensor:
         """The loss of a micro-batch, without what it adds for a critic."""
         if inputs.ranks > 1:
-            raise NotImplementedError("the agents train in one process")
+            raise NotImplementedError("processes share gradients in the loop, not in the loss")
         agent = self.recall(kl_coef=inputs.kl_coef)
         mask = inputs.mask
         row, positions = mask.nonzero(as_tuple=True)

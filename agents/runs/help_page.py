@@ -179,18 +179,13 @@ def sample_help_page(conf: Path) -> str:
     Args:
         conf: the directory of configs.
     """
-    keys = _keys_of(conf / "sample.yaml")
-    samplers = _of_each(conf / "sampler", _comment)
-    agents = _of_each(conf / "agent", _blurb)
-    parts = [
+    return _policies_page(
+        conf,
+        "sample",
         "python -m agents.sample [task=NAME] [policies=NAME or DIRECTORY] [key=value ...]",
         "Writes completions of a task's prompts, for people to judge: python -m lmgym.feedback --help.",
-        f"Keys:\n{_indented(keys)}",
-        f"Policies besides run directories, each as it is before it learns:\n{_listed(agents)}",
-        f"sampler=NAME, the distribution that tokens are drawn from (a run keeps its own):\n{_listed(samplers)}",
-        "Hydra's own options: --hydra-help",
-    ]
-    return "\n\n".join(parts)
+        _of_each(conf / "agent", _blurb),
+    )
 
 
 def dataset_help_page(conf: Path) -> str:
@@ -201,11 +196,22 @@ def dataset_help_page(conf: Path) -> str:
     """
     agents = _of_each(conf / "agent", _blurb)
     agents.pop("best_of_n")  # which does not know its log-probs
-    samplers = _of_each(conf / "sampler", _comment)
-    parts = [
+    return _policies_page(
+        conf,
+        "dataset",
         "python -m agents.dataset [task=NAME] [policies=NAME,NAME,DIRECTORY,mixed] [key=value ...]",
         "Writes what policies answer as Minari data sets, for offline RL: docs/offline.md.",
-        f"Keys:\n{_indented(_keys_of(conf / 'dataset.yaml'))}",
+        agents,
+    )
+
+
+def _policies_page(conf: Path, name: str, usage: str, purpose: str, agents: dict[str, str]) -> str:
+    """The page of a command that has policies answer prompts; `name` is that of its config."""
+    samplers = _of_each(conf / "sampler", _comment)
+    parts = [
+        usage,
+        purpose,
+        f"Keys:\n{_indented(_keys_of(conf / f'{name}.yaml'))}",
         f"Policies besides run directories, each as it is before it learns:\n{_listed(agents)}",
         f"sampler=NAME, the distribution that tokens are drawn from (a run keeps its own):\n{_listed(samplers)}",
         "Hydra's own options: --hydra-help",

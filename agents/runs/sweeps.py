@@ -62,6 +62,11 @@ def given(hydra: Any) -> list[str]:
     return OmegaConf.to_container(hydra.overrides.task, resolve=False)  # type: ignore[return-value]
 
 
+def is_given(group: str, hydra: Any) -> bool:
+    """Whether a command has an override of a group, or of one of its keys."""
+    return any(re.split(r"[.=]", override.lstrip("+"))[0] == group for override in given(hydra))
+
+
 def output_directory(hydra: Any) -> str:
     """Where Hydra puts a run: as it is, for Hydra has written it into its config as if "${" were its own."""
     return str(OmegaConf.to_container(hydra.runtime, resolve=False)["output_dir"])  # type: ignore[call-overload, index]

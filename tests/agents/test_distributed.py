@@ -281,8 +281,8 @@ def test_two_processes_train_as_one_for_twenty_batches(tmp_path: Path) -> None:
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(work, (port, tmp_path), nprocs=2)
     for kind in ("ppo", "rloo"):
-        curve, weights = torch.load(tmp_path / f"{kind}-0.pt")
-        other, other_weights = torch.load(tmp_path / f"{kind}-1.pt")
+        curve, weights = torch.load(tmp_path / f"{kind}-0.pt", weights_only=True)
+        other, other_weights = torch.load(tmp_path / f"{kind}-1.pt", weights_only=True)
         assert curve == other
         assert all(map(torch.equal, weights, other_weights))
         alone = make(kind)
