@@ -194,3 +194,8 @@ def _chunks(episodes: Episodes, size: int) -> Iterator[slice]:
     """Rows of episodes, `size` at a time, in their order."""
     for start in range(0, len(episodes), size):
         yield slice(start, start + size)
+
+
+def clip_scores(episodes: Episodes, limit: float | None) -> Episodes:
+    """Episodes whose scores are clipped to +- `limit`; None does not clip."""
+    return episodes if limit is None else replace(episodes, scores=episodes.scores.clamp(-limit, limit))

@@ -41,6 +41,7 @@ _EXPECTED: dict[str, tuple[Any, ...]] = {
     "collect": ("episodes",),
     "recompute_log_probs": (False,),
     "gradient_checkpointing": (False,),
+    "offload": (False,),
     "autocast": (None,),
     "whiten_advantages": ("batch", "none"),
     "ptx_coef": (0.0,),

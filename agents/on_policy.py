@@ -21,7 +21,7 @@ from torch import Tensor
 
 from agents.advantages import gae
 from agents.agent import Callback
-from agents.batch import Batch, Minibatch, read_minibatch, recompute, with_values
+from agents.batch import Batch, Minibatch, clip_scores, read_minibatch, recompute, with_values
 from agents.diagnostics import check_groups, check_ratio, check_start, eos_fraction, exact_kl, log_prob_gap
 from agents.distributed import Processes
 from agents.faults.fault import Faults
@@ -30,6 +30,7 @@ from agents.importance import measure_sampler, weigh
 from agents.learning import LearningAgent
 from agents.losses import explained_variance
 from agents.memory import Sizes, check_fits, estimate, free_bytes, measure
+from agents.offload import count_bytes, find_idle, offloaded
 from agents.on_policy_config import OnPolicyConfig
 from agents.policies.actor_critic import TrainablePolicy
 from agents.policies.choice import make_policy
@@ -68,6 +69,7 @@ class OnPolicyAgent(LearningAgent):
         carried: names of attributes that an algorithm carries from batch to batch, JSON values; they are saved.
         kl: the price of a nat, which `kl_controller` may adapt.
         faults: by which the loop is wrong on purpose; none at first (`agents.faults.make.add_faults`).
+        idle: weights that leave the GPU during an update.
         processes: that train this agent together; this one alone at first (`agents.runs.sharing.share`).
     """
 
@@ -90,8 +92,10 @@ class OnPolicyAgent(LearningAgent):
         self.kl: KLCoefficient = FixedKL(envs.kl_coef)
         if config.kl_controller == "adaptive":
             self.kl = AdaptiveKL(envs.kl_coef, config.kl_target, config.kl_horizon)
-        if self.policy.device.type == "cuda":
-            check_fits(estimate(memory_sizes(self)), free_bytes(self.policy.device), self.policy.device)
+        self.idle = find_idle(envs.engine, self.policy, config.reads_reference) if config.offload else []
+        device = self.policy.device
+        if device.type == "cuda":
+            check_fits(estimate(memory_sizes(self)), free_bytes(device) + count_bytes(self.idle), device)
 
     # -- what an algorithm writes --------------------------------------------------------------------------------
 
@@ -279,7 +283,8 @@ class OnPolicyAgent(LearningAgent):
 
     def learn_from(self, batch: Batch) -> dict[str, float]:
         """Updates on a batch, and checks what came of it; returns the metrics of the update."""
-        metrics = self.update(batch)
+        with offloaded(self.idle):
+            metrics = self.update(batch)
         check_weights(self.policy, self.config)
         if self.config.recompute_log_probs or not self.faults.trips("ratio"):
             check_ratio(metrics["train/ratio_error"], self.policy.dtype)
@@ -302,11 +307,6 @@ class OnPolicyAgent(LearningAgent):
             setattr(self, name, state["own"][name])
         faults = {name.removeprefix("fault."): x for name, x in state.items() if name.startswith("fault.")}
         self.faults.restore(faults)
-
-
-def clip_scores(episodes: Episodes, limit: float | None) -> Episodes:
-    """Episodes whose scores are clipped to +- `limit`; None does not clip."""
-    return episodes if limit is None else replace(episodes, scores=episodes.scores.clamp(-limit, limit))
 
 
 def memory_sizes(agent: OnPolicyAgent) -> Sizes:

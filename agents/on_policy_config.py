@@ -42,6 +42,7 @@ class OnPolicyConfig(LearningConfig):
     importance_level: Literal["token", "response"] = "token"  # the ratio is of a token, or of the whole response
     importance_high: Positive = 2.0  # the largest weight; masked ratios above it weigh 0
     importance_low: NonNegative = 0.5  # masked ratios below it weigh 0
+    offload: bool = False  # moves the reference and reward models from the GPU to the CPU during updates
     collect: Literal["episodes", "steps"] = "episodes"  # whole episodes at once, or one env step at a time
 
     def __post_init__(self) -> None:
@@ -57,6 +58,11 @@ class OnPolicyConfig(LearningConfig):
     def num_envs(self) -> int:
         """Rows that the vector env must have."""
         return self.batch_size if self.collect == "steps" else self.responses
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether a loss reads the reference itself, not only its log-probs of the tokens."""
+        return False
 
     def new_updater(self, policy: TrainablePolicy) -> Updater:
         """The optimiser of a policy: its critic may have a learning rate of its own."""

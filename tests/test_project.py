@@ -24,7 +24,7 @@ LAYERS = (
     " < agents.distributed"
     " < agents.checkpoint, agents.seeds, agents.finite, agents.losses, agents.advantages, agents.master_weights"
     " < agents.agent < agents.policies < agents.batch, agents.diagnostics, agents.update"
-    " < agents.memory, agents.learning, agents.stacked_adam, agents.stacked_batch"
+    " < agents.memory, agents.offload, agents.learning, agents.stacked_adam, agents.stacked_batch"
     " < agents.faults < agents.on_policy_config < agents.importance"
     " < agents.on_policy, agents.groups, agents.fixed, agents.supervised"
     " < agents.algorithms, agents.sb3 < agents.stack, agents.many_seeds, agents.exact < agents.runs < agents.comparison"

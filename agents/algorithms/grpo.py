@@ -29,6 +29,10 @@ class GRPOConfig(GroupConfig):
     scale_by_std: bool = True  # divide a group's advantages by their standard deviation
     length_mean: bool = True  # mean over a response's tokens; else their sum over the horizon
 
+    @property
+    def reads_reference(self) -> bool:
+        return self.kl_estimator == "exact"
+
 
 class GRPO(GroupAgent):
     """The clipped surrogate on standardised scores of a group, with the KL in the loss instead of the reward."""
@@ -47,7 +51,7 @@ class GRPO(GroupAgent):
     def read(self, part: Batch, total: Tensor, count: int, *, backward: int = 0) -> Minibatch:
         """For the exact KL, reads the reference too: one more forward, without a gradient."""
         minibatch = super().read(part, total, count, backward=backward)
-        if self.config.kl_estimator != "exact" or self.envs.kl_coef == 0:
+        if not self.config.reads_reference or self.envs.kl_coef == 0:
             return minibatch
         self.tokens.read(part.episodes)
         with torch.no_grad():

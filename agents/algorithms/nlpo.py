@@ -108,6 +108,9 @@ class MaskedPolicy(TrainablePolicy):
     def dtype(self) -> torch.dtype:
         return self.policy.dtype
 
+    def models(self) -> list[nn.Module]:
+        return [*self.policy.models(), *self.mask.models()]
+
     def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> MaskedState:
         prompts = (prompt_ids, prompt_mask, max_new_tokens)
         mask_logits = partial(mask_to_top_p, top_p=self.top_p)

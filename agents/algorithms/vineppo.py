@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from agents.advantages import returns_to_go, segment_advantages, whiten
-from agents.batch import Minibatch
+from agents.batch import Minibatch, clip_scores
 from agents.losses import clipped_policy_loss
-from agents.on_policy import OnPolicyAgent, clip_scores
+from agents.on_policy import OnPolicyAgent
 from agents.on_policy_config import OnPolicyConfig
 from agents.update import Loss
 from lmgym.envs.vector import RLHFVectorEnv

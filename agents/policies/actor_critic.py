@@ -94,6 +94,10 @@ class TrainablePolicy(nn.Module, ABC):
         """Whether its optimiser steps may run as CUDA graphs, which keep memory."""
         return False
 
+    def models(self) -> list[nn.Module]:
+        """What it reads: itself, and models that are no part of it."""
+        return [self]
+
     def policy_parameters(self) -> list[nn.Parameter]:
         """The weights that learn and that the logits depend on, a trunk that is shared with the critic included."""
         critic = {id(parameter) for parameter in self.critic_parameters()}

@@ -90,6 +90,9 @@ class LoRAPolicy(ActorCritic):
         self._seed = seed
         super().__init__(reference, critic, reward_model)
 
+    def models(self) -> list[nn.Module]:
+        return [self, self.actor]
+
     def _start(self, model: Any) -> None:
         actor = _sharing(model)
         self._adapt(actor)

@@ -124,6 +124,9 @@ class ResidualPolicy(TrainablePolicy):
         hidden, residual = self.network.hidden_at(ids, rows, columns)
         return Read(reference.float() + residual, self.value_head(hidden).squeeze(-1), hidden)
 
+    def models(self) -> list[nn.Module]:
+        return [self, self.reference.model]
+
     def critic_parameters(self) -> list[nn.Parameter]:
         return list(self.value_head.parameters())
 
