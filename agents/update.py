@@ -114,12 +114,13 @@ class Updater:
         Raises:
             NotFiniteError: before the step, for a loss or a gradient that is not finite.
         """
-        limit = self.adam.max_grad_norm or math.inf
-        sums = sum_gradients(losses, self.policy.parameters(), limit, processes)
+        weights = list(self.policy.parameters())
+        sums = sum_gradients(losses, weights, processes)
         # One look at all the numbers: on a GPU, every look waits for the queue.
         numbers = torch.stack(list(sums.values())).tolist()
         metrics = dict(zip(sums, numbers, strict=True))
         check_step(metrics, self.policy, self._config, inputs or {})
+        clip_gradients(weights, metrics[GRAD_NORM], self.adam.max_grad_norm or math.inf)
         if self.adam.is_tensorflow:
             self._correct_epsilon()
         self.optimizer.step()
@@ -144,18 +145,17 @@ class Updater:
 
 
 def sum_gradients(
-    losses: Iterable[Loss], weights: Iterable[nn.Parameter], max_grad_norm: float, processes: Processes = _ALONE
+    losses: Iterable[Loss], weights: Iterable[nn.Parameter], processes: Processes = _ALONE
 ) -> dict[str, Tensor]:
-    """Gives weights the gradient of the sum of some losses, scaled down to a norm where it is larger.
+    """Gives weights the gradient of the sum of some losses.
 
     Args:
         losses: scalars with their metrics, each asked for when the gradient of the one before has been taken.
         weights: what they depend on.
-        max_grad_norm: of the gradients of all weights together.
         processes: over whose losses the gradient and the metrics are summed.
 
     Returns:
-        The metrics, summed by name, and the norm of the gradient before it was scaled, as float64 scalars.
+        The metrics, summed by name, and the norm of the gradient, as float64 scalars.
     """
     weights = list(weights)
     for weight in weights:
@@ -168,9 +168,40 @@ def sum_gradients(
             values = torch.stack(list(metrics.values())).double().unbind() if metrics else ()
             for name, value in zip(metrics, values, strict=True):
                 sums[name] = sums[name] + value if name in sums else value
-    processes.add_up([*sums.values(), *(weight.grad for weight in weights if weight.grad is not None)])
-    sums[GRAD_NORM] = nn.utils.clip_grad_norm_(weights, max_grad_norm).double()
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    processes.add_up([*sums.values(), *gradients])
+    sums[GRAD_NORM] = norm_of(gradients).double()
     return sums
+
+
+def norm_of(gradients: Iterable[Tensor]) -> Tensor:
+    """() the norm of all numbers in some tensors, summed in float32 where they are in half precision."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    norms = [
+        torch.stack(torch._foreach_norm(some, 2, dtype=torch.promote_types(dtype, torch.float32)))
+        for dtype, some in by_dtype.items()
+    ]
+    return torch.linalg.vector_norm(torch.cat(norms)) if norms else torch.zeros(())
+
+
+@torch.no_grad()
+def clip_gradients(weights: Iterable[nn.Parameter], norm: float, limit: float) -> None:
+    """Scales the gradients of weights, whose norm is known, down to a norm where theirs is larger.
+
+    A factor that is a number of the host takes one launch for all weights of a type, and none where there is nothing
+    to scale; a tensor of another type than the gradients takes one a weight.
+    """
+    factor = limit / (norm + 1e-6)
+    if factor >= 1:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for weight in weights:
+        if weight.grad is not None:
+            by_dtype.setdefault(weight.grad.dtype, []).append(weight.grad)
+    for some in by_dtype.values():
+        torch._foreach_mul_(some, factor)
 
 
 def minibatch_rows(count: int, epochs: int, minibatches: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agents.finite import GRAD_NORM
-from agents.update import sum_gradients
+from agents.update import clip_gradients, sum_gradients
 from lmgym.errors import InvalidArgumentError, check_finite, check_int, check_number
 from lmgym.models.padding import pad_right
 from lmgym.reward_models.batches import bucketed_batches, warm_up_cosine
@@ -75,9 +75,10 @@ def train_sft(
                 loss = total / count
 
                 # 2. one step of AdamW
-                sums = sum_gradients([(loss, {})], model.parameters(), max_grad_norm)
+                norm = sum_gradients([(loss, {})], model.parameters())[GRAD_NORM].item()
                 check_finite("loss", loss.item())
-                check_finite("norm of the gradient", sums[GRAD_NORM].item())
+                check_finite("norm of the gradient", norm)
+                clip_gradients(model.parameters(), norm, max_grad_norm)
                 optimizer.step()
                 schedule.step()
 

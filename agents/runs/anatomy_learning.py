@@ -7,7 +7,6 @@ Shapes: X prompts, N_t prefixes of t tokens of one prompt, A legal tokens, T ste
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -173,6 +172,6 @@ def _make_twin(agent: OnPolicyAgent, envs: RLHFVectorEnv, seed: int, **changes: 
 def _update_of(agent: OnPolicyAgent, episodes: Episodes) -> Tensor:
     """(P,) the direction in which an agent's loss moves the weights of its policy, before any optimiser."""
     batch = agent.shape(episodes)
-    sum_gradients(agent.losses(batch), agent.policy.parameters(), math.inf)
+    sum_gradients(agent.losses(batch), agent.policy.parameters())
     parameters = agent.policy.policy_parameters()
     return -flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])

@@ -82,7 +82,7 @@ def gradients(
             values.extend(x.detach() for x in outputs)
             yield loss_of(*outputs), {}
 
-    sum_gradients(losses(), weights, torch.inf)
+    sum_gradients(losses(), weights)
     return values + [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone() for weight in weights]
 
 

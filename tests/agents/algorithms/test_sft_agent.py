@@ -24,7 +24,7 @@ from agents.algorithms.best_of_n import BestOfN, BestOfNConfig, best_of_n_log_pr
 from agents.algorithms.sft import SFT, SFTConfig, episodes_of
 from agents.finite import GRAD_NORM
 from agents.seeds import row_seeds
-from agents.update import sum_gradients
+from agents.update import clip_gradients, norm_of, sum_gradients
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, LmGymError
@@ -126,10 +126,36 @@ def test_a_gradient_is_of_this_loss_and_clipped() -> None:
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     for limit, expected in ((1.0, [0.6, 0.8]), (math.inf, [3.0, 4.0])):
         losses = [(weight.square().sum() / 4, {"loss": torch.tensor(1.0)}) for _ in range(2)]
-        sums = sum_gradients(losses, [weight], limit)
+        sums = sum_gradients(losses, [weight])
         assert {name: x.item() for name, x in sums.items()} == pytest.approx({"loss": 2, GRAD_NORM: 5})
+        clip_gradients([weight], sums[GRAD_NORM].item(), limit)
         assert weight.grad is not None
         assert weight.grad.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_gradients_of_several_types_are_clipped_as_pytorch_does() -> None:
+    def weights() -> list[torch.nn.Parameter]:
+        generator = torch.Generator().manual_seed(0)
+        made = []
+        for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.bfloat16):
+            weight = torch.nn.Parameter(torch.zeros(50, dtype=dtype))
+            weight.grad = torch.randn(50, generator=generator).to(dtype)
+            made.append(weight)
+        return [*made, torch.nn.Parameter(torch.zeros(3))]  # one without a gradient
+
+    ours = weights()
+    theirs = [torch.nn.Parameter(weight.double()) for weight in ours]
+    for mine, other in zip(ours, theirs, strict=True):
+        other.grad = None if mine.grad is None else mine.grad.double()
+    norm = norm_of([weight.grad for weight in ours if weight.grad is not None])
+    expected = torch.nn.utils.clip_grad_norm_(theirs, 2.0)
+    assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
+    clip_gradients(ours, norm.item(), 2.0)
+    for mine, other in zip(ours[:-1], theirs, strict=False):
+        torch.testing.assert_close(
+            mine.grad, other.grad.to(mine.dtype), rtol=1e-2 if mine.dtype == torch.bfloat16 else 1e-5, atol=0
+        )
+    assert ours[-1].grad is None
 
 
 # -- what is demonstrated --------------------------------------------------------------------------------------------
