@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lmgym.models.kernels import find_kernels
+
 _BLOCK_NUMBERS = 1 << 20  # in a block of logits: 4 MB
 _GPU_BLOCK_NUMBERS = 1 << 26
 _LOWEST = -1e30  # stands for -inf where it is multiplied by a probability of 0
@@ -52,6 +54,12 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.kernels = find_kernels(logits)
+        if ctx.kernels is not None:
+            log_probs, entropies, normalisers = ctx.kernels.log_probs_and_entropies(logits, tokens)
+            ctx.save_for_backward(logits, tokens, entropies, normalisers)
+            return log_probs, entropies
         tops = logits.new_empty(len(logits), dtype=_fine_dtype(logits))
         log_totals = torch.empty_like(tops)
         entropies = torch.empty_like(tops)
@@ -65,12 +73,14 @@ class _LogProbs(torch.autograd.Function):
             entropies[rows] = log_totals[rows] - gaps.mul_(weights).sum(-1) / totals
         log_probs = logits.gather(1, tokens[:, None]).squeeze(1) - tops - log_totals
         ctx.save_for_backward(logits, tokens, tops, log_totals, entropies)
-        ctx.set_materialize_grads(False)
         return log_probs, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_log_probs: Tensor | None, by_entropies: Tensor | None) -> tuple[Tensor, None]:
+        if ctx.kernels is not None:
+            pull_back = ctx.kernels.gradient_of_log_probs_and_entropies
+            return pull_back(*ctx.saved_tensors, by_log_probs, by_entropies), None
         logits, tokens, tops, log_totals, entropies = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         for rows in _blocks(logits):

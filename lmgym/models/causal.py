@@ -242,7 +242,8 @@ def legal_logits(logits: Tensor, vocab_size: int, holes: Sequence[int] | Tensor,
 
     Ids in a tensor on the device of the logits are not copied there.
     """
-    logits = logits[..., :vocab_size]
+    if logits.shape[-1] > vocab_size:
+        logits = logits[..., :vocab_size]
     if temperature != 1:
         logits = logits / temperature
     if len(holes):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lmgym.errors import NotFiniteError
+from lmgym.models.kernels import find_kernels
 from lmgym.ranges import CountOrZero, NonNegative, PositiveFraction, check_fields
 
 _BLOCK_SIZE = 256  # tokens
@@ -97,7 +98,7 @@ class Sampler:
             tokens = logits.argmax(-1)
             top = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float()
             return tokens, top - top  # 0, or NaN where the logits are not finite
-        return inverse_cdf(self.adjust_logits(logits, t), uniforms)
+        return inverse_cdf(logits if self == _PLAIN else self.adjust_logits(logits, t), uniforms)
 
 
 _PLAIN = Sampler()  # made once: its fields are checked when it is made
@@ -111,13 +112,18 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     distribution (NaN, inf, or -inf everywhere) give some token with a log-prob of NaN (`check_finite_log_probs`).
 
     Args:
-        logits: (B, V) float32, -inf allowed. uniforms: (B,) float64 in [0, 1).
+        logits: (B, V), -inf allowed. uniforms: (B,) float64 in [0, 1).
 
     Returns:
         tokens (B,) int64, log-probs (B,) float32.
     """
+    uniforms = uniforms.to(logits.device)
+    kernels = None if logits.requires_grad else find_kernels(logits)
+    if kernels is not None:
+        return kernels.draw(logits, uniforms)
+    logits = logits.float()
     top = logits.amax(-1, keepdim=True)
-    uniforms = uniforms.to(logits.device).unsqueeze(1)
+    uniforms = uniforms.unsqueeze(1)
     if logits.shape[1] <= _MAX_ONE_LEVEL_VOCABULARY:
         cumulative = (logits - top).exp_().cumsum(-1, dtype=torch.float64)
         total = cumulative[:, -1:]

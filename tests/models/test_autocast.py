@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmgym.models.causal import CausalLM
 from lmgym.models.lean import products
-from lmgym.models.lean.products import logits_in_half
+from lmgym.models.lean.products import _RaggedProduct, logits_in_half
 
 FAMILIES = [KNOWN[0], *{name: (name, changes) for name, changes in [*KNOWN, *UNKNOWN]}.values()]
 
@@ -86,3 +86,19 @@ def test_a_gpu_reads_as_a_cpu_does_but_for_rounding() -> None:
     assert 0 < gap < 0.05 * logits[finite].abs().max()
     found = gradients_of(lm, (coarse[0].cpu(), coarse[1].cpu()))
     assert torch.cosine_similarity(found.cpu(), expected, dim=0) > 0.995
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_product_with_gaps_between_its_rows(is_transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 8, generator=generator).requires_grad_()
+    weight = torch.randn(8, 70, generator=generator)
+    weight = (weight.t().contiguous().t() if is_transposed else weight).requires_grad_()
+    slope = torch.randn(5, 70, generator=generator)
+    product = _RaggedProduct.apply(x, weight)
+    assert product.stride() == (128, 1)
+    torch.testing.assert_close(product, x @ weight)
+    found = torch.autograd.grad(product, (x, weight), slope)
+    for mine, expected in zip(found, torch.autograd.grad(x @ weight, (x, weight), slope), strict=True):
+        torch.testing.assert_close(mine, expected)
+        assert mine.stride() == expected.stride()
