@@ -82,7 +82,7 @@ def _find(
     logits, tops, sums, uniforms, tokens, log_probs, stride, uniform_stride, vocabulary, blocks,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The token of a row: its block first, then its place in the block."""
+    """The token of a row: its block first, then it within the block."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCKS)
     block_tops = tl.load(tops + row * blocks + i, mask=i < blocks, other=float("-inf"))
@@ -96,9 +96,9 @@ def _find(
     j = tl.arange(0, BLOCK)
     token = block * BLOCK + j
     x = tl.load(logits + row * stride + token, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
-    place, _ = _first_beyond(tl.exp(x - top).to(tl.float64), target - before, j)
-    drawn = tl.max(tl.where(j == place, x, float("-inf")), 0)
-    tl.store(tokens + row, (block * BLOCK + place).to(tl.int64))
+    inside, _ = _first_beyond(tl.exp(x - top).to(tl.float64), target - before, j)
+    drawn = tl.max(tl.where(j == inside, x, float("-inf")), 0)
+    tl.store(tokens + row, (block * BLOCK + inside).to(tl.int64))
     tl.store(log_probs + row, drawn - top - tl.log(total).to(tl.float32))
 
 
