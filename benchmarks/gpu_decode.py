@@ -36,7 +36,7 @@ def measure_decode(setting: Setting) -> Iterator[Row]:
     names = ["tiny"] if setting.is_small else ["GPT-2 1.5B", "Llama 8B", "GPT-2 124M"]
     batches = (4,) if setting.is_small else (256, 64, 512)
     horizon = 8 if setting.is_small else 128
-    for paths in (("collect", "generate"), ("continuous",)):
+    for paths in (("collect",), ("generate", "continuous")):
         for name in names:
             envs = make_envs(SHAPES[name], torch.bfloat16, horizon, 0.0, setting.device)
             for path, batch in itertools.product(paths, batches):

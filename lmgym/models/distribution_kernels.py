@@ -18,7 +18,6 @@ from torch import Tensor
 _BLOCK = 256  # tokens
 _BLOCKS_AT_ONCE = 16
 _TILE = 4096  # logits at once of a row that is read through
-_ALIGNED = 64  # rows of gradients begin at multiples of so many numbers: products of other rows are much slower
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,15 +159,14 @@ def gradient_of_log_probs_and_entropies(
 ) -> Tensor:
     """(B, V) the gradient in the logits, of what `log_probs_and_entropies` gave and of the gradients (B,) in that."""
     b, vocabulary = logits.shape
-    width = vocabulary + -vocabulary % _ALIGNED
-    gradient = torch.empty((b, width), dtype=logits.dtype, device=logits.device)[:, :vocabulary]
+    gradient = torch.empty((b, vocabulary), dtype=logits.dtype, device=logits.device)
     nothing = normalisers
     tile = min(_TILE, triton.next_power_of_2(vocabulary))
     _pull_back[(b, triton.cdiv(vocabulary, tile))](
         logits, tokens, entropies, normalisers,
         nothing if by_log_probs is None else by_log_probs.contiguous(),
         nothing if by_entropies is None else by_entropies.contiguous(),
-        gradient, logits.stride(0), tokens.stride(0), width, vocabulary,
+        gradient, logits.stride(0), tokens.stride(0), vocabulary,
         HAS_LOG_PROBS=by_log_probs is not None,
         HAS_ENTROPIES=by_entropies is not None,
         TILE=tile,
@@ -180,7 +178,7 @@ def gradient_of_log_probs_and_entropies(
 @triton.jit
 def _pull_back(
     logits, tokens, entropies, normalisers, by_log_probs, by_entropies, gradient,
-    stride, token_stride, width, vocabulary,
+    stride, token_stride, vocabulary,
     HAS_LOG_PROBS: tl.constexpr, HAS_ENTROPIES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A tile of a row: d log p(a) / d logits = 1[a] - p, and d H / d logits = -p (log p + H)."""
@@ -197,4 +195,4 @@ def _pull_back(
     if HAS_ENTROPIES:
         fall = probs * (log_distribution + tl.load(entropies + row))
         slope -= tl.load(by_entropies + row).to(tl.float32) * tl.where(probs == 0.0, 0.0, fall)
-    tl.store(gradient + row * width + i, slope.to(gradient.dtype.element_ty), mask=i < vocabulary)
+    tl.store(gradient + row * vocabulary + i, slope.to(gradient.dtype.element_ty), mask=i < vocabulary)

@@ -89,14 +89,13 @@ def test_a_gpu_reads_as_a_cpu_does_but_for_rounding() -> None:
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_a_product_with_gaps_between_its_rows(is_transposed: bool) -> None:
+def test_a_product_with_columns_filled_up(is_transposed: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 8, generator=generator).requires_grad_()
     weight = torch.randn(8, 70, generator=generator)
     weight = (weight.t().contiguous().t() if is_transposed else weight).requires_grad_()
     slope = torch.randn(5, 70, generator=generator)
     product = _RaggedProduct.apply(x, weight)
-    assert product.stride() == (128, 1)
     torch.testing.assert_close(product, x @ weight)
     found = torch.autograd.grad(product, (x, weight), slope)
     for mine, expected in zip(found, torch.autograd.grad(x @ weight, (x, weight), slope), strict=True):

@@ -18,9 +18,9 @@ from lmgym.models.lean.parts import Norm
 from lmgym.models.lean.transformer import Heads
 
 # Of a look at a ring: columns at once, warps, and stages that are loaded ahead, for one query a key-value head and for
-# several. The quickest of 36 and of 24 on an H100, at 25 heads of 64 and at 8 of 128 for 32 queries.
+# several. The quickest on an H100, at 25 heads of 64 and at 8 of 128 for 32 queries.
 _ONE = (16, 2, 3)
-_SEVERAL = (16, 2, 1)
+_SEVERAL = (16, 2, 3)
 _MIN_ROWS = 16  # of a matrix product in Triton, which is quicker than sums of products for a query alone too
 _GATED = 1024  # numbers at once
 
