@@ -104,6 +104,7 @@ class Agent(ABC):
         knows_log_probs: whether the log-probs that `respond` gives are of the distribution that it answers with.
         at_rest: whether a run that goes on from what `save` would write now gives the same curve.
         generator: what the agent draws from.
+        processes: that train this agent together; this one alone at first (`agents.runs.sharing.share`).
 
     Raises:
         InvalidArgumentError: for an env with flat observations.
@@ -114,6 +115,7 @@ class Agent(ABC):
     deterministic: bool = False
     knows_log_probs: bool = True
     at_rest: bool = True
+    processes: Processes = Processes()
 
     def __init__(
         self, envs: RLHFVectorEnv, config: Any = None, *, seed: int = 0, sampler: Sampler | None = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -46,6 +46,16 @@ class Processes:
         """This process's rows of any batch: every `count`-th, so that rows sorted by length are dealt out evenly."""
         return slice(self.rank, None, self.count)
 
+    def play(self, count: int, collect: Callable[..., Episodes]) -> Episodes:
+        """All of `count` episodes, of which each process plays its own rows; all of them where they do not go round.
+
+        Args:
+            collect: plays the episodes of `rows`, a slice, or all of them (`lmgym.rollout.collect`).
+        """
+        if self.count == 1 or self.count > count:
+            return collect()
+        return self.join_rows(collect(rows=self.rows))
+
     def join_rows(self, own: Episodes) -> Episodes:
         """All B episodes in their order, on every process.
 
@@ -64,7 +74,7 @@ class Processes:
         """Replaces tensors by their sums over all processes, in place; bitwise the same on each."""
         if self.count == 1:
             return
-        with _naming_the_lost(self):
+        with naming_the_lost(self):
             waiting = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
             for work in waiting:
                 work.wait()
@@ -78,17 +88,23 @@ class Processes:
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
-        with _naming_the_lost(self):
+        with naming_the_lost(self):
             torch.distributed.all_gather_object(values, value)
         return values
 
 
 @contextlib.contextmanager
-def _naming_the_lost(processes: Processes) -> Iterator[None]:
-    """Has a failed exchange say what has happened, in a line."""
+def naming_the_lost(processes: Processes, *, among_others: bool = False) -> Iterator[None]:
+    """Has a failed exchange say what has happened, in a line.
+
+    Args:
+        processes: that exchange. among_others: whether the block does other things too, whose errors are left alone.
+    """
     try:
         yield
     except RuntimeError as error:
+        if among_others and not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
         reason = re.sub(r"^\[\S+\] ", "", str(error).strip()).partition(". ")[0]  # without the line of its source
         raise ProcessLostError(
             f"Process {processes.rank} of {processes.count} cannot reach the others: one of them has ended, or the "

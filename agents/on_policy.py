@@ -23,7 +23,6 @@ from agents.advantages import gae
 from agents.agent import Callback
 from agents.batch import Batch, Minibatch, clip_scores, read_minibatch, recompute, with_values
 from agents.diagnostics import check_groups, check_ratio, check_start, eos_fraction, exact_kl, log_prob_gap
-from agents.distributed import Processes
 from agents.faults.fault import Faults
 from agents.finite import check_weights
 from agents.importance import measure_sampler, weigh
@@ -70,7 +69,6 @@ class OnPolicyAgent(LearningAgent):
         kl: the price of a nat, which `kl_controller` may adapt.
         faults: by which the loop is wrong on purpose; none at first (`agents.faults.make.add_faults`).
         idle: weights that leave the GPU during an update.
-        processes: that train this agent together; this one alone at first (`agents.runs.sharing.share`).
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = OnPolicyConfig
@@ -88,7 +86,6 @@ class OnPolicyAgent(LearningAgent):
             check_same_step(envs)
         super().__init__(envs, config, seed=seed, sampler=sampler)
         self.faults = Faults()
-        self.processes = Processes()
         self.kl: KLCoefficient = FixedKL(envs.kl_coef)
         if config.kl_controller == "adaptive":
             self.kl = AdaptiveKL(envs.kl_coef, config.kl_target, config.kl_horizon)
@@ -340,12 +337,9 @@ def sample_batch(agent: OnPolicyAgent, count: int | None = None) -> Episodes:
     with agent.faults.sampling():
         if agent.config.collect == "steps":
             episodes = collect_steps(agent.envs, agent.policy, count, sampler, agent.generator)
-        elif agent.processes.count > count:  # too few to go round: every process plays them all
-            episodes = collect(agent.envs, agent.policy, count, sampler, agent.generator)
         else:
-            rows = agent.processes.rows
-            episodes = collect(agent.envs, agent.policy, count, sampler, agent.generator, rows=rows)
-            episodes = agent.processes.join_rows(episodes)
+            play = partial(collect, agent.envs, agent.policy, count, sampler, agent.generator)
+            episodes = agent.processes.play(count, play)
         check_collected(agent, episodes)
     return episodes.to(agent.policy.device)
 

@@ -1,6 +1,7 @@
 """The template of an agent that fits examples: those of a file, or batches that it samples.
 
-An algorithm is a config dataclass, `sample()`, `select()`, `loss()` and `describe()`. The loop is the same for all.
+An algorithm is a config dataclass, `sample()`, `select()`, `part()`, `loss()` and `describe()`. The loop is the same
+for all.
 """
 
 from __future__ import annotations
@@ -92,8 +93,12 @@ class SupervisedAgent(LearningAgent, Generic[Examples]):
         """Examples of the file by their rows (n,), and how many response tokens they have."""
 
     @abstractmethod
+    def part(self, examples: Examples, rows: slice) -> tuple[Examples, float]:
+        """Some rows of examples, and their share of what the loss is a mean over."""
+
+    @abstractmethod
     def loss(self, examples: Examples) -> Loss:
-        """The loss of examples, a scalar, and metrics. The tokens read are counted here."""
+        """The loss of examples, a scalar mean, and metrics that are means alike. The tokens read are counted here."""
 
     @abstractmethod
     def describe(self, examples: Examples) -> dict[str, float]:
@@ -132,7 +137,8 @@ class SupervisedAgent(LearningAgent, Generic[Examples]):
                 self.num_timesteps += tokens
             metrics["time/tokens_per_second"] = tokens / (time.perf_counter() - started)
             metrics |= self.tokens.metrics()
-            if callback is not None and callback(self.num_timesteps, metrics) is False:
+            goes_on = callback is None or callback(self.num_timesteps, metrics) is not False
+            if not self.processes.all_agree(goes_on):
                 return
 
     def update(self, examples: Examples, updates: int) -> dict[str, float]:
@@ -142,9 +148,25 @@ class SupervisedAgent(LearningAgent, Generic[Examples]):
         return {name: sum(row[name] for row in history) / updates for name in history[0]}
 
     def step(self, examples: Examples) -> dict[str, float]:
-        """Takes one optimiser step on examples."""
-        loss, metrics = self.loss(examples)
-        return self.updater.step([(loss, {"train/loss": loss.detach(), **metrics})])
+        """Takes one optimiser step on examples; of several processes each takes the gradient of its own rows."""
+        own, share = self._own_part(examples)
+        before = replace(self.tokens)
+        loss, metrics = self.loss(own)
+        if share == 0:
+            self.tokens = replace(before)
+        self.tokens.share(before, self.processes)
+        means = {"train/loss": loss.detach(), **metrics}
+        shares = {name: share * value for name, value in means.items()}
+        return self.updater.step([(share * loss, shares)], processes=self.processes)
+
+    def _own_part(self, examples: Examples) -> tuple[Examples, float]:
+        """This process's rows and their share of the loss; one that counts nothing where there are too few."""
+        if self.processes.count == 1:
+            return examples, 1.0
+        own, share = self.part(examples, self.processes.rows)
+        if share == 0:
+            own, _ = self.part(examples, slice(1))
+        return own, share
 
     def _next_rows(self, total: int) -> Tensor | None:
         """The next `batch_size` of `total` rows, each once a pass, the last ones of a pass fewer; None at the end."""

@@ -47,13 +47,13 @@ def main(cfg: DictConfig) -> float:
     with ending_in_a_line(directory, shared=True):
         hydra_config = HydraConfig.get() if HydraConfig.initialized() else None  # none where a program calls this
         overrides = [] if hydra_config is None else given(hydra_config)
+        is_multirun = hydra_config is not None and hydra_config.mode == RunMode.MULTIRUN
+        check_one_run(cfg.get("seeds", 1), is_multirun=is_multirun)
         if launched_rank():
             from agents.runs.follow import follow  # which loads torch
 
             follow(cfg, directory if resume else None, overrides, trusted_modules(cfg.get("trust")))
             return 0.0
-        is_multirun = hydra_config is not None and hydra_config.mode == RunMode.MULTIRUN
-        check_one_run(cfg.get("seeds", 1), is_multirun=is_multirun)
         if resume:
             proceed = go_on_with_many if seed_directories(directory) else go_on
             code = proceed(directory, overrides, trusted_modules(cfg.get("trust")))

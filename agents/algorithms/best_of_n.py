@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -195,7 +196,8 @@ class BestOfN(FixedAgent):
         scores = []
         for start in range(0, len(prompts), size):
             repeated = [prompt for prompt in prompts[start : start + size] for _ in range(n)]
-            candidates = collect(envs, reference, repeated, sampler, generator)
+            play = partial(collect, envs, reference, repeated, sampler, generator)
+            candidates = self.processes.play(len(repeated), play)
             self.num_timesteps += candidates.num_tokens
             self.tokens.read(candidates)
             scores.append(candidates.scores.view(-1, n))

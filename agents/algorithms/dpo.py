@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -79,6 +80,10 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.chosen)
 
+    def take(self, rows: Tensor | slice) -> Pairs:
+        """Some of the pairs, of the same episodes."""
+        return Pairs(self.episodes, self.chosen[rows], self.rejected[rows], self.tied[rows])
+
 
 class DPO(SupervisedAgent[Pairs]):
     """Learns from pairs of responses, one of which was preferred; no reward model and no critic.
@@ -110,7 +115,8 @@ class DPO(SupervisedAgent[Pairs]):
     def sample(self) -> tuple[Pairs, int]:
         """Two responses of the policy to each of `batch_size` prompts, labelled by their scores."""
         prompts = [prompt for prompt in self.envs.next_prompts(self.config.batch_size) for _ in range(2)]
-        episodes = collect(self.envs, self.policy, prompts, self.sampler, self.generator)
+        play = partial(collect, self.envs, self.policy, prompts, self.sampler, self.generator)
+        episodes = self.processes.play(len(prompts), play)
         self.tokens.read(episodes)
         if self.envs.kl_coef > 0:
             check_kl_is_plausible(episode_kl(episodes))
@@ -129,9 +135,13 @@ class DPO(SupervisedAgent[Pairs]):
     def select(self, rows: Tensor) -> tuple[Pairs, int]:
         """Pairs of the file, and the tokens of both sides."""
         assert self._file is not None
-        file = self._file
-        pairs = Pairs(file.episodes, file.chosen[rows], file.rejected[rows], file.tied[rows])
+        pairs = self._file.take(rows)
         return pairs, int(pairs.episodes.lengths[torch.cat([pairs.chosen, pairs.rejected])].sum())
+
+    def part(self, examples: Pairs, rows: slice) -> tuple[Pairs, float]:
+        """Some pairs, and the share of all that they are."""
+        own = examples.take(rows)
+        return own, len(own) / len(examples)
 
     def describe(self, examples: Pairs) -> dict[str, float]:
         """Of pairs that the policy has just sampled, what they are worth; of a file nothing."""

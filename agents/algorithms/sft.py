@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -83,8 +84,10 @@ class SFT(SupervisedAgent[Episodes]):
             chooser = BestOfN(self.envs, BestOfNConfig(self.config.n), sampler=self.sampler)
             chooser.generator = self.generator
             chooser.tokens = self.tokens
+            chooser.processes = self.processes
             return chooser.respond(self.envs, prompts), chooser.num_timesteps
-        episodes = collect(self.envs, self._expert, prompts, generator=self.generator)
+        play = partial(collect, self.envs, self._expert, prompts, generator=self.generator)
+        episodes = self.processes.play(len(prompts), play)
         self.tokens.read(episodes)
         return episodes, episodes.num_tokens
 
@@ -92,6 +95,11 @@ class SFT(SupervisedAgent[Episodes]):
         """Demonstrations of the file."""
         assert self._file is not None
         return self._file[rows], self._file[rows].num_tokens
+
+    def part(self, examples: Episodes, rows: slice) -> tuple[Episodes, float]:
+        """Some demonstrations, and the share of the response tokens that they have."""
+        own = examples[rows]
+        return own, own.num_tokens / examples.num_tokens
 
     def loss(self, examples: Episodes) -> Loss:
         """The mean of -log pi over response tokens; the prompt is read and not learned."""

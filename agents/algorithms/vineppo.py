@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -86,7 +87,8 @@ class VinePPO(OnPolicyAgent):
             prompts = [self.envs.engine.prompts[i] for i in episodes.prompt_index[part].tolist()]
             prefix = episodes.response_ids[part, :t]
             with self.faults.sampling():
-                rollouts = collect(self.envs, self.policy, prompts, sampler, self.generator, prefix)
+                play = partial(collect, self.envs, self.policy, prompts, sampler, self.generator, prefix)
+                rollouts = self.processes.play(len(prompts), play)
             self.tokens.read(rollouts)
             self.rollout_tokens += rollouts.num_tokens - prefix.numel()
             told = clip_scores(self.faults.tell(rollouts.to(self.policy.device)), self.config.score_clip)

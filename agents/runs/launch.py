@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from lmgym.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from agents.distributed import Processes
 
+_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 _PATIENCE = timedelta(hours=6)  # how long one may wait for another: the first grades the policy while the others wait
 
 
@@ -28,8 +30,21 @@ def launched_rank() -> int:
 
 
 def check_one_run(seeds: int, *, is_multirun: bool) -> None:
-    """Raises `InvalidArgumentError` where several processes are to train more than one run."""
-    if launched_count() > 1 and (seeds != 1 or is_multirun):
+    """Raises `InvalidArgumentError` where several processes are to train several runs, or to shard their weights.
+
+    The first process says so, and the others end without a word.
+    """
+    if launched_count() == 1:
+        return
+    sharding = [name for name in _SHARDING if os.environ.get(name, "").lower() in ("1", "true")]
+    if launched_rank() and (sharding or seeds != 1 or is_multirun):
+        sys.exit(1)
+    if sharding:
+        raise InvalidArgumentError(
+            f"`accelerate launch` must be without sharding, and {sharding[0]} is set: every process holds the whole model. "
+            "Give it --multi_gpu, or take torchrun."
+        )
+    if seeds != 1 or is_multirun:
         raise InvalidArgumentError(
             f"`seeds` must be 1, and -m left out, where {launched_count()} processes train one run together."
         )

@@ -267,6 +267,10 @@ def build(plan: Plan, processes: Processes | None = None) -> Agent:
     """
     import gymnasium as gym
 
+    from agents.runs.sharing import check_shareable, share
+
+    if processes is not None:
+        check_shareable(plan.agent_class, plan.agent_config, processes.count)
     rows = plan.agent_config.num_envs
     group = plan.agent_config.responses
     envs: Any = gym.make_vec(
@@ -278,9 +282,5 @@ def build(plan: Plan, processes: Processes | None = None) -> Agent:
 
         add_faults(agent, plan.faults, plan.seed)
     if processes is not None and processes.count > 1:
-        from agents.runs.sharing import share
-
-        if plan.budget != Budget():
-            raise InvalidArgumentError("`budget` must be null where several processes train an agent.")
         share(agent, processes)
     return agent

@@ -84,7 +84,7 @@ class Saver:
         """
         try:
             callback = self.start(recorder, stop, along)
-            if not self.is_spent():
+            if self.agent.processes.all_agree(not self.is_spent()):
                 self.agent.learn(total_timesteps, callback)
             return self.save()
         except NotFiniteError as error:  # what training had reached is worth nothing

@@ -24,6 +24,7 @@ import agents.runs.run
 import agents.train
 from agents.agent import TokenCount
 from agents.checkpoint import MANIFEST, newest, replacing, verify
+from agents.distributed import Processes
 from agents.runs import directory as directories
 from agents.runs import trackers
 from agents.runs.directory import CHECKPOINT, CONFIG_FILE, RUN_FILES, empty_again, new_run, read_values, resumed_run
@@ -259,6 +260,7 @@ class Counter:
 
     name = "Counter"
     at_rest = True
+    processes = Processes()
 
     def __init__(self, fails_at: int = -1, error: Exception | None = None, stride: int = 10) -> None:
         self.num_timesteps = 0
