@@ -23,6 +23,7 @@ from agents.runs.directory import (
     resumed_run,
 )
 from agents.runs.inputs import notes_of
+from agents.runs.launch import joined_processes
 from agents.runs.recorder import Recorder
 from agents.runs.report import write_json
 from agents.runs.reward_plan import (
@@ -40,6 +41,7 @@ from lmgym.errors import InvalidArgumentError
 from lmgym.files import RunFileError, remove
 
 if TYPE_CHECKING:
+    from agents.distributed import Processes
     from lmgym.reward_models.training import Lesson, Member
 
 
@@ -50,14 +52,20 @@ def begin_reward(cfg: DictConfig, directory: Path) -> int:
         LmGymError: for a config that cannot be, or a directory that holds a run; no file is left.
     """
     with empty_again(directory):
-        values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-        values.pop("resume")
-        if values["task"] is not None:
-            values["task"] = full_name(values["task"])
+        values = plain_values(cfg)
         plan = check_reward(values)
         with new_run(directory, values, REWARD_FILES):
             write_json(directory / "versions.json", versions())
             return RewardRun(plan, directory, notes_of(values)).train()
+
+
+def plain_values(cfg: DictConfig) -> dict[str, Any]:
+    """The values of the composed config of a new run, the task by its whole name."""
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    values.pop("resume")
+    if values["task"] is not None:
+        values["task"] = full_name(values["task"])
+    return values
 
 
 def go_on_with_reward(directory: Path, overrides: Sequence[str]) -> int:
@@ -104,6 +112,7 @@ class RewardRun:
         Args:
             manifest: of the checkpoint that it goes on from; None begins.
         """
+        from agents.distributed import ProcessLostError
         from agents.runs.reward_report import gold_scores_of, write_reward
         from lmgym.reward_models.training import finish
 
@@ -111,16 +120,19 @@ class RewardRun:
         self._seconds = done["seconds"]
         command = shell_command("agents.reward", f"resume={self.directory}")
         try:
-            lesson = prepare(self.plan)
-            gold = gold_scores_of(self.plan, lesson)
-            updates = self.plan.reward.updates(len(lesson.train))
-            total = updates * self.plan.reward.ensemble
-            position = done["member"] * updates + done["updates"]
-            with (
-                Recorder(self.directory, total, None if manifest is None else position, unit="update") as recorder,
-                Interrupt() as stop,
-            ):
-                members = self._members(lesson, recorder, stop, done["member"], resume=manifest is not None)
+            with joined_processes(self.plan.device) as processes:
+                lesson = prepare(self.plan)
+                if manifest is None and processes.count > 1:
+                    self._save(0, None, 0)  # what goes on from it, should a process be lost
+                gold = gold_scores_of(self.plan, lesson)
+                updates = self.plan.reward.updates(len(lesson.train))
+                total = updates * self.plan.reward.ensemble
+                position = done["member"] * updates + done["updates"]
+                with (
+                    Recorder(self.directory, total, None if manifest is None else position, unit="update") as recorder,
+                    Interrupt() as stop,
+                ):
+                    members = self._members(lesson, recorder, stop, processes, manifest)
             if members is None:
                 print(f"Stopped. Go on with: {command}")
                 return 130
@@ -129,6 +141,8 @@ class RewardRun:
             with replacing(self.directory / CHECKPOINT, {**self.notes, "finished": True}):
                 pass  # its weights are in the reward model now
             remove(self.directory / MEMBERS)
+        except ProcessLostError as error:
+            raise ProcessLostError(f"{error} What the last checkpoint holds goes on with: {command}") from error
         except KeyboardInterrupt:
             print(f"\nStopped at once. A checkpoint, if there is one, goes on with: {command}", file=sys.stderr)
             raise
@@ -139,32 +153,33 @@ class RewardRun:
         return self._seconds + time.perf_counter() - self._started
 
     def _members(
-        self, lesson: Lesson, recorder: Recorder, stop: Interrupt, first: int, *, resume: bool
+        self, lesson: Lesson, recorder: Recorder, stop: Interrupt, processes: Processes, done: Manifest | None
     ) -> list[Member] | None:
-        """The trained members, those before `first` from their files; None where training was stopped."""
+        """The trained members, the finished ones from their files; None where training was stopped."""
+        from agents.distributed import naming_the_lost
         from lmgym.reward_models.trainer import Checkpoints
         from lmgym.reward_models.training import train_member
 
         updates = self.plan.reward.updates(len(lesson.train))
         device = lesson.model.device
+        first = 0 if done is None else done.notes["member"]
         members = [load_member(self.directory / MEMBERS / str(number), device) for number in range(first)]
         for number in range(first, self.plan.reward.ensemble):
-            source = self.directory / CHECKPOINT if resume and number == first else None
-            if source is not None and not any(source.glob("trainer_state.json")):
-                source = None  # it was saved between two members
+            source = None if done is None or number > first else resumable(self.directory)
             checkpoints = Checkpoints(partial(self._save, number), self.plan.checkpoint_every, source)
 
             def after_update(update: int, metrics: dict[str, float], before: int = number * updates) -> bool:
                 recorder.record(before + update, metrics)
                 return not stop.asked
 
-            member = train_member(lesson, number, after_update, checkpoints)
+            with naming_the_lost(processes, among_others=True):
+                member = train_member(lesson, number, after_update, checkpoints)
             if member.stopped:
                 return None
             members.append(member)
             save_member(member, self.directory / MEMBERS / str(number))  # the last too: what follows takes a while
             self._save(number + 1, None, 0)
-            if stop.asked:
+            if not processes.all_agree(not stop.asked):
                 return None
         return members
 
@@ -179,6 +194,36 @@ class RewardRun:
         with replacing(self.directory / CHECKPOINT, notes) as scratch:
             if source is not None:
                 shutil.copytree(source, scratch, dirs_exist_ok=True)
+
+
+def train_along(plan: RewardPlan, processes: Processes, directory: Path | None) -> None:
+    """What the other processes of a run do: they train the same members to the same weights, and write nothing.
+
+    Args:
+        plan: what to do. processes: all of the run. directory: of a run that goes on; None is a new one.
+    """
+    from agents.distributed import naming_the_lost
+    from lmgym.reward_models.trainer import Checkpoints
+    from lmgym.reward_models.training import train_member
+
+    lesson = prepare(plan)
+    first = 0 if directory is None else read_checkpoint(directory).notes["member"]
+    for number in range(first, plan.reward.ensemble):
+        source = None if directory is None or number > first else resumable(directory)
+        with naming_the_lost(processes, among_others=True):
+            member = train_member(lesson, number, None, Checkpoints(_write_nothing, plan.checkpoint_every, source))
+        if member.stopped or not processes.all_agree(True):
+            return
+
+
+def _write_nothing(source: Path, updates: int) -> None:
+    """The first process writes."""
+
+
+def resumable(directory: Path) -> Path | None:
+    """The checkpoint of a run, where it was saved within the training of a member; None between two."""
+    checkpoint = directory / CHECKPOINT
+    return checkpoint if (checkpoint / "trainer_state.json").is_file() else None
 
 
 def prepare(plan: RewardPlan) -> Lesson:

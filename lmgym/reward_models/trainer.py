@@ -23,6 +23,7 @@ from lmgym.reward_models.batches import Examples, ForwardSampler, collate, warm_
 from lmgym.reward_models.config import RewardConfig
 from lmgym.reward_models.examples import Batch, Example
 from lmgym.reward_models.measures import accuracy_of_prompts
+from lmgym.reward_models.processes import gather, mean_of_sums
 from lmgym.reward_models.scorer import Scorer, loss_weight, objective_loss
 
 WATCH_FILE = "held_out.pt"  # in a checkpoint of Trainer's: what `Watch` knows
@@ -118,6 +119,7 @@ def _arguments(task: Fit, scratch: str) -> TrainingArguments:
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            ddp_find_unused_parameters=False,  # there are none, and `tie_log_odds` is not used in the forward
             remove_unused_columns=False,
         )
     except ImportError as error:
@@ -140,12 +142,9 @@ class RewardTrainer(Trainer):
         self.metrics: dict[str, float] = {}  # sums over the forwards of an update
         self.lr = 0.0  # of the update
         config = task.config
-        forwards = -(-config.batch_size // (config.micro_batch_size or config.batch_size))
         world = args.world_size
-        if forwards % world:
-            raise InvalidArgumentError(
-                f"`batch_size` over `micro_batch_size` must be a multiple of the {world} processes, got {forwards}."
-            )
+        forwards = -(-config.batch_size // (config.micro_batch_size or config.batch_size))
+        forwards += -forwards % world  # as many for each process
         args.gradient_accumulation_steps = forwards // world
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process would split lists that cannot be split
         self.sampler = ForwardSampler(
@@ -220,15 +219,16 @@ class _Observer(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step = state.global_step
-        metrics = dict(self._trainer.metrics)
+        world = self._trainer.args.world_size
+        metrics = mean_of_sums(gather(dict(self._trainer.metrics), world))
         self._trainer.metrics.clear()
         check_finite("loss", metrics["train/loss"])
         metrics["train/lr"] = self._trainer.lr
         is_last = step == state.max_steps
         if self._task.held_out and (step % self._every == 0 or is_last):
             metrics |= self._look(step)
-        if self._task.progress is not None and self._task.progress(step, metrics) is False and not is_last:
-            self._task.stopped = True
+        goes_on = self._task.progress is None or self._task.progress(step, metrics) is not False
+        self._task.stopped = not all(gather(goes_on, world)) and not is_last
         patience = self._task.config.patience
         watch = self._task.watch
         watch.stopped_early = bool(patience) and watch.looks_since >= patience and not is_last
@@ -244,11 +244,12 @@ class _Observer(TrainerCallback):
         if state.is_world_process_zero and self._task.checkpoints is not None:
             torch.save(vars(self._task.watch), directory / WATCH_FILE)
             self._task.checkpoints.save(directory, state.global_step)
-            shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
     def _look(self, step: int) -> dict[str, float]:
         """Loss and accuracy on the held-out prompts; keeps the weights where the loss is the lowest."""
-        loss, accuracy = held_out_metrics(self._task)
+        args = self._trainer.args
+        loss, accuracy = held_out_metrics(self._task, args.process_index, args.world_size)
         watch = self._task.watch
         watch.looks_since += 1
         if loss < watch.best_loss:
@@ -263,14 +264,20 @@ class _Observer(TrainerCallback):
 
 
 @torch.no_grad()
-def held_out_metrics(task: Fit) -> tuple[float, float | None]:
-    """Mean loss and accuracy on the held-out prompts, the accuracy None where nothing is compared."""
+def held_out_metrics(task: Fit, rank: int, world: int) -> tuple[float, float | None]:
+    """Mean loss and accuracy on the held-out prompts, the accuracy None where nothing is compared.
+
+    Args:
+        task: has the prompts. rank, world: this process and how many there are, each of which scores its share.
+    """
     sequences = [sequence for example in task.held_out for sequence in example.sequences]
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    scores = torch.empty(len(sequences))
-    for start in range(0, len(order), _EVALUATION_ROWS):
-        rows = order[start : start + _EVALUATION_ROWS]
+    own = order[rank::world]
+    scores = torch.zeros(len(sequences))
+    for start in range(0, len(own), _EVALUATION_ROWS):
+        rows = own[start : start + _EVALUATION_ROWS]
         scores[rows] = task.scorer([sequences[i] for i in rows]).float().cpu()
+    scores = torch.stack(gather(scores, world)).sum(0)
     ties = task.scorer.tie_log_odds
     log_odds = None if ties is None else ties.detach().cpu()
     loss = float(objective_loss(scores, Batch(task.held_out), task.config, log_odds))
