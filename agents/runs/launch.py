@@ -41,8 +41,8 @@ def check_one_run(seeds: int, *, is_multirun: bool) -> None:
         sys.exit(1)
     if sharding:
         raise InvalidArgumentError(
-            f"`accelerate launch` must be without sharding, and {sharding[0]} is set: every process holds the whole model. "
-            "Give it --multi_gpu, or take torchrun."
+            f"`accelerate launch` must be without sharding, and {sharding[0]} is set: every process holds the whole "
+            "model. Give it --multi_gpu, or take torchrun."
         )
     if seeds != 1 or is_multirun:
         raise InvalidArgumentError(
