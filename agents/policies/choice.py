@@ -9,7 +9,7 @@ import torch
 
 from agents.agent import AgentConfig
 from agents.policies.actor_critic import ActorCritic, Critic
-from agents.policies.lora import ALL_LINEAR, LoRAPolicy, check_peft, module_names
+from agents.policies.lora import ALL_LINEAR, LoRAPolicy, Start, check_peft, module_names
 from agents.policies.networks import Network
 from agents.policies.recomputing import recompute_layers
 from agents.policies.residual import ResidualPolicy
@@ -31,6 +31,7 @@ class PolicyConfig(AgentConfig):
     lora_rank: Count = 16  # r of an adapter
     lora_alpha: Positive = 32.0  # of an adapter: alpha / r times B A is added to a weight
     lora_modules: str = ALL_LINEAR  # layers that get an adapter, or names separated by commas
+    lora_start: Start = "new"  # reference: the adapter it was loaded with, whose rank, alpha and layers it has then
     gradient_checkpointing: bool = False  # runs layers again in the backward pass: less memory, a third more time
     autocast: Literal["bfloat16"] | None = None  # what updates compute layers in, weights and losses being in float32
 
@@ -88,6 +89,7 @@ def _new_policy(envs: RLHFVectorEnv, config: PolicyConfig, seed: int, critic: Cr
             alpha=config.lora_alpha,
             modules=config.lora_modules,
             seed=seed,
+            start=config.lora_start,
             critic=critic,
             reward_model=_reward_model(envs),
         )

@@ -238,6 +238,22 @@ def study_help_page(conf: Path) -> str:
     return "\n\n".join(parts)
 
 
+def merge_help_page(conf: Path) -> str:
+    """What `python -m agents.merge --help` prints: every key in a line.
+
+    Args:
+        conf: the directory of configs.
+    """
+    keys = (conf / "merge.yaml").read_text(encoding="utf-8").partition("\nmodel:")[2].partition("\nhydra:")[0]
+    parts = [
+        "python -m agents.merge model=DIRECTORY out=DIRECTORY [dtype=bfloat16]",
+        "Writes an adapter as a whole model, which loads without peft.",
+        f"Keys:\n{_indented(f'model:{keys}')}",
+        "Hydra's own options: --hydra-help",
+    ]
+    return "\n\n".join(parts)
+
+
 def reward_help_page(conf: Path) -> str:
     """What `python -m agents.reward --help` prints: every key in a line.
 
