@@ -77,6 +77,39 @@ def make_binary_tree(
     return Tree.of(_make_task(model, pay, **shape))
 
 
+def make_uneven_tree(seed: int, *, horizon: int, kl_coef: float, token_by_token: bool) -> Tree:
+    """Two prompts with a random reference, of which the second is worth 1 more; all responses have T tokens.
+
+    Args:
+        seed: of the reference and of the scores.
+        horizon: T. kl_coef: price of a nat.
+        token_by_token: a score is the sum of what each token earns at its position, and otherwise random for each
+            response. Its spread is about the same: 0.3 among responses that are equally likely.
+    """
+    rng = np.random.default_rng(seed)
+    model = markov_lm(dirichlet_rows(rng, 3, 3, 2.0), SYMBOLS)
+    earned: dict[tuple[int, ...], float] = {}
+
+    def draw(*key: int) -> float:
+        if key not in earned:
+            earned[key] = float(rng.uniform())
+        return earned[key]
+
+    def pay(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        found = []
+        for prompt, response in zip(columns["prompt_ids"], columns["completion_ids"], strict=True):
+            if token_by_token:
+                tokens = [draw(*prompt, -1, t, token) for t, token in enumerate(response)]
+                score = sum(tokens) / horizon**0.5
+            else:
+                score = draw(*prompt, -1, *response)
+            found.append(score + firsts.index(tuple(prompt)))
+        return found
+
+    firsts = [tuple(model.encode(prompt)) for prompt in PROMPTS]
+    return Tree.of(_make_task(model, pay, horizon=horizon, kl_coef=kl_coef, min_new_tokens=horizon - 1))
+
+
 def _make_task(model: CausalLM, reward: Any, *, horizon: int, kl_coef: float, min_new_tokens: int = 0) -> Task:
     return Task(
         name="random",

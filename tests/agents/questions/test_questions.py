@@ -104,6 +104,20 @@ def test_the_rule_of_the_ratio_says_no() -> None:
     assert "(PPO)" not in judge(other).claims[5]
 
 
+def test_the_rule_of_the_critics_says_no() -> None:
+    found = data_of("critics")["found"]
+    judge = load_protocol("critics").judge
+    other = copy.deepcopy(found)
+    kind = "random scores"
+    other["kinds"][kind]["estimators"][3]["28"]["exact critic, lambda 0.95"]["bias"] = 1e-3  # on one task
+    for runs in other["kinds"][kind]["runs"]:
+        runs["exact critic, lambda 0"]["gaps"][-1] = 0.3
+    assert "exact critic, lambda 0.95" in judge(found).claims[0]
+    assert "exact critic, lambda 0.95" not in judge(other).claims[0]
+    assert "an exact critic beats" in judge(found).short
+    assert "none beats" in judge(other).short
+
+
 def test_the_rule_of_best_of_n_says_no() -> None:
     found = data_of("best-of-n")["found"]
     judge = load_protocol("best-of-n").judge
@@ -132,7 +146,7 @@ def test_the_command_makes_the_page_of_the_data_that_are_there(tmp_path: Path) -
     assert "grpo" not in (tmp_path / INDEX).read_text(encoding="utf-8")  # of which there are no data
 
 
-MINUTES = ("kl-estimator", "ratio")  # `make test-questions`
+MINUTES = ("critics", "kl-estimator", "ratio")  # `make test-questions`
 
 
 @pytest.mark.slow
