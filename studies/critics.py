@@ -232,8 +232,8 @@ def judge(found: Found) -> Verdict:
     claims = (
         f"The expected update is the gradient at both points with {_join(unbiased)}, and with no other.",
         f"After {last} updates the bias is longer than the gradient, on average, with {_join(misled)}.",
-        f"An exact critic has less variance than the mean of {GROUP} responses {_where(found, LONGEST, GROUP_MEAN)} with "
-        f"lambda 1, and {_where(found, EXACT, GROUP_MEAN)} with lambda 0.",
+        f"An exact critic has less variance than the mean of {GROUP} responses {_where(found, LONGEST, GROUP_MEAN)} "
+        f"with lambda 1, and {_where(found, EXACT, GROUP_MEAN)} with lambda 0.",
         f"It has less variance with lambda 0 than with lambda 1 {_where(found, EXACT, LONGEST)}.",
         f"At equal env steps, *VinePPO, K = {ROLLOUTS[0]}* has less variance than the mean of {GROUP} responses "
         f"{_where(found, f'VinePPO, K = {ROLLOUTS[0]}', GROUP_MEAN)}.",
