@@ -66,6 +66,8 @@ def table(summary: Mapping[str, Any]) -> str:
         lines.append(f"{'reference':{label}}   J_ref = {_point(optimum['reference'])}")
     for sign, bound in optimum_bounds(summary):
         lines.append(f"{'optimum':{label}}   V* {sign} {_point(bound)}")
+    if is_known(optimum.get("lower")) and not is_known(optimum.get("upper")):
+        lines.append(f"{'':{label}}   V* itself is not known: the samples bound it from below alone")
     if optimum.get("unknown"):
         lines.append(f"{'optimum':{label}}   V* is not known: {optimum['unknown']}")
     if optimum.get("assumption"):
@@ -226,15 +228,17 @@ def reference_of(summary: Mapping[str, Any]) -> Interval | None:
 
 
 def _gain(summary: Mapping[str, Any]) -> float | None:
-    """V* - J_ref, V* being the 1 of the share, or its lower bound; None where one is not known, or nothing to gain."""
+    """V* - J_ref, V* being the 1 of the share; None where one is not known, or no gain can be told from noise.
+
+    A summary without that 1, of an earlier version, has the lower bound in its place.
+    """
     optimum = summary.get("optimum") or {}
     reference = reference_of(summary)
     lower = optimum.get("lower")
     if not (is_known(reference) and is_known(lower)):
         return None
-    value = optimum.get("value")
-    gain = (lower["mean"] if value is None else value) - reference["mean"]
-    return gain if gain > 0 else None
+    value = optimum.get("value", lower["mean"])
+    return value - reference["mean"] if value is not None and value > reference["mean"] else None
 
 
 # --- responses ---------------------------------------------------------------------------------------------------

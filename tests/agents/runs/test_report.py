@@ -92,6 +92,7 @@ def test_the_table_as_a_whole() -> None:
             "normalised          0.000 ± 0.030     0.880 ± 0.025",
             "",
             "optimum           V* >= 1.25 [1.21, 1.29]",
+            "                  V* itself is not known: the samples bound it from below alone",
             "train_seconds     61.3",
             "tokens read       1,234,567 forward, 890,123 backward",
             "",
@@ -163,7 +164,7 @@ def test_the_return_of_the_reference_is_said_and_no_estimate_stands_for_it() -> 
 def test_why_nothing_is_known_of_the_optimum_is_said() -> None:
     text = report.table(changed(optimum={"lower": None, "upper": None, "unknown": "the reward has noise"}))
     assert "optimum           V* is not known: the reward has noise\n" in text
-    assert "is not known" not in report.table(SUMMARY)
+    assert "V* is not known" not in report.table(SUMMARY)
 
 
 def test_a_noisy_score_stands_beside_the_one_without_noise() -> None:
@@ -179,6 +180,12 @@ def test_a_solved_task_has_an_equals_sign() -> None:
     assert "V* = 1.2500\n" in text
     assert text.endswith("J = 1.10 of V* = 1.25: 0.88 of the gain")
     assert text.count("V* ") == 2
+
+
+def test_no_share_where_no_gain_can_be_told_from_noise() -> None:
+    noise = changed(after__normalised=None, before__return=interval(1.2499, 0.1), optimum__value=None)
+    assert report.table(noise).endswith("\n\nJ = 1.10 of V* >= 1.25")
+    assert report.share_of_gain(noise) is None
 
 
 def test_the_share_of_the_gain_is_worked_out_where_it_was_not_evaluated() -> None:
