@@ -12,6 +12,8 @@ from lmgym.optimum.automaton import AutomatonPolicy, solve_automaton
 from lmgym.optimum.tree import Tree, solve_tree
 from lmgym.optimum.verifiable import solve_verifiable
 from lmgym.rewards.automaton import AutomatonReward
+from lmgym.rewards.base import is_import_path
+from lmgym.rewards.reading import ModelReward
 from lmgym.tasks.base import Task, check_split
 from lmgym.tasks.registry import make_task
 from lmgym.tasks.stored import StoredOptimum
@@ -82,9 +84,12 @@ def find_known(task: Task, split: str) -> StoredOptimum | None:
 
 def find_shortcut(task: Task, split: str) -> Callable[[Task, str], Optimum] | None:
     """A solver that does not enumerate all responses, or None."""
+    is_function = callable(task.reward) or is_import_path(task.reward)
+    if not is_function or isinstance(task.reward, ModelReward):
+        return None  # a reward model, or a sum of rewards: neither is loaded to find that out
     reward = expected_reward(task)
-    lm = task.reference("cpu")
-    if isinstance(lm.model, MarkovLM) and isinstance(reward, AutomatonReward):
+    if isinstance(reward, AutomatonReward) and isinstance(task.reference("cpu").model, MarkovLM):
+        lm = task.reference("cpu")
         payments = [reward.for_prompt(ids).token_payments for ids in lm.encode_all(tuple(task.prompts[split]))]
         # At gamma < 1 the token payments collected so far would have to be part of the state.
         if task.gamma == 1 or not task.dense_kl or not any(paid is not None and paid.any() for paid in payments):

@@ -7,7 +7,7 @@ import math
 import numbers
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 from lmgym.errors import InvalidArgumentError, RewardError, shorten
 from lmgym.models.names import check_model_name
@@ -43,7 +43,7 @@ def check_reward_name(name: object) -> None:
         check_methods(name)
         remove_noise(cast(RewardFunction, name))
         return
-    if isinstance(name, str) and ":" in name and not os.path.exists(name):
+    if is_import_path(name):
         module, _, function = name.partition(":")
         if not module or not function:
             raise InvalidArgumentError(f"`reward` must be an import path 'package.module:function', got {name!r}.")
@@ -52,6 +52,11 @@ def check_reward_name(name: object) -> None:
         read_members(cast(str, name))
         return
     check_model_name("reward", name)
+
+
+def is_import_path(name: object) -> TypeGuard[str]:
+    """Whether a reward is named by an import path `package.module:function`, and not by a directory or a hub name."""
+    return isinstance(name, str) and ":" in name and not os.path.exists(name)
 
 
 def import_function(path: str) -> RewardFunction:
