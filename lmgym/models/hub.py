@@ -48,5 +48,6 @@ def _cached(argument: str, name: str, reason: Exception) -> str:
     except LocalEntryNotFoundError as error:
         raise InvalidArgumentError(
             f"`{argument}` must be a local directory or a hub name: there is no directory {name!r}, no model of that "
-            f"name in the cache, and the hub cannot be asked ({reason})."
+            f"name in the cache, and the hub cannot be asked ({reason}). Where there is a network, "
+            f"`hf download {name} --local-dir DIRECTORY`; then name the directory."
         ) from error

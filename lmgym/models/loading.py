@@ -77,6 +77,8 @@ def load_model(
     """
     check_files(argument, name)
     options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if not os.path.isdir(name):
+        options["use_safetensors"] = True  # what is downloaded is never unpickled
     with loading(argument, name, auto_class.__name__):
         model, report = auto_class.from_pretrained(name, trust_remote_code=False, **options)
     check_report(argument, name, model, report, elsewhere)
@@ -254,6 +256,11 @@ def _shorten(error: Exception) -> str:
     if "Unrecognized configuration class" in text:
         found = re.search(r"class '[\w.]*?(\w+)'", text)
         return f"transformers has no such model of {found.group(1) if found else 'this kind'}."
+    if "use_safetensors" in text:
+        return (
+            "the hub has its weights as a pickle, which can run code, and not as model.safetensors. Download it, load "
+            "it with transformers, save_pretrained it, and name that directory."
+        )
     if "trust_remote_code" in text:
         return (
             "it brings code of its own, and none is run from a model's directory: name a model that transformers has."
