@@ -34,6 +34,8 @@ your own to `gym.make` and to the suite, and `lmgym.testing.check_task(name)` ru
 
 All numbers are of the test split, in units of the score; T is in tokens. `python -m builders.optima` derives every V*
 again and compares it with the stored one. `python -m builders.cards` writes this page from the task files.
+
+`imdb`, `tldr`, `hh` and `gsm8k` are on [public checkpoints](hub.md). No optimum of theirs is known.
 """
 _COLUMNS = (
     "| task | id | T | V | prompts | `kl_coef` | `gamma` | J_ref | V* | by |\n|---|---|---|---|---|---|---|---|---|---|"
@@ -48,7 +50,8 @@ def page() -> str:
 def sections() -> dict[str, str]:
     """What the page says of the tasks of each family."""
     found = {}
-    for family, group in itertools.groupby(registered_tasks().values(), lambda task: task.name.partition("-")[0]):
+    known = [registered for registered in registered_tasks().values() if not registered.on_hub]
+    for family, group in itertools.groupby(known, lambda task: task.name.partition("-")[0]):
         settings = list(group)
         tasks = [registered.task() for registered in settings]
         rows = [_row(registered.env_id, task) for registered, task in zip(settings, tasks, strict=True)]

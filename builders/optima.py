@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def find_tasks(names: Sequence[str]) -> list[str]:
     """Names of tasks, each given whole or by what stands before the "-"."""
-    known = list(registered_tasks())
+    known = [name for name, registered in registered_tasks().items() if not registered.on_hub]
     found = []
     for name in names or known:
         matching = [task for task in known if name in (task, task.partition("-")[0])]

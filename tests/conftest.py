@@ -104,6 +104,13 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module("tiny"), name)
 
 
+def local_tasks() -> list[str]:
+    """The names of the registered tasks for which nothing has to be downloaded."""
+    from lmgym.tasks import registered_tasks
+
+    return sorted(name for name, registered in registered_tasks().items() if not registered.on_hub)
+
+
 def word_count(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """A reward as a plain function."""
     return [0.1 * len((p + c).split()) for p, c in zip(prompts, completions, strict=True)]

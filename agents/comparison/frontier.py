@@ -48,7 +48,8 @@ def find_frontier(task: str) -> Frontier | None:
     Every V*(b) gives a line that no policy is above. Their least is the frontier, which is concave: it is that of the
     policies pi*(b). Where V* can only be bounded, the one line at the task's own b is what is known.
     """
-    if task not in registered_tasks():
+    registered = registered_tasks().get(task)
+    if registered is None or registered.on_hub:
         return None
     made = make_task(task)
     if made.gamma != 1 or made.kl_coef <= 0:

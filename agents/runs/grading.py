@@ -118,10 +118,10 @@ def graded_task(plan: Plan) -> Task:
     count = plan.evaluation.prompts
     settings = Settings.of({**plan.settings, "split": split})
     task = settings.resolve()
-    if settings.on_long != "error":
+    if task.on_long != "error":
         from lmgym.envs.fitting import fit_prompts
 
-        task = fit_prompts(task, task.reference("cpu"), settings.on_long)
+        task = fit_prompts(task, task.reference(settings.device, settings.dtype), tell=False)  # the envs' own copy
     if count is not None and count < len(task.prompts[split]):
         task = replace(task, prompts={split: task.prompts[split][:count]}, optima={})
     return task

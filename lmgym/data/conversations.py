@@ -39,6 +39,11 @@ def check_messages(argument: str, messages: object, location: str) -> list[dict[
     return checked
 
 
+def reply_of(completion: str | Messages) -> str:
+    """The text of a completion, as a reward gets it: a text, or the assistant's message after a conversation."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
 def render(argument: str, messages: object, tokenizer: Any, location: str, *, ended: bool = False) -> str:
     """The text of a conversation, from the tokenizer's chat template.
 

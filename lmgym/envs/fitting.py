@@ -14,12 +14,12 @@ from lmgym.tasks.base import Task
 _MAX_NAMED_ROWS = 3  # in a message
 
 
-def fit_prompts(task: Task, lm: CausalLM, on_long: str) -> Task:
+def fit_prompts(task: Task, lm: CausalLM, *, tell: bool = True) -> Task:
     """A task whose prompts have at most `max_prompt_tokens` tokens, and leave the model positions for a response.
 
     Args:
-        task: the task. lm: its reference.
-        on_long: "error", or "skip" to leave longer prompts out, or "truncate_left" to keep the end of each.
+        task: the task; its `on_long` says what becomes of longer ones. lm: its reference.
+        tell: warns of those that are left out.
 
     Returns:
         The task itself where every prompt fits; else one without a stored optimum.
@@ -27,6 +27,7 @@ def fit_prompts(task: Task, lm: CausalLM, on_long: str) -> Task:
     Raises:
         InvalidArgumentError: with the first of the longer prompts, for "error" and where a split has no shorter one.
     """
+    on_long = task.on_long
     limit = _limit(task, lm)
     if limit is None:
         return task
@@ -42,12 +43,11 @@ def fit_prompts(task: Task, lm: CausalLM, on_long: str) -> Task:
             raise InvalidArgumentError(f"{fault} {_remedy(task, lm, max(lengths))}")
         if on_long == "skip":
             fitted[split] = [text for text, length in zip(texts, lengths, strict=True) if length <= limit]
-            warnings.warn(f"{fault} They are left out.", stacklevel=2)
+            if tell:
+                warnings.warn(f"{fault} They are left out.", stacklevel=2)
         else:
-            cut = list(texts)
-            for i in long:
-                cut[i] = _cut(texts[i], limit, lm)
-            fitted[split] = cut
+            starts = lm.remember(_find_starts, tuple(texts), limit)
+            fitted[split] = [_from(text, start) for text, start in zip(texts, starts, strict=True)]
     if all(fitted[split] is task.prompts[split] for split in fitted):
         return task
     return replace(task, prompts=fitted, optima={})
@@ -90,16 +90,28 @@ def _remedy(task: Task, lm: CausalLM, longest: int) -> str:
     return f"{cause}, shorten the prompts, or take `on_long='skip'` or 'truncate_left'."
 
 
-def _cut(text: str, limit: int, lm: CausalLM) -> str:
-    """The longest end of a text, in whole characters, that has at most `limit` tokens.
+def _find_starts(lm: CausalLM, texts: tuple[str, ...], limit: int) -> list[int]:
+    """Where the longest end of each text begins that has at most `limit` tokens."""
+    encoded = lm.encode_all(texts)
+    return [0 if len(ids) <= limit else _find_start(text, limit, lm) for text, ids in zip(texts, encoded, strict=True)]
+
+
+def _find_start(text: str, limit: int, lm: CausalLM) -> int:
+    """Where the longest end of a text begins, in whole characters, that has at most `limit` tokens.
 
     It is cut as text, so that the tokenizer begins it as any other prompt, with a start token where it has one.
     """
-    start = 0
+    start = lm.start_of_last(text, limit + 1) or 0  # a token too many, and then character by character
     while len(lm.encode(text[start:])) > limit:
         excess = len(lm.encode(text[start:])) - limit
         start += max(1, excess // 4)  # a character may be several tokens
         if not text[start:].strip():
             raise InvalidArgumentError(f"`max_prompt_tokens` must leave room for a text, got {limit}, for {text!r}.")
-    end = text[start:]
-    return text.with_text(end) if isinstance(text, PromptText) else end
+    return start
+
+
+def _from(text: str, start: int) -> str:
+    """A text from a character on, with the columns of its row."""
+    if start == 0:
+        return text
+    return text.with_text(text[start:]) if isinstance(text, PromptText) else text[start:]

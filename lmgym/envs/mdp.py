@@ -51,7 +51,7 @@ class TokenMDP:
         self.split = settings.split
         self.lm: CausalLM = task.reference(settings.device, settings.dtype)
         check_language_model(self.lm)
-        self.task: Task = fit_prompts(task, self.lm, settings.on_long)
+        self.task: Task = fit_prompts(task, self.lm, tell=settings.on_long is not None)
         self.prompts = PromptSet(self.task, settings.split, self.lm)
         check_prompts_are_finite(self.lm, self.prompts.spread(_PROBED_PROMPTS))
         self.width = self.prompts.width

@@ -16,11 +16,10 @@ if TYPE_CHECKING:
 OBS_FORMATS = ("dict", "flat")
 RENDER_MODES = ("ansi", "human", "rgb_array")
 PROMPT_ORDERS = ("shuffle", "sequential")
-ON_LONG = ("error", "skip", "truncate_left")
 DTYPES = ("float32", "bfloat16", "float16")
 _TASK_ARGUMENTS = (
     *("model", "reward", "prompts", "kl_coef", "gamma", "temperature", "max_new_tokens", "min_new_tokens"),
-    *("missing_eos_penalty", "dense_kl", "truncate", "reward_weights", "max_prompt_tokens"),
+    *("missing_eos_penalty", "dense_kl", "truncate", "reward_weights", "max_prompt_tokens", "on_long"),
 )
 
 
@@ -36,10 +35,11 @@ class Settings:
             `package.module:function`, or a callable with TRL's reward-function signature; or a list of such.
         reward_weights: of a list of rewards, whose weighted sum is the score; None is 1 each.
         prompts: replaces its prompts: a list of texts or rows, a data set, or a file of them; the reward is given the
-            other columns of a row (`lmgym.data.prompts.read_prompts`).
+            other columns of a row (`lmgym.data.prompts.read_prompts`). Of a task on a data set of the hub also a
+            directory with the files of that data set.
         max_prompt_tokens: P, the prompt columns of an observation; None is as many as the longest prompt has.
-        on_long: of prompts with more tokens than that, or than the model has positions for beside a response: "error",
-            "skip" (leaves them out) or "truncate_left" (keeps the end of each).
+        on_long: replaces what becomes of prompts with more tokens than that, or than the model has positions for beside
+            a response: "error", "skip" (leaves them out) or "truncate_left" (keeps the end of each).
         kl_coef: replaces its price of a nat. 0 never runs the reference.
         gamma: replaces its discount.
         temperature: replaces what the reference's logits are divided by, and with them those of a policy made from it.
@@ -63,7 +63,7 @@ class Settings:
     reward_weights: Sequence[float] | None = None
     prompts: str | Sequence[str] | None = None
     max_prompt_tokens: int | None = None
-    on_long: str = "error"
+    on_long: str | None = None
     kl_coef: float | None = None
     gamma: float | None = None
     temperature: float | None = None
@@ -84,7 +84,6 @@ class Settings:
         check_bool("text_info", self.text_info)
         check_choice("prompt_order", self.prompt_order, PROMPT_ORDERS)
         check_choice("dtype", self.dtype, DTYPES)
-        check_choice("on_long", self.on_long, ON_LONG)
         if not isinstance(self.device, str):
             raise InvalidArgumentError(f"`device` must be 'auto' or the name of a torch device, got {self.device!r}.")
         if self.render_mode is not None:

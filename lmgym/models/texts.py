@@ -74,6 +74,10 @@ class Texts:
             self._encoded[texts] = encoded
         return self._encoded[texts]
 
+    def start_of_last(self, text: str, count: int) -> int | None:
+        """Where in a text its last `count` tokens begin, in characters; None where the tokenizer cannot say."""
+        return find_start_of_last(self.tokenizer, text, count)
+
     def encode_response(self, prompt: str, prompt_ids: Sequence[int], completion: str) -> list[int]:
         """Token ids of a completion, as a policy would have to choose them after those of its prompt.
 
@@ -182,6 +186,15 @@ class Texts:
         if sum(map(len, rows)) < _MAX_IDS_FOR_ONE_THREAD:
             return [backend.decode(row, skip_special_tokens=True) for row in rows]
         return list(backend.decode_batch(rows, skip_special_tokens=True))
+
+
+def find_start_of_last(tokenizer: Any, text: str, count: int) -> int | None:
+    """Where in a text its last `count` tokens begin, in characters; None where the tokenizer cannot say."""
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts = [start for start, _ in encoded["offset_mapping"]]
+    return starts[-count] if len(starts) > count else 0
 
 
 def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from lmgym.data.deferred import DeferredPrompts
 from lmgym.data.prompts import PromptIndex, read_prompts
 from lmgym.data.rows import check_text
 from lmgym.ending import EndRule
@@ -24,8 +25,9 @@ from lmgym.errors import (
     shorten,
 )
 from lmgym.models.names import check_model_name
-from lmgym.rewards.base import RewardFunction, check_reward_name, import_function, score
+from lmgym.rewards.base import RewardFunction, check_reward_name, import_function, is_import_path, score
 from lmgym.rewards.combined import CombinedReward, check_weights
+from lmgym.rewards.reading import ModelReward
 from lmgym.tasks.stored import StoredOptimum
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
     from lmgym.models.causal import CausalLM
 
+ON_LONG = ("error", "skip", "truncate_left")  # of prompts with more tokens than they may have
 MAX_TOKENS = 2**20  # of a prompt or a response: more than any model reads, and few enough for arrays of them
 
 
@@ -59,7 +62,7 @@ class Task:
             which pays their weighted sum.
         reward_weights: of a list of rewards, in their order; None is 1 each.
         prompts: texts by split. Rows, data sets and files of them are read at once (`lmgym.data.prompts.read_prompts`);
-            the reward gets the other columns of a row.
+            the reward gets the other columns of a row. A `DeferredPrompts` is read when it is first needed.
         kl_coef: price of a nat of KL(pi || pi_ref), in units of the score. 0 never runs the reference.
         max_new_tokens: T, the horizon, in tokens.
         gold: the true reward that `reward` approximates; it is reported and never paid. None where there is none.
@@ -70,6 +73,8 @@ class Task:
         dense_kl: pays the reference's log-prob at every step; else the last reward pays the sum over the episode.
         truncate: reports the length limit as `truncated` (an ablation); else both ends are `terminated`.
         max_prompt_tokens: P, tokens; None is the longest prompt of any split.
+        on_long: of prompts with more tokens than that, or than the model has positions for beside a response: "error",
+            "skip" (leaves them out) or "truncate_left" (keeps the end of each).
         optima: what is known of V*, by split; empty where nothing is known.
     """
 
@@ -88,6 +93,7 @@ class Task:
     dense_kl: bool = True
     truncate: bool = False
     max_prompt_tokens: int | None = None
+    on_long: str = "error"
     optima: Mapping[str, StoredOptimum] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -99,6 +105,7 @@ class Task:
         check_number("missing_eos_penalty", self.missing_eos_penalty, 0)
         check_bool("dense_kl", self.dense_kl)
         check_bool("truncate", self.truncate)
+        check_choice("on_long", self.on_long, ON_LONG)
         if self.max_prompt_tokens is not None:
             check_int("max_prompt_tokens", self.max_prompt_tokens, 1)
         for limit in ("max_new_tokens", "max_prompt_tokens"):
@@ -111,11 +118,14 @@ class Task:
             check_model_name("model", self.model)
         if not isinstance(self.prompts, Mapping) or not self.prompts:
             raise InvalidArgumentError(f"`prompts` must have at least one split, got {self.prompts!r}.")
+        if isinstance(self.prompts, DeferredPrompts):
+            object.__setattr__(self, "prompts", self.prompts.of_model(self.model, load_tokenizer_of))
+            return
         read = {split: self._read(split, texts) for split, texts in self.prompts.items()}
         object.__setattr__(self, "prompts", read)
 
     def __repr__(self) -> str:
-        splits = ", ".join(f"{len(texts):,} {split}" for split, texts in self.prompts.items())
+        splits = describe_prompts(self.prompts)
         known = self.optima.get("test")
         optimum = "" if known is None else f", V* {known.describe()}"
         return (
@@ -214,10 +224,11 @@ class Task:
             LmGymError: naming the first thing that is wrong.
         """
         lm = self.reference()
+        limit = self.max_prompt_tokens if self.on_long == "error" else None
         for split, texts in self.prompts.items():
             for text in texts:
                 ids = lm.encode(text)
-                if not ids or (self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens):
+                if not ids or (limit is not None and len(ids) > limit):
                     raise InvalidArgumentError(
                         f"`prompts[{split!r}]` must have 1 to {self.max_prompt_tokens} tokens each, "
                         f"and {text!r} has {len(ids)}."
@@ -230,15 +241,24 @@ class Task:
 
 
 def _load_reward(reward: str | RewardFunction, device: str) -> RewardFunction:
+    if isinstance(reward, ModelReward):
+        return reward.load(device)
     if callable(reward):
         return reward
-    if ":" in reward and not os.path.exists(reward):
+    if is_import_path(reward):
         return import_function(reward)
     from lmgym.rewards.classifier import load_reward_model
     from lmgym.rewards.ensemble import load_ensemble
     from lmgym.rewards.members import is_ensemble
 
     return load_ensemble(reward, device) if is_ensemble(reward) else load_reward_model(reward, device)
+
+
+def describe_prompts(prompts: Mapping[str, Sequence[str]]) -> str:
+    """How many prompts each split has; of a data set that may not have been read, its name."""
+    if isinstance(prompts, DeferredPrompts):
+        return f"of {prompts.source}"
+    return ", ".join(f"{len(texts):,} {split}" for split, texts in prompts.items())
 
 
 def load_tokenizer_of(model: object) -> Any:

@@ -173,6 +173,8 @@ def test_the_suite_is_a_list_that_prints_as_a_table() -> None:
     assert [row.split()[0] for row in rows] == [task.name for task in suite]
     row = next(row for row in rows if row.startswith("keyword-8 "))
     assert f"= {make_task('keyword-8').optima['test'].value:.4f}" in row
+    row = next(row for row in rows if row.startswith("tldr "))  # of which nothing is downloaded
+    assert row.endswith("not known")
     assert repr(Suite([TINY.task])).endswith("task.optimum()")
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import local_tasks
 
 import lmgym.rewards
 import lmgym.tasks
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.rewards.base import remove_noise
-from lmgym.tasks import make_task, registered_tasks
+from lmgym.tasks import make_task
 
 EPISODES = 6
 
@@ -34,7 +35,7 @@ def reward_functions() -> dict[str, Callable[..., Any]]:
 
 
 FUNCTIONS = reward_functions()
-FAMILIES = sorted({name.partition("-")[0]: name for name in sorted(registered_tasks(), reverse=True)}.values())
+FAMILIES = sorted({name.partition("-")[0]: name for name in reversed(local_tasks())}.values())
 
 
 def check_reward(task: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import gymnasium as gym
 import pytest
-from conftest import WORDS, gpt2, word_count, word_tokenizer
+from conftest import WORDS, gpt2, local_tasks, word_count, word_tokenizer
 
 import lmgym.tasks
 from builders import cards
@@ -19,7 +19,7 @@ from lmgym.models.causal import CausalLM, freeze
 from lmgym.tasks import Task, make_task, register_task, registered_tasks, registry
 from lmgym.tasks.base import check_split, read_prompts
 
-TASKS = sorted(registered_tasks())
+TASKS = local_tasks()
 
 
 def tiny(**changes: Any) -> Task:
