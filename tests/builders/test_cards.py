@@ -6,14 +6,14 @@ import functools
 from pathlib import Path
 
 import pytest
+from conftest import local_tasks
 
 from builders import cards
-from lmgym.tasks import registered_tasks
 from lmgym.tasks.stored import ARTEFACTS
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
-FAMILIES = dict.fromkeys(task.name.partition("-")[0] for task in registered_tasks().values())
+FAMILIES = dict.fromkeys(name.partition("-")[0] for name in local_tasks())
 page = functools.cache(cards.page)
 sections = functools.cache(cards.sections)
 
