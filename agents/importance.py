@@ -39,11 +39,25 @@ def weigh(batch: Batch, config: OnPolicyConfig, is_possible: Tensor | None = Non
     return torch.where(mask, weights, 0.0)
 
 
+def sampler_kl(log_ratios: Tensor) -> float:
+    """KL(sampler || trainer), nats a token, of the sampler's tokens: the mean of x - 1 - log x, x = trainer / sampler.
+
+    No term is negative, and where the sampler can draw all that the trainer can, the mean is unbiased: that of x is 1.
+
+    Args:
+        log_ratios: (n,) of the trainer's probability over the sampler's.
+    """
+    return (log_ratios.expm1() - log_ratios).mean().item()
+
+
 def measure_sampler(batch: Batch) -> dict[str, float]:
     """How far a batch's log-probs are from those that its sampler gave, where they were recomputed; and the weights."""
     if batch.sampler_log_probs is None:
         return {}
     metrics = {"train/sampler_gap": log_prob_gap(batch.episodes, batch.sampler_log_probs)}
+    log_ratios = (batch.episodes.log_probs - batch.sampler_log_probs)[batch.episodes.response_mask]
+    metrics["train/sampler_gap_max"] = log_ratios.abs().max().item()
+    metrics["train/sampler_kl"] = sampler_kl(log_ratios)
     if batch.importance is not None:
         metrics["train/importance"] = batch.importance[batch.episodes.response_mask].mean().item()
     return metrics

@@ -25,9 +25,9 @@ from agents.algorithms.ppo import PPO
 from agents.batch import Batch
 from agents.diagnostics import check_ratio
 from agents.finite import check_step, check_weights
-from agents.on_policy import OnPolicyAgent, average_steps, measure_critic
+from agents.on_policy import OnPolicyAgent, measure_critic
 from agents.stack import Metrics, Stack
-from agents.update import minibatch_rows
+from agents.update import average_steps, minibatch_rows
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, NotFiniteError
 

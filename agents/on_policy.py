@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +32,7 @@ from agents.offload import count_bytes, find_idle, offloaded
 from agents.on_policy_config import OnPolicyConfig
 from agents.policies.actor_critic import TrainablePolicy
 from agents.policies.choice import make_policy
-from agents.update import Loss, minibatch_rows
+from agents.update import Loss, average_steps, minibatch_rows
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError
@@ -49,6 +48,9 @@ from lmgym.kl import (
 from lmgym.models.sampling import Sampler
 from lmgym.models.transfer import to_device
 from lmgym.rollout import check_same_step, collect, collect_steps
+
+if TYPE_CHECKING:
+    from agents.remote.policy import RemotePolicy
 
 MAX_EXACT_KL_EPISODES = 16  # a metric: it needs every token's probability under the reference, so a few episodes do
 
@@ -69,6 +71,7 @@ class OnPolicyAgent(LearningAgent):
         kl: the price of a nat, which `kl_controller` may adapt.
         faults: by which the loop is wrong on purpose; none at first (`agents.faults.make.add_faults`).
         idle: weights that leave the GPU during an update.
+        remote: an engine that samples in the policy's stead; None at first (`agents.remote.connect`).
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = OnPolicyConfig
@@ -86,6 +89,7 @@ class OnPolicyAgent(LearningAgent):
             check_same_step(envs)
         super().__init__(envs, config, seed=seed, sampler=sampler)
         self.faults = Faults()
+        self.remote: RemotePolicy | None = None
         self.kl: KLCoefficient = FixedKL(envs.kl_coef)
         if config.kl_controller == "adaptive":
             self.kl = AdaptiveKL(envs.kl_coef, config.kl_target, config.kl_horizon)
@@ -265,7 +269,7 @@ class OnPolicyAgent(LearningAgent):
                 again = replace(again, values=episodes.values)
             episodes = again
             self.tokens.read(episodes)
-            if not self.faults.trips("ratio"):
+            if self.remote is None and not self.faults.trips("ratio"):
                 check_ratio(log_prob_gap(episodes, sampler_log_probs), self.policy.dtype)
         elif episodes.values is None:  # a critic with its own trunk gives none while decoding
             episodes = with_values(self.policy, episodes, config.micro_batch_size)
@@ -286,7 +290,8 @@ class OnPolicyAgent(LearningAgent):
         if self.config.recompute_log_probs or not self.faults.trips("ratio"):
             check_ratio(metrics["train/ratio_error"], self.policy.dtype)
         self.faults.finish_update()
-        return metrics | measure_critic(self, batch) | measure_sampler(batch) | self.faults.metrics
+        told = {} if self.remote is None else self.remote.metrics
+        return metrics | measure_critic(self, batch) | measure_sampler(batch) | self.faults.metrics | told
 
     # -- saving and loading --------------------------------------------------------------------------------------
 
@@ -322,23 +327,16 @@ def memory_sizes(agent: OnPolicyAgent) -> Sizes:
     )
 
 
-def average_steps(history: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The metrics of a batch: means over its optimiser steps, and how many there were."""
-    metrics = {name: float(np.mean([row[name] for row in history])) for name in history[0]}
-    metrics["train/ratio_error"] = history[0]["train/ratio_error"]  # of the first step: nothing has changed yet
-    metrics["train/updates"] = len(history)
-    return metrics
-
-
 def sample_batch(agent: OnPolicyAgent, count: int | None = None) -> Episodes:
     """Samples a batch, or so many episodes, on the policy's device; checks that log-probs are those of the sampling."""
     sampler = agent.faults.change_sampler(agent.sampler)
     count = agent.config.batch_size if count is None else count
+    actor = agent.remote or agent.policy
     with agent.faults.sampling():
         if agent.config.collect == "steps":
             episodes = collect_steps(agent.envs, agent.policy, count, sampler, agent.generator)
         else:
-            play = partial(collect, agent.envs, agent.policy, count, sampler, agent.generator)
+            play = partial(collect, agent.envs, actor, count, sampler, agent.generator)
             episodes = agent.processes.play(count, play)
         check_collected(agent, episodes)
     return episodes.to(agent.policy.device)
@@ -350,8 +348,11 @@ def check_collected(agent: OnPolicyAgent, episodes: Episodes) -> None:
     agent.tokens.read(episodes)
     if agent.envs.kl_coef > 0:
         check_kl_is_plausible(episode_kl(episodes))
-        if agent.num_timesteps == 0 and agent.sampler == Sampler() and not agent.faults.trips("start"):
-            check_start(episodes, agent.start_log_probs(episodes), agent.policy.dtype)
+    if agent.remote is not None:  # it is the policy but for rounding, and that is measured
+        return
+    is_start = agent.num_timesteps == 0 and agent.envs.kl_coef > 0 and agent.sampler == Sampler()
+    if is_start and not agent.faults.trips("start"):
+        check_start(episodes, agent.start_log_probs(episodes), agent.policy.dtype)
     if agent.faults.trips("ratio"):  # which no update can check then
         sampler = agent.faults.change_sampler(agent.sampler)
         episodes = episodes.to(agent.policy.device)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -232,3 +233,11 @@ def lr_factor(schedule: str, progress: float, warmup: float = 0.0, end: float = 
         return 1.0
     falling = {"linear": 1 - left, "cosine": 0.5 * (1 + math.cos(math.pi * left))}[schedule]
     return end + (1 - end) * falling
+
+
+def average_steps(history: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The metrics of a batch: means over its optimiser steps, and how many there were."""
+    metrics = {name: float(np.mean([row[name] for row in history])) for name in history[0]}
+    metrics["train/ratio_error"] = history[0]["train/ratio_error"]  # of the first step: nothing has changed yet
+    metrics["train/updates"] = len(history)
+    return metrics

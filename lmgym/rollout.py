@@ -21,7 +21,7 @@ from lmgym.episodes import Episodes
 from lmgym.errors import InvalidArgumentError, check_int
 from lmgym.models.drawing import Drawing
 from lmgym.models.graph_pool import is_captured
-from lmgym.models.policy import CausalPolicy, CausalState, PlainSteps, Policy, Steps
+from lmgym.models.policy import CausalPolicy, CausalState, PlainSteps, Policy, Responder, Steps
 from lmgym.models.sampling import Sampler, check_finite_log_probs
 from lmgym.models.transfer import to_device
 
@@ -33,7 +33,7 @@ _MIN_ROWS = 8  # of a batch there, which a smaller one would not make faster
 @torch.no_grad()
 def collect(
     envs: RLHFVectorEnv,
-    policy: Policy,
+    policy: Policy | Responder,
     episodes: int | list[Prompt],
     sampler: Sampler | None = None,
     generator: torch.Generator | None = None,
@@ -47,7 +47,7 @@ def collect(
 
     Args:
         envs: the MDP; its rows are not touched, its stream of prompts is.
-        policy: what decodes.
+        policy: what decodes, or what answers with whole responses.
         episodes: how many (prompts are the next of the env's stream), or the prompts themselves.
         sampler: how tokens are drawn, given the policy's logits; None draws from the policy as it is.
         generator: a CPU generator; B x T uniforms are drawn from it. One of its own if None.
@@ -66,7 +66,10 @@ def collect(
         prompts = prompts[rows]
         uniforms = uniforms[rows]
         prefix = prefix[rows]
-    decoded = _decode(envs.engine, policy, prompts, sampler or Sampler(), uniforms, prefix)
+    if isinstance(policy, Responder):
+        decoded = _ask(envs.engine, policy, prompts, sampler or Sampler(), uniforms, prefix)
+    else:
+        decoded = _decode(envs.engine, policy, prompts, sampler or Sampler(), uniforms, prefix)
     # What samples from the reference itself has just given the reference's log-probs.
     is_reference = isinstance(policy, CausalPolicy) and policy.lm is envs.engine.lm and sampler in (None, Sampler())
     paid = _pay(envs, prompts, decoded, decoded.log_probs.numpy() if is_reference else None)
@@ -156,6 +159,16 @@ def _check_prefixes(engine: Engine, count: int, response_ids: Tensor | None) -> 
 def _draw_uniforms(count: int, horizon: int, generator: torch.Generator) -> Tensor:
     """(B, T) float64: all the randomness of so many responses."""
     return torch.rand((count, horizon), generator=generator, dtype=torch.float64)
+
+
+def _ask(
+    engine: Engine, policy: Responder, prompts: list[Prompt], sampler: Sampler, uniforms: Tensor, prefix: Tensor
+) -> _Decoded:
+    """Has whole responses drawn to B prompts; the arguments are those of `_decode`."""
+    if prefix.shape[1]:
+        raise InvalidArgumentError("`response_ids` must be None where whole responses are drawn elsewhere.")
+    ids = [list(prompt.ids) for prompt in prompts]
+    return _Decoded(*policy.complete(engine.lm, ids, sampler, uniforms, engine.end_rule), None)
 
 
 def _decode(

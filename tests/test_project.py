@@ -20,13 +20,13 @@ import lmgym.tasks
 LAYERS = (
     "errors, episodes, forking, ending, output < ranges, files, kl, intervals, data < models < automata < rewards"
     " < tasks < feedback < reward_models < optimum < envs < wrappers < rollout < evaluation, scores, testing, trl"
-    " < sb3, minari"
+    " < sb3, minari, remote"
     " < agents.distributed"
     " < agents.checkpoint, agents.seeds, agents.finite, agents.losses, agents.advantages, agents.master_weights"
     " < agents.agent < agents.policies < agents.batch, agents.diagnostics, agents.update"
     " < agents.memory, agents.offload, agents.learning, agents.stacked_adam, agents.stacked_batch"
     " < agents.faults < agents.on_policy_config < agents.importance"
-    " < agents.on_policy, agents.groups, agents.fixed, agents.supervised"
+    " < agents.on_policy, agents.groups, agents.fixed, agents.supervised, agents.remote"
     " < agents.algorithms, agents.sb3 < agents.stack, agents.many_seeds, agents.exact < agents.runs < agents.comparison"
     " < agents < builders"
 )

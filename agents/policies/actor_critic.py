@@ -227,6 +227,10 @@ class ActorCritic(TrainablePolicy):
         save_generation(self.lm, directory)
         save_file({name: x.contiguous() for name, x in self._critic_state().items()}, directory / "critic.safetensors")
 
+    def save_model(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the actor alone, config and weights, for another program to read; the directory exists."""
+        self._save_actor(Path(directory))
+
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Reads back what `save` wrote, into this policy.
 

@@ -11,6 +11,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from agents.faults.config import FaultConfig
+from agents.remote.config import EngineConfig, check_suits
 from agents.runs.config import check_values, validated
 from agents.runs.defaults import find_defaults, find_types
 from agents.runs.directory import CONFIG_FILE, read_values
@@ -75,6 +76,7 @@ class Plan:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     trust: tuple[str, ...] = ()  # modules that have to be named again when it is resumed or graded
     faults: FaultConfig = field(default_factory=FaultConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 def plain(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
@@ -115,6 +117,8 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
     from lmgym.models.sharing import resolve_device
 
     sampler = validated(Sampler, values["sampler"], "sampler")
+    engine = _engine(values)
+    check_suits(engine, agent_class, agent_config, sampler, faults)
     resolve_device(settings["device"])
     return Plan(
         settings,
@@ -129,6 +133,7 @@ def check(cfg: DictConfig | dict[str, Any]) -> Plan:
         find_tracker(values),
         needed_trust(values),
         faults,
+        engine,
     )
 
 
@@ -148,6 +153,8 @@ def check_values_of_run(values: Mapping[str, Any]) -> dict[str, Any]:
         raise InvalidArgumentError(f"`{on[0]}` must be null where `seeds` is above 1. Or: -m seed=0,1,2.")
     if _budget(values) != Budget() and values.get("seeds", 1) > 1:
         raise InvalidArgumentError("`budget` must be null where `seeds` is above 1: all seeds take total_timesteps.")
+    if _engine(values).url is not None and values.get("seeds", 1) > 1:
+        raise InvalidArgumentError("`engine.url` must be null where `seeds` is above 1. Or: -m seed=0,1,2.")
     find_tracker(values)
     settings = check_env(values, evaluation.split)
     agent = dict(values["agent"])
@@ -184,6 +191,11 @@ def check_faults(faults: FaultConfig, agent_class: type[Agent], agent_config: Ag
 def _budget(values: Mapping[str, Any]) -> Budget:
     """What else ends a run; nothing in the config of an older one."""
     return validated(Budget, values.get("budget") or {}, "budget")
+
+
+def _engine(values: Mapping[str, Any]) -> EngineConfig:
+    """What samples the batches; the run itself in the config of an older one."""
+    return validated(EngineConfig, values.get("engine") or {}, "engine")
 
 
 def check_algorithm(target: str, agent: Mapping[str, Any]) -> None:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from lmgym.evaluation import Evaluation
 
 RESUMABLE = ("total_timesteps", "checkpoint_every")
-RESUMABLE_SECTIONS = ("evaluation", "budget", "tracker")  # and every key of these
+RESUMABLE_SECTIONS = ("evaluation", "budget", "tracker", "engine")  # and every key of these
 PACKAGES = ("torch", "transformers", "gymnasium", "numpy", "hydra-core", "tokenizers")
 
 
@@ -124,6 +124,7 @@ def train(plan: Plan, directory: Path, resume: bool, notes: dict[str, Any] | Non
 
     with joined_processes(plan.settings["device"]) as processes:
         agent = build(plan, processes)
+        connect_engine(plan, agent)
         if notes is None:
             notes = notes_of(read_values(directory)) if (directory / CONFIG_FILE).is_file() else {}
         command = shell_command("agents.train", f"resume={directory}") + trust_argument(plan.trust)
@@ -151,6 +152,21 @@ def train(plan: Plan, directory: Path, resume: bool, notes: dict[str, Any] | Non
             raise
         print(f"\n{samples_table(rows)}\n\n{table(summary)}\n\n{directory / 'curves.png'}")
         return 0
+
+
+def connect_engine(plan: Plan, agent: Agent) -> None:
+    """Has the engine of a plan, if it has one, sample an agent's batches.
+
+    Raises:
+        LmGymError: for an engine that cannot.
+    """
+    if plan.engine.url is None:
+        return
+    from agents.on_policy import OnPolicyAgent
+    from agents.remote.connect import connect
+
+    assert isinstance(agent, OnPolicyAgent)
+    connect(agent, plan.engine)
 
 
 def write_result(

@@ -1,19 +1,24 @@
 """The protocol of what decodes: the whole-episode path and the step loop both drive it.
 
-Shapes: B responses, P prompt columns, V vocabulary.
+Shapes: B responses, P prompt columns, T response columns, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lmgym.ending import EndRule
 from lmgym.models.causal import CausalLM
 from lmgym.models.decoding import make_decoder
 from lmgym.models.drawing import Drawing
 from lmgym.models.ring import RingDecoder
+from lmgym.models.sampling import Sampler
 
 
 class PolicyState(Protocol):
@@ -46,6 +51,36 @@ class Policy(Protocol):
 
     def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> PolicyState:
         """Reads prompts (B, P) int64, left-padded, mask True on tokens; at most `max_new_tokens` steps follow."""
+
+
+@runtime_checkable
+class Responder(Protocol):
+    """What answers prompts with whole responses, drawn where their logits stay: in another process, say."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the episodes of a batch go."""
+
+    def complete(
+        self,
+        lm: CausalLM,
+        prompts: Sequence[Sequence[int]],
+        sampler: Sampler,
+        uniforms: Tensor,
+        end_rule: EndRule[npt.NDArray[np.bool_]],
+    ) -> tuple[Tensor, Tensor]:
+        """A response to each of B prompts.
+
+        Args:
+            lm: the reference, whose tokens and temperature are also those of what answers.
+            prompts: B, token ids.
+            sampler: how tokens are drawn, given logits.
+            uniforms: (B, T) float64, for what has no randomness of its own.
+            end_rule: when a response ends.
+
+        Returns:
+            On the CPU, (B, T) response ids and the log-probs that they were drawn with; padding and 0 after an end.
+        """
 
 
 class Steps(Protocol):

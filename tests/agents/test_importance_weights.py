@@ -180,7 +180,12 @@ def test_metrics_say_how_far_the_sampler_is() -> None:
     sampled = token_log_probs(logits, SAMPLER.temperature).detach()
     batch = batch_of(trainer, sampled)
     metrics = measure_sampler(batch)
-    assert metrics == {"train/sampler_gap": pytest.approx((trainer - sampled).abs().mean().item())}
+    ratios = (trainer - sampled).exp()
+    assert metrics == {
+        "train/sampler_gap": pytest.approx((trainer - sampled).abs().mean().item()),
+        "train/sampler_gap_max": pytest.approx((trainer - sampled).abs().max().item()),
+        "train/sampler_kl": pytest.approx((ratios - 1 - ratios.log()).mean().item(), rel=1e-4),
+    }
 
 
 def test_a_correction_needs_the_log_probs_of_both() -> None:
