@@ -32,6 +32,7 @@ import agents.train  # noqa: F401  has Hydra read conf as the commands do
 import lmgym
 from agents.algorithms.best_of_n import BestOfN, BestOfNConfig
 from agents.algorithms.dpo import DPO, DPOConfig
+from agents.algorithms.ipo import IPO
 from agents.algorithms.ppo import PPOConfig
 from agents.algorithms.sft import SFT, SFTConfig
 from agents.comparison.plan import make_cells, settings_of
@@ -58,7 +59,8 @@ AGENTS = ROOT / "docs" / "agents"
 # Those on the template have a page that adds to the common one; those below, a page with all there is.
 WHOLE = [*SUPERVISED, *(name for name, kind in FIXED.items() if dataclasses.fields(kind.Config))]
 # Those that extend another one, and have its metrics.
-VARIANTS = {a: b for a, kind in ON_POLICY.items() for b, other in ON_POLICY.items() if other in kind.__mro__[1:]}
+LEARNERS = ON_POLICY | SUPERVISED
+VARIANTS = {a: b for a, kind in LEARNERS.items() for b, other in LEARNERS.items() if other in kind.__mro__[1:]}
 BARE = sorted(FIXED.keys() - {*WHOLE})  # on one page, without fields and metrics
 TAKEN_FOR_GRANTED = {  # files that commands name
     "prompts.txt": "the film was\n",
@@ -268,6 +270,7 @@ def test_the_metrics_of_an_agent_are_those_it_logs(agent: str, tmp_path: Path) -
 
 
 def test_the_metrics_of_dpo_are_those_it_logs(tmp_path: Path) -> None:
+    assert logged(IPO, IPO.Config(batch_size=2)) == metrics_on("dpo")  # to which its page refers
     path = tmp_path / "preferences.jsonl"
     write_records(path, [Record("the film", (" was", " is"), Choice(0, 1))])
     assert logged(DPO, DPOConfig(batch_size=2)) == metrics_on("dpo")

@@ -157,16 +157,20 @@ class DPO(SupervisedAgent[Pairs]):
         return metrics | {"rollout/length": episodes.lengths.float().mean().item()}
 
     def loss(self, examples: Pairs) -> Loss:
-        """The mean of `dpo_loss` over pairs; of a tie, each of the two is the preferred one by half."""
+        """The mean of `pair_losses`; of a tie, each of the two is the preferred one by half."""
         both = examples.episodes[torch.cat([examples.chosen, examples.rejected])]
         chosen, rejected = self.log_ratios(both).chunk(2)
         self.tokens.read(both, backward=1)
         margins = self.beta * (chosen - rejected).detach()
         accuracy = ((margins.sign() + 1) / 2).mean()
         metrics = {"train/accuracy": accuracy, "train/margin": margins.mean()}
-        losses = dpo_loss(chosen, rejected, self.beta)
-        both_ways = (losses + dpo_loss(rejected, chosen, self.beta)) / 2
+        losses = self.pair_losses(chosen, rejected)
+        both_ways = (losses + self.pair_losses(rejected, chosen)) / 2
         return torch.where(examples.tied.to(losses.device), both_ways, losses).mean(), metrics
+
+    def pair_losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """(n,) the loss of each pair, from the log-ratios (n,) of its two responses."""
+        return dpo_loss(chosen, rejected, self.beta)
 
     def log_ratios(self, episodes: Episodes) -> Tensor:
         """(B,) log pi(y|x) / pi_ref(y|x), nats a response; differentiable."""
