@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from lmgym.models.causal import CausalLM
 from lmgym.models.tables import dirichlet_rows, markov_lm
@@ -35,6 +37,22 @@ def make_random_tree(seed: int, *, horizon: int, kl_coef: float) -> Tree:
         return found
 
     return Tree.of(_make_task(model, pay, horizon=horizon, kl_coef=kl_coef))
+
+
+def score_anew(tree: Tree, scores: Tensor) -> Tree:
+    """The responses to the first prompt of a tree, with other scores.
+
+    Args:
+        scores: (R / X,) of the responses to that prompt; anything else scores 0.
+    """
+    lengths = tree.episodes.lengths.tolist()
+    keys = [tuple(row[:n]) for row, n in zip(tree.episodes.response_ids.tolist(), lengths, strict=True)]
+    paid = dict(zip(keys, scores.tolist(), strict=False))  # those of the first prompt come first
+
+    def pay(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [paid.get(tuple(response), 0.0) for response in columns["completion_ids"]]
+
+    return Tree.of(replace(tree.task, reward=pay, prompts={"test": [PROMPTS[0]]}))
 
 
 def make_binary_tree(

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commands import run_command_here
@@ -17,11 +18,11 @@ from agents.exact import exact_gradient, expected_update, make_table_agent
 from agents.questions.page import INDEX, fill_template, render_index, render_page
 from agents.questions.protocol import list_questions, load_protocol, template_of
 from agents.questions.run import PAGES, answer_question, measure_question, read_seeds
-from agents.questions.tasks import make_binary_tree, make_random_tree
+from agents.questions.tasks import make_binary_tree, make_random_tree, score_anew
 from agents.runs.config import CONF
 from agents.runs.help_page import study_help_page
 from lmgym.errors import InvalidArgumentError, UnknownNameError
-from studies import best_of_n, ratio
+from studies import best_of_n, dpo_ppo, ratio
 from studies.kl_estimator import METHODS, KLAgent
 
 QUESTIONS = list_questions()
@@ -128,6 +129,49 @@ def test_the_rule_of_best_of_n_says_no() -> None:
     assert judge(other).claims[4] != judge(found).claims[4]
 
 
+def test_the_rule_of_dpo_and_ppo_says_no() -> None:
+    found = data_of("dpo-ppo")["found"]
+    judge = load_protocol("dpo-ppo").judge
+    other = copy.deepcopy(found)
+    other["fixed_points"]["mixture"]["DPO"]["gap"][3] = 0.02  # on one task
+    for learner in ("PPO, simple", "DPO, simple"):
+        other["learners"][learner] = found["learners"]["PPO"]
+    assert "with DPO, and" in judge(found).claims[0]
+    assert "with none, and" in judge(other).claims[0]
+    assert judge(found).claims[6].startswith("With a reward of the form of the score it leaves less with pairs")
+    assert "less with none, and more with none" in judge(other).claims[6]
+
+
+def test_the_table_of_dpo_is_the_reference_at_first_and_the_rewards_of_pi_star_give_it() -> None:
+    for kind in ("any", "simple"):
+        tasks = dpo_ppo.make_tasks([0, 1], kind)
+        assert torch.allclose(dpo_ppo.policy_of(tasks, "DPO", tasks.table), tasks.reference, rtol=0, atol=1e-9)
+        assert torch.allclose(tasks.reference.exp().sum(1), torch.ones(2, dtype=torch.float64))
+        assert torch.allclose(dpo_ppo.policy_of(tasks, "PPO", tasks.scores), tasks.optimum, rtol=0, atol=1e-9)
+        for row, tree in enumerate(tasks.trees):
+            anew = score_anew(tree, tasks.scores[row])
+            exact = anew.responses.add_up(anew.solve_levels().log_probs)[0]
+            assert torch.allclose(tasks.optimum[row], exact, rtol=0, atol=1e-5)
+
+
+def test_the_interval_of_a_median_has_it_in_at_least_95_percent_of_samples() -> None:
+    samples = np.random.default_rng(0).normal(size=(2000, 20))
+    intervals = [dpo_ppo.around(row) for row in samples]
+    hits = np.mean([interval.low < 0 < interval.high for interval in intervals])
+    assert 0.95 < hits < 0.975
+    few = dpo_ppo.around([3.0, 1.0, 2.0])
+    assert (few.low, few.mean, few.high) == (1.0, 2.0, 3.0)
+
+
+def test_labels_are_drawn_as_often_as_they_should_be() -> None:
+    tasks = dpo_ppo.make_tasks([0], "any")
+    generator = torch.Generator().manual_seed(0)
+    drawn = dpo_ppo.draw_labels(tasks, tasks.reference, 40_000, 0.0, [generator]) / 40_000
+    rates = dpo_ppo.label_rates(tasks, tasks.reference)
+    assert rates.sum().item() == pytest.approx(1)
+    assert ((drawn - rates).abs() < 4.5 * (rates / 40_000).sqrt() + 1e-4).all()
+
+
 def test_the_best_score_at_a_kl_is_that_of_a_tilted_reference() -> None:
     reference = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64).log()
     scores = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
@@ -146,15 +190,17 @@ def test_the_command_makes_the_page_of_the_data_that_are_there(tmp_path: Path) -
     assert "grpo" not in (tmp_path / INDEX).read_text(encoding="utf-8")  # of which there are no data
 
 
-MINUTES = ("critics", "kl-estimator", "ratio")  # `make test-questions`
+# One will do where the rule is of every task by itself; more where they cost no more.
+OTHER_SEEDS = {"kl-estimator": [100], "dpo-ppo": range(100, 120)}
+MINUTES = ("critics", "dpo-ppo", "kl-estimator", "ratio")  # `make test-questions`
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("question", [pytest.param(q, marks=[pytest.mark.minutes] * (q in MINUTES)) for q in QUESTIONS])
 def test_other_tasks_give_the_same_verdict(question: str) -> None:
     protocol = load_protocol(question)
-    slow = question == "kl-estimator"  # whose rule is of every task by itself, so that one will do
-    found = measure_question(question, [100] if slow else range(100, 104))["found"]
+    seeds = OTHER_SEEDS.get(question, range(100, 104))
+    found = measure_question(question, seeds)["found"]
     assert protocol.judge(found).short == protocol.judge(data_of(question)["found"]).short
 
 
