@@ -6,6 +6,7 @@ import pytest
 from shipped import ON_POLICY
 
 from agents.algorithms.klq import KLQ
+from agents.algorithms.pcl import PCL
 from agents.algorithms.ppo import PPO
 from agents.algorithms.trpo import TRPO
 from agents.on_policy import OnPolicyAgent
@@ -13,7 +14,7 @@ from agents.trainer_adapter import BY_DESIGN, adapt_agent
 from lmgym.testing import check_trainer
 from lmgym.testing.invariants import advantages, losses
 
-OWN_UPDATE = {KLQ, TRPO}  # their step is not down a policy loss
+OWN_UPDATE = {KLQ, PCL, TRPO}  # their step is not down a policy loss
 KINDS = [kind for kind in ON_POLICY.values() if kind not in {PPO, *OWN_UPDATE}]
 
 
