@@ -95,6 +95,32 @@ def estimate(sizes: Sizes) -> dict[str, int]:
     }
 
 
+def estimate_weights(
+    parameters: int, trainable: int, element: int, *, shares_reference: bool, shards: int = 1
+) -> dict[str, int]:
+    """Bytes of weights, by what takes them; with `estimate` all that a run needs but for a reward model.
+
+    Args:
+        parameters: numbers of the reference. trainable: numbers that learn.
+        element: bytes of a number of the model. Where they are fewer than 4, those that learn have float32 copies.
+        shares_reference: whether the policy is an adapter in the reference.
+        shards: devices that each hold a part of the weights.
+
+    Returns:
+        "policy", "reference" and "copies", of one device.
+    """
+    float32 = 4
+    policy = trainable * (float32 if shares_reference else element)
+    copies = 0 if shares_reference or element == float32 else float32 * trainable
+    parts = {"policy": policy, "reference": parameters * element, "copies": copies}
+    return {name: -(-size // shards) for name, size in parts.items()}
+
+
+def layer_bytes(tokens: int, width: int, element: int) -> int:
+    """Bytes that autograd keeps of one layer for so many tokens, at most."""
+    return _INSIDE * tokens * width * element
+
+
 def _graph_bytes(sizes: Sizes, b: int) -> int:
     """Bytes that graphs of optimiser steps keep, of b episodes, beside a micro-batch's layers and all gradients.
 
@@ -176,7 +202,7 @@ def measure(
     element = lm.dtype.itemsize
     inside = 0
     if recomputes:
-        inside = _INSIDE * (prompt + horizon) * lm.model.config.get_text_config().hidden_size * element
+        inside = layer_bytes(prompt + horizon, lm.model.config.get_text_config().hidden_size, element)
     return Sizes(
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
