@@ -163,7 +163,7 @@ def test_one_name_means_one_thing() -> None:
 def test_importing_lmgym_costs_little_beyond_gymnasium() -> None:
     # Processor time: on a busy machine the clock says nothing.
     code = "import gymnasium, time; start = time.process_time(); import lmgym; print(time.process_time() - start)"
-    assert min(float(run(code)) for _ in range(3)) < 0.2
+    assert any(float(run(code)) < 0.2 for _ in range(3))
 
 
 # --- the wheel ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +21,8 @@ from transformers import (
     AutoTokenizer,
 )
 
+import builders.build
+from agents.runs.command_line import run_command
 from builders.build import build
 from builders.completions import gold_scores, join_texts, sample_completions, sample_tokens
 from builders.language_model import perplexity
@@ -273,10 +277,31 @@ def command(*overrides: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def refuse_here(*overrides: str) -> str:
+    """What the command ends with in this process, where Python and Hydra are not loaded anew."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["builders.build", *overrides])
+        patched.setenv("HYDRA_MAIN_MODULE", "__main__")  # so that it looks for the configs as from `python -m`
+        try:
+            with pytest.raises(SystemExit) as error:
+                run_command(builders.build.main, configs=ROOT / "conf" / "build_task")
+        finally:
+            GlobalHydra.instance().clear()
+            HydraConfig.instance().cfg = None
+    return str(error.value.code)
+
+
+def test_a_wrong_setting_ends_the_process_in_a_line(tmp_path: Path) -> None:
+    result = command("task=revews", f"output={tmp_path / 'x'}")
+    assert result.returncode != 0
+    assert "got 'revews'. Did you mean 'reviews'?" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("task=revews", "got 'revews'. Did you mean 'reviews'?"),
         ("reward.ranked=1", "`reward.ranked` must be an int >= 2, got 1."),
         ("reference.learning_rate=abc", "`reference.learning_rate` must be a finite number > 0, got 'abc'."),
         ("reference.positions=16", "`reference.positions` must be an int >= 32, got 16."),
@@ -285,10 +310,7 @@ def command(*overrides: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_a_wrong_setting_is_named_before_anything_is_built(override: str, message: str, tmp_path: Path) -> None:
-    result = command(override, f"output={tmp_path / 'x'}")
-    assert result.returncode != 0
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    assert message in refuse_here(override, f"output={tmp_path / 'x'}")
     assert not list(tmp_path.iterdir())
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +197,15 @@ MINUTES = ("critics", "dpo-ppo", "kl-estimator", "ratio")  # `make test-question
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("question", [pytest.param(q, marks=[pytest.mark.minutes] * (q in MINUTES)) for q in QUESTIONS])
-def test_other_tasks_give_the_same_verdict(question: str) -> None:
+@pytest.mark.parametrize(
+    ("question", "seeds"),
+    [
+        *((q, range(100, 102)) for q in QUESTIONS if q not in MINUTES),
+        *(pytest.param(q, OTHER_SEEDS.get(q, range(100, 104)), marks=pytest.mark.minutes) for q in QUESTIONS),
+    ],
+)
+def test_other_tasks_give_the_same_verdict(question: str, seeds: Sequence[int]) -> None:
     protocol = load_protocol(question)
-    seeds = OTHER_SEEDS.get(question, range(100, 104))
     found = measure_question(question, seeds)["found"]
     assert protocol.judge(found).short == protocol.judge(data_of(question)["found"]).short
 

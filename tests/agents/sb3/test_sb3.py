@@ -49,7 +49,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "PPO": {"batch_size": 64, "n_epochs": 2},
     "A2C": {},
     "DQN": {"kwargs": OFF_POLICY},
-    "TRPO": {"kwargs": {"cg_max_steps": 1}, "policy": "mlp", "layers": 1, "n_steps": 64},
+    "TRPO": {"kwargs": {"cg_max_steps": 1}, "policy": "mlp", "layers": 1, "n_steps": 32},
     "QRDQN": {"kwargs": {**OFF_POLICY, "policy_kwargs": {"n_quantiles": 4}}},
     "MaskablePPO": {"batch_size": 64, "n_epochs": 2},
     "RecurrentPPO": {"batch_size": 64, "n_epochs": 2, "kwargs": {"policy_kwargs": {"lstm_hidden_size": 8}}},
@@ -485,14 +485,14 @@ def test_an_action_without_a_log_prob_is_a_point_mass(algorithm: str) -> None:
 
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, "PPO, on a table", "DQN, on a table"])
 def test_every_algorithm_learns_from_what_it_does(algorithm: str, tmp_path: Path) -> None:
-    """Some 500 steps, graded, saved, and loaded into an agent that then does the same."""
+    """Some 250 steps, graded, saved, and loaded into an agent that then does the same."""
     algorithm, _, on_a_table = algorithm.partition(", ")
     envs = keyword_envs if on_a_table else tiny_envs
     agent = make(algorithm, envs(), seed=1, lr_schedule="constant")
     before = weights(agent)
     reference = [p.clone() for p in agent.envs.engine.lm.model.parameters()]
-    history = learn(agent, 512)
-    assert agent.num_timesteps == history[-1]["step"] == 512
+    history = learn(agent, 256)
+    assert agent.num_timesteps == history[-1]["step"] == 256
     assert (weights(agent) - before).abs().max() > 1e-4
     assert all(torch.equal(p, q) for p, q in zip(reference, agent.envs.engine.lm.model.parameters(), strict=True))
     for metrics in history:
@@ -503,14 +503,14 @@ def test_every_algorithm_learns_from_what_it_does(algorithm: str, tmp_path: Path
     agent.save(tmp_path / "checkpoint")
     other.load(tmp_path / "checkpoint")
     assert torch.equal(weights(agent), weights(other))
-    assert other.num_timesteps == 512
+    assert other.num_timesteps == 256
     graded = [evaluate(a.policy, a.envs, samples=2, generator=torch.Generator().manual_seed(0)) for a in (agent, other)]
     assert torch.equal(graded[0].episodes.response_ids, graded[1].episodes.response_ids)
     assert math.isfinite(graded[0].metrics["return"].mean)
     observation, _ = agent.envs.reset(seed=3)
     assert (agent.predict(observation)[0] == other.predict(observation)[0]).all()
-    learn(other, 513)
-    assert other.num_timesteps > 512
+    learn(other, 257)
+    assert other.num_timesteps > 256
 
 
 @pytest.mark.parametrize(
@@ -598,7 +598,7 @@ def test_the_critic_of_trpo_is_known_by_its_place() -> None:
     change = {name: (p - before[name]).abs().max().item() for name, p in agent.policy.named_parameters()}
     assert all((x > 1e-5) == name.startswith("value_head") for name, x in change.items()), change
     agent.model.target_kl = 0.05
-    learn(agent, 1280)
+    learn(agent, 512)
     moved = agent.policy.get_parameter("actor.gpt_neox.layers.0.attention.query_key_value.weight")
     assert not torch.equal(moved, before["actor.gpt_neox.layers.0.attention.query_key_value.weight"])
 
