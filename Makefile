@@ -5,7 +5,7 @@
 # make test-lowest  the tests alone, in .venv-lowest with the oldest versions that pyproject.toml admits
 # make test-bare    tests of the package alone, in .venv-bare without any extra
 # make test-seeds   the tests that draw from a seed, at three others
-# make test-questions  the verdicts of docs/questions that take minutes, on other tasks
+# make test-questions  what takes minutes: verdicts of docs/questions on other tasks, and an engine in a process
 # make lint, format  check the style and the types; mend the style
 # make test-only    the tests alone, in .venv
 # make clean   remove what builds and tools have left; .venv and runs stay
@@ -92,7 +92,7 @@ test-seeds: $(STAMP)
 		SEED_SHIFT=$$shift OMP_NUM_THREADS=$(THREADS) $(PYTEST) -m "seeds and not network" || exit; done
 
 test-questions: $(STAMP)
-	OMP_NUM_THREADS=$(THREADS) $(PYTEST) --timeout 900 -m minutes tests/agents/questions
+	OMP_NUM_THREADS=$(THREADS) $(PYTEST) --timeout 900 -m minutes tests/agents/questions tests/agents/remote
 
 gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -14,8 +14,7 @@ import torch
 
 from agents.algorithms.klq import KLQ, KLQConfig
 from agents.batch import Batch, recompute
-from agents.on_policy import average_steps
-from agents.update import minibatch_rows
+from agents.update import average_steps, minibatch_rows
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.models.sampling import Sampler

@@ -49,8 +49,6 @@ def connect(agent: OnPolicyAgent, config: EngineConfig) -> None:
             "`agent.policy` must be 'finetune' where an engine samples, which has a whole model and nothing beside it, "
             f"got a {type(policy).__name__}."
         )
-    if agent.processes.count > 1:
-        raise InvalidArgumentError("`engine.url` must be null where several processes train an agent.")
     client = Client(config.url, config.timeout)
     engine = agent.envs.engine
     _check_lengths(client, engine)

@@ -283,6 +283,8 @@ def build(plan: Plan, processes: Processes | None = None) -> Agent:
 
     if processes is not None:
         check_shareable(plan.agent_class, plan.agent_config, processes.count)
+        if plan.engine.url is not None and processes.count > 1:
+            raise InvalidArgumentError("`engine.url` must be null where several processes train an agent.")
     rows = plan.agent_config.num_envs
     group = plan.agent_config.responses
     envs: Any = gym.make_vec(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +16,19 @@ import pytest
 import torch
 from conftest import gpt2, learn, shifted, weights, word_count, word_tokenizer
 from shipped import CONF
+from sources import ROOT
 
 from agents.algorithms.ppo import PPO
 from agents.algorithms.rloo import RLOO
+from agents.distributed import Processes
 from agents.importance import sampler_kl
 from agents.on_policy import OnPolicyAgent
 from agents.remote.config import EngineConfig
 from agents.remote.connect import connect
 from agents.runs.defaults import complete_agents
-from agents.runs.plan import check
+from agents.runs.plan import build, check
+from agents.runs.recorder import read_rows
+from agents.runs.run import begin
 from lmgym.errors import InvalidArgumentError, LmGymError
 from lmgym.models.sampling import Sampler
 from lmgym.remote.client import Client
@@ -191,8 +197,38 @@ ENGINE = ["engine.url=http://127.0.0.1:9", "agent.recompute_log_probs=true"]
     ],
 )
 def test_a_run_that_cannot_have_an_engine_is_refused_before_anything_loads(overrides: list[str], message: str) -> None:
+    with pytest.raises(LmGymError, match=message):
+        check(composed("task=reviews", *overrides))
+
+
+def composed(*overrides: str) -> Any:
     complete_agents()
     with hydra.initialize_config_dir(str(CONF.parent), version_base="1.3"):
-        composed = hydra.compose("train", overrides=["task=reviews", *overrides])
-    with pytest.raises(LmGymError, match=message):
-        check(composed)
+        return hydra.compose("train", overrides=list(overrides))
+
+
+def test_several_processes_have_no_engine() -> None:
+    plan = check(composed("task=reviews", *ENGINE))
+    with pytest.raises(InvalidArgumentError, match="`engine.url` must be null where several processes"):
+        build(plan, Processes(1, 2))
+
+
+@pytest.mark.minutes
+def test_a_run_and_an_engine_are_two_processes(tmp_path: Path) -> None:
+    words = ["task=arithmetic-1", "agent=rloo", "agent.batch_size=128", "evaluation.samples=2", "total_timesteps=1500"]
+    words += ["agent.recompute_log_probs=true"]
+    assert begin(composed(*words), tmp_path / "here") == 0
+    command = [sys.executable, "-m", "lmgym.remote", "arithmetic-1", "port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
+        assert server.stdout is not None
+        try:
+            url = server.stdout.readline().split(" at ")[1].split()[0]
+            assert begin(composed(*words, f"engine.url={url}"), tmp_path / "there") == 0
+            server.kill()
+            with pytest.raises(EngineError, match="No engine answers"):
+                begin(composed(*words, f"engine.url={url}"), tmp_path / "lost")
+        finally:
+            server.kill()
+    here, there = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("here", "there"))
+    for row, other in zip(here, there, strict=True):
+        assert row["rollout/return"] == pytest.approx(other["rollout/return"], abs=1e-4)
