@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from lmgym.rewards.members import is_ensemble, read_members
 
 # The other parts may change, or are of the machine. The last three are of a reward model's training.
 COMPARED = ("task", "env", "agent", "sampler", "seed", *KNOBS, "model", "preferences", "reward")
-_DIRECTORIES = ("env.model", "env.reward", "model")  # which may be directories
-_PATHS = (*_DIRECTORIES, "env.prompts", "preferences")  # where a bare word may be a path
+_DATA_SETS = ("env.prompts",)  # which may be directories with the files in folders of their own
+_DIRECTORIES = ("env.model", "env.reward", "model", *_DATA_SETS)  # which may be directories
+_PATHS = (*_DIRECTORIES, "preferences")  # where a bare word may be a path
 
 
 def notes_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,11 +76,12 @@ def _file_of(key: str, value: Any) -> Path | None:
     """The file or directory that a value of a config names, or None. Elsewhere a bare word is a choice, and no path."""
     if not isinstance(value, str) or key.endswith("_target_"):
         return None
-    if key not in _PATHS and not {"/", ".", os.sep} & set(value):
+    whole = re.sub(r"\.\d+$", "", key)  # of a list, such as that of several rewards
+    if whole not in _PATHS and not {"/", ".", os.sep} & set(value):
         return None
     try:
         path = Path(value)
-        return path if path.is_file() or (key in _DIRECTORIES and path.is_dir()) else None
+        return path if path.is_file() or (whole in _DIRECTORIES and path.is_dir()) else None
     except (OSError, ValueError):  # too long, or with a null byte: a prompt, for one
         return None
 
@@ -89,7 +92,8 @@ def _checksum(key: str, path: Path) -> str:
         if path.is_file():
             return checksum(path)
         directories = [path, *map(Path, read_members(path).directories)] if is_ensemble(path) else [path]
-        inside = (sorted(directory.iterdir()) for directory in directories)
+        pattern = "**/*" if key in _DATA_SETS else "*"
+        inside = (sorted(directory.glob(pattern)) for directory in directories)
         files = [x for several in inside for x in several if x.is_file() and not x.name.startswith(".")]
         return hashlib.sha256(json.dumps([(x.name, checksum(x)) for x in files]).encode()).hexdigest()
     except OSError as error:

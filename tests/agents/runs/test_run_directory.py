@@ -231,6 +231,22 @@ def test_a_config_of_the_old_layout_is_refused_in_a_line(tmp_path: Path) -> None
     assert "\n" not in str(error.value)
 
 
+def test_an_edited_file_of_a_data_set_or_of_one_of_several_rewards_is_noticed(tmp_path: Path) -> None:
+    rows = tmp_path / "data" / "main" / "train.jsonl"
+    weights = tmp_path / "helpful" / "model.safetensors"
+    for path in (rows, weights):
+        path.parent.mkdir(parents=True)
+        path.write_text("a")
+    config = {"env": {"prompts": str(tmp_path / "data"), "reward": [str(tmp_path / "helpful"), "my_rewards:polite"]}}
+    then = notes_of(config)
+    assert then["inputs"].keys() == {"env.prompts", "env.reward.0"}
+    assert not changes(then, notes_of(config))
+    for path, key in ((rows, "env.prompts"), (weights, "env.reward.0")):
+        path.write_text("b")
+        assert any(key in line for line in changes(then, notes_of(config)))
+        path.write_text("a")
+
+
 def test_an_edited_input_file_is_noticed(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     model = tmp_path / "model"
