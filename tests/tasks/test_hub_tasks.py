@@ -14,6 +14,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from commands import run_command_here
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -377,3 +378,29 @@ def test_a_reward_that_needs_another_kind_of_prompt_says_so(local: dict[str, dic
 def test_a_flag_is_a_flag() -> None:
     with pytest.raises(InvalidArgumentError, match="`on_hub` must be True or False"):
         register_task("mine", lambda: Task(name="x"), on_hub=1)  # type: ignore[call-arg,arg-type]
+
+
+# --- a run --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_HUB)
+def test_a_run_says_that_the_optimum_is_not_known(
+    name: str, local: dict[str, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = local[name].get("reward")
+    parts = {**local[name], "reward": f"[{','.join(reward)}]" if isinstance(reward, list) else reward}
+    run = tmp_path / "run"
+    arguments = [f"env.{key}={value}" for key, value in parts.items() if value is not None]
+    arguments += [f"hydra.run.dir={run}", "device=cpu", "tracker=none", "env.max_new_tokens=4"]
+    run_command_here(
+        "agents.train",
+        f"task={name}",
+        "agent=rloo",
+        *("agent.batch_size=8", "total_timesteps=64", "evaluation.samples=2", *arguments),
+    )
+    assert "V* itself is not known" in capsys.readouterr().out
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["optimum"]["upper"] is None
+    run_command_here("agents.evaluate", f"run={run}")
+    assert "recorded when it was trained" in capsys.readouterr().out
