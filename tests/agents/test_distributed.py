@@ -105,10 +105,10 @@ def one_thread_each() -> Iterator[None]:
 
 SETTINGS: dict[str, dict[str, Any]] = {  # PPO's minibatches are ragged, and so is the last batch of a file: of one row
     "ppo": {"batch_size": 9, "epochs": 2, "minibatches": 2, "micro_batch_size": 3, "whiten_advantages": "minibatch"},
-    "sft": {"batch_size": 5, "n": 3, "lr": 5e-3},
-    "sft_optimal": {"batch_size": 5, "demonstrations": "optimal", "lr": 5e-3},
+    "sft": {"batch_size": 5, "n": 3, "lr": 3e-4},
+    "sft_optimal": {"batch_size": 5, "demonstrations": "optimal", "lr": 3e-4},
     "sft_file": {"batch_size": 3, "epochs": 9, "demonstrations": "file"},
-    "dpo": {"batch_size": 5, "lr": 5e-3},
+    "dpo": {"batch_size": 5},
     "dpo_file": {"batch_size": 3, "epochs": 9, "mode": "offline"},
 }
 OTHERS = {"batch_size": 8, "micro_batch_size": 3, "minibatches": 2, "group_size": 4, "rollouts": 1, "lr": 1e-3}
