@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from reward_texts import make_gpt2, make_tokenizer, toy_records
-from shipped import AGENTS, ON_POLICY, class_of, fields_of
+from shipped import AGENTS, ON_POLICY, SUPERVISED, class_of, fields_of
 from torch import Tensor
 
 from agents.algorithms.ppo import PPO, PPOConfig
@@ -319,7 +319,7 @@ def test_several_processes_train_one_run(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 LONG = dict.fromkeys(("ppo", "rloo", "sft", "sft_optimal", "sft_file", "dpo", "dpo_file"), 20)
-BATCHES = dict.fromkeys(("wrong_ppo", *ON_POLICY), 3) | LONG
+BATCHES = dict.fromkeys(("wrong_ppo", *ON_POLICY, *SUPERVISED), 3) | LONG
 
 
 def teach(save: Path, resume: Path | None = None) -> tuple[Curve, list[Tensor]]:
