@@ -197,9 +197,11 @@ def train_two(
 
 
 def gap(found: Curve, expected: Curve) -> float:
-    """The largest difference of a metric of two curves."""
+    """The largest difference of a metric of two curves, relative where the metric is above 1."""
     assert [row.keys() for row in found] == [row.keys() for row in expected]
-    return max(abs(a[name] - b[name]) for a, b in zip(found, expected, strict=True) for name in b)
+    return max(
+        abs(a[name] - b[name]) / max(1.0, abs(b[name])) for a, b in zip(found, expected, strict=True) for name in b
+    )
 
 
 def weight_gap(a: Any, b: Any) -> float:
