@@ -15,7 +15,7 @@ import pytest
 import torch
 from commands import run_command_here
 
-from agents.exact import exact_gradient, expected_update, make_table_agent
+from agents.exact import TableEstimators, exact_gradient, expected_update, make_table_agent
 from agents.questions.page import INDEX, fill_template, render_index, render_page
 from agents.questions.protocol import list_questions, load_protocol, template_of
 from agents.questions.run import PAGES, answer_question, measure_question, read_seeds
@@ -23,7 +23,7 @@ from agents.questions.tasks import make_binary_tree, make_random_tree, score_ane
 from agents.runs.config import CONF
 from agents.runs.help_page import study_help_page
 from lmgym.errors import InvalidArgumentError, UnknownNameError
-from studies import best_of_n, dpo_ppo, ratio
+from studies import best_of_n, dpo_ppo, entropy, ratio
 from studies.kl_estimator import METHODS, KLAgent
 
 QUESTIONS = list_questions()
@@ -120,6 +120,19 @@ def test_the_rule_of_the_critics_says_no() -> None:
     assert "none beats" in judge(other).short
 
 
+def test_the_rule_of_the_entropy_says_no() -> None:
+    found = data_of("entropy")["found"]
+    judge = load_protocol("entropy").judge
+    other = copy.deepcopy(found)
+    other["tasks"][3]["runs"]["no KL"]["end"] = 0.99  # on one task
+    for task in other["tasks"]:
+        task["runs"]["no KL"]["line"]["error"] = -0.05
+    assert "pi\\* on every task" in judge(found).claims[0]
+    assert "pi\\* on some tasks" in judge(other).claims[0]
+    assert "misses the best score" in judge(found).short
+    assert "predicts the best score" in judge(other).short
+
+
 def test_the_rule_of_best_of_n_says_no() -> None:
     found = data_of("best-of-n")["found"]
     judge = load_protocol("best-of-n").judge
@@ -193,7 +206,7 @@ def test_the_command_makes_the_page_of_the_data_that_are_there(tmp_path: Path) -
 
 # One will do where the rule is of every task by itself; more where they cost no more.
 OTHER_SEEDS = {"kl-estimator": [100], "dpo-ppo": range(100, 120)}
-MINUTES = ("critics", "dpo-ppo", "kl-estimator", "ratio")  # `make test-questions`
+MINUTES = ("critics", "dpo-ppo", "entropy", "kl-estimator", "ratio")  # `make test-questions`
 
 
 @pytest.mark.slow
@@ -266,6 +279,34 @@ def test_every_ratio_is_right_on_fresh_samples_and_that_of_the_response_on_stale
     stale = expected_update(agent, tree, ratio.sampler(tree, agent, 0))
     assert torch.allclose(expected_update(agent, tree), gradient, rtol=0, atol=1e-9)
     assert torch.allclose(stale, gradient, rtol=0, atol=1e-9) == (name == "response")
+
+
+def test_a_line_is_found_where_it_holds_and_its_ceiling_where_it_does_not() -> None:
+    entropies = np.linspace(1.0, 0.1, 30)
+    found = entropy.fit_line(entropies, 1.4 - 0.5 * np.exp(entropies), 10)
+    assert found == pytest.approx({"a": 0.5, "b": 1.4, "explained": 1.0, "whole": 1.0, "error": -0.1})
+
+
+def test_the_limit_of_the_optimum_is_the_reference_among_right_responses() -> None:
+    cheap = entropy.make_tree(3, 0.01)
+    expected = entropy.describe(cheap, cheap.solve_levels().log_probs)
+    limit = entropy.find_limit(entropy.make_tree(3, 0.0))
+    assert limit["score"] == pytest.approx(expected["score"], abs=1e-9)
+    assert limit["entropy"] == pytest.approx(expected["entropy"], abs=1e-9)
+
+
+def test_plain_steps_go_along_the_gradient_and_natural_ones_to_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entropy, "STEPS", 30)
+    monkeypatch.setattr(entropy, "NATURAL_RATE", 0.3)
+    tree = make_binary_tree(3, (0.1, 0.3), horizon=3, kl_coef=1.0, same_length=True)
+    end = entropy.follow(tree, entropy.Flow(with_kl=True, is_natural=True))[-1]
+    assert end["value"] == pytest.approx(tree.solve().value, abs=1e-6)
+    monkeypatch.setattr(entropy, "STEPS", 1)
+    monkeypatch.setattr(entropy, "PLAIN_RATE", 1e-6)
+    start, after = entropy.follow(tree, entropy.Flow(with_kl=True))
+    square = TableEstimators(tree, tree.reference).gradient.square().sum().item()
+    rise = (after["value"] - start["value"]) / 1e-6
+    assert rise == pytest.approx(len(tree.prompts) * square, rel=1e-4)  # steps add prompts up, and J is their mean
 
 
 def test_a_task_of_mixed_difficulty_has_a_hard_prompt_and_an_easy_one() -> None:
