@@ -46,7 +46,8 @@ class DeferredPrompts(Mapping[str, Sequence[str]]):
             raise KeyError(split)
         if split not in self._texts:
             rows = list(self._read(self.source, split))
-            self._texts[split] = read_prompts(rows, f"prompts[{split!r}]", self._tokenizer)
+            once = None if self._tokenizer is None else functools.cache(self._tokenizer)
+            self._texts[split] = read_prompts(rows, f"prompts[{split!r}]", once)
         return self._texts[split]
 
     def __iter__(self) -> Iterator[str]:
@@ -61,6 +62,9 @@ class DeferredPrompts(Mapping[str, Sequence[str]]):
     __eq__ = object.__eq__  # that of Mapping would read all of both
     __hash__ = object.__hash__
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeferredPrompts:
+        return self  # gymnasium copies the arguments of an environment once a wrapper
+
     def __repr__(self) -> str:
         return f"DeferredPrompts({self.source!r}, {list(self._splits)})"
 
@@ -72,7 +76,7 @@ class DeferredPrompts(Mapping[str, Sequence[str]]):
         """
         if model == self._model:
             return self
-        return self._held(self.source, model, functools.cache(functools.partial(load_tokenizer, model)))
+        return self._held(self.source, model, functools.partial(load_tokenizer, model))
 
     def at(self, directory: str | os.PathLike[str]) -> DeferredPrompts:
         """The same data set from a local directory.

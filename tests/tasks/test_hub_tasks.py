@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +104,14 @@ def test_other_parts_leave_the_rest_of_a_task(name: str, local: dict[str, dict[s
     for field in ("kl_coef", "max_new_tokens", "temperature", "missing_eos_penalty", "max_prompt_tokens", "on_long"):
         assert getattr(changed, field) == getattr(task, field)
     assert changed.prompts["test"] is make_task(name, kl_coef=0.3, **local[name]).prompts["test"]  # read once
+
+
+def test_a_task_of_the_hub_can_be_sent_to_another_process(local: dict[str, dict[str, Any]]) -> None:
+    task = make_task("gsm8k", **local["gsm8k"])
+    assert copy.deepcopy(task).prompts is task.prompts
+    sent = pickle.loads(pickle.dumps(task))
+    assert sent.prompts["test"] == task.prompts["test"]
+    assert sent.prompts["test"][0].columns == task.prompts["test"][0].columns  # type: ignore[attr-defined]
 
 
 def test_the_whole_kit_passes_a_task_of_the_hub(local: dict[str, dict[str, Any]]) -> None:
