@@ -40,6 +40,7 @@ from lmgym.reward_models.training import prepare_lesson, train_member
 from lmgym.rewards.noise import NoisyReward
 
 TASK = "keyword-8"
+NOWHERE = Path(os.devnull)  # no file can be written there
 Curve = list[dict[str, float]]
 
 
@@ -114,7 +115,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # PPO's minibatches are ragged, and so 
 OTHERS = {"batch_size": 8, "micro_batch_size": 3, "minibatches": 2, "group_size": 4, "rollouts": 1, "lr": 1e-3}
 
 
-def make(kind: str, files: Path = Path()) -> Any:
+def make(kind: str, files: Path = NOWHERE) -> Any:
     """A small agent, a wrong one where its name says so; what it reads is written into `files`."""
     name = kind.removeprefix("wrong_")
     agent_class = class_of(name if name in AGENTS else name.partition("_")[0])
@@ -173,7 +174,7 @@ def train_two(
     batches: int,
     shared: Callable[..., Threads] = Threads,
     start: Path | None = None,
-    files: Path = Path(),
+    files: Path = NOWHERE,
 ) -> list[tuple[Any, Curve]]:
     """Two agents in two threads that share every batch."""
     board = Board()
