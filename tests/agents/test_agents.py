@@ -110,11 +110,17 @@ ALWAYS = (
 )
 
 
-@every_case
-def test_at_first_the_kl_is_zero_and_the_ratio_one(case: Case) -> None:
-    agent = agent_of(case)
+@functools.cache
+def begun(name: str) -> tuple[OnPolicyAgent, Tensor, list[dict[str, float]]]:
+    """An agent after three batches, its weights before them, and their metrics: for tests that only look."""
+    agent = agent_of(CASES[name])
     before = weights(agent)
-    first, second, third = learn(agent, 3)
+    return agent, before, learn(agent, 3)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_at_first_the_kl_is_zero_and_the_ratio_one(name: str) -> None:
+    agent, before, (first, second, third) = begun(name)
     assert abs(first["rollout/kl"]) < 1e-5
     assert abs(first["rollout/exact_kl"]) < 1e-5
     assert first["rollout/return"] == pytest.approx(first["rollout/score"], abs=1e-5)
@@ -124,11 +130,11 @@ def test_at_first_the_kl_is_zero_and_the_ratio_one(case: Case) -> None:
     assert not torch.equal(weights(agent), before)
 
 
-@every_case
-def test_metrics_are_finite_and_have_their_names(case: Case) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_metrics_are_finite_and_have_their_names(name: str) -> None:
     """Those of the template are always there; the page of an agent lists those of its own (tests/test_readme.py)."""
-    agent = agent_of(case)
-    for metrics in learn(agent, 2):
+    agent, _, history = begun(name)
+    for metrics in history:
         own = metrics.keys() - ALWAYS - {"step"}
         assert metrics.keys() >= ALWAYS
         assert all(name.startswith("train/") for name in own)
@@ -137,10 +143,9 @@ def test_metrics_are_finite_and_have_their_names(case: Case) -> None:
         assert all(math.isfinite(x) for x in metrics.values())
 
 
-@every_case
-def test_only_a_critic_that_is_used_learns(case: Case) -> None:
-    agent = agent_of(case)
-    learn(agent, 2)
+@pytest.mark.parametrize("name", CASES)
+def test_only_a_critic_that_is_used_learns(name: str) -> None:
+    agent, _, _ = begun(name)
     moved = any(p.abs().max().item() > 0 for p in agent.policy.value_head.parameters())  # type: ignore[union-attr]
     assert moved == agent.uses_critic
 
