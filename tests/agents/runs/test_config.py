@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 import subprocess
 import sys
@@ -53,8 +55,14 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmgym.rewards.classifier.AutoModelForSequenceClassification.from_pretrained", refuse)
 
 
-def composed(*overrides: str) -> DictConfig:
+@functools.cache
+def composed_once(*overrides: str) -> DictConfig:
     return hydra.compose("train", overrides=list(overrides))
+
+
+def composed(*overrides: str) -> DictConfig:
+    """A config of one's own: to copy one takes a tenth of the time of composing it."""
+    return copy.deepcopy(composed_once(*overrides))
 
 
 # -- a dataclass from plain values -----------------------------------------------------------------------------------
