@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from agents.questions.tasks import make_binary_tree, make_random_tree, score_ane
 from agents.runs.config import CONF
 from agents.runs.help_page import study_help_page
 from lmgym.errors import InvalidArgumentError, UnknownNameError
-from studies import best_of_n, dpo_ppo, entropy, ratio
+from studies import best_of_n, dpo_ppo, entropy, over_optimisation, ppo_details, ratio
 from studies.kl_estimator import METHODS, KLAgent
 
 QUESTIONS = list_questions()
@@ -156,6 +157,65 @@ def test_the_rule_of_dpo_and_ppo_says_no() -> None:
     assert "less with none, and more with none" in judge(other).claims[6]
 
 
+def test_the_rule_of_the_details_says_no() -> None:
+    found = data_of("ppo-details")["found"]
+    judge = load_protocol("ppo-details").judge
+    other = copy.deepcopy(found)
+    for rates in other["tasks"].values():
+        for runs in rates.values():
+            runs["1 epoch"] = [run + 0.06 + 0.001 * i for i, run in enumerate(runs["base"])]
+            runs["lambda 1"] = [run + 0.04 + 0.001 * i for i, run in enumerate(runs["base"])]  # too little to matter
+    claims = judge(other).claims
+    assert "*1 epoch*" in claims[0]
+    assert "*1 epoch*" in claims[4]
+    assert "*lambda 1*" in claims[3]
+    assert "*1 epoch*" not in judge(found).claims[0]
+
+
+def test_the_rule_of_over_optimisation_says_no() -> None:
+    found = data_of("over-optimisation")["found"]
+    judge = load_protocol("over-optimisation").judge
+    other = copy.deepcopy(found)
+    for ways in other["proxies"].values():
+        for rows in ways.values():
+            for i, row in enumerate(rows):  # what the form of best-of-n gives, with a peak
+                row["proxy"] = row["gold"] = [
+                    0.6 * d - (0.2 + 0.001 * i) * d * d for d in over_optimisation.distances()
+                ]
+    claims = judge(other).claims
+    assert "along best-of-n: yes; along the best policies: yes" in claims[0]
+    assert "along best-of-n: yes" not in judge(found).claims[0]
+    assert "rises for no proxy along both" in claims[1]
+    assert "each time: no" in claims[2]
+    assert claims[-1].endswith("nearer to d (a - b d).")
+
+
+def test_the_best_of_n_is_the_mean_over_all_ways_to_draw_n() -> None:
+    generator = torch.Generator().manual_seed(0)
+    proxy, gold = torch.rand(2, 2, 7, generator=generator, dtype=torch.float64)
+    best = [
+        [gold[x, max(ways, key=lambda i, x=x: proxy[x, i].item())] for ways in combinations(range(7), 3)]
+        for x in (0, 1)
+    ]
+    expected = torch.tensor(best).mean() - gold.mean()
+    assert over_optimisation.best_of(proxy, gold, 3)["gold"] == pytest.approx(expected.item())
+    tilted = over_optimisation.tilt_to(proxy, proxy, 0.5)["proxy"]
+    assert over_optimisation.best_of(proxy, proxy, 1)["proxy"] == pytest.approx(0)
+    assert 0 < tilted < (proxy.amax(1).mean() - proxy.mean()).item()
+
+
+def test_the_head_of_values_starts_as_a_detail_says() -> None:
+    head = torch.nn.Linear(4, 1)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    ppo_details.set_value_head(head, "zero", 0.7, 0)
+    assert head(torch.ones(4)).item() == 0
+    ppo_details.set_value_head(head, "reference", 0.7, 0)
+    assert head(torch.ones(4)).item() == pytest.approx(0.7)
+    ppo_details.set_value_head(head, "random", 0.7, 0)
+    assert 0 < head.weight.abs().max() <= 0.5
+
+
 def test_the_table_of_dpo_is_the_reference_at_first_and_the_rewards_of_pi_star_give_it() -> None:
     for kind in ("any", "simple"):
         tasks = dpo_ppo.make_tasks([0, 1], kind)
@@ -206,7 +266,8 @@ def test_the_command_makes_the_page_of_the_data_that_are_there(tmp_path: Path) -
 
 # One will do where the rule is of every task by itself; more where they cost no more.
 OTHER_SEEDS = {"kl-estimator": [100], "dpo-ppo": range(100, 120)}
-MINUTES = ("critics", "dpo-ppo", "entropy", "kl-estimator", "ratio")  # `make test-questions`
+# `make test-questions`
+MINUTES = ("critics", "dpo-ppo", "entropy", "kl-estimator", "over-optimisation", "ppo-details", "ratio")
 
 
 @pytest.mark.slow
