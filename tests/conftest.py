@@ -27,6 +27,11 @@ LONG = (
     "test_multirun.py",
     "test_build.py",
     "test_examples.py",
+    "test_infos.py",
+    "test_gpu_tables.py",
+    "test_project.py",
+    "test_distributed.py",
+    "test_questions.py",
 )
 SEED_SHIFT = int(os.environ.get("SEED_SHIFT", "0"))
 
