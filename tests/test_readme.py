@@ -171,7 +171,8 @@ def test_the_keyword_arguments_of_the_vector_env_are_those_of_its_signature() ->
 
 
 def test_the_ids_are_those_registered() -> None:
-    tasks = re.findall(r"`(lmgym/[\w.-]+-v\d+)`", cards.page())
+    pages = cards.page() + (ROOT / "docs/hub.md").read_text()
+    tasks = re.findall(r"`(lmgym/[\w.-]+-v\d+)`", pages)
     listed = {*table(ENVIRONMENTS, "id"), *tasks}
     assert listed == {name for name in gym.registry if name.startswith("lmgym/")}
 
