@@ -42,6 +42,7 @@ _EXPECTED: dict[str, tuple[Any, ...]] = {
     "recompute_log_probs": (False,),
     "gradient_checkpointing": (False,),
     "offload": (False,),
+    "adam": ("pytorch", "tensorflow"),
     "autocast": (None,),
     "whiten_advantages": ("batch", "none"),
     "ptx_coef": (0.0,),

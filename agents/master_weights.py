@@ -39,7 +39,7 @@ class MasterWeights:
             optimizer.register_step_pre_hook(self._before_step)
             optimizer.register_step_post_hook(self._after_step)
             optimizer.register_state_dict_post_hook(self._add_to_state)
-            optimizer.register_load_state_dict_pre_hook(self._take_from_state)
+            optimizer.register_load_state_dict_pre_hook(self.take_from_state)
 
     def of(self, weights: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """What the optimiser steps for each weight: its copy, or the weight itself where it is in float32."""
@@ -98,7 +98,8 @@ class MasterWeights:
         return {**state_dict, "state": state}
 
     @torch.no_grad()
-    def _take_from_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def take_from_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Takes the copies out of a `state_dict` that is about to be loaded; returns the rest of it."""
         parameters = _parameters(optimizer)
         self._written = []  # the weights may be those of another time
         state: dict[int, dict[str, Any]] = {}

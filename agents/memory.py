@@ -54,6 +54,7 @@ class Sizes:
         cast: bytes that it keeps once: weights in another type.
         inside: bytes that one layer needs for an episode while it runs again; 0 where layers are kept.
         cached: bytes of a token's keys and values in all layers.
+        moment: bytes of a number of Adam's moments.
         has_graphs: whether optimiser steps may run as CUDA graphs.
     """
 
@@ -70,6 +71,7 @@ class Sizes:
     cached: int
     cast: int = 0
     has_graphs: bool = False
+    moment: int = 4
 
 
 def estimate(sizes: Sizes) -> dict[str, int]:
@@ -86,7 +88,7 @@ def estimate(sizes: Sizes) -> dict[str, int]:
     gradients = sizes.trainable_bytes + (float32 * sizes.trainable if half else 0)
     logit_gradients = _GRADIENT_COPIES * sizes.horizon * sizes.vocabulary * float32
     return {
-        "optimiser": 2 * float32 * sizes.trainable,
+        "optimiser": 2 * sizes.moment * sizes.trainable,
         "gradients": gradients,
         "layers": sizes.cast + b * (sizes.kept + max(sizes.inside, logit_gradients)),
         "cache": sizes.batch_size * round_up_capacity(sizes.prompt + sizes.horizon) * sizes.cached,

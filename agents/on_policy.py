@@ -315,7 +315,7 @@ def memory_sizes(agent: OnPolicyAgent) -> Sizes:
     """What the memory of a run depends on, from forwards over episodes of full length."""
     config = agent.config
     engine = agent.envs.engine
-    return measure(
+    sizes = measure(
         agent.policy,
         engine.lm,
         agent.sampler,
@@ -325,6 +325,7 @@ def memory_sizes(agent: OnPolicyAgent) -> Sizes:
         horizon=engine.horizon,
         recomputes=config.gradient_checkpointing,
     )
+    return replace(sizes, moment=1) if config.adam == "8bit" else sizes
 
 
 def sample_batch(agent: OnPolicyAgent, count: int | None = None) -> Episodes:

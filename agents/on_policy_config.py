@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from agents.learning import LearningConfig
 from agents.policies.actor_critic import Critic, TrainablePolicy
-from agents.update import AdamConfig, Updater
+from agents.update import AdamConfig, Updater, check_bitsandbytes
 from lmgym.errors import InvalidArgumentError, check_int
 from lmgym.ranges import Count, Decay, Fraction, NonNegative, Positive, Range
 
@@ -27,7 +27,7 @@ class OnPolicyConfig(LearningConfig):
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # over the whole run
     lr_warmup: Fraction = 0.0  # share of the run over which it rises to lr from 0, before the schedule begins
     lr_end: Fraction = 0.0  # share of lr that linear and cosine end at
-    adam: Literal["pytorch", "tensorflow"] = "pytorch"  # tensorflow corrects adam_eps for bias like the second moment
+    adam: Literal["pytorch", "tensorflow", "8bit"] = "pytorch"  # tensorflow: adam_eps as there; 8bit: moments in bytes
     adam_beta1: Decay = 0.9
     adam_beta2: Decay = 0.999
     adam_eps: NonNegative = 1e-5
@@ -48,6 +48,8 @@ class OnPolicyConfig(LearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("minibatches", self.minibatches, 1, self.batch_size)
+        if self.adam == "8bit":
+            check_bitsandbytes()
         if self.importance != "none" and not self.recompute_log_probs:
             raise InvalidArgumentError(
                 f"`recompute_log_probs` must be true where `importance` is {self.importance!r}: the trainer's "
@@ -77,6 +79,7 @@ class OnPolicyConfig(LearningConfig):
             betas=(self.adam_beta1, self.adam_beta2),
             eps=self.adam_eps,
             is_tensorflow=self.adam == "tensorflow",
+            is_8bit=self.adam == "8bit",
             max_grad_norm=self.max_grad_norm,
         )
         return Updater(policy, groups, adam, self)

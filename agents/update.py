@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from agents.distributed import Processes
 from agents.finite import GRAD_NORM, check_saving, check_step
 from agents.master_weights import MasterWeights
 from agents.policies.actor_critic import TrainablePolicy
+from lmgym.errors import InvalidArgumentError
 from lmgym.models.lean.graphs import adding_gradients
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar to minimise, and scalar metrics
@@ -33,6 +35,7 @@ class AdamConfig:
         eps: added to the root of the second moment.
         is_tensorflow: adds `eps` before the second moment is corrected for bias, as TensorFlow does; PyTorch adds it
             after.
+        is_8bit: keeps the moments in 8 bits, by bitsandbytes (Dettmers et al. 2021, arXiv 2110.02861).
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
     """
 
@@ -43,6 +46,7 @@ class AdamConfig:
     end: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     is_tensorflow: bool = False
+    is_8bit: bool = False
 
 
 class Updater:
@@ -55,7 +59,7 @@ class Updater:
         config: the agent's numbers, for what an error advises.
 
     Attributes:
-        optimizer: PyTorch's Adam.
+        optimizer: Adam, of PyTorch or of bitsandbytes.
         masters: float32 copies of half-precision weights, which the optimiser steps instead of them.
     """
 
@@ -71,8 +75,7 @@ class Updater:
         self._config = config
         self._rates = [rate for _, rate in groups]
         parameters = [{"params": weights, "lr": rate} for weights, rate in groups]
-        is_fused = policy.device.type in ("cpu", "cuda") or None  # one kernel a weight; None leaves it to PyTorch
-        self.optimizer = torch.optim.Adam(parameters, betas=adam.betas, eps=adam.eps, fused=is_fused)
+        self.optimizer = _new_optimizer(parameters, adam, policy.device)
         self.masters = MasterWeights(self.optimizer)
 
     @property
@@ -139,10 +142,32 @@ class Updater:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up an optimiser's `state_dict`; betas and epsilon stay those of the config."""
+        if self.adam.is_8bit:  # bitsandbytes calls no hooks there
+            state = self.masters.take_from_state(self.optimizer, state)
         self.optimizer.load_state_dict(state)
         for group in self.optimizer.param_groups:
             group["betas"] = self.adam.betas
             group["eps"] = self.adam.eps
+
+
+def check_bitsandbytes() -> None:
+    """Raises `InvalidArgumentError` where the package bitsandbytes is missing, saying how to install it."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InvalidArgumentError(
+            "`adam` must be one that is installed, got '8bit': it needs the package bitsandbytes "
+            "(pip install -e '.[8bit]')."
+        )
+
+
+def _new_optimizer(groups: list[dict[str, Any]], adam: AdamConfig, device: torch.device) -> torch.optim.Optimizer:
+    """Adam with the numbers of a config, over groups of weights with their learning rates."""
+    if adam.is_8bit:
+        from bitsandbytes.optim import Adam8bit
+
+        optimizer: torch.optim.Optimizer = Adam8bit(groups, betas=adam.betas, eps=adam.eps)
+        return optimizer
+    is_fused = device.type in ("cpu", "cuda") or None  # one kernel a weight; None leaves it to PyTorch
+    return torch.optim.Adam(groups, betas=adam.betas, eps=adam.eps, fused=is_fused)
 
 
 def sum_gradients(
