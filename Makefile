@@ -92,7 +92,7 @@ test-seeds: $(STAMP)
 		SEED_SHIFT=$$shift OMP_NUM_THREADS=$(THREADS) $(PYTEST) -m "seeds and not network" || exit; done
 
 test-questions: $(STAMP)
-	OMP_NUM_THREADS=$(THREADS) $(PYTEST) --timeout 900 -m minutes tests/agents/questions tests/agents/remote
+	OMP_NUM_THREADS=$(THREADS) $(PYTEST) --timeout 900 -m minutes tests/agents/questions tests/agents/remote tests/agents/test_distributed.py
 
 gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -323,6 +323,7 @@ def test_several_processes_train_one_run(monkeypatch: pytest.MonkeyPatch) -> Non
 
 LONG = dict.fromkeys(("ppo", "rloo", "sft", "sft_optimal", "sft_file", "dpo", "dpo_file"), 20)
 BATCHES = dict.fromkeys(("wrong_ppo", *ON_POLICY, *SUPERVISED), 3) | LONG
+FEW = {"wrong_ppo": 2, "ppo": 6, "rloo": 6, "sft": 4, "dpo": 4}
 
 
 def teach(save: Path, resume: Path | None = None) -> tuple[Curve, list[Tensor]]:
@@ -335,9 +336,9 @@ def teach(save: Path, resume: Path | None = None) -> tuple[Curve, list[Tensor]]:
     return curve, [weight.detach() for weight in member.model.parameters()]
 
 
-def work(rank: int, port: int, directory: Path) -> None:
+def work(rank: int, port: int, directory: Path, batches_of: dict[str, int]) -> None:
     """What each of two processes does: a reward model, one that goes on from another run's checkpoint, and batches of
-    every agent; then the second is gone, and the first misses it.
+    agents; then the second is gone, and the first misses it.
     """
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
@@ -345,7 +346,7 @@ def work(rank: int, port: int, directory: Path) -> None:
     with joined_processes("cpu") as processes:
         torch.save(teach(directory / "by-two"), directory / f"taught-{rank}.pt")
         torch.save(teach(directory / "again", directory / "by-one"), directory / f"resumed-{rank}.pt")
-        for kind, batches in BATCHES.items():
+        for kind, batches in batches_of.items():
             agent = make(kind, directory)
             share(agent, processes)
             curve = train(agent, batches)
@@ -360,14 +361,17 @@ def work(rank: int, port: int, directory: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_every_agent_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "batches_of", [FEW, pytest.param(BATCHES, marks=pytest.mark.minutes)], ids=["few", "every agent"]
+)
+def test_two_processes_train_as_one(batches_of: dict[str, int], tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     make("sft_file", tmp_path)  # the files are there before both read them
     make("dpo_file", tmp_path)
     expected, _ = teach(tmp_path / "by-one")
-    torch.multiprocessing.spawn(work, (port, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(work, (port, tmp_path, batches_of), nprocs=2)
     assert [row["step"] for row in expected] == list(range(1, 21))
     found = {name: torch.load(tmp_path / f"{name}.pt") for name in ("taught-0", "taught-1", "resumed-0", "resumed-1")}
     found["resumed"] = teach(tmp_path / "again-by-one", tmp_path / "by-two")
@@ -375,7 +379,7 @@ def test_two_processes_train_every_agent_as_one(tmp_path: Path) -> None:
         assert len(curve) == (20 if name.startswith("taught") else 10)
         assert gap(curve, expected[-len(curve) :]) < 1e-4, name
     assert all(map(torch.equal, found["taught-0"][1], found["taught-1"][1]))
-    for kind, batches in BATCHES.items():
+    for kind, batches in batches_of.items():
         curve, weights = torch.load(tmp_path / f"{kind}-0.pt", weights_only=True)
         other, other_weights = torch.load(tmp_path / f"{kind}-1.pt", weights_only=True)
         assert curve == other, kind

@@ -30,9 +30,11 @@ from lmgym.errors import InvalidActionError, InvalidArgumentError, LmGymError, U
 from lmgym.models.lean.transformer import Transformer
 from lmgym.models.ring import RingDecoder
 from lmgym.tasks import Task
+from lmgym.tasks.registry import registered_tasks
 
 ID = "lmgym/RLHF-v0"
-IDS = sorted(name for name in gym.registry if name.startswith("lmgym/"))
+ON_HUB = {registered.env_id for registered in registered_tasks().values() if registered.on_hub}
+IDS = sorted(name for name in gym.registry if name.startswith("lmgym/") and name not in ON_HUB)
 EOS = 1
 V = len(WORDS) + 3
 P = 6
