@@ -265,7 +265,7 @@ def test_the_command_makes_the_page_of_the_data_that_are_there(tmp_path: Path) -
 
 
 # One will do where the rule is of every task by itself; more where they cost no more.
-OTHER_SEEDS = {"kl-estimator": [100], "dpo-ppo": range(100, 120)}
+OTHER_SEEDS = {"kl-estimator": [100], "dpo-ppo": range(100, 120), "ppo-details": range(10, 20)}
 # `make test-questions`
 MINUTES = ("critics", "dpo-ppo", "entropy", "kl-estimator", "over-optimisation", "ppo-details", "ratio")
 
