@@ -158,20 +158,7 @@ class OnPolicyAgent(LearningAgent):
             Metrics; among them `train/ratio_error`, how far the log-probs before any change were from those of the
             sampling, nats a token.
         """
-        config = self.config
-        episodes = batch.episodes
-        assert episodes.values is not None
-        inputs = {"scores": episodes.scores, "values": episodes.values}
-        inputs |= {"advantages": batch.advantages, "returns": batch.returns}
-        history: list[dict[str, float]] = []
-        lengths = episodes.lengths.cpu()
-        for rows in minibatch_rows(len(batch), config.epochs, config.minibatches, self.generator):
-            # Short episodes first: parts have little padding. The host orders them, and rows are copied once.
-            minibatch = batch[to_device(rows[lengths[rows].argsort()], self.policy.device)]
-            history.append(self.updater.step(self.losses(minibatch), inputs, self.processes))
-            if self.stop_early(history[-1]):
-                break
-        return average_steps(history)
+        return average_steps(take_passes(self, batch, self.config.epochs))
 
     def losses(self, minibatch: Batch) -> Iterator[Loss]:
         """Yields the losses of one optimiser step: one of each micro-batch, whose sum is that of the minibatch.
@@ -326,6 +313,23 @@ def memory_sizes(agent: OnPolicyAgent) -> Sizes:
         recomputes=config.gradient_checkpointing,
     )
     return replace(sizes, moment=1) if config.adam == "8bit" else sizes
+
+
+def take_passes(agent: OnPolicyAgent, batch: Batch, passes: int) -> list[dict[str, float]]:
+    """Passes of optimiser steps over the minibatches of a batch; the metrics of each step."""
+    episodes = batch.episodes
+    assert episodes.values is not None
+    inputs = {"scores": episodes.scores, "values": episodes.values}
+    inputs |= {"advantages": batch.advantages, "returns": batch.returns}
+    history: list[dict[str, float]] = []
+    lengths = episodes.lengths.cpu()
+    for rows in minibatch_rows(len(batch), passes, agent.config.minibatches, agent.generator):
+        # Short episodes first: parts have little padding. The host orders them, and rows are copied once.
+        minibatch = batch[to_device(rows[lengths[rows].argsort()], agent.policy.device)]
+        history.append(agent.updater.step(agent.losses(minibatch), inputs, agent.processes))
+        if agent.stop_early(history[-1]):
+            break
+    return history
 
 
 def sample_batch(agent: OnPolicyAgent, count: int | None = None) -> Episodes:

@@ -202,12 +202,9 @@ def sum_gradients(
 
 def norm_of(gradients: Iterable[Tensor]) -> Tensor:
     """() the norm of all numbers in some tensors, summed in float32 where they are in half precision."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for gradient in gradients:
-        by_dtype.setdefault(gradient.dtype, []).append(gradient)
     norms = [
-        torch.stack(torch._foreach_norm(some, 2, dtype=torch.promote_types(dtype, torch.float32)))
-        for dtype, some in by_dtype.items()
+        torch.stack(torch._foreach_norm(some, 2, dtype=torch.promote_types(some[0].dtype, torch.float32)))
+        for some in _by_dtype(gradients)
     ]
     return torch.linalg.vector_norm(torch.cat(norms)) if norms else torch.zeros(())
 
@@ -222,12 +219,16 @@ def clip_gradients(weights: Iterable[nn.Parameter], norm: float, limit: float) -
     factor = limit / (norm + 1e-6)
     if factor >= 1:
         return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for weight in weights:
-        if weight.grad is not None:
-            by_dtype.setdefault(weight.grad.dtype, []).append(weight.grad)
-    for some in by_dtype.values():
+    for some in _by_dtype(weight.grad for weight in weights if weight.grad is not None):
         torch._foreach_mul_(some, factor)
+
+
+def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors in lists of one type each: an operation on such a list is one launch."""
+    lists: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        lists.setdefault(tensor.dtype, []).append(tensor)
+    return list(lists.values())
 
 
 def minibatch_rows(count: int, epochs: int, minibatches: int, generator: torch.Generator) -> Iterator[Tensor]:

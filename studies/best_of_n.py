@@ -18,7 +18,7 @@ from agents.algorithms.best_of_n import best_of_n_log_probs, kl_bound
 from agents.questions.page import make_table
 from agents.questions.protocol import Found, Protocol, Verdict
 from agents.questions.tasks import make_binary_tree, make_random_tree
-from agents.runs.picture_style import BLUE, GREEN, INK, ORANGE, blank_figure, dress
+from agents.runs.picture_style import BLUE, GREEN, INK, ORANGE, blank_figure, dress, legend_below
 from lmgym.intervals import Interval
 from lmgym.optimum.tree import Tree
 
@@ -174,8 +174,7 @@ def draw(found: Found) -> dict[str, Figure]:
         each.set_xscale("log", base=2)
         each.set_xticks(CANDIDATES, [str(n) for n in CANDIDATES])
         each.axhline(1, color=INK, linewidth=0.8)
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5, labelcolor=INK)
+    legend_below(figure, axes[0], 3)
     return {"kl": figure}
 
 

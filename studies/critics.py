@@ -25,7 +25,7 @@ from agents.on_policy import OnPolicyAgent
 from agents.questions.page import make_table
 from agents.questions.protocol import Found, Protocol, Verdict
 from agents.questions.tasks import make_uneven_tree
-from agents.runs.picture_style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, blank_figure, dress
+from agents.runs.picture_style import BLUE, GREEN, MUTED, ORANGE, PURPLE, blank_figure, dress, legend_below
 from lmgym.episodes import Episodes
 from lmgym.intervals import Interval
 from lmgym.optimum.anatomy import CriticError, GradientQuality, critic_targets, visits
@@ -401,8 +401,7 @@ def draw(found: Found) -> dict[str, Figure]:
         each.set_yticks([], minor=True)
         each.set_yticks(TICKS, [str(tick) for tick in TICKS])
         each.set_ylim(TICKS[0], TICKS[-1])
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5, labelcolor=INK)
+    legend_below(figure, axes[0], 3)
     return {"runs": figure}
 
 

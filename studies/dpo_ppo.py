@@ -24,7 +24,7 @@ from agents.exact.updates import policy_logits
 from agents.questions.page import make_table
 from agents.questions.protocol import Found, Protocol, Verdict
 from agents.questions.tasks import make_random_tree, score_anew
-from agents.runs.picture_style import BLUE, GREEN, INK, ORANGE, PURPLE, blank_figure, dress
+from agents.runs.picture_style import BLUE, GREEN, INK, ORANGE, PURPLE, blank_figure, dress, legend_below
 from lmgym.intervals import Interval
 from lmgym.optimum.tree import Tree
 
@@ -483,8 +483,7 @@ def draw(found: Found) -> dict[str, Figure]:
         each.set_xticks(LABELS, [str(n) for n in LABELS])
         each.axhline(100, color=INK, linewidth=0.8)
     axes[0].set_ylabel("gap, percent of the gain")
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9.5, labelcolor=INK)
+    legend_below(figure, axes[0], 5)
     return {"labels": figure}
 
 

@@ -21,7 +21,7 @@ from agents.exact import TablePolicy, make_table_agent
 from agents.questions.page import make_table
 from agents.questions.protocol import Found, Protocol, Verdict
 from agents.questions.tasks import make_binary_tree
-from agents.runs.picture_style import BLUE, GREEN, INK, ORANGE, PURPLE, blank_figure, dress
+from agents.runs.picture_style import BLUE, GREEN, INK, ORANGE, PURPLE, blank_figure, dress, legend_below
 from lmgym.intervals import Interval
 from lmgym.optimum.anatomy import critic_targets, soft_values, visits
 from lmgym.optimum.tree import Tree
@@ -345,8 +345,7 @@ def draw(found: Found) -> dict[str, Figure]:
         axes[1].plot(np.exp(curve[:, 2]), curve[:, 1], ".", color=color)
         axes[1].plot(at, run["line"]["b"] - run["line"]["a"] * at, color=color, linewidth=0.9)
     axes[1].axhline(1, color=INK, linewidth=0.8)
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5, labelcolor=INK)
+    legend_below(figure, axes[0], 3)
     return {"line": figure}
 
 

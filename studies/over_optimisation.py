@@ -20,7 +20,7 @@ from torch import Tensor
 from agents.algorithms.best_of_n import kl_bound
 from agents.questions.page import make_table
 from agents.questions.protocol import Found, Protocol, Verdict
-from agents.runs.picture_style import BLUE, GREEN, INK, ORANGE, blank_figure, dress
+from agents.runs.picture_style import BLUE, GREEN, INK, ORANGE, blank_figure, dress, legend_below
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.intervals import Interval
 from lmgym.models.policy import CausalPolicy
@@ -286,8 +286,7 @@ def draw(found: Found) -> dict[str, Figure]:
             each.plot(roots, gold.mean(0), marker="o", markersize=4, color=color, label=f"gold, {name}")
             proxy = _numbers(found, name, way, "proxy")
             each.plot(roots, proxy.mean(0), "--", color=color, linewidth=1, label=f"{name} itself")
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9.5, labelcolor=INK)
+    legend_below(figure, axes[0], 4)
     return {"gold": figure}
 
 

@@ -17,7 +17,7 @@ from agents.algorithms.ppo import PPO, PPOConfig
 from agents.many_seeds import ManySeeds
 from agents.questions.page import make_table
 from agents.questions.protocol import Found, Protocol, Verdict
-from agents.runs.picture_style import BLUE, INK, MUTED, ORANGE, blank_figure, dress
+from agents.runs.picture_style import BLUE, INK, MUTED, ORANGE, blank_figure, dress, legend_below
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.intervals import Interval
 from lmgym.optimum.tree import Tree, make_episode_logits
@@ -243,8 +243,7 @@ def draw(found: Found) -> dict[str, Figure]:
                 means, heights + shift, xerr=sides, fmt="o", markersize=4, color=color, label=f"learning rate {rate:g}"
             )
     axes[0].set_yticks(heights, OTHERS, color=INK)
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9.5, labelcolor=INK)
+    legend_below(figure, axes[0], 2)
     return {"effects": figure}
 
 

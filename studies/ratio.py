@@ -34,7 +34,7 @@ from agents.on_policy_config import OnPolicyConfig
 from agents.questions.page import make_table
 from agents.questions.protocol import Found, Protocol, Verdict
 from agents.questions.tasks import make_random_tree
-from agents.runs.picture_style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, blank_figure, dress
+from agents.runs.picture_style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, blank_figure, dress, legend_below
 from agents.update import Loss
 from lmgym.episodes import Episodes
 from lmgym.intervals import Interval
@@ -366,8 +366,7 @@ def draw(found: Found) -> dict[str, Figure]:
         each.set_xticks(STALENESS, [str(k) for k in STALENESS])
         each.set_yscale("log")
     axes[1].axhline(1, color=INK, linewidth=0.8)
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5, labelcolor=INK)
+    legend_below(figure, axes[0], 3)
     return {"bias": figure}
 
 

@@ -14,7 +14,8 @@ import torch
 
 from agents.algorithms.klq import KLQ, KLQConfig
 from agents.batch import Batch, recompute
-from agents.update import average_steps, minibatch_rows
+from agents.on_policy import take_passes
+from agents.update import average_steps
 from lmgym.envs.vector import RLHFVectorEnv
 from lmgym.episodes import Episodes
 from lmgym.models.sampling import Sampler
@@ -45,16 +46,11 @@ class PCL(KLQ):
 
     def update(self, batch: Batch) -> dict[str, float]:
         """Passes of optimiser steps over as many episodes as a batch has, drawn anew for each."""
-        config = self.config
-        self._replay = [*self._replay, batch.episodes][-config.replay :]
+        self._replay = [*self._replay, batch.episodes][-self.config.replay :]
         history: list[dict[str, float]] = []
-        for _ in range(config.epochs):
+        for _ in range(self.config.epochs):
             drawn = self.read_again(self.draw(len(batch)), batch.progress)
-            assert drawn.episodes.values is not None
-            inputs = {"scores": drawn.episodes.scores, "values": drawn.episodes.values, "returns": drawn.returns}
-            for rows in minibatch_rows(len(drawn), 1, config.minibatches, self.generator):
-                minibatch = drawn[to_device(rows, self.policy.device)]
-                history.append(self.updater.step(self.losses(minibatch), inputs, self.processes))
+            history += take_passes(self, drawn, 1)
         return average_steps(history) | {"train/replayed_episodes": float(sum(map(len, self._replay)))}
 
     def draw(self, count: int) -> Episodes:

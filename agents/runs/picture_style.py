@@ -43,3 +43,10 @@ def dress(axes: Axes, title: str, color: str = INK, title_at: str = "left", labe
     for side in axes.spines.values():
         side.set_visible(False)
     axes.tick_params(labelsize=10, colors=MUTED, length=0)
+
+
+def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
+    """Puts what is drawn in axes into a legend below the figure."""
+    handles = axes.get_legend_handles_labels()
+    where = "outside lower center"
+    figure.legend(*handles, loc=where, ncols=columns, frameon=False, fontsize=9.5, labelcolor=INK)  # type: ignore[call-overload]

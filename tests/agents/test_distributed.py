@@ -373,7 +373,8 @@ def test_two_processes_train_as_one(batches_of: dict[str, int], tmp_path: Path) 
     expected, _ = teach(tmp_path / "by-one")
     torch.multiprocessing.spawn(work, (port, tmp_path, batches_of), nprocs=2)
     assert [row["step"] for row in expected] == list(range(1, 21))
-    found = {name: torch.load(tmp_path / f"{name}.pt") for name in ("taught-0", "taught-1", "resumed-0", "resumed-1")}
+    names = ("taught-0", "taught-1", "resumed-0", "resumed-1")
+    found = {name: torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names}
     found["resumed"] = teach(tmp_path / "again-by-one", tmp_path / "by-two")
     for name, (curve, _) in found.items():
         assert len(curve) == (20 if name.startswith("taught") else 10)

@@ -53,7 +53,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             return product if bias is None else product + bias
         return _multiply(x, weight, bias, "none", "")
     if _is_ragged(x, weight):
-        product = _RaggedProduct.apply(x, weight)  # type: ignore[no-untyped-call]
+        product = torch.mm(x, _fill_up(weight))[:, : weight.shape[1]]
         return product if bias is None else product + bias
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
@@ -93,41 +93,14 @@ class _Product(torch.autograd.Function):
         return by_x, by_weight if ctx.needs_input_grad[1] else None
 
 
-class _RaggedProduct(torch.autograd.Function):
-    """A half-precision product with an odd number of columns, as an LM head over GPT-2's 50,257 tokens.
+def _fill_up(weight: Tensor) -> Tensor:
+    """A copy of weight (a, b) with columns of zeros at the end, up to a multiple of 64; differentiable.
 
-    A GPU multiplies such matrices seven times as slowly as others. So columns are filled up with zeros, in a copy of
-    the weight.
+    A GPU multiplies half-precision matrices with an odd number of columns, as an LM head over GPT-2's 50,257 tokens,
+    seven times as slowly as others.
     """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        columns = weight.shape[1]
-        filled = _fill_up(weight.t(), 0)
-        ctx.save_for_backward(x, filled)
-        ctx.columns = columns
-        ctx.is_turned = weight.t().is_contiguous()
-        return torch.mm(x, filled.t())[:, :columns]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, filled = ctx.saved_tensors
-        gradient = _fill_up(gradient, 1)
-        by_x = gradient @ filled if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return by_x, None
-        # In the layout of the weight itself, which may be stored as (b, a).
-        by_weight = (gradient.t() @ x)[: ctx.columns].t() if ctx.is_turned else (x.t() @ gradient)[:, : ctx.columns]
-        return by_x, by_weight if ctx.is_turned else by_weight.contiguous()
-
-
-def _fill_up(x: Tensor, dim: int) -> Tensor:
-    """A copy of a matrix with zeros at the end of a dimension, up to a multiple of 64."""
-    size = x.shape[dim]
-    filled = x.new_empty([n + -n % _ALIGNED if i == dim else n for i, n in enumerate(x.shape)])
-    filled.narrow(dim, 0, size).copy_(x)
-    filled.narrow(dim, size, filled.shape[dim] - size).zero_()
-    return filled
+    # In memory a row is a column of the weight, as it is in an LM head.
+    return F.pad(weight.t(), (0, 0, 0, -weight.shape[1] % _ALIGNED)).t()
 
 
 def _is_ragged(x: Tensor, weight: Tensor) -> bool:

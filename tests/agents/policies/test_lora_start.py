@@ -152,5 +152,7 @@ def test_an_adapter_on_an_adapter_is_merged_with_it(sft: Path, tmp_path: Path) -
 def test_what_cannot_be_merged_is_refused(sft: Path, model_dir: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="`model` must hold an adapter"):
         save_merged(model_dir, tmp_path / "merged")
+    with pytest.raises(InvalidArgumentError, match="`model` must be a local directory or a hub name, and there is no"):
+        save_merged(tmp_path / "nowhere", tmp_path / "merged")
     with pytest.raises(InvalidArgumentError, match="`out` must be a directory that is not there yet"):
         save_merged(sft, tmp_path)
