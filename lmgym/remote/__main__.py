@@ -72,11 +72,13 @@ def find_model(name: str) -> str:
     """The directory or hub name of a model, or of a task's reference.
 
     Raises:
-        InvalidArgumentError: for a task whose reference is neither.
+        InvalidArgumentError: for what cannot be one, and for a task whose reference is neither.
     """
+    from lmgym.models.names import check_model_name
     from lmgym.tasks.registry import make_task, registered_tasks
 
     if name not in registered_tasks():
+        check_model_name("MODEL", name)
         return name
     model = make_task(name).model
     if not isinstance(model, str):

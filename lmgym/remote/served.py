@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lmgym.errors import InvalidArgumentError, LmGymError, check_choice, check_int, check_number, shorten, unknown_name
+from lmgym.models.adapters import load_pretrained
 from lmgym.models.causal import CausalLM, freeze
-from lmgym.models.loading import load_model, load_tokenizer
+from lmgym.models.loading import load_model
 from lmgym.models.padding import pad_left
 from lmgym.models.policy import CausalPolicy
 from lmgym.models.positions import max_positions
@@ -63,8 +64,8 @@ class ServedModel:
         self.name = name
         self.wrong = wrong
         self.pushes = 0
-        model = load_model("model", name, AutoModelForCausalLM, DTYPES[wrong.dtype])
-        self._lm = CausalLM(freeze(model), load_tokenizer("model", name))
+        model, tokenizer = load_pretrained("model", name, AutoModelForCausalLM, DTYPES[wrong.dtype])
+        self._lm = CausalLM(freeze(model), tokenizer)
         self.max_tokens = max_positions(model)
         self._generator = torch.Generator().manual_seed(seed)
         self._history: deque[dict[str, Tensor]] = deque([_copied(model.state_dict())], maxlen=wrong.stale + 1)

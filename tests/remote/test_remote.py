@@ -19,6 +19,7 @@ from conftest import gpt2, shifted, word_count, word_tokenizer
 from lmgym.errors import LmGymError
 from lmgym.models.policy import CausalPolicy, Responder
 from lmgym.models.sampling import Sampler
+from lmgym.remote.__main__ import main
 from lmgym.remote.client import Client
 from lmgym.remote.protocol import EngineError, make_request, read_completions
 from lmgym.remote.served import ServedModel, Wrong
@@ -208,3 +209,18 @@ def test_a_wrong_engine_must_be_one_that_there_can_be() -> None:
         Wrong(dtype="int8")
     with pytest.raises(LmGymError, match="`stale`"):
         Wrong(stale=-1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["./nowhere"], "`MODEL` must be a local directory or a hub name, and there is no './nowhere'"),
+        (["echo-4"], "`MODEL` must have weights in a directory, and the reference of echo-4 is a table"),
+        (["reviews", "dtyp=bfloat16"], "Did you mean 'dtype'?"),
+        (["reviews", "port=70000"], "`port` must be an int >= 0 and <= 65535"),
+    ],
+)
+def test_a_wrong_command_ends_in_a_line(words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert message in str(ended.value.code)
